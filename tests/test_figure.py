@@ -1,0 +1,170 @@
+"""Figures: every kind draws what the artefacts hold, and says what it leaves out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from obr import figure
+from obr.errors import ObrError
+from test_table import ENTRY, MODELS, OBR, PUBLISHED, RECIPES, TABLE_1, fabricate
+
+ALPHAS = (0.25, 0.5, 0.75)
+SWEEP = {f"alpha_{a}": {**OBR, "label": f"α {a}", "alpha": a} for a in ALPHAS}
+SWEEP |= {f"rtn_{a}": {**OBR, "label": f"RTN α {a}", "method": "obr_rtn", "alpha": a} for a in ALPHAS}
+ALL = RECIPES | SWEEP
+BITS = {
+    "kind": "perplexity_bits",
+    "title": "Perplexity and size",
+    "models": ["llama", "tiny"],
+    "rows": [*ENTRY["rows"], "obr_24", "obr_a16"],
+    "perplexity": "wikitext2",
+    "published": TABLE_1,
+}
+ALPHA = {
+    "kind": "sweep",
+    "x": "alpha",
+    "models": ["llama"],
+    "rows": ["dense", *reversed(SWEEP)],
+    "perplexity": ["wikitext2"],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    results = fabricate(tmp_path_factory.mktemp("results"))
+    for i, key in enumerate(SWEEP):
+        path = results / "perplexity" / "llama" / key / "wikitext2.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"value": 8.0 + i}))
+    lines = [
+        {"shape": shape, "kernel": kernel, "status": status, "median_ms": ms, "p25_ms": ms, "p75_ms": ms}
+        | {"tops_dense": None if ms is None else 0.02 / ms}
+        for shape in ("decode", "prefill")
+        for kernel, status, ms in (
+            ("fp32", "ok", 2.0),
+            ("int8", "ok", 0.1),
+            ("2:4", "not available: CPU", None),
+        )
+    ]
+    (results / "kernels").mkdir()
+    pd.DataFrame(lines).to_csv(results / "kernels" / "cpu.csv", index=False)
+    return results
+
+
+def sheet(entry: dict, results: Path, monkeypatch, tmp_path) -> figure.Sheet:
+    """Draw `entry`, look that both files are whole, and hand back what was drawn."""
+    drawn = []
+    kind = figure.KINDS[entry["kind"]]
+    monkeypatch.setitem(figure.KINDS, entry["kind"], lambda source: drawn.append(kind(source)) or drawn[0])
+    figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "out" / "figure.name")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(files) == {"figure.name.pdf", "figure.name.png"}
+    assert files["figure.name.pdf"].startswith(b"%PDF") and files["figure.name.png"].startswith(b"\x89PNG")
+    return drawn[0]
+
+
+def points(panel, hollow=False) -> list[tuple[float, float]]:
+    lines = [line for line in panel.get_lines() if line.get_marker() not in ("None", "", None)]
+    lines = [line for line in lines if (line.get_fillstyle() == "none") == hollow]
+    found = [(x, y) for line in lines for x, y in zip(line.get_xdata(), line.get_ydata())]
+    return [(float(x), float(y)) for x, y in found if np.isfinite(y)]
+
+
+def labels(sheet) -> list[str]:
+    return [handle.get_label() for handle in sheet.handles]
+
+
+def test_perplexity_against_bits(results, monkeypatch, tmp_path):
+    drawn = sheet(BITS, results, monkeypatch, tmp_path)
+    assert [panel.get_title() for panel in drawn.panels] == ["Llama-2-7B", "Tiny_1 & co"]
+    ours = points(drawn.panels[0])
+    assert [y for _, y in ours] == [140.0, 8.1, 8.3, 13.0, 7.5]
+    assert len({x for x, _ in ours}) == 5  # all of 3 bits, yet none hides another
+    assert all(abs(x - 3) < 0.5 for x, _ in ours)
+    assert [y for _, y in points(drawn.panels[0], hollow=True)] == [132.97, 8.40]
+    assert points(drawn.panels[1], hollow=True) == []
+    assert drawn.panels[0].get_yscale() == "log"
+    assert labels(drawn) == [
+        "Dense", "RTN", "OBR (GPTQ)", "OBR, cached", "OBR 2:4", "W?A4KV4", "weights only", "hollow: published"
+    ]  # fmt: skip
+    used = {(line.get_marker(), line.get_color()) for line in drawn.panels[1].get_lines()}
+    assert len(used) == 6  # five recipes and the dense line, all told apart
+
+
+def test_a_sweep_is_a_line_per_group_in_rising_order(results, monkeypatch, tmp_path):
+    drawn = sheet(ALPHA, results, monkeypatch, tmp_path)
+    assert labels(drawn) == ["Dense", "OBR (RTN)", "OBR (GPTQ)"]
+    assert points(drawn.panels[0]) == [(0.25, 11), (0.5, 12), (0.75, 13), (0.25, 8), (0.5, 9), (0.75, 10)]
+    assert [tick.get_text() for tick in drawn.panels[0].get_xticklabels()] == ["0.25", "0.5", "0.75"]
+    assert drawn.panels[0].get_yscale() == "linear"
+    assert drawn.figure.get_figwidth() == figure.COLUMN
+
+
+def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
+    entry = {**ALPHA, "rows": ["alpha_0.5", "obr"]}
+    with pytest.raises(ObrError, match=r"'alpha_0.5' and 'obr' share alpha 0.5 .*set group_by"):
+        figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
+
+
+def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    (copy / "perplexity" / "llama" / "alpha_0.5" / "wikitext2.json").write_text('{"value": NaN}')
+    drawn = sheet(ALPHA, copy, monkeypatch, tmp_path)
+    assert drawn.remarks == ["Llama-2-7B, α 0.5: perplexity nan, not shown"]
+    assert drawn.figure.legends[0].get_title().get_text() == drawn.remarks[0]
+
+
+def test_layer_errors_by_kind(results, monkeypatch, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    path = copy / "compressed" / "llama" / "rtn" / "layers.csv"
+    pd.read_csv(path).assign(relative_error=None).to_csv(path, index=False)
+    path = copy / "compressed" / "llama" / "obr" / "layers.csv"
+    layers = pd.read_csv(path)
+    layers.assign(layer="self_attn." + layers["layer"] + "_proj").to_csv(path, index=False)
+    entry = {"kind": "layer_error", "models": ["llama"], "rows": ["dense", "rtn", "obr", "obr_a16", "obr_24"]}
+    drawn = sheet(entry, copy, monkeypatch, tmp_path)
+    titles = [panel.get_title() for panel in drawn.panels if panel.get_title()]
+    assert titles == list(figure.LAYER_KINDS)
+    assert labels(drawn) == ["RTN", "OBR (GPTQ)", "OBR 2:4"]  # obr_a16 has obr's weights, dense no error
+    assert [len(panel.get_lines()) for panel in drawn.panels[:7]] == [3] * 7
+    assert points(drawn.panels[0])[0] == pytest.approx((0, 0.02 * 1.25))
+    assert drawn.remarks == ["Llama-2-7B, RTN: compressed without calibration data, no error known"]
+
+
+def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
+    drawn = sheet({"kind": "kernels", "device": "cpu"}, results, monkeypatch, tmp_path)
+    assert labels(drawn) == ["fp32", "int8"]
+    assert drawn.remarks == ["2:4 not timed: not available: CPU"]
+    assert [y for _, y in points(drawn.panels[1])] == pytest.approx([10, 10, 200, 200])
+    assert "Gop/s" in drawn.panels[1].get_ylabel()
+    assert drawn.panels[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"kind": "pie"}, "'pie' is unknown; choose one of perplexity_bits, sweep, layer_error, kernels"),
+        ({**ALPHA, "x": "damp"}, "Sweep over 'damp'"),
+        ({**ALPHA, "group_by": "colour"}, "no field 'colour'"),
+        ({**ALPHA, "models": []}, "no models"),
+        ({**BITS, "models": ["lama"]}, "'lama' is not in the config"),
+        ({**ALPHA, "perplexity": ["wikitext2", "sotu"]}, "needs one text"),
+        ({**ALPHA, "perplexity": "c4"}, r"perplexity/llama/dense/c4.json is missing; build it with"),
+        ({"kind": "kernels"}, "names no device"),
+        ({"kind": "kernels", "device": "tpu"}, r"kernels/tpu.csv is missing; build it with"),
+    ],
+)
+def test_mistakes_are_named(results, tmp_path, entry, message):
+    with pytest.raises(ObrError, match=message):
+        figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_twice_gives_the_same_file(results, tmp_path):
+    for name in ("a", "b"):
+        figure.draw(ALPHA, ALL, MODELS, results, PUBLISHED, tmp_path / name)
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()

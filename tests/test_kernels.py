@@ -1,0 +1,123 @@
+"""Kernels are checked before they are timed; what a device lacks is said, not left out."""
+
+import pandas as pd
+import pytest
+import torch
+
+from obr import kernels
+from obr.errors import ObrError
+
+SHAPE = {"name": "tiny", "tokens": 20, "columns": 128, "rows": 64}
+
+
+def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
+    out = tmp_path / "kernels" / "cpu.csv"
+    kernels.benchmark({"shapes": list(shapes), "repeats": 3, "warmup": 1, **entry}, "cpu", out)
+    assert [path.name for path in out.parent.iterdir()] == ["cpu.csv"]
+    return pd.read_csv(out)
+
+
+def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
+    shapes = [SHAPE, {"tokens": 3, "columns": 128, "rows": 32}]
+    times = run(tmp_path, shapes)
+    assert list(times.columns) == list(kernels.COLUMNS)
+    assert times.groupby("shape")["kernel"].apply(list).tolist() == [list(kernels.KERNELS)] * 2
+    assert set(times["shape"]) == {"tiny", "3x128x32"}
+    ok = times["status"] == "ok"
+    assert set(times[ok]["kernel"]) >= {"fp32", "bf16", "fp16", "int8", "int4 weight"}
+    assert times[~ok]["status"].str.startswith("not available: ").all()
+    assert times[~ok]["median_ms"].isna().all()
+    assert (times[~ok]["kernel"].str.endswith("2:4")).any()
+
+
+def test_numbers_of_a_line(tmp_path):
+    times = run(tmp_path, kernels=["fp32", "int8", "int4 weight"]).set_index("kernel")
+    assert times.loc["int8", "checked"] == 0
+    assert 0 < times.loc["fp32", "checked"] < 1e-5
+    assert 0 < times.loc["int4 weight", "checked"] < 2e-2
+    assert times["bits_per_weight"].to_dict() == {"fp32": 32, "int8": 8, "int4 weight": 4 + 32 / 128}
+    assert (times["p25_ms"] <= times["median_ms"]).all() and (times["median_ms"] <= times["p75_ms"]).all()
+    tops = 2 * 20 * 128 * 64 / (times["median_ms"] * 1e-3) / 1e12
+    assert times["tops_dense"].to_list() == pytest.approx(tops.to_list())
+    assert times["tops_executed"].to_list() == times["tops_dense"].to_list()
+
+
+def test_executed_operations_leave_out_zeros():
+    case = kernels.Case(lambda: None, None, None, (torch.zeros(64, 64, dtype=torch.float16),), executed=0.5)
+    figures = kernels._figures(case, [1.0, 2.0, 3.0], SHAPE)
+    assert figures["median_ms"] == 2.0
+    assert figures["tops_executed"] == figures["tops_dense"] / 2
+    assert figures["bits_per_weight"] == 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spoil"),
+    [
+        (torch.float32, lambda y: y * 1.001),
+        (torch.bfloat16, lambda y: y.roll(1, 0)),
+        (torch.float16, lambda y: torch.full_like(y, float("nan"))),
+        (torch.int32, lambda y: y + 1),
+    ],
+)
+def test_a_broken_kernel_is_refused_and_not_timed(tmp_path, monkeypatch, dtype, spoil):
+    calls = []
+
+    def broken(x, weight):
+        x, weight = x.round(), weight.round()  # whole numbers, so that the int32 case has an exact product
+
+        def multiply():
+            calls.append(1)
+            return spoil((x @ weight.T).to(dtype))
+
+        return kernels.Case(multiply, x, weight, (weight,))
+
+    monkeypatch.setitem(kernels.KERNELS, "broken", broken)
+    line = run(tmp_path, kernels=["broken"]).iloc[0]
+    assert line["status"].startswith("refused: error")
+    assert pd.isna(line["median_ms"]) and pd.isna(line["tops_dense"])
+    assert len(calls) == 1
+
+
+def test_a_kernel_that_fails_is_reported_in_its_own_words(tmp_path, monkeypatch):
+    def absent(x, weight):
+        raise RuntimeError("no such operator\nand a long trace")
+
+    monkeypatch.setitem(kernels.KERNELS, "absent", absent)
+    assert run(tmp_path, kernels=["absent"]).iloc[0]["status"] == "not available: no such operator"
+
+
+def test_two_of_four_keeps_the_larger_half():
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    kept = kernels._two_of_four(weight).reshape(8, 4, 4)
+    assert ((kept != 0).sum(-1) == 2).all()
+    dropped = torch.where(kept == 0, weight.reshape(8, 4, 4), torch.zeros(()))
+    smallest_kept = kept.abs().masked_fill(kept == 0, float("inf")).amin(-1)
+    assert (dropped.abs().amax(-1) <= smallest_kept).all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "device", "message"),
+    [
+        ({"shapes": []}, "cpu", "no shapes"),
+        ({"shapes": [{"tokens": 2, "columns": 0, "rows": 3}]}, "cpu", "positive whole numbers"),
+        ({"kernels": ["fp3"]}, "cpu", "'fp3' is unknown"),
+        ({"repeats": 0}, "cpu", "repeats 0"),
+        ({}, "gpu0", "'gpu0' is unknown"),
+        ({}, "cuda:99", "'cuda:99' is not there"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, entry, device, message):
+    with pytest.raises(ObrError, match=message):
+        kernels.benchmark({"shapes": [SHAPE], **entry}, device, tmp_path / "k.csv")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_cuda(tmp_path):
+    shape = {"tokens": 256, "columns": 1024, "rows": 512}
+    kernels.benchmark({"shapes": [shape], "repeats": 5}, "cuda", tmp_path / "cuda.csv")
+    times = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
+    assert (times.loc[["fp32", "fp16", "bf16", "int8"], "status"] == "ok").all()
+    assert not times["status"].str.startswith("refused").any()
+    sparse = times[times.index.str.endswith("2:4") & (times["status"] == "ok")]
+    assert sparse["tops_executed"].to_list() == (sparse["tops_dense"] / 2).to_list()

@@ -1,0 +1,376 @@
+"""Tables and the published numbers they quote, on a small fabricated results folder."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from obr import published, table
+from obr.errors import ObrError
+
+PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
+TASKS = list(published.PAPER_TASKS)
+TABLE_1 = {"source": "obr", "table": "OBR Table 1 / exp_quarot.jpg"}
+MODELS = {
+    "llama": {"label": "Llama-2-7B", "published": "Llama-2-7B"},
+    "tiny": {"label": "Tiny_1 & co"},
+}
+A4 = {"activations": {"bits": 4}, "keys": {"bits": 4}, "values": {"bits": 4}}
+OBR = {
+    "method": "obr_gptq",
+    "rotation": "quarot",
+    "calibration": "wikitext2",
+    "bits": 4,
+    "sparsity": 0.5,
+    **A4,
+}
+RECIPES = {
+    "dense": {"label": "Dense", "method": "dense"},
+    "rtn": {"label": "RTN", "method": "rtn", "bits": 3, "rotation": "quarot", **A4},
+    "obr": {"label": "OBR (GPTQ)", **OBR},
+    "obr_cached": {"label": "OBR, cached", **OBR, "hessian": "cached"},
+    "obr_24": {"label": "OBR 2:4", **OBR, "pattern": "2:4"},
+    "obr_a16": {"label": "OBR, 16-bit activations", **OBR, "weights": "obr"}
+    | dict.fromkeys(("activations", "keys", "values")),
+}
+PERPLEXITY = {"dense": 5.5, "rtn": 140.0, "obr": 8.1, "obr_cached": 8.3, "obr_24": 13.0, "obr_a16": 7.5}
+ENTRY = {
+    "title": "Main results (50% & W4A4KV4)",
+    "models": ["llama", "tiny"],
+    "rows": [
+        {"recipe": "dense", "published": {"method": "FP16"}},
+        {"recipe": "rtn", "published": {"method": "QuaRot(quant-only)"}},
+        {"recipe": "obr", "published": {"method": "OBR_GPTQ"}},
+        "obr_cached",
+    ],
+    "perplexity": ["wikitext2", "sotu"],
+    "zero_shot": TASKS,
+    "mean": True,
+    "details": ["bits_per_weight", "file_mb", "relative_error", "sparsity"],
+    "published": TABLE_1,
+    "note": "A note of the config.",
+}
+
+
+def save(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def fabricate(results: Path) -> Path:
+    """A results folder with every artefact of every model and recipe above."""
+    for model in MODELS:
+        for place, (key, recipe) in enumerate(RECIPES.items()):
+            shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
+            if "weights" not in recipe:
+                _compressed(results / "compressed" / model / key, key, recipe, shared)
+            for text, windows in (("wikitext2", 141), ("sotu", 20)):
+                content = {
+                    "value": PERPLEXITY[key],
+                    "tokens": 2048 * windows,
+                    "windows": windows,
+                    "seqlen": 2048,
+                }
+                content |= {"definition": "exp of the mean cross-entropy", **shared}
+                save(results / "perplexity" / model / key / f"{text}.json", content)
+            for i, task in enumerate(TASKS):
+                score = {
+                    "task": task,
+                    "value": 0.75 - 0.02 * place - 0.01 * i,
+                    "stderr": 0.01,
+                    "metric": "acc",
+                }
+                score |= {"n": 200, "limit": 200 if model == "tiny" else None, **shared}
+                save(results / "zero_shot" / model / key / f"{task}.json", score)
+    return results
+
+
+def _compressed(folder: Path, key: str, recipe: dict, shared: dict) -> None:
+    bits = recipe.get("bits", 16) * (1 - recipe.get("sparsity", 0)) + (1 if "sparsity" in recipe else 0)
+    manifest = {"recipe": {"hessian": "sequential", **recipe}, "file_bytes": 2_500_000, "relative_error": 0.1}
+    manifest["bits_per_weight"] = {"theoretical": bits, "file": bits + 0.03}
+    calibrated = recipe["method"] not in ("dense", "rtn")
+    manifest |= {"sparsity": 0.501, "calibration": {"tokens": 262144} if calibrated else None, **shared}
+    save(folder / "manifest.json", manifest)
+    lines = []
+    for block in range(6):
+        for i, layer in enumerate(("q", "k", "v", "o", "up", "gate", "down")):
+            error = 0.02 * (1 + block) * (1 + 0.2 * i) * (0.5 + len(key) / 4)
+            lines.append({"block": block, "layer": layer, "relative_error": error})
+    pd.DataFrame(lines).to_csv(folder / "layers.csv", index=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    return fabricate(tmp_path_factory.mktemp("results"))
+
+
+@pytest.fixture(scope="module")
+def numbers() -> pd.DataFrame:
+    return published.load(PUBLISHED)
+
+
+def build(results, **changes):
+    return table.build({**ENTRY, **changes}, RECIPES, MODELS, results, PUBLISHED)
+
+
+def cell(built, model, recipe, column):
+    frame = built.frame
+    return frame.loc[(frame["model"] == model) & (frame["recipe"] == recipe), column].item()
+
+
+# --- Published numbers
+
+
+def test_every_published_number_loads(numbers):
+    assert len(numbers) == 1554
+    assert numbers["value"].dtype == float
+    assert numbers["value"].isna().sum() == 6  # printed nan
+    assert (numbers["value"] == 1e3).any()
+    assert set(numbers["w_bits"]) >= {"4", "1.58", ""}
+
+
+def test_lookup_finds_one_number_none_or_refuses(numbers):
+    asked = {**TABLE_1, "model": "Llama-2-7B", "method": "OBR_GPTQ", "metric": "wikitext2_ppl"}
+    assert published.lookup(numbers, **asked) == 8.40
+    assert published.lookup(numbers, **{**asked, "w_bits": 4, "sparsity": 0.5}) == 8.40
+    assert published.lookup(numbers, **{**asked, "w_bits": 3}) is None
+    with pytest.raises(ObrError, match=r"different published values.*add a filter by .*model"):
+        published.lookup(numbers, **TABLE_1, method="OBR_GPTQ", metric="wikitext2_ppl")
+    with pytest.raises(ObrError, match="OBR_GTPQ"):
+        published.lookup(numbers, **{**asked, "method": "OBR_GTPQ"})
+    with pytest.raises(ObrError, match="no column 'bits'"):
+        published.lookup(numbers, bits=4)
+
+
+def test_lookup_tells_calibrations_apart_by_their_note(numbers):
+    asked = {
+        "table": "OBR Table 9",
+        "model": "Llama-2-7B",
+        "method": "SparseGPT+GPTQ",
+        "metric": "wikitext2_ppl",
+    }
+    with pytest.raises(ObrError, match="note"):
+        published.lookup(numbers, **asked)
+    assert published.lookup(numbers, **asked, note="calibration set c4") == 18.36
+
+
+def test_wrong_printed_means_are_flagged(numbers):
+    means = published.recomputed_means(numbers)
+    flagged = means[means["flagged"]]
+    assert set(flagged["model"] + " " + flagged["method"]) == {"Llama-2-7B OBR_GPTQ", "Llama-3-70B OBR_GPTQ"}
+    worst = flagged[flagged["model"] == "Llama-2-7B"].iloc[0]
+    assert worst["printed"] == 53.45
+    assert worst["mean"] == pytest.approx(57.68, abs=0.005)
+
+
+def test_a_fraction_among_percentages_is_flagged(numbers):
+    changed = numbers.copy()
+    where = (
+        (changed["table"] == TABLE_1["table"]) & (changed["method"] == "FP16") & (changed["metric"] == "piqa")
+    )
+    changed.loc[where & (changed["model"] == "Llama-2-7B"), "value"] = 0.7911
+    means = published.recomputed_means(changed)
+    assert means.loc[means["fractions"] != "", ["model", "fractions"]].to_numpy().tolist() == [
+        ["Llama-2-7B", "piqa"]
+    ]
+
+
+@pytest.mark.parametrize("text", ["source,value\nobr,1\n", None])
+def test_a_damaged_file_is_refused(tmp_path, text):
+    path = tmp_path / "results.csv"
+    path.write_text(text or ",".join(published.COLUMNS) + "\n" + "x," * 10 + '"5,47",\n')
+    with pytest.raises(ObrError, match="columns" if text else "not a number"):
+        published.load(path)
+
+
+# --- Building
+
+
+def test_paper_ours_and_difference(results):
+    built = build(results)
+    assert len(built.frame) == 8
+    assert cell(built, "llama", "obr", "wikitext2_paper") == 8.40
+    assert cell(built, "llama", "obr", "wikitext2_delta") == pytest.approx(8.1 - 8.40)
+    assert cell(built, "llama", "dense", "piqa_paper") == 79.11
+    assert cell(built, "llama", "dense", "piqa_ours") == pytest.approx(75.0)
+    assert cell(built, "llama", "dense", "piqa_stderr") == pytest.approx(1.0)
+    assert cell(built, "llama", "obr", "mean_ours") == pytest.approx(75 - 4 - 2.5)
+    assert cell(built, "llama", "obr", "mean_stderr") == pytest.approx(1 / math.sqrt(6))
+    assert cell(built, "llama", "obr", "mean_paper") == 53.45
+    assert cell(built, "llama", "obr", "bits_per_weight_file") == pytest.approx(3.03)
+    assert math.isnan(cell(built, "tiny", "obr", "wikitext2_paper"))  # a model of no paper
+    assert math.isnan(cell(built, "llama", "obr_cached", "wikitext2_paper"))  # a row of no paper
+    assert cell(built, "llama", "obr", "setting") == "W4A4KV4"
+    assert cell(built, "llama", "rtn", "setting") == "W3A4KV4"
+
+
+def test_notes_come_from_the_artefacts(results):
+    notes = "\n".join(build(results).notes)
+    for text in (
+        "A note of the config.",
+        "WikiText-2 perplexity: exp of the mean cross-entropy; 141 windows of 2,048 tokens, 288,768 tokens",
+        "sotu perplexity: exp of the mean cross-entropy; 20 windows",
+        "PIQA acc of the first 200",
+        "PIQA acc of 200",
+        "Calibration: wikitext2, 262,144 tokens.",
+        "Hessians: sequential, of each block's inputs",
+        "Hessians: cached, of the rotated dense model (OBR, cached).",
+        "Evaluated on cpu.",
+        "Versions: torch 2.13.0.",
+        "Llama-2-7B: OBR (GPTQ): the paper prints a mean of 53.45, its six tasks give 57.68.",
+        "most likely a copy error",
+    ):
+        assert text in notes
+    assert len(set(build(results).notes)) == len(build(results).notes)
+
+
+def test_a_mean_of_other_tasks_is_not_set_against_the_papers(results):
+    built = build(results, zero_shot=["piqa", "boolq"])
+    assert cell(built, "llama", "obr", "mean_ours") == pytest.approx(75 - 4 - 0.5)
+    assert built.frame["mean_paper"].isna().all()
+    assert any("not the paper's six tasks" in note for note in built.notes)
+
+
+def test_a_recipe_on_other_weights_reads_their_manifest(results):
+    built = build(results, rows=["obr_a16"], models=["llama"])
+    assert cell(built, "llama", "obr_a16", "setting") == "W4A16KV16"
+    assert cell(built, "llama", "obr_a16", "wikitext2_ours") == 7.5
+    assert cell(built, "llama", "obr_a16", "bits_per_weight_theoretical") == 3.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ["obbr"]}, "'obbr' is not in the config"),
+        ({"models": ["lama"]}, "'lama' is not in the config"),
+        ({"rows": []}, "no rows"),
+        ({"details": ["speed"]}, "'speed' is unknown"),
+        ({"zero_shot": []}, "mean of no tasks"),
+        (
+            {"rows": [{"recipe": "obr", "published": {"method": "OBR_GPTQ", "w_bits": 3}}]},
+            "Nothing is published",
+        ),
+    ],
+)
+def test_mistakes_are_named(results, changes, message):
+    with pytest.raises(ObrError, match=message):
+        build(results, **changes)
+
+
+def test_a_missing_artefact_names_its_target(results, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    path = copy / "zero_shot" / "llama" / "obr" / "boolq.json"
+    path.unlink()
+    with pytest.raises(ObrError, match=rf"{path} is missing; build it with `snakemake {path}`"):
+        build(copy)
+    path.write_text('{"value": ')
+    with pytest.raises(ObrError, match="not valid JSON"):
+        build(copy)
+
+
+# --- Printing
+
+
+@pytest.fixture(scope="module")
+def written(results, tmp_path_factory) -> Path:
+    stem = tmp_path_factory.mktemp("tables") / "main.results"
+    table.write(build(results), stem)
+    return stem
+
+
+def test_csv_keeps_all_digits(written, results):
+    frame = pd.read_csv(f"{written}.csv")
+    expected = build(results).frame
+    assert list(frame.columns) == list(expected.columns)
+    assert frame["mean_stderr"].tolist() == expected["mean_stderr"].tolist()
+    assert not list(written.parent.glob(".*"))
+
+
+def test_markdown_shows_what_is_there(written):
+    lines = Path(f"{written}.md").read_text().splitlines()
+    rows = {line.split(" | ")[1]: line for line in lines[4:12] if line.startswith("| Llama")} | {
+        line.split("|")[2].strip(): line for line in lines[5:8]
+    }
+    assert "| WikiText-2 ↓ paper | WikiText-2 ↓ ours | WikiText-2 ↓ Δ | sotu ↓ | PIQA ↑ paper |" in lines[2]
+    assert "| W4A4KV4 | 50% | **8.40** | **8.10** | −0.30 |" in rows["OBR (GPTQ)"]
+    assert "71.00 ± 1.00" in rows["OBR (GPTQ)"]
+    assert "3.00 / 3.03 | 2.5 | 0.1000 | 50.10 |" in rows["OBR (GPTQ)"]
+    assert "| – | 8.30 | – |" in rows["OBR, cached"]
+    assert "**" not in rows["Dense"]  # the best of all, but not compressed
+
+
+def test_columns_without_values_are_left_out(results, tmp_path):
+    table.write(build(results, models=["tiny"], rows=["dense", "rtn"], details=[]), tmp_path / "t")
+    heading = (tmp_path / "t.md").read_text().splitlines()[2]
+    assert "paper" not in heading and "Δ" not in heading and "Sparsity" not in heading
+
+
+def test_an_overflown_perplexity_is_printed(results, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    path = copy / "perplexity" / "llama" / "obr" / "wikitext2.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "value": float("nan")}))
+    table.write(build(copy, models=["llama"]), tmp_path / "t")
+    assert "| **8.40** | nan | – |" in (tmp_path / "t.md").read_text()
+
+
+def test_latex_is_whole_and_escaped(written):
+    text = Path(f"{written}.tex").read_text()
+    assert r"\caption{Main results (50\% \& W4A4KV4)}" in text
+    assert r"\label{tab:main.results}" in text
+    assert r"Tiny\_1 \& co" in text
+    assert r"\multicolumn{3}{c}{WikiText-2 $\downarrow$}" in text
+    assert text.count("{") == text.count("}")
+    panels = text.split(r"\begin{tabular}{")[1:]
+    assert len(panels) == 4
+    for panel in panels:
+        bodies = [line for line in panel.split(r"\midrule", 1)[1].splitlines() if line.endswith(r"\\")]
+        assert len(bodies) == 8
+        assert {line.replace(r"\&", "").count("&") + 1 for line in bodies} == {len(panel.split("}")[0])}
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_compiles(written, tmp_path):
+    document = (
+        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
+    )
+    shutil.copy(f"{written}.tex", tmp_path / "table.tex")
+    (tmp_path / "main.tex").write_text(document)
+    run = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "main.tex"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_tables_do_not_import_torch():
+    code = "import sys, obr.table, obr.published, obr.figure; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PUBLISHED.parents[1].glob("report/*.rst")), ids=lambda path: path.stem
+)
+def test_report_captions_render(path):
+    """As Snakemake does: Jinja with the job's config and wildcards, then reStructuredText."""
+    jinja2, core = pytest.importorskip("jinja2"), pytest.importorskip("docutils.core")
+    config = {"models": MODELS, "recipes": RECIPES, "tables": {"main": ENTRY}}
+    config["figures"] = {"bits": {"kind": "perplexity_bits", "title": "Size", "models": ["tiny"]}}
+    wildcards = {"table": "main", "figure": "bits", "model": "tiny", "recipe": "obr", "device": "cpu"}
+    job = SimpleNamespace(config=config, wildcards=SimpleNamespace(**wildcards))
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    text = environment.from_string(path.read_text()).render(snakemake=job)
+    html = core.publish_parts(text, writer="html", settings_overrides={"halt_level": 2})["body"]
+    expected = {
+        "table": "Main results",
+        "figure": "Size",
+        "layers": "obr",
+        "kernels": "cpu",
+        "workflow": "llama",
+    }
+    assert expected[path.stem] in html
+    assert "{{" not in html and "None" not in html

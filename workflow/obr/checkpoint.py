@@ -1,0 +1,287 @@
+"""Packed checkpoints: a folder with one file a block, the ends, a layer report and a manifest.
+
+    block_NNN.safetensors   packed linear layers, norms, biases, online transforms
+    ends.safetensors        embeddings, final norm, head (unless tied)
+    layers.csv              what became of each layer
+    manifest.json           recipe, calibration, sizes, versions
+    config.json, tokenizer  as the model came
+"""
+
+import copy
+import csv
+import json
+import platform
+import shutil
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obr.errors import ObrError
+from obr.hadamard import Kronecker
+from obr.layout import Layout
+from obr.model import Blocks, StreamedBlocks, read_json
+from obr.modules import QuantLinear, set_quantizers, wrap_block
+from obr.packing import Packed, pack, unpack
+from obr.recipe import Recipe
+from obr.restore import Restored
+
+FORMAT = 1
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
+
+
+@dataclass
+class LayerReport:
+    """One row of layers.csv."""
+
+    block: int
+    layer: str
+    rows: int
+    columns: int
+    bits: int
+    pattern: str
+    sparsity: float
+    zeros: float
+    relative_error: float
+    damp: float
+    seconds: float
+    packed_bytes: int
+    flags: str
+
+
+@dataclass
+class Report:
+    """What a compression did; becomes the manifest."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    calibration: dict | None = None
+    rotation: dict | None = None
+    source: dict | None = None
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+    device: str = "cpu"
+
+
+def store(linear: QuantLinear, restored: Restored, dtype: torch.dtype) -> None:
+    """Put a compressed layer into its module, exactly as it will be read back."""
+    linear.packed = pack(restored, dtype)
+    linear.weight.data = unpack(linear.packed).weight.to(linear.weight)
+
+
+def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> int:
+    """Write one compressed block; returns the bytes of its packed linear weights."""
+    tensors, about, linear_bytes = {}, {}, 0
+    for name in layout.linears:
+        linear = block.get_submodule(name)
+        if linear.packed is None:
+            raise ObrError(f"Layer {name} is not compressed; run obr.compress before obr.save.")
+        about[name] = linear.packed.about
+        linear_bytes += linear.packed.bytes
+        tensors |= {f"{name}.{part}": t for part, t in linear.packed.tensors.items()}
+    transforms = {}
+    for name, module in block.named_modules():
+        if isinstance(module, Kronecker):
+            transforms[name] = module.spec()
+    packed = {f"{name}.weight" for name in layout.linears}
+    for name, tensor in block.state_dict().items():
+        if name not in packed:
+            in_transform = any(name.startswith(f"{t}.") for t in transforms)
+            tensors[name] = tensor.cpu() if in_transform else tensor.to("cpu", dtype)
+    header = {"layers": about, "transforms": transforms}
+    _write(tensors, path, {"block": json.dumps(header)})
+    return linear_bytes
+
+
+def save_ends(model: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> None:
+    """Write embeddings, final norm and, unless tied, the head."""
+    parts = [layout.embed, layout.final_norm]
+    if not model.config.tie_word_embeddings:
+        parts.append(layout.head)
+    tensors = {f"{p}.weight": model.get_submodule(p).weight.to("cpu", dtype).contiguous() for p in parts}
+    _write(tensors, path, {})
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def round_ends(model: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
+    """Round embeddings, final norm and head to the dtype in which they are stored, in place."""
+    for part in (layout.embed, layout.final_norm, layout.head):
+        module = model.get_submodule(part)
+        module.weight.data = module.weight.to(dtype).to(module.weight.dtype)
+
+
+def round_rest(block: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
+    """Round a block's norms and biases to the dtype in which they are stored, in place."""
+    weights = {f"{name}.weight" for name in layout.linears}
+    for name, parameter in block.named_parameters():
+        if name not in weights:
+            parameter.data = parameter.to(dtype).to(parameter.dtype)
+
+
+class CheckpointBlocks(StreamedBlocks):
+    """The blocks of a packed checkpoint, read and unpacked each time they are asked for.
+
+    recipe: whose activation, key and value settings apply; by default the checkpoint's own.
+    """
+
+    def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device=None):
+        self.manifest = read_manifest(Path(directory))
+        self.recipe = recipe or Recipe.parse(self.manifest["recipe"])
+        super().__init__(Path(directory), None, dtype, device)
+        if len(self) != self.manifest["blocks"]:
+            raise ObrError(f"{directory} has {self.manifest['blocks']} blocks, its config {len(self)}.")
+
+    def load(self, index: int) -> nn.Module:
+        path = self.directory / f"block_{index:03d}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["block"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own, unexported class
+            raise ObrError(f"{path} is not a whole block of a checkpoint ({error}).") from error
+        block = copy.deepcopy(self.model.get_submodule(self.layout.blocks)[index])
+        wrap_block(block, self.layout)
+        fill_block(block, self.layout, header, tensors, str(path))
+        block.to(self.target, self.dtype).requires_grad_(False)
+        set_quantizers(block, self.layout, self.recipe)
+        return block
+
+
+def fill_block(block: nn.Module, layout: Layout, header: dict, tensors: dict[str, Tensor], what: str) -> None:
+    """Fill a wrapped, empty block from the contents of its file. Raises ObrError for missing or odd tensors."""
+    state = {}
+    for name in layout.linears:
+        about, linear = header["layers"][name], block.get_submodule(name)
+        names = {part: f"{name}.{part}" for part in ("codes", "values", "scale", "mask")}
+        parts = {part: tensors.pop(full) for part, full in names.items() if full in tensors}
+        if list(linear.weight.shape) != about["shape"]:
+            raise ObrError(f"{what}: {name} is {about['shape']}, the model's is {list(linear.weight.shape)}.")
+        linear.packed = Packed(about, parts)
+        state[f"{name}.weight"] = unpack(linear.packed).weight
+    for name, spec in header["transforms"].items():
+        block.set_submodule(name, Kronecker.from_spec(spec, tensors, f"{name}."))
+    state |= tensors
+    missing, unexpected = block.load_state_dict(state, assign=True, strict=False)
+    if missing or unexpected:
+        raise ObrError(f"{what}: missing {missing[:3]}, unexpected {unexpected[:3]}; it is another model's.")
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a checkpoint. Raises ObrError if there is none, or of another format."""
+    manifest = read_json(Path(directory) / "manifest.json")
+    if manifest.get("format") != FORMAT:
+        raise ObrError(
+            f"{directory} has format {manifest.get('format')!r}, this version reads {FORMAT}; compress it again."
+        )
+    return manifest
+
+
+def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=None, device: str | None = None):
+    """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
+
+    recipe: overrides the checkpoint's settings for activations, keys and values.
+
+    Raises:
+        ObrError: the folder is not a whole checkpoint of this format.
+    """
+    recipe = Recipe.parse(recipe) if recipe is not None else None
+    blocks = CheckpointBlocks(Path(directory), recipe, dtype, device)
+    holder = blocks.model.get_submodule(blocks.layout.blocks)
+    for index in range(len(blocks)):
+        holder[index] = blocks.load(index)
+    blocks.model.obr_recipe = blocks.recipe
+    return blocks.model
+
+
+class Writer:
+    """Writes a checkpoint block by block.
+
+    Args:
+        directory: made if need be. dtype: of everything kept at 16 bits.
+    """
+
+    def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype):
+        self.directory, self.blocks, self.dtype = Path(directory), blocks, dtype
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def block(self, index: int, block: nn.Module) -> None:
+        save_block(block, self.blocks.layout, self.directory / f"block_{index:03d}.safetensors", self.dtype)
+
+    def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
+        """Write the ends, layers.csv, the configuration and, last, the manifest; returns the manifest."""
+        blocks = self.blocks
+        save_ends(blocks.model, blocks.layout, self.directory / "ends.safetensors", self.dtype)
+        config = copy.deepcopy(blocks.config)
+        config.dtype = self.dtype
+        config.save_pretrained(self.directory)
+        for pattern in TOKENIZER_FILES if tokenizer_from else ():
+            for path in Path(tokenizer_from).glob(pattern):
+                shutil.copy2(path, self.directory)
+        with open(self.directory / "layers.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
+            writer.writeheader()
+            writer.writerows(asdict(layer) for layer in report.layers)
+        manifest = self._manifest(report)
+        temporary = self.directory / "manifest.json.tmp"
+        temporary.write_text(json.dumps(manifest, indent=1))
+        temporary.replace(self.directory / "manifest.json")
+        return manifest
+
+    def _manifest(self, report: Report) -> dict:
+        layers = report.layers
+        weights = sum(layer.rows * layer.columns for layer in layers)
+        packed = sum(layer.packed_bytes for layer in layers)
+        errors = [layer.relative_error for layer in layers if layer.relative_error == layer.relative_error]
+        return {
+            "format": FORMAT,
+            "recipe": report.recipe.to_dict(),
+            "blocks": len(self.blocks),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "bits_per_weight": {"theoretical": report.recipe.bits_per_weight, "file": 8 * packed / weights},
+            "file_bytes": sum(path.stat().st_size for path in self.directory.glob("*.safetensors")),
+            "linear_weights": weights,
+            "linear_bytes": packed,
+            "sparsity": sum(layer.sparsity * layer.rows * layer.columns for layer in layers) / weights,
+            "zeros": sum(layer.zeros * layer.rows * layer.columns for layer in layers) / weights,
+            "relative_error": sum(errors) / len(errors) if errors else None,
+            "flagged_layers": sum(bool(layer.flags) for layer in layers),
+            "calibration": report.calibration,
+            "rotation": report.rotation,
+            "source": report.source,
+            "seconds": report.seconds,
+            "device": report.device,
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide a result."""
+    packages = ("obr", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
+    """Write a model compressed in memory by `obr.compress` as a packed checkpoint; returns its manifest.
+
+    Raises:
+        ObrError: the model was not compressed.
+    """
+    report = getattr(model, "obr_report", None)
+    if report is None:
+        raise ObrError("The model is not compressed; run obr.compress before obr.save.")
+    blocks = Blocks(model)
+    writer = Writer(Path(directory), blocks, report.dtype)
+    for index in range(len(blocks)):
+        writer.block(index, blocks.load(index))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return writer.finish(report)

@@ -1,0 +1,188 @@
+"""Compression of whole models: block by block, group by group, with sequential or cached Hessians."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from obr import data, hessian
+from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
+from obr.errors import ObrError
+from obr.layout import Dimensions, Layout
+from obr.model import Blocks, read_json, run_block
+from obr.modules import QuantLinear
+from obr.recipe import Pattern, Recipe
+from obr.restore import Hessian, restore
+
+
+def compress(
+    model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *, progress: bool = True
+) -> nn.Module:
+    """Compress a model in memory, in place, and return it; its report is `model.obr_report`.
+
+    Rotate first (`obr.rotate`) if the recipe is to act on a rotated model. Activation, key and value settings
+    of the recipe are switched on at the end.
+
+    Args:
+        model: a transformers causal LM of a known family.
+        tokens: (b, s) calibration windows; None for methods that read no activations.
+        recipe: a Recipe, or a dictionary of its fields such as {"method": "obr_gptq"}.
+
+    Raises:
+        ObrError: what the recipe asks does not fit the model, or a layer cannot be compressed.
+    """
+    from obr.modules import set_quantizers
+
+    if isinstance(recipe, dict):
+        recipe = Recipe.parse({"calibration": "given", **recipe})
+    blocks = Blocks(model)
+    storage = model.config.dtype if model.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    report = Report(recipe, storage, device=str(blocks.device))
+    if tokens is not None:
+        report.calibration = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "tokens": tokens.numel()}
+    report.rotation = _rotation_of(model)
+    compress_blocks(blocks, tokens, None, report, progress=progress)
+    for index in range(len(blocks)):
+        set_quantizers(blocks.load(index), blocks.layout, recipe)
+    model.obr_report, model.obr_recipe = report, recipe
+    return model
+
+
+def _rotation_of(model: nn.Module) -> dict | None:
+    rotation = getattr(model, "obr_rotation", None)
+    return {"kind": rotation.kind, "seed": rotation.seed} if rotation else None
+
+
+def compress_stage(
+    model: Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    rotation: Path | None = None,
+    tokens: Path | None = None,
+    hessians: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> dict:
+    """The stage: a downloaded model to a packed checkpoint, streamed; returns the manifest.
+
+    Args:
+        rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
+        hessians: folder of cached Hessians, used if the recipe says so.
+    """
+    check_recipe(recipe, model)
+    blocks = hessian.open_blocks(model, rotation, dtype, device)
+    report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
+    report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
+    report.rotation = {"kind": blocks.rotation.kind, "seed": blocks.rotation.seed} if rotation else None
+    windows = None
+    if recipe.needs_hessian and recipe.hessian == "sequential":
+        windows, report.calibration = data.load_tokens(tokens)
+    elif recipe.needs_hessian or hessians:
+        report.calibration = read_json(hessians / "hessian.json")["calibration"]
+    writer = Writer(out, blocks, report.dtype)
+    cached = hessians if windows is None else None
+    compress_blocks(blocks, windows, cached, report, on_block=writer.block)
+    return writer.finish(report, tokenizer_from=model)
+
+
+def check_recipe(recipe: Recipe, model: Path) -> None:
+    """Raise ObrError if the recipe cannot be applied to the downloaded model, before any work is done."""
+    config = read_json(model / "config.json")
+    if recipe.pattern:
+        from transformers import AutoConfig
+
+        columns = Dimensions.of(AutoConfig.from_pretrained(model)).columns()
+        for group, width in columns.items():
+            Pattern.parse(recipe.pattern).check_width(width, f"{group} in {config.get('model_type')} {model}")
+
+
+@torch.no_grad()
+def compress_blocks(
+    blocks: Blocks,
+    tokens: Tensor | None,
+    cached: Path | None,
+    report: Report,
+    on_block: Callable[[int, nn.Module], None] | None = None,
+    progress: bool = True,
+) -> None:
+    """Compress every block and fill the report.
+
+    tokens: (b, s): sequential, each group's Hessian is collected once those before it are compressed.
+    cached: folder of Hessians of the dense model. With neither, only data-free methods work.
+    on_block: called with each finished block, (index, block).
+    """
+    started = time.monotonic()
+    round_ends(blocks.model, blocks.layout, report.dtype)
+    sequential = tokens is not None and report.recipe.needs_hessian
+    hidden, arguments = blocks.embed(tokens) if sequential else ([], [])
+    for index in tqdm(range(len(blocks)), desc=report.recipe.method, unit="block", disable=not progress):
+        block = blocks.load(index)
+        round_rest(block, blocks.layout, report.dtype)
+        matrices = hessian.load(cached / f"block_{index:03d}.safetensors", blocks.device) if cached else {}
+        for group, names in blocks.layout.groups.items():
+            if sequential:
+                collected, _ = hessian.collect(
+                    block, blocks.layout, hidden, arguments[index], [group], whole=False
+                )
+                matrices = collected
+            layers = compress_group(block, blocks.layout, group, matrices.get(group), report, index)
+            report.layers += layers
+            assert len(layers) == len(names)
+        if sequential:
+            hidden = list(run_block(block, hidden, arguments[index]))
+        if on_block is not None:
+            on_block(index, block)
+    report.seconds = time.monotonic() - started
+
+
+def compress_group(
+    block: nn.Module, layout: Layout, group: str, matrix: Tensor | None, report: Report, index: int
+) -> list[LayerReport]:
+    """Compress the linear layers of a group, which share one Hessian and its factors."""
+    rows = []
+    shared: dict[int, Hessian] = {}
+    for name in layout.groups[group]:
+        started = time.monotonic()
+        full_name = f"block {index} {name}"
+        linear: QuantLinear = block.get_submodule(name)
+        recipe = _recipe_of(report.recipe, layout, name)
+        factors = None
+        if matrix is not None:
+            factors = shared.setdefault(0, Hessian(matrix, recipe.damp, full_name))
+            factors.name = full_name
+        restored = restore(
+            linear.weight, factors, recipe.method,
+            bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask,
+            alpha=recipe.alpha, damp=recipe.damp, clip=recipe.clip, name=full_name,
+            seed=crc32(f"{recipe.seed} {full_name}".encode()),  # another random mask for every layer
+        )  # fmt: skip
+        store(linear, restored, report.dtype)
+        rows.append(
+            LayerReport(
+                block=index, layer=name, rows=linear.weight.shape[0], columns=linear.weight.shape[1],
+                bits=restored.bits, pattern=recipe.pattern or "", sparsity=restored.sparsity,
+                zeros=float((restored.weight == 0).float().mean()), relative_error=restored.relative_error,
+                damp=restored.damp, seconds=round(time.monotonic() - started, 4),
+                packed_bytes=linear.packed.bytes, flags="; ".join(restored.flags),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _recipe_of(recipe: Recipe, layout: Layout, name: str) -> Recipe:
+    if recipe.int8_down_proj and name in layout.groups["down"] and recipe.bits < 8:
+        return replace(recipe, bits=8)
+    return recipe
+
+
+def ensure_hessians(folder: Path, blocks: int) -> None:
+    """Raise ObrError unless the folder holds a Hessian file for every block."""
+    missing = [i for i in range(blocks) if not (folder / f"block_{i:03d}.safetensors").exists()]
+    if missing:
+        raise ObrError(f"{folder} lacks the Hessians of block {missing[0]}; delete the folder and rebuild it.")

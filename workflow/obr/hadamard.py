@@ -1,0 +1,142 @@
+"""Orthogonal matrices of any size as Kronecker products of small ones, Hadamard wherever one is known."""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from obr.errors import ObrError
+
+LARGEST_DENSE = 1024  # of a factor that is not Hadamard: larger ones would cost more than they spare
+_SYLVESTER = 128  # power-of-two parts are applied as dense products of at most this size
+
+
+class Kronecker(nn.Module):
+    """x (..., n) -> (x * signs) (F0 ⊗ F1 ⊗ …)ᵀ, for matrices F that are orthogonal, or at least invertible.
+
+    Factors are applied one by one, so the cost is n * Σ size instead of n². An integer stands for an identity
+    of that size. The same operator serves activations and the rows of a weight: (x Mᵀ)(W Mᵀ)ᵀ = x Wᵀ.
+    """
+
+    def __init__(self, factors: Sequence[Tensor | int], signs: Tensor | None = None):
+        super().__init__()
+        self.sizes = [f if isinstance(f, int) else f.shape[0] for f in factors]
+        self.columns = torch.Size(self.sizes).numel()
+        self.register_buffer("signs", signs)
+        for i, factor in enumerate(factors):
+            self.register_buffer(f"factor{i}", None if isinstance(factor, int) else factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, dtype = x.shape, x.dtype
+        work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.signs is not None:
+            work = work * self.signs.to(work)
+        work = work.reshape(-1, *self.sizes)
+        for axis, factor in enumerate(self.factors(), start=1):
+            if factor is not None:
+                work = _apply(work, factor.to(work), axis)
+        return work.reshape(shape).to(dtype)
+
+    def factors(self):
+        return [getattr(self, f"factor{i}") for i in range(len(self.sizes))]
+
+    def spec(self) -> dict:
+        """What, with the buffers, rebuilds this module."""
+        dense = [f is not None for f in self.factors()]
+        return {"sizes": self.sizes, "dense": dense, "signs": self.signs is not None}
+
+    @classmethod
+    def from_spec(cls, spec: dict, tensors: dict[str, Tensor], prefix: str = "") -> "Kronecker":
+        factors = [
+            tensors[f"{prefix}factor{i}"] if dense else size
+            for i, (size, dense) in enumerate(zip(spec["sizes"], spec["dense"], strict=True))
+        ]
+        return cls(factors, tensors[f"{prefix}signs"] if spec["signs"] else None)
+
+
+def _apply(x: Tensor, factor: Tensor, axis: int) -> Tensor:
+    if axis == x.ndim - 1:
+        transform = _cuda_hadamard() if x.is_cuda and is_sylvester(factor) else None
+        return transform(x, factor.shape[0] ** -0.5) if transform else x @ factor.T
+    if x.ndim == 3:  # the first of two factors: one batched product, nothing moved
+        return factor @ x
+    return (x.movedim(axis, -1) @ factor.T).movedim(-1, axis)
+
+
+def is_sylvester(matrix: Tensor) -> bool:
+    """Whether the matrix is the normalised Hadamard matrix of Sylvester's order."""
+    n = matrix.shape[0]
+    return n & (n - 1) == 0 and torch.equal(matrix, sylvester(n).to(matrix))
+
+
+@cache
+def _cuda_hadamard():
+    """The transform of the optional package fast-hadamard-transform, or None where it is not installed."""
+    if find_spec("fast_hadamard_transform") is None:
+        return None
+    from fast_hadamard_transform import hadamard_transform
+
+    return hadamard_transform
+
+
+@lru_cache(maxsize=16)
+def sylvester(n: int) -> Tensor:
+    """Hadamard matrix (n, n) of a power of two, normalised to be orthogonal, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix / n**0.5
+
+
+def known_hadamard(n: int) -> Tensor | None:
+    """Hadamard matrix (n, n) from the table in compressed-tensors (every multiple of 4 up to 256), or None."""
+    package = Path(find_spec("compressed_tensors").submodule_search_locations[0])
+    with safe_open(package / "transform/utils/hadamards.safetensors", framework="pt") as table:
+        if str(n) not in table.keys():  # noqa: SIM118  not a mapping
+            return None
+        return table.get_tensor(str(n)).double() / n**0.5
+
+
+def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
+    """Orthogonal matrix (n, n), uniform over the group, float64."""
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return q * r.diagonal().sign()
+
+
+def hadamard(n: int, generator: torch.Generator, what: str = "size") -> Kronecker:
+    """An orthogonal transform of size n = K·2^p: H_K ⊗ H_2^p with a known Hadamard matrix H_K.
+
+    Where there is none of that size (9, 14, 29568 …), K is the odd part and its matrix a random orthogonal
+    one, drawn from `generator`.
+
+    Raises:
+        ObrError: the odd part is too large for a dense factor.
+    """
+    odd, power = n, 1
+    while odd % 2 == 0:
+        odd, power = odd // 2, power * 2
+    factors: list[Tensor] = []
+    if odd > 1:
+        matrix = known_hadamard(4 * odd) if power >= 4 else None
+        if matrix is not None:
+            power //= 4
+        elif odd > LARGEST_DENSE:
+            raise ObrError(f"{what} {n} has the odd part {odd}, too large for an online rotation; use another.")
+        else:
+            matrix = random_orthogonal(odd, generator)
+        factors.append(matrix)
+    while power > _SYLVESTER:
+        factors.append(sylvester(_SYLVESTER))
+        power //= _SYLVESTER
+    if power > 1 or not factors:
+        factors.append(sylvester(power))
+    return Kronecker([f.float() for f in factors])
+
+
+def random_signs(n: int, generator: torch.Generator) -> Tensor:
+    """(n,) of +1 and -1."""
+    return torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1

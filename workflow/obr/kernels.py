@@ -1,0 +1,340 @@
+"""Matrix-product kernels that PyTorch has on the device at hand: each is checked, then timed.
+
+What the evaluation of a model simulates (4-bit activations, bitmask sparsity) is not run here: PyTorch has no
+INT4 x INT4 product and no unstructured sparse one. What it has is measured as it is: dense products, INT8,
+FP8, INT4 weights with 16-bit activations, and 2:4 sparsity.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from obr.errors import ObrError
+
+# Largest error, over the largest entry of the exact product, of a sound kernel with this output; rounding the
+# output alone costs half a unit in the last place: 3e-8 (fp32), 2.4e-4 (fp16), 2e-3 (bf16).
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2, torch.int32: 0.0}
+COLUMNS = (
+    "shape",
+    "tokens",
+    "columns",
+    "rows",
+    "kernel",
+    "status",
+    "checked",
+    "median_ms",
+    "p25_ms",
+    "p75_ms",
+    "weight_bytes",
+    "bits_per_weight",
+    "tops_dense",
+    "tops_executed",
+    "device",
+    "threads",
+    "torch",
+)
+
+
+class Lacking(Exception):
+    """This device or build does not have the kernel; the message is the reason, in words."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its operands in place.
+
+    run: () -> (t, r), the product. x: (t, n) and weight: (r, n): the very numbers it multiplies, in float64.
+    stored: the tensors that hold the weight as the kernel reads it. executed: share of the multiplications
+    that it carries out.
+    """
+
+    run: Callable[[], Tensor]
+    x: Tensor
+    weight: Tensor
+    stored: tuple[Tensor, ...]
+    executed: float = 1.0
+
+
+def benchmark(entry: dict, device: str, out: Path) -> None:
+    """Check and time kernels on `device`; one line of the CSV file `out` for each shape and kernel.
+
+    entry: {shapes: [{name?, tokens, columns, rows}], repeats: 20, warmup: 3, kernels?: names}.
+    A product is (tokens, columns) x (rows, columns)^T. Each is first compared with the float64 product of the
+    operands it multiplies (`checked`: largest error over the largest entry of the exact product); one that is
+    wrong is refused and not timed. One that device or build lacks has the reason in `status`, and no time.
+
+    Times in ms: median and quartiles of `repeats` runs. On CUDA by events, the L2 cache overwritten before
+    each run; on the CPU by the clock, caches as the run before left them.
+    tops_dense: 2 * tokens * rows * columns / time, in 10^12 a second, zeros counted as if they were
+    multiplied; tops_executed: only what the kernel multiplies, half of that for 2:4 sparsity.
+
+    Raises:
+        ObrError: the entry names no or an impossible shape or an unknown kernel, or there is no such device.
+    """
+    import pandas as pd
+
+    target = _device(device)
+    repeats, warmup = int(entry.get("repeats", 20)), int(entry.get("warmup", 3))
+    if repeats < 1 or warmup < 0:
+        raise ObrError(
+            f"Benchmark repeats {repeats} and warmup {warmup}: at least one repeat, no negative warmup."
+        )
+    names = _kernel_names(entry)
+    timer = _cuda_times if target.type == "cuda" else _cpu_times
+    lines = []
+    for shape in _shapes(entry):
+        for name in names:
+            line = {**shape, "kernel": name, **_measure(KERNELS[name], shape, target, timer, repeats, warmup)}
+            lines.append({**line, **_machine(target)})
+    frame = pd.DataFrame(lines, columns=list(COLUMNS))
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.partial")
+    frame.to_csv(temporary, index=False)
+    os.replace(temporary, out)
+
+
+# --- Asking -------------------------------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ObrError(f"Device {name!r} is unknown; use cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ObrError(f"Device {name!r} cannot be benchmarked; use cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ObrError(f"Device {name!r} is not there ({torch.cuda.device_count()} CUDA devices); use cpu.")
+    return device
+
+
+def _shapes(entry: dict) -> list[dict]:
+    if not entry.get("shapes"):
+        raise ObrError("The benchmark has no shapes; list {tokens, columns, rows} under `shapes`.")
+    shapes = []
+    for shape in entry["shapes"]:
+        sizes = {key: shape.get(key) for key in ("tokens", "columns", "rows")}
+        if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+            raise ObrError(f"Benchmark shape {shape} needs positive whole numbers tokens, columns and rows.")
+        shapes.append({"shape": shape.get("name") or "x".join(map(str, sizes.values())), **sizes})
+    return shapes
+
+
+def _kernel_names(entry: dict) -> list[str]:
+    names = entry.get("kernels") or list(KERNELS)
+    for name in names:
+        if name not in KERNELS:
+            raise ObrError(f"Kernel {name!r} is unknown; choose from {', '.join(KERNELS)}.")
+    return names
+
+
+def _machine(device: torch.device) -> dict:
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else _processor()
+    return {"device": name, "threads": None if cuda else torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+# --- Checking and timing ------------------------------------------------------------------------------
+
+
+def _measure(kernel: Callable, shape: dict, device, timer: Callable, repeats: int, warmup: int) -> dict:
+    """What a line says of one kernel: its status, and its times if it is there and right."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape["tokens"], shape["columns"], generator=generator).to(device)
+    weight = torch.randn(shape["rows"], shape["columns"], generator=generator).to(device)
+    with torch.inference_mode():
+        try:
+            case = kernel(x, weight)
+            product = case.run()
+        except Lacking as reason:
+            return {"status": f"not available: {reason}"}
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            # PyTorch says in these that a build, a device or a shape is not provided for.
+            return {"status": f"not available: {str(error).strip().splitlines()[0]}"}
+        error, allowed = _error(case, product), TOLERANCE[product.dtype]
+        if not error <= allowed:
+            return {"status": f"refused: error {error:.2g} is above {allowed:g}", "checked": error}
+        times = timer(case.run, device, repeats, warmup)
+    return {"status": "ok", "checked": error, **_figures(case, times, shape)}
+
+
+def _error(case: Case, product: Tensor) -> float:
+    """Largest error of `product` (t, r) over the largest entry of the exact one; NaN if it holds a NaN."""
+    errors, largest = [], []
+    for start in range(0, len(case.x), 4096):  # a few rows at a time: float64 copies are large
+        part = slice(start, start + 4096)
+        exact = case.x[part].double() @ case.weight.double().T
+        errors.append((product[part].double() - exact).abs().max())
+        largest.append(exact.abs().max())
+    return (torch.stack(errors).max() / torch.stack(largest).max()).item()
+
+
+def _figures(case: Case, times: list[float], shape: dict) -> dict:
+    """times: ms."""
+    p25, median, p75 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    weight_bytes = sum(part.numel() * part.element_size() for part in case.stored)
+    tops = 2 * shape["tokens"] * shape["rows"] * shape["columns"] / (median * 1e-3) / 1e12
+    return {
+        "median_ms": median,
+        "p25_ms": p25,
+        "p75_ms": p75,
+        "weight_bytes": weight_bytes,
+        "bits_per_weight": 8 * weight_bytes / (shape["rows"] * shape["columns"]),
+        "tops_dense": tops,
+        "tops_executed": tops * case.executed,
+    }
+
+
+def _cpu_times(run: Callable, device, repeats: int, warmup: int) -> list[float]:
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter_ns()
+        run()
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    return times
+
+
+def _cuda_times(run: Callable, device: torch.device, repeats: int, warmup: int) -> list[float]:
+    with torch.cuda.device(device):
+        cache = torch.empty(
+            2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device
+        )
+        for _ in range(warmup):
+            run()
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, stop in pairs:
+            cache.zero_()
+            start.record()
+            run()
+            stop.record()
+        torch.cuda.synchronize(device)
+    return [start.elapsed_time(stop) for start, stop in pairs]
+
+
+# --- Kernels: (x (t, n), weight (r, n), both float32 on the device) -> Case ---------------------------
+
+
+def _dense(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Case]:
+    def kernel(x: Tensor, weight: Tensor) -> Case:
+        x, weight = x.to(dtype), weight.to(dtype)
+        return Case(lambda: torch.nn.functional.linear(x, weight), x, weight, (weight,))
+
+    return kernel
+
+
+def _to_int8(values: Tensor) -> Tensor:
+    return (values / values.abs().max() * 127).round().to(torch.int8)
+
+
+def _int8(x: Tensor, weight: Tensor) -> Case:
+    x, weight = _to_int8(x), _to_int8(weight)
+    return Case(lambda: torch._int_mm(x, weight.t()), x, weight, (weight,))
+
+
+def _fp8(x: Tensor, weight: Tensor) -> Case:
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise Lacking("FP8 products need CUDA compute capability 8.9 or later")
+    x, weight = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+    one = torch.ones((), device=x.device)
+    scales = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+    return Case(lambda: torch._scaled_mm(x, weight.t(), **scales), x, weight, (weight,))
+
+
+def _int4_weight(x: Tensor, weight: Tensor) -> Case:
+    """INT4 codes with a bfloat16 scale and zero per group of columns: weight = (code - 8) * scale + zero."""
+    rows, columns = weight.shape
+    group = next((size for size in (128, 64, 32) if columns % size == 0), None)
+    if group is None:
+        raise Lacking(f"groups of 128, 64 or 32 columns do not divide {columns}")
+    grouped = weight.reshape(rows, -1, group)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale = ((high - low) / 15).bfloat16()
+    zero = (low + 8 * (high - low) / 15).bfloat16()
+    steps = (grouped - zero[..., None].float()) / scale[..., None].float()
+    codes = (steps.round() + 8).clamp(0, 15)
+    exact = (codes.double() - 8) * scale[..., None].double() + zero[..., None].double()
+    codes, x = codes.to(torch.int32).reshape(rows, columns), x.bfloat16()
+    scales = torch.stack([scale.T, zero.T], dim=-1).contiguous()
+    aten = torch.ops.aten
+    if x.is_cuda:
+        packed = aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
+        multiply = aten._weight_int4pack_mm
+    else:
+        packed, multiply = (
+            aten._convert_weight_to_int4pack_for_cpu(codes, 1),
+            aten._weight_int4pack_mm_for_cpu,
+        )
+    return Case(lambda: multiply(x, packed, group, scales), x, exact.reshape(rows, columns), (packed, scales))
+
+
+def _two_of_four(weight: Tensor) -> Tensor:
+    """`weight` (r, n) with the two smaller of every four neighbours in a row set to zero."""
+    rows, columns = weight.shape
+    if columns % 4:
+        raise Lacking(f"2:4 sparsity does not divide {columns} columns")
+    fours = weight.reshape(rows, -1, 4)
+    dropped = fours.abs().argsort(dim=-1)[..., :2]
+    return fours.scatter(-1, dropped, 0).reshape(rows, columns)
+
+
+def _need_cuda(x: Tensor) -> None:
+    if not x.is_cuda:
+        raise Lacking("PyTorch has 2:4 sparse products on CUDA devices only")
+
+
+def _sparse(dtype: torch.dtype) -> Callable[[Tensor, Tensor], Case]:
+    def kernel(x: Tensor, weight: Tensor) -> Case:
+        _need_cuda(x)
+        x, weight = x.to(dtype), _two_of_four(weight).to(dtype)
+        sparse = torch.sparse.to_sparse_semi_structured(weight)
+        stored = tuple(part for part in (sparse.packed, sparse.meta) if part is not None)
+        return Case(lambda: torch.nn.functional.linear(x, sparse), x, weight, stored, executed=0.5)
+
+    return kernel
+
+
+def _sparse_int8(x: Tensor, weight: Tensor) -> Case:
+    """INT8 2:4 with an exact int32 result, which only cuSPARSELt's own call gives; it computes weight x^T."""
+    _need_cuda(x)
+    if not torch.backends.cusparselt.is_available():
+        raise Lacking("this build of PyTorch has no cuSPARSELt")
+    x, weight = _to_int8(x), _two_of_four(_to_int8(weight))
+    packed = torch._cslt_compress(weight)
+    return Case(
+        lambda: torch._cslt_sparse_mm(packed, x.t(), out_dtype=torch.int32).t(),
+        x,
+        weight,
+        (packed,),
+        executed=0.5,
+    )
+
+
+KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
+    "fp32": _dense(torch.float32),
+    "fp16": _dense(torch.float16),
+    "bf16": _dense(torch.bfloat16),
+    "int8": _int8,
+    "fp8": _fp8,
+    "int4 weight": _int4_weight,
+    "fp16 2:4": _sparse(torch.float16),
+    "bf16 2:4": _sparse(torch.bfloat16),
+    "int8 2:4": _sparse_int8,
+}

@@ -1,0 +1,235 @@
+"""Decoder models, whole in memory or streamed from disk one block at a time."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from obr.errors import ObrError
+from obr.layout import Dimensions, layout_of
+from obr.modules import ATTENTION, wrap_block
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(directory: Path):
+    """The tokenizer of a model folder."""
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise ObrError(f"{directory} holds no usable tokenizer ({_first_line(error)}).") from error
+
+
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
+    """A whole transformers model in evaluation mode.
+
+    Raises:
+        ObrError: the folder holds no model, or one of a family that `layout` does not know.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ObrError(f"{directory} cannot be loaded as a model: {_first_line(error)}") from error
+    layout_of(model.config)
+    return model.eval().requires_grad_(False).to(device or default_device())
+
+
+class Blocks:
+    """The decoder blocks of a model in memory; the base of the streamed ones.
+
+    model: a transformers causal LM whose embeddings, final norm and head are in place.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.config = model, model.config
+        self.layout = layout_of(model.config)
+        self.dimensions = Dimensions.of(model.config)
+        model.set_attn_implementation(ATTENTION)
+
+    def __len__(self) -> int:
+        return self.dimensions.blocks
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_submodule(self.layout.embed).weight.device
+
+    def load(self, index: int) -> nn.Module:
+        """Block `index`, its linear layers wrapped."""
+        block = self.model.get_submodule(self.layout.blocks)[index]
+        wrap_block(block, self.layout)
+        return block
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(b, s, d) out of the last block -> (b, s, v)."""
+        norm, head = (self.model.get_submodule(n) for n in (self.layout.final_norm, self.layout.head))
+        return head(norm(hidden))
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> tuple[list[Tensor], list[dict]]:
+        """What enters the first block, and what every block is called with besides.
+
+        tokens: (b, s). Returns b tensors (1, s, d) and one dictionary of keyword arguments a block, good for
+        any of them: the model's own forward is run over recorders in place of its blocks, so that position
+        embeddings and masks are what the family makes them.
+        """
+        parent = self.model.get_submodule(self.layout.blocks.rpartition(".")[0])
+        attribute = self.layout.blocks.rpartition(".")[2]
+        originals = getattr(parent, attribute)
+        recorders = [_Recorder(block) for block in originals]
+        setattr(parent, attribute, nn.ModuleList(recorders))
+        try:
+            hidden = []
+            for window in tokens.to(self.device):
+                parent(input_ids=window[None], use_cache=False)
+                hidden.append(recorders[0].hidden)
+        finally:
+            setattr(parent, attribute, originals)
+        return hidden, [recorder.arguments for recorder in recorders]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps its arguments, computes nothing."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: only its attributes are read
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+    def forward(self, hidden: Tensor, **arguments) -> Tensor:
+        self.__dict__["hidden"], self.__dict__["arguments"] = hidden, arguments
+        return hidden
+
+
+def run_block(block: nn.Module, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
+    """The block's outputs (b, s, d), one for each of its inputs."""
+    for x in hidden:
+        out = block(x, **arguments)
+        yield out[0] if isinstance(out, tuple) else out
+
+
+class TensorFiles:
+    """The tensors of a folder of safetensors files, read one at a time by name."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.files: dict[str, Path] = {}
+        for path in sorted(self.directory.glob("*.safetensors")):
+            with self._open(path) as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+        if not self.files:
+            raise ObrError(f"{directory} holds no safetensors files; download or convert the model first.")
+
+    @staticmethod
+    def _open(path: Path):
+        try:
+            return safe_open(path, framework="pt")
+        except Exception as error:  # safetensors raises its own, unexported class
+            raise ObrError(f"{path} is not a whole safetensors file ({_first_line(error)}).") from error
+
+    def read(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """Tensors by the keys of `names`, whose values are names in the files. Raises ObrError if one lacks."""
+        tensors: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for key, name in names.items():
+            if name not in self.files:
+                raise ObrError(f"{self.directory} has no tensor {name!r}; it is not a whole model.")
+            by_file.setdefault(self.files[name], []).append(key)
+        for path, keys in by_file.items():
+            with self._open(path) as file:
+                tensors |= {key: file.get_tensor(names[key]) for key in keys}
+        return tensors
+
+
+def empty_model(config) -> nn.Module:
+    """A model of this configuration with no memory behind its weights; its rotary embedding is real."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if any(True for _ in child.buffers(recurse=False)) and not list(child.parameters()):
+                setattr(module, name, type(child)(config))
+    return model.eval().requires_grad_(False)
+
+
+class StreamedBlocks(Blocks):
+    """A downloaded model whose blocks are read from disk, and rotated, each time they are asked for.
+
+    Args:
+        directory: with config.json and safetensors.
+        rotation: applied to the ends at once and to each block as it is loaded; None leaves them as they are.
+        dtype: of the computation.
+    """
+
+    def __init__(self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None):
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise ObrError(f"{directory} holds no model ({_first_line(error)}).") from error
+        layout_of(config)
+        self.directory, self.rotation = Path(directory), rotation
+        self.target = torch.device(device or default_device())
+        self.dtype = dtype or (torch.float32 if self.target.type == "cpu" else config.dtype or torch.bfloat16)
+        self.storage_dtype = config.dtype or torch.float16
+        self.files = TensorFiles(directory)
+        super().__init__(empty_model(config))
+        self._load_ends()
+
+    @property
+    def device(self) -> torch.device:
+        return self.target
+
+    def _load_ends(self) -> None:
+        layout, model = self.layout, self.model
+        names = {f"{part}.weight": f"{part}.weight" for part in (layout.embed, layout.final_norm)}
+        if f"{layout.head}.weight" in self.files.files:
+            names[f"{layout.head}.weight"] = f"{layout.head}.weight"
+        tensors = {k: v.to(self.target, self.dtype) for k, v in self.files.read(names).items()}
+        tensors.setdefault(f"{layout.head}.weight", tensors[f"{layout.embed}.weight"])
+        for name, tensor in tensors.items():
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.weight = nn.Parameter(tensor, requires_grad=False)
+        if self.config.tie_word_embeddings:
+            model.get_submodule(layout.head).weight = model.get_submodule(layout.embed).weight
+        for module in model.modules():  # rotary embeddings
+            for key, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, key, buffer.to(self.target))
+        if self.rotation is not None:
+            self.rotation.fold_ends(model, layout)
+
+    def load(self, index: int) -> nn.Module:
+        empty = self.model.get_submodule(self.layout.blocks)[index]
+        block = copy.deepcopy(empty)
+        prefix = f"{self.layout.blocks}.{index}."
+        tensors = self.files.read({name: prefix + name for name in block.state_dict()})
+        tensors = {k: v.to(self.target, self.dtype) for k, v in tensors.items()}
+        block.load_state_dict(tensors, assign=True)
+        block.requires_grad_(False)
+        wrap_block(block, self.layout)
+        if self.rotation is not None:
+            self.rotation.fold_block(block, self.layout)
+        return block
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file as a dictionary. Raises ObrError if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ObrError(f"{path} cannot be read as JSON ({_first_line(error)}); rebuild it.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

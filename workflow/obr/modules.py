@@ -1,0 +1,110 @@
+"""The modules that stand in for a model's own: linear layers and attention that simulate low precision."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from obr.hadamard import Kronecker
+from obr.layout import Layout
+from obr.quantize import fake_quantize
+from obr.recipe import QuantizerSettings, Recipe
+
+ATTENTION = "obr"
+
+
+class QuantLinear(nn.Module):
+    """A linear layer behind an optional online transform and an activation quantiser.
+
+    observer: called with each transformed input (..., n), before it is quantised; Hessians are collected
+    there, behind the transform, where the weight is.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.transform: Kronecker | None = None
+        self.activations = QuantizerSettings()
+        self.observer = None
+        self.packed = None  # the compressed layer as it is stored, once there is one
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.transform is not None:
+            x = self.transform(x)
+        if self.observer is not None:
+            self.observer(x)
+        return F.linear(fake_quantize(x, self.activations), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"columns={self.weight.shape[1]}, rows={self.weight.shape[0]}, activations={self.activations.bits}"
+
+
+class KeyValueQuantizer(nn.Module):
+    """What happens to queries, keys and values inside an attention layer.
+
+    transform: orthogonal (head dim), applied to queries and keys after RoPE; scores are unchanged by it.
+    """
+
+    def __init__(self, transform: Kronecker | None = None):
+        super().__init__()
+        self.transform = transform
+        self.keys = QuantizerSettings()
+        self.values = QuantizerSettings()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query (b, h, s, m), key and value (b, k, s, m), quantised token by token over all KV heads."""
+        if self.transform is not None:
+            query, key = self.transform(query), self.transform(key)
+        return query, _quantize_heads(key, self.keys), _quantize_heads(value, self.values)
+
+
+def _quantize_heads(x: Tensor, settings: QuantizerSettings) -> Tensor:
+    if settings.bits == 16:
+        return x
+    tokens = x.transpose(1, 2)
+    return fake_quantize(tokens.flatten(2), settings).view_as(tokens).transpose(1, 2)
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
+    """transformers' attention interface: quantise, then scaled dot-product attention."""
+    quantizer = getattr(module, "key_value_quantizer", None)
+    if quantizer is not None:
+        query, key, value = quantizer(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def wrap_block(block: nn.Module, layout: Layout) -> None:
+    """Replace the block's linear layers by QuantLinear and give its attention a KeyValueQuantizer, in place.
+
+    Nothing is computed differently until a transform or a quantiser is set. Wrapping twice does no harm.
+    """
+    for name in layout.linears:
+        linear = block.get_submodule(name)
+        if not isinstance(linear, QuantLinear):
+            block.set_submodule(name, QuantLinear(linear))
+    module = block.get_submodule(layout.attention)
+    if not hasattr(module, "key_value_quantizer"):
+        module.key_value_quantizer = KeyValueQuantizer()
+
+
+def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
+    """Switch on the recipe's quantisation of activations, keys and values in a wrapped block."""
+    for name in layout.linears:
+        settings = recipe.activations
+        if recipe.int8_down_proj and name in layout.groups["down"] and settings.bits < 8:
+            settings = QuantizerSettings(8, settings.symmetric, settings.group_size, settings.clip_ratio)
+        block.get_submodule(name).activations = settings
+    quantizer = block.get_submodule(layout.attention).key_value_quantizer
+    quantizer.keys, quantizer.values = recipe.keys, recipe.values
+
+
+@torch.no_grad()
+def set_weight(linear: QuantLinear, weight: Tensor) -> None:
+    """Put `weight (r, n)` in place, in the layer's dtype and on its device."""
+    linear.weight.data = weight.to(linear.weight)

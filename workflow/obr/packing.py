@@ -1,0 +1,130 @@
+"""The packed form of a compressed layer: what it really weighs.
+
+A layer is stored as the b-bit codes of its kept weights, row by row; the mask as one bit a weight, or for N:M
+patterns the number of each group's mask among all possible ones; a scale a row. At 16 bits the kept values
+themselves are stored. `pack` and `unpack` are inverse to each other, to the last bit.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obr.errors import ObrError
+from obr.recipe import Pattern
+from obr.restore import Restored
+
+@dataclass
+class Packed:
+    """One layer as stored. about: {"shape", "bits", "pattern", "masked"}; tensors by part."""
+
+    about: dict
+    tensors: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned integers (k,) below 2^bits as a little-endian stream of bits, uint8."""
+    places = np.arange(bits, dtype=np.uint32)
+    return np.packbits(((values.astype(np.uint32)[:, None] >> places) & 1).astype(np.uint8), bitorder="little")
+
+
+def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The inverse of `pack_bits`, uint32 (count,)."""
+    flat = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
+    return flat.astype(np.uint32) @ (np.uint32(1) << np.arange(bits, dtype=np.uint32))
+
+
+def pack(restored: Restored, dtype: torch.dtype) -> Packed:
+    """A compressed layer in its stored form; dtype is that of values kept at 16 bits."""
+    rows, columns = restored.weight.shape
+    mask = restored.mask.cpu()
+    masked = not bool(mask.all())
+    about = {
+        "shape": [rows, columns],
+        "bits": restored.bits,
+        "pattern": str(restored.pattern) if restored.pattern else None,
+        "masked": masked,
+    }
+    tensors = {}
+    if restored.codes is None:
+        tensors["values"] = restored.weight.cpu()[mask].to(dtype)
+    else:
+        codes = restored.codes.cpu()[mask].numpy().astype(np.int32) + 2 ** (restored.bits - 1)
+        tensors["codes"] = torch.from_numpy(pack_bits(codes, restored.bits))
+        tensors["scale"] = restored.scale[:, 0].float().cpu()
+    if masked:
+        tensors["mask"] = torch.from_numpy(_pack_mask(mask.numpy(), restored.pattern))
+    return Packed(about, tensors)
+
+
+def unpack(packed: Packed) -> Restored:
+    """The layer as it was packed, float32.
+
+    Raises:
+        ObrError: parts whose sizes contradict each other.
+    """
+    about, tensors = packed.about, packed.tensors
+    rows, columns = about["shape"]
+    pattern = Pattern.parse(about["pattern"]) if about["pattern"] else None
+    mask = torch.ones(rows, columns, dtype=torch.bool)
+    if about["masked"]:
+        mask = torch.from_numpy(_unpack_mask(tensors["mask"].numpy(), rows, columns, pattern))
+    weight = torch.zeros(rows, columns)
+    kept = int(mask.sum())
+    try:
+        if about["bits"] == 16:
+            weight[mask] = tensors["values"].float()
+            return Restored(weight, None, None, mask, float("nan"), 16, pattern)
+        codes = torch.zeros(rows, columns, dtype=torch.int8)
+        stream = unpack_bits(tensors["codes"].numpy(), about["bits"], kept).astype(np.int32)
+        codes[mask] = torch.from_numpy((stream - 2 ** (about["bits"] - 1)).astype(np.int8))
+    except (ValueError, RuntimeError) as error:
+        raise ObrError(f"A packed layer of {rows} x {columns} contradicts itself ({error}).") from error
+    scale = tensors["scale"][:, None]
+    return Restored(codes * scale, codes, scale, mask, float("nan"), about["bits"], pattern)
+
+
+def _pack_mask(mask: np.ndarray, pattern: Pattern | None) -> np.ndarray:
+    if pattern is None:
+        return np.packbits(mask, bitorder="little")
+    return pack_bits(_mask_table(pattern)[1][_group_words(mask, pattern)], pattern.index_bits)
+
+
+def _unpack_mask(stream: np.ndarray, rows: int, columns: int, pattern: Pattern | None) -> np.ndarray:
+    if stream.size * 8 < (rows * columns if pattern is None else 0):
+        raise ObrError(f"A packed mask of {rows} x {columns} is cut short.")
+    if pattern is None:
+        flat = np.unpackbits(stream, count=rows * columns, bitorder="little")
+        return flat.reshape(rows, columns).astype(bool)
+    groups = rows * columns // pattern.group
+    words = _mask_table(pattern)[0]
+    numbers = unpack_bits(stream, pattern.index_bits, groups)
+    if numbers.size and numbers.max() >= len(words):
+        raise ObrError(f"A packed mask names a group that pattern {pattern} does not have; the file is broken.")
+    units = pattern.units[1]
+    bits = (words[numbers][:, None] >> np.arange(units, dtype=np.uint32)) & 1
+    return np.repeat(bits, 2 if pattern.paired else 1, axis=1).reshape(rows, columns).astype(bool)
+
+
+def _group_words(mask: np.ndarray, pattern: Pattern) -> np.ndarray:
+    """Each group's mask as an integer, bit i for its unit i."""
+    groups = mask.reshape(-1, pattern.group)
+    units = groups[:, ::2] if pattern.paired else groups
+    return units.astype(np.uint32) @ (np.uint32(1) << np.arange(units.shape[1], dtype=np.uint32))
+
+
+@lru_cache(maxsize=8)
+def _mask_table(pattern: Pattern) -> tuple[np.ndarray, np.ndarray]:
+    """(number -> word, word -> number) over all masks of a group."""
+    kept, units = pattern.units
+    words = np.array([sum(1 << i for i in c) for c in combinations(range(units), kept)], dtype=np.uint32)
+    numbers = np.zeros(2**units, dtype=np.uint32)
+    numbers[words] = np.arange(len(words), dtype=np.uint32)
+    return words, numbers

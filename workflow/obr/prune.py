@@ -1,0 +1,80 @@
+"""Masks: which weights of a layer stay. True means kept."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from obr.errors import ObrError
+from obr.recipe import Pattern
+
+
+def magnitude(weight: Tensor, **_) -> Tensor:
+    """|w|."""
+    return weight.abs()
+
+
+def wanda(weight: Tensor, *, hessian_diagonal: Tensor, **_) -> Tensor:
+    """|w| times the norm of its input channel (Sun et al. 2024); the Hessian's diagonal is that norm squared,
+    up to a factor common to all columns."""
+    return weight.abs() * hessian_diagonal.sqrt()
+
+
+def sparsegpt(weight: Tensor, *, inverse_factor_diagonal: Tensor, **_) -> Tensor:
+    """w² / d² with d the diagonal of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023)."""
+    return (weight / inverse_factor_diagonal).square()
+
+
+def random(weight: Tensor, *, seed: int = 0, **_) -> Tensor:
+    """Uniform noise, the same for the same seed and shape on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+# A score is (weight (r, n), **statistics) -> (r, n); the lowest scores are pruned.
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "sparsegpt": sparsegpt,
+    "random": random,
+}
+
+
+def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:
+    """The mask (r, n) that keeps the highest scores.
+
+    Unstructured: of each row the int(n * sparsity) lowest go, of equal ones the first. With a pattern: the
+    highest of each group stay, pairs being judged by their sum.
+
+    Raises:
+        ObrError: the pattern's group does not divide n.
+    """
+    rows, columns = scores.shape
+    if pattern is None:
+        pruned = scores.sort(dim=1, stable=True).indices[:, : int(columns * sparsity)]
+        return torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)
+    pattern.check_width(columns, "the layer")
+    kept, units = pattern.units
+    grouped = scores.reshape(rows, -1, pattern.group)
+    if pattern.paired:
+        grouped = grouped.unflatten(-1, (-1, 2)).sum(-1)
+    pruned = grouped.topk(units - kept, dim=-1, largest=False).indices
+    mask = torch.ones_like(grouped, dtype=torch.bool).scatter_(-1, pruned, False)
+    if pattern.paired:
+        mask = mask.repeat_interleave(2, dim=-1)
+    return mask.reshape(rows, columns)
+
+
+def check_mask(mask: Tensor, sparsity: float, pattern: Pattern | None, what: str) -> None:
+    """Raise ObrError unless `mask (r, n)` prunes what it should, in every row or group."""
+    if pattern is None:
+        expected = mask.shape[1] - int(mask.shape[1] * sparsity)
+        right = bool((mask.sum(1) == expected).all())
+    else:
+        groups = mask.reshape(len(mask), -1, pattern.group)
+        right = bool((groups.sum(-1) == pattern.kept).all())
+        if pattern.paired:
+            pairs = groups.unflatten(-1, (-1, 2))
+            right = right and bool((pairs[..., 0] == pairs[..., 1]).all())
+    if not right:
+        raise ObrError(f"{what}: the mask does not have the asked sparsity {pattern or sparsity}.")

@@ -1,0 +1,185 @@
+"""The papers' printed numbers as data: reading them, finding one, and checking their means."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+
+from obr.errors import ObrError
+
+# The six zero-shot tasks whose plain mean the paper prints as `zeroshot_avg`.
+PAPER_TASKS = ("piqa", "boolq", "hellaswag", "arc_easy", "arc_challenge", "winogrande")
+MEAN = "zeroshot_avg"
+# Two tasks rounded to 0.01 shift a mean by less than this; anything more is not rounding.
+MEAN_TOLERANCE = 0.02
+SETTING = ["source", "table", "model", "rotation", "method", "w_bits", "a_bits", "kv_bits", "sparsity"]
+COLUMNS = [*SETTING, "metric", "value", "note"]
+
+
+def load(path: Path) -> pd.DataFrame:
+    """The published numbers: `value` a float (nan where nan is printed), all else strings, '' for unknown.
+
+    Raises:
+        ObrError: the file is missing, its columns are others, or a value is not a number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ObrError(f"The published numbers {path} are missing; restore the file or correct the path.")
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if list(frame.columns) != COLUMNS:
+        raise ObrError(f"{path} has the columns {', '.join(frame.columns)}; it needs {', '.join(COLUMNS)}.")
+    for line, text in enumerate(frame["value"], start=2):
+        try:
+            float(text)
+        except ValueError:
+            raise ObrError(f"{path} line {line}: {text!r} is not a number; correct the value.") from None
+    return frame.assign(value=frame["value"].map(float))
+
+
+def select(frame: pd.DataFrame, **filters) -> pd.DataFrame:
+    """The rows where every filtered column equals its value; `note` need only contain it.
+
+    Numbers are compared as text, so `w_bits=4` and `w_bits="4"` are the same. A value that occurs nowhere in
+    its column is taken for a misspelling (a `metric` excepted: not every one is published).
+
+    Raises:
+        ObrError: an unknown column, or a value that the column does not hold.
+    """
+    chosen = frame
+    for column, value in filters.items():
+        if column not in COLUMNS[:-2] + ["note"]:
+            raise ObrError(
+                f"Published numbers have no column {column!r}; filter by {', '.join(SETTING)}, metric, note."
+            )
+        if column == "note":
+            hits = frame["note"].str.contains(str(value), regex=False)
+        else:
+            hits = frame[column] == str(value)
+        if column != "metric" and not hits.any():
+            known = (
+                "" if column == "note" else f"; it has {', '.join(sorted(set(frame[column]) - {''})[:12])} …"
+            )
+            raise ObrError(f"No published number has {column} {str(value)!r}{known}; correct the filter.")
+        chosen = chosen[hits.loc[chosen.index]]
+    return chosen
+
+
+def lookup(frame: pd.DataFrame, **filters) -> float | None:
+    """The one published value that the filters leave, or None where nothing is published.
+
+    Raises:
+        ObrError: the filters leave several different values, or are wrong in themselves (see `select`).
+    """
+    return _single(select(frame, **filters), filters)
+
+
+def _single(chosen: pd.DataFrame, filters: dict) -> float | None:
+    values = chosen["value"].drop_duplicates()
+    if len(values) > 1:
+        asked = ", ".join(f"{k}={v}" for k, v in filters.items())
+        apart = [c for c in [*SETTING, "metric", "note"] if chosen[c].nunique() > 1]
+        raise ObrError(
+            f"{len(values)} different published values match {asked}; add a filter by {' or '.join(apart)}."
+        )
+    return None if chosen.empty else float(values.iloc[0])
+
+
+def recomputed_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each printed zero-shot mean beside the mean of its six printed tasks.
+
+    Only settings with all six tasks and a printed mean appear. Columns: those of SETTING, then `printed`,
+    `mean`, `difference` (printed - mean), `fractions` (tasks printed as a fraction among percentages, such
+    as "hellaswag", else '') and `flagged` (the difference exceeds MEAN_TOLERANCE, or there are fractions).
+    """
+    wanted = frame[frame["metric"].isin([*PAPER_TASKS, MEAN])]
+    wide = wanted.pivot_table(index=SETTING, columns="metric", values="value", aggfunc="first", sort=False)
+    wide = wide.reindex(columns=[*PAPER_TASKS, MEAN]).dropna()
+    tasks = wide[list(PAPER_TASKS)]
+    odd = (tasks <= 1) & (tasks.max(axis=1) > 1).to_numpy()[:, None]
+    result = pd.DataFrame({"printed": wide[MEAN], "mean": tasks.mean(axis=1)})
+    result["difference"] = result["printed"] - result["mean"]
+    result["fractions"] = [", ".join(tasks.columns[row]) for row in odd.to_numpy()]
+    result["flagged"] = (result["difference"].abs() > MEAN_TOLERANCE) | (result["fractions"] != "")
+    return result.reset_index()
+
+
+def errata(frame: pd.DataFrame, quoted: list[tuple[str, pd.DataFrame]]) -> list[str]:
+    """Sentences on quoted means that are not the mean of the tasks printed beside them.
+
+    quoted: what each number is quoted for (such as "Llama-2-7B: OBR") and its rows of `frame`.
+    """
+    means = recomputed_means(frame)
+    flagged, sentences = means[means["flagged"]], {}
+    for subject, rows in quoted:
+        printed = rows[rows["metric"] == MEAN]
+        if printed.empty:
+            continue
+        for bad in flagged.merge(printed[SETTING]).itertuples():
+            text = f"the paper prints a mean of {bad.printed:.2f}, its six tasks give {bad.mean:.2f}"
+            fractions = f" ({bad.fractions} printed as a fraction)" if bad.fractions else ""
+            sentences[f"{subject}: {text}{fractions}."] = None
+    return list(sentences)
+
+
+def remarks(quoted: list[tuple[str, pd.DataFrame]]) -> list[str]:
+    """The notes that stand beside the quoted numbers, each once, with the numbers it is about."""
+    subjects = defaultdict(dict)
+    for subject, rows in quoted:
+        for row in rows[rows["note"] != ""].itertuples():
+            subjects[row.note][f"{subject}, {row.metric}"] = None
+    sentences = []
+    for note, about in subjects.items():
+        whose = "; ".join(about) if len(about) <= 2 else f"{len(about)} of the quoted numbers"
+        sentences.append(f"Published ({whose}): {note}.")
+    return sentences
+
+
+class Quotes:
+    """The published numbers that belong to a table's or figure's rows.
+
+    rows: objects with `key` and `published`, the row's own filters or None where nothing is to be quoted.
+    `entry["published"]` holds filters common to all rows, `models[m]["published"]` a model's printed name.
+
+    Raises:
+        ObrError: a row's filters match nothing, whatever the model and metric.
+    """
+
+    def __init__(self, entry: dict, models: dict, rows: list, path: Path):
+        self.common, self.models = entry.get("published") or {}, models
+        quoting = [row for row in rows if row.published is not None]
+        self.frame = load(path) if quoting else None
+        self.printed = {}  # all metrics of one (model, row)
+        for row in quoting:
+            self._check(row)
+            for model in entry.get("models") or []:
+                filters = self._filters(model, row)
+                if "model" in filters:
+                    self.printed[model, row.key] = select(self.frame, **filters)
+
+    def _check(self, row) -> None:
+        filters = {**self.common, **row.published}
+        if select(self.frame, **filters).empty:
+            asked = ", ".join(f"{k}={v}" for k, v in filters.items())
+            raise ObrError(f"Nothing is published for row {row.key!r} under {asked}; correct the filter.")
+
+    def _filters(self, model: str, row) -> dict:
+        name = self.models[model].get("published")
+        return {**self.common, **({"model": name} if name else {}), **row.published}
+
+    def rows(self, model: str, row, metric: str) -> pd.DataFrame | None:
+        """The published rows behind one number; None where row or model has no published counterpart.
+
+        Raises:
+            ObrError: they hold different values (see `lookup`).
+        """
+        printed = self.printed.get((model, row.key))
+        if printed is None:
+            return None
+        chosen = printed[printed["metric"] == metric]
+        _single(chosen, self._filters(model, row) | {"metric": metric})
+        return chosen
+
+    def value(self, model: str, row, metric: str) -> float:
+        """One published number, NaN where nothing (or nan) is printed."""
+        chosen = self.rows(model, row, metric)
+        return float("nan") if chosen is None or chosen.empty else float(chosen["value"].iloc[0])

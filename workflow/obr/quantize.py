@@ -1,0 +1,104 @@
+"""Grids of integers: scales, rounding, and the fake-quantisation of activations, keys and values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obr.recipe import QuantizerSettings
+
+# The clip search of GPTQ: shrink factors 1.00, 0.99 … 0.21 and an exponent between L2 and L3.
+SHRINK_STEPS = 80
+ERROR_EXPONENT = 2.4
+_SEARCH_ELEMENTS = 1 << 16  # rows are searched in chunks that stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Symmetric b-bit grid of a weight matrix, one scale a row; zero is on it.
+
+    scale: (r, 1), or None at 16 bits, where every value is on the grid.
+    """
+
+    scale: Tensor | None
+    bits: int
+
+    @classmethod
+    def fit(cls, weight: Tensor, bits: int, clip: str = "mse") -> "Grid":
+        """The grid of `weight (r, n)`: scale = max|w| / (2^(b-1) - 1), shrunk row by row if clip is "mse"."""
+        if bits == 16:
+            return cls(None, 16)
+        largest = 2 ** (bits - 1) - 1
+        scale = weight.abs().amax(1, keepdim=True) / largest
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros: any scale will do
+        grid = cls(scale, bits)
+        return grid._clip_search(weight) if clip == "mse" else grid
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest integers (r, n), int8."""
+        return (weight / self.scale).round_().clamp_(self.low, self.high).to(torch.int8)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Nearest values on the grid, (r, n)."""
+        if self.scale is None:
+            return weight
+        return (weight / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
+
+    def transposed_round(self, column: Tensor) -> Tensor:
+        """Nearest values for one column (r,) of the matrix."""
+        if self.scale is None:
+            return column
+        scale = self.scale[:, 0]
+        return (column / scale).round_().clamp_(self.low, self.high).mul_(scale)
+
+    def contains(self, weight: Tensor) -> bool:
+        """Whether every value of `weight (r, n)` lies on the grid (to fp32 rounding)."""
+        return self.scale is None or bool(torch.allclose(self.round(weight), weight, rtol=1e-5, atol=0))
+
+    def _clip_search(self, weight: Tensor) -> "Grid":
+        scale = self.scale.clone()
+        step = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = weight[start : start + step]
+            full = self.scale[start : start + step]
+            best = torch.full_like(full, torch.inf)
+            for i in range(SHRINK_STEPS):
+                trial = full * (1 - i / 100)
+                error = (rows / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(rows)
+                error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
+                better = error < best
+                best = torch.where(better, error, best)
+                scale[start : start + step] = torch.where(better, trial, scale[start : start + step])
+        return Grid(scale, self.bits)
+
+
+def fake_quantize(x: Tensor, settings: QuantizerSettings) -> Tensor:
+    """Round `x (..., c)` to b bits with one scale a token, or a token's group of channels, found on the fly.
+
+    Symmetric: integers in [-2^(b-1), 2^(b-1) - 1], scale = clip_ratio * max|x| / (2^(b-1) - 1). Asymmetric:
+    integers in [0, 2^b - 1] over [min, max], zero always inside. Computed in float32, returned in x's dtype.
+    """
+    if settings.bits == 16:
+        return x
+    group = settings.group_size or x.shape[-1]
+    values = x.float().unflatten(-1, (-1, group))
+    if settings.symmetric:
+        high = 2 ** (settings.bits - 1) - 1
+        scale = values.abs().amax(-1, keepdim=True).mul_(settings.clip_ratio / high).clamp_min_(1e-12)
+        values = (values / scale).round_().clamp_(-high - 1, high).mul_(scale)
+    else:
+        high = 2**settings.bits - 1
+        top = values.amax(-1, keepdim=True).clamp_min_(0).mul_(settings.clip_ratio)
+        bottom = values.amin(-1, keepdim=True).clamp_max_(0).mul_(settings.clip_ratio)
+        scale = ((top - bottom) / high).clamp_min_(1e-12)
+        zero = (-bottom / scale).round_()
+        values = (values / scale).round_().add_(zero).clamp_(0, high).sub_(zero).mul_(scale)
+    return values.flatten(-2).to(x.dtype)

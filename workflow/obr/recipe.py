@@ -1,0 +1,215 @@
+"""What is asked for: compression recipes, quantiser settings and sparsity patterns.
+
+Plain data, checked on construction; nothing here knows torch, a model or a file.
+"""
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from math import comb
+
+from obr.errors import ObrError
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+# Which methods remove weights; the value is the mask that belongs to the method, None if the recipe chooses.
+PRUNING = {
+    "magnitude": "magnitude",
+    "wanda": "wanda",
+    "sparsegpt_gptq": "sparsegpt",
+    "obr_rtn": None,
+    "obr_gptq": None,
+}
+METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
+MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
+# Methods whose weights do not depend on calibration data.
+DATA_FREE = ("dense", "rtn", "magnitude")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N:M sparsity: of every `group` consecutive weights of a row, `kept` stay.
+
+    `paired` patterns keep or drop aligned pairs of weights, the only 4:8 form that INT4 sparse tensor cores
+    accept (PTX ISA, mma.sp for .s4).
+    """
+
+    kept: int
+    group: int
+    paired: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Pattern":
+        """Read "2:4", "8:16" or "paired 4:8". Raises ObrError for anything else."""
+        match = re.fullmatch(r"(paired )?(\d+):(\d+)", str(text).strip())
+        if not match:
+            raise ObrError(f"Pattern {text!r} is not of the form 'N:M' or 'paired N:M', such as '2:4'.")
+        pattern = cls(int(match[2]), int(match[3]), bool(match[1]))
+        if not 0 < pattern.kept < pattern.group:
+            raise ObrError(f"Pattern {text!r} must keep at least one and fewer than all of its weights.")
+        if pattern.paired and (pattern.kept % 2 or pattern.group % 2):
+            raise ObrError(f"Pattern {text!r} is paired: both of its numbers must be even.")
+        return pattern
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.group
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """(kept, all) of the things chosen in a group: weights, or pairs of weights."""
+        step = 2 if self.paired else 1
+        return self.kept // step, self.group // step
+
+    @property
+    def index_bits(self) -> int:
+        """Bits that number the possible masks of one group."""
+        kept, units = self.units
+        return max(1, (comb(units, kept) - 1).bit_length())
+
+    def check_width(self, columns: int, what: str) -> None:
+        """Raise ObrError unless `columns` is a whole number of groups."""
+        if columns % self.group:
+            raise ObrError(
+                f"Pattern {self} does not divide the {columns} input columns of {what}; "
+                f"choose a pattern whose M divides {columns}, or unstructured sparsity."
+            )
+
+    def __str__(self) -> str:
+        return f"{'paired ' if self.paired else ''}{self.kept}:{self.group}"
+
+
+@dataclass(frozen=True)
+class QuantizerSettings:
+    """Dynamic (per-token) quantisation of activations, keys or values.
+
+    group_size None: one scale for all channels of a token. clip_ratio shrinks the range before scaling.
+    """
+
+    bits: int = 16
+    symmetric: bool = True
+    group_size: int | None = None
+    clip_ratio: float = 1.0
+
+    @classmethod
+    def parse(cls, entry: "dict | QuantizerSettings | None", what: str) -> "QuantizerSettings":
+        if isinstance(entry, QuantizerSettings):
+            return entry
+        settings = _build(cls, entry or {}, what)
+        if settings.bits not in range(2, 17):
+            raise ObrError(f"{what}: bits {settings.bits} is out of range; use 2 to 15, or 16 for none.")
+        if not 0 < settings.clip_ratio <= 1:
+            raise ObrError(f"{what}: clip_ratio {settings.clip_ratio} must lie in (0, 1].")
+        if settings.group_size is not None and settings.group_size < 1:
+            raise ObrError(f"{what}: group_size {settings.group_size} must be positive, or null.")
+        return settings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is compressed and evaluated; the config's `recipes` entries, field by field.
+
+    sparsity: fraction of the weights of each linear layer that is removed (implied by `pattern`).
+    alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
+    damp: added to the Hessian's diagonal, in units of its mean.
+    clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
+    hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
+    """
+
+    method: str
+    bits: int = 4
+    sparsity: float = 0.5
+    pattern: str | None = None
+    mask: str = "wanda"
+    alpha: float = 0.5
+    damp: float = 0.01
+    clip: str = "mse"
+    int8_down_proj: bool = False
+    rotation: str = "none"
+    calibration: str | None = None
+    hessian: str = "sequential"
+    seed: int = 0
+    activations: QuantizerSettings = QuantizerSettings()
+    keys: QuantizerSettings = QuantizerSettings()
+    values: QuantizerSettings = QuantizerSettings()
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, entry: "dict | Recipe", name: str = "recipe") -> "Recipe":
+        """A checked recipe from a config entry.
+
+        Raises:
+            ObrError: an unknown key or a value out of range; the sentence names key, value and choices.
+        """
+        if isinstance(entry, Recipe):
+            return entry
+        entry = {k: v for k, v in entry.items() if v is not None}
+        entry.pop("weights", None)
+        for part in ("activations", "keys", "values"):
+            entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
+        recipe = _build(cls, entry, name)
+        _choice(recipe.method, METHOD_NAMES, f"{name}.method")
+        _choice(recipe.mask, MASK_NAMES, f"{name}.mask")
+        _choice(recipe.clip, ("minmax", "mse"), f"{name}.clip")
+        _choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
+        _choice(recipe.bits, WEIGHT_BITS, f"{name}.bits")
+        if not recipe.prunes:
+            recipe = replace(recipe, sparsity=0.0, pattern=None)
+        if recipe.pattern:
+            recipe = replace(recipe, sparsity=Pattern.parse(recipe.pattern).sparsity)
+        if recipe.method in ("magnitude", "wanda"):
+            recipe = replace(recipe, mask=recipe.method)
+        if recipe.method == "dense":
+            recipe = replace(recipe, bits=16)
+        for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1)):
+            value = getattr(recipe, field)
+            if not low <= value <= high:
+                raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
+        if recipe.needs_hessian and not recipe.calibration:
+            raise ObrError(
+                f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
+            )
+        return recipe
+
+    @property
+    def prunes(self) -> bool:
+        return self.method in PRUNING
+
+    @property
+    def needs_hessian(self) -> bool:
+        return self.method not in DATA_FREE
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight of a linear layer costs in theory: kept codes and mask, scales left out."""
+        if self.bits == 16 and not self.sparsity:
+            return 16.0
+        mask_bits = 0.0
+        if self.pattern:
+            pattern = Pattern.parse(self.pattern)
+            mask_bits = pattern.index_bits / pattern.group
+        elif self.sparsity:
+            mask_bits = 1.0
+        return self.bits * (1 - self.sparsity) + mask_bits
+
+    @property
+    def setting(self) -> str:
+        """Such as "W4A4KV4"; keys and values are named apart where they differ."""
+        k, v = self.keys.bits, self.values.bits
+        return f"W{self.bits}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+
+
+def _build(cls, entry: dict, what: str):
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(entry) - known)
+    if unknown:
+        raise ObrError(f"{what} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+    return cls(**entry)
+
+
+def _choice(value, choices, what: str) -> None:
+    if value not in choices:
+        raise ObrError(f"{what} is {value!r}; choose one of {', '.join(map(str, choices))}.")

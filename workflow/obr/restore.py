@@ -1,0 +1,422 @@
+"""Restoration: one layer's weights from dense to pruned and quantised, errors compensated.
+
+Every method is a function `(weight, hessian, mask, grid, **options) -> weight`, listed in METHODS. All rows of
+a layer are solved together. The objective is `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, H the Hessian of the layer's inputs.
+
+Sources: OBR, arXiv 2509.11177 (the signs of its equations 9 and 10 are corrected: the compensation is added);
+GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from obr.errors import ObrError
+from obr.prune import SCORES, check_mask, mask_from_scores
+from obr.quantize import Grid
+from obr.recipe import PRUNING, Pattern, Recipe
+
+BLOCK = 128  # columns of a GPTQ block
+TOLERANCE = 1e-4  # of the conjugate gradients' residual; 1e-3 already leaves the loss optimal to 1e-6
+DAMP_RETRIES = 3
+
+
+class Hessian:
+    """A layer's Hessian with what every method derives from it, each computed once.
+
+    One object serves all layers that read the same input (q, k and v, say).
+
+    Args:
+        matrix: (n, n), undamped.
+        damp: added to the diagonal, in units of its mean. If the matrix cannot be factored, ten times the
+            damping is tried, up to three times; `damp` then holds the value used and `flags` says so.
+
+    Raises:
+        ObrError: values that are not finite, or no factor even with the largest damping.
+    """
+
+    def __init__(self, matrix: Tensor, damp: float = 0.01, name: str = "layer"):
+        if not torch.isfinite(matrix).all():
+            raise ObrError(
+                f"{name}: the Hessian has NaN or infinite values; check the calibration activations (half "
+                "precision overflows on some models: use dtype float32 or bfloat16) and rebuild it."
+            )
+        self.matrix = matrix.float()
+        self.damp, self.name, self.flags = damp, name, []
+        self.diagonal = self.matrix.diagonal().clone()
+        self.dead = self.diagonal == 0
+        if self.dead.any():
+            self.flags.append(f"{int(self.dead.sum())} dead columns")
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """(n, n): dead columns get a unit diagonal, then damp * mean(diagonal) is added."""
+        self._factor  # noqa: B018  settles the damping
+        return self._damped_by(self.damp)
+
+    def _damped_by(self, damp: float) -> Tensor:
+        damped = self.matrix.clone()
+        diagonal = damped.diagonal()
+        diagonal[self.dead] = 1
+        diagonal += damp * diagonal.mean()
+        return damped
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        asked = self.damp
+        for _ in range(DAMP_RETRIES + 1):
+            factor, info = torch.linalg.cholesky_ex(self._damped_by(self.damp))
+            if not info.any():
+                if self.damp != asked:
+                    self.flags.append(f"damp raised from {asked:g} to {self.damp:g}")
+                return factor
+            self.damp = max(10 * self.damp, 1e-3)
+        raise ObrError(
+            f"{self.name}: the Hessian cannot be factored, even with damp {self.damp / 10:g}; use more "
+            "calibration tokens than the layer has columns, or a larger damp."
+        )
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """(n, n) inverse of the damped Hessian."""
+        return torch.cholesky_inverse(self._factor)
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """(n, n) upper U with UᵀU = H⁻¹; its trailing block from column c factors (H[c:, c:])⁻¹."""
+        factor, info = torch.linalg.cholesky_ex(self.inverse, upper=True)
+        if info.any():
+            raise ObrError(f"{self.name}: the inverse Hessian is not positive definite; use a larger damp.")
+        return factor
+
+    def tail_inverse(self, start: int) -> Tensor:
+        """((n - start), (n - start)) inverse of the damped Hessian's trailing block."""
+        factor = self.inverse_factor[start:, start:]
+        return factor.T @ factor
+
+    def loss(self, change: Tensor) -> float:
+        """tr(D H Dᵀ) of `change (r, n)`, undamped H."""
+        return float(((change @ self.matrix) * change).sum(dtype=torch.float64))
+
+
+def solve_on_support(
+    matrix: Tensor, target: Tensor, support: Tensor, tolerance: float = TOLERANCE, max_iterations: int = 500
+) -> Tensor:
+    """For every row the v with v = 0 off `support` and `(v @ matrix) = target` on it.
+
+    Conjugate gradients over all rows at once with a diagonal preconditioner; rows leave the product as they
+    converge (their residual falls below `tolerance` times that of the target).
+
+    Args:
+        matrix: (n, n), symmetric positive definite.
+        target: (r, n). support: (r, n) bool.
+
+    Raises:
+        ObrError: some row has not converged after `max_iterations`.
+    """
+    scale = matrix.diagonal().rsqrt()
+    matrix = matrix * scale * scale[:, None]  # a unit diagonal preconditions all rows alike
+    support = support.to(matrix.dtype)
+    residual = target * scale * support
+    solution = torch.zeros_like(residual)
+    goal = residual.square().sum(1) * tolerance**2
+    rows = torch.arange(len(target), device=target.device)
+    direction, power = residual, residual.square().sum(1)
+    current = torch.zeros_like(residual)
+    for _ in range(max_iterations):
+        active = power > goal[rows]
+        if not active.all():
+            solution[rows[~active]] = current[~active]
+            if not active.any():
+                return solution * scale
+            rows, support, current = rows[active], support[active], current[active]
+            residual, direction, power = residual[active], direction[active], power[active]
+        image = (direction @ matrix).mul_(support)
+        step = (power / (direction * image).sum(1)).unsqueeze(1)
+        current = torch.addcmul(current, step, direction)
+        residual = torch.addcmul(residual, step, image, value=-1)
+        previous, power = power, residual.square().sum(1)
+        direction = torch.addcmul(residual, direction, (power / previous).unsqueeze(1))
+    raise ObrError(
+        f"The restoration has not converged in {max_iterations} iterations; use a larger damp or more "
+        "calibration tokens."
+    )
+
+
+def restore_pruned(weight: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
+    """Prune `weight (r, n)` and let the kept weights absorb the change: w_R += H_RR⁻¹ H_RE w_E (OBR, eq. 9).
+
+    Solved in the dual, which is well conditioned since damping bounds the inverse: with G = H⁻¹ and E pruned,
+    G_EE v = w_E, and w - v G is zero on E and optimal on R.
+    """
+    if mask.all():
+        return weight
+    dual = solve_on_support(hessian.inverse, weight, ~mask)
+    return (weight - dual @ hessian.inverse).mul_(mask)
+
+
+def restore_rounded(weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
+    """Let the kept weights right of the cut absorb the rounding error left of it (OBR, eq. 10).
+
+    weight: (r, n), pruned. rounded: (r, c), final values of the first c columns. mask: (r, n).
+    Returns the updated right part (r, n - c): w_R2 += H_R2R2⁻¹ H_R2E2 e. Only the trailing block of H enters:
+    first all its columns move freely, then the pruned ones are held at zero in the dual.
+    """
+    cut = rounded.shape[1]
+    right, kept = weight[:, cut:], mask[:, cut:]
+    if not 0 < cut < weight.shape[1]:
+        return right
+    error = weight[:, :cut] - rounded
+    inverse = hessian.tail_inverse(cut)
+    change = (error @ hessian.damped[:cut, cut:]) @ inverse
+    if not kept.all():
+        change = change - solve_on_support(inverse, change, ~kept) @ inverse
+    return (right + change).mul_(kept)
+
+
+def gptq_sweep(
+    weight: Tensor,
+    hessian: Hessian,
+    grid: Grid,
+    mask: Tensor,
+    start: int = 0,
+    choose: Callable[[Tensor, int], Tensor] | None = None,
+    choose_every: int = BLOCK,
+) -> Tensor:
+    """Round columns left to right from `start`, each column's error carried to those after it (GPTQ).
+
+    weight, mask: (r, n); pruned columns are rounded to zero and their error is carried too (SparseGPT).
+    choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
+    Returns (r, n - start) on the grid. The first block of 128 starts at the cut, so no column is lost.
+    """
+    factor = hessian.inverse_factor
+    # Transposed: a column of the layer is then contiguous, and so is all that follows it.
+    work, kept = weight.T[start:].contiguous(), mask.T[start:].contiguous()
+    factor = factor[start:, start:]
+    width = len(work)
+    for first in range(0, width, BLOCK):
+        last = min(first + BLOCK, width)
+        block, local = work[first:last], factor[first:last, first:last]
+        errors = torch.empty_like(block)
+        for i in range(last - first):
+            if choose is not None and (first + i) % choose_every == 0:
+                span = slice(first + i, min(first + i + choose_every, last))
+                kept[span] = choose(work[span].T, start + first + i).T
+            column = block[i].clone()
+            block[i] = grid.transposed_round(column) * kept[first + i]
+            errors[i] = (column - block[i]) / local[i, i]
+            block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    if choose is not None:
+        mask[:, start:] = kept.T
+    return work.T.contiguous()
+
+
+def round_to_nearest(weight, hessian, mask, grid, **_):
+    """RTN, or with a mask: prune and round, no compensation (Wanda, magnitude)."""
+    return grid.round(weight) * mask
+
+
+def gptq(weight, hessian, mask, grid, **_):
+    """GPTQ with the mask given."""
+    return gptq_sweep(weight, hessian, grid, mask)
+
+
+def obr_rtn(weight, hessian, mask, grid, *, alpha=0.5, **_):
+    """OBR with rounding to nearest: restore for the pruning, then for the rounding left of the cut."""
+    weight = restore_pruned(weight, hessian, mask)
+    left = grid.round(weight[:, : int(alpha * weight.shape[1])]) * mask[:, : int(alpha * weight.shape[1])]
+    right = restore_rounded(weight, left, hessian, mask)
+    return torch.cat([left, grid.round(right)], dim=1) * mask
+
+
+def obr_gptq(weight, hessian, mask, grid, *, alpha=0.5, **_):
+    """OBR with a GPTQ sweep right of the cut."""
+    weight = restore_pruned(weight, hessian, mask)
+    cut = int(alpha * weight.shape[1])
+    left = grid.round(weight[:, :cut]) * mask[:, :cut]
+    right = restore_rounded(weight, left, hessian, mask)
+    swept = gptq_sweep(torch.cat([left, right], dim=1), hessian, grid, mask, start=cut)
+    return torch.cat([left, swept], dim=1)
+
+
+def sparsegpt_gptq(weight, hessian, mask, grid, *, sparsity=0.5, pattern=None, **_):
+    """SparseGPT and GPTQ in one sweep; the mask is chosen on the way and written into `mask`.
+
+    Unstructured: in each block of 128 columns the lowest scores over *all rows* go, so rows differ in
+    sparsity, as in SparseGPT's code. With a pattern: group by group.
+    """
+    diagonal = hessian.inverse_factor.diagonal()
+
+    def choose(block: Tensor, first: int) -> Tensor:
+        scores = SCORES["sparsegpt"](
+            block, inverse_factor_diagonal=diagonal[first : first + block.shape[1]]
+        )
+        if pattern is not None:
+            return mask_from_scores(scores, sparsity, pattern)
+        threshold = scores.flatten().sort().values[int(scores.numel() * sparsity)]
+        return scores > threshold
+
+    every = pattern.group if pattern is not None else BLOCK
+    return gptq_sweep(weight, hessian, grid, mask, choose=choose, choose_every=every)
+
+
+# (weight (r, n), Hessian, mask (r, n), Grid, **options) -> weight (r, n)
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "rtn": round_to_nearest,
+    "gptq": gptq,
+    "magnitude": round_to_nearest,
+    "wanda": round_to_nearest,
+    "sparsegpt_gptq": sparsegpt_gptq,
+    "obr_rtn": obr_rtn,
+    "obr_gptq": obr_gptq,
+}
+
+
+@dataclass
+class Restored:
+    """A compressed layer.
+
+    weight: (r, n), on the grid and zero where pruned, float32. codes: (r, n) int8, or None at 16 bits.
+    scale: (r, 1), or None at 16 bits. mask: (r, n) bool, True = kept. relative_error: loss over that of an
+    all-zero layer, undamped Hessian (NaN if there was none). damp: as used. flags: what the report should say.
+    """
+
+    weight: Tensor
+    codes: Tensor | None
+    scale: Tensor | None
+    mask: Tensor
+    relative_error: float
+    bits: int
+    pattern: Pattern | None = None
+    damp: float = 0.0
+    flags: list[str] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction pruned."""
+        return 1 - float(self.mask.float().mean())
+
+
+@torch.no_grad()
+def restore(
+    weight: Tensor,
+    hessian: "Tensor | Hessian | None",
+    method: str = "obr_gptq",
+    *,
+    bits: int = 4,
+    sparsity: float = 0.5,
+    pattern: str | Pattern | None = None,
+    mask: "str | Tensor" = "wanda",
+    alpha: float = 0.5,
+    damp: float = 0.01,
+    clip: str = "mse",
+    seed: int = 0,
+    name: str = "layer",
+) -> Restored:
+    """Prune and quantise one linear layer and restore what that broke.
+
+    Args:
+        weight: (r, n), rows are output channels.
+        hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
+            layers (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
+        method: a key of METHODS, or "dense".
+        bits: 2 to 8, or 16 for pruning only.
+        sparsity: fraction to remove; ignored by methods that do not prune ("dense", "rtn", "gptq").
+        pattern: "2:4", "4:8", "8:16", "paired 4:8" …; overrides `sparsity`.
+        mask: a key of SCORES, or the mask itself, (r, n) bool, True = kept.
+        alpha: the cut, as a fraction of the columns. damp, clip: as in `Recipe`.
+
+    Raises:
+        ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
+            that is not finite, not on the grid, or does not have the mask.
+    """
+    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
+    score = mask if isinstance(mask, str) else "wanda"
+    recipe = Recipe.parse(
+        {
+            "method": method, "bits": bits, "sparsity": sparsity, "pattern": str(pattern) if pattern else None,
+            "mask": score, "alpha": alpha, "damp": damp, "clip": clip, "seed": seed, "calibration": "given",
+        },
+        name,
+    )  # fmt: skip
+    pattern = pattern if recipe.prunes else None
+    hessian = _checked_hessian(weight, hessian, recipe, name)
+    dense = weight.float()
+    if pattern is not None:
+        pattern.check_width(dense.shape[1], name)
+    if method == "dense":
+        return Restored(dense, None, None, torch.ones_like(dense, dtype=torch.bool), 0.0, 16)
+
+    grid = Grid.fit(dense, bits, clip)
+    work = dense.clone()
+    if hessian is not None:
+        work[:, hessian.dead] = 0  # an input that is always zero; the grid is still that of the dense row
+    kept = _choose_mask(work, hessian, recipe, mask, pattern)
+    result = METHODS[method](
+        work, hessian, kept, grid, alpha=alpha, sparsity=recipe.sparsity, pattern=pattern
+    )
+    restored = Restored(
+        result, None if bits == 16 else grid.codes(result), grid.scale, kept,
+        _relative_error(dense, result, hessian), bits, pattern,
+        hessian.damp if hessian is not None else 0.0, list(hessian.flags) if hessian is not None else [],
+    )  # fmt: skip
+    _assert_sound(restored, grid, recipe, mask, name)
+    return restored
+
+
+def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str) -> Hessian | None:
+    if weight.ndim != 2:
+        raise ObrError(f"{name}: the weight has shape {tuple(weight.shape)}; it must be a matrix (r, n).")
+    if not torch.isfinite(weight).all():
+        raise ObrError(f"{name}: the weight has NaN or infinite values; the model's file is broken.")
+    if hessian is None:
+        if recipe.needs_hessian:
+            raise ObrError(f"{name}: method {recipe.method} needs a Hessian.")
+        return None
+    hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian, recipe.damp, name)
+    if tuple(hessian.matrix.shape) != (weight.shape[1],) * 2:
+        raise ObrError(
+            f"{name}: the Hessian has shape {tuple(hessian.matrix.shape)}, but the weight has "
+            f"{weight.shape[1]} columns; it must be (n, n)."
+        )
+    return hessian
+
+
+def _choose_mask(weight: Tensor, hessian, recipe: Recipe, mask, pattern) -> Tensor:
+    if isinstance(mask, Tensor):
+        if mask.shape != weight.shape or mask.dtype != torch.bool:
+            raise ObrError(f"The mask must be bool of the weight's shape {tuple(weight.shape)}, True = kept.")
+        return mask.clone()
+    if not recipe.sparsity or recipe.method == "sparsegpt_gptq":  # the latter fills it as it goes
+        return torch.ones_like(weight, dtype=torch.bool)
+    score = PRUNING[recipe.method] or recipe.mask
+    statistics = {"seed": recipe.seed}
+    if score == "wanda":
+        statistics["hessian_diagonal"] = hessian.diagonal
+    if score == "sparsegpt":
+        statistics["inverse_factor_diagonal"] = hessian.inverse_factor.diagonal()
+    return mask_from_scores(SCORES[score](weight, **statistics), recipe.sparsity, pattern)
+
+
+def _relative_error(dense: Tensor, result: Tensor, hessian: Hessian | None) -> float:
+    if hessian is None:
+        return float("nan")
+    whole = hessian.loss(dense)
+    return hessian.loss(dense - result) / whole if whole else 0.0
+
+
+def _assert_sound(restored: Restored, grid: Grid, recipe: Recipe, mask, name: str) -> None:
+    """What must hold for every layer, whatever the method: a result that fails here is never written."""
+    if not torch.isfinite(restored.weight).all():
+        raise ObrError(f"{name}: {recipe.method} gave NaN or infinite weights; use a larger damp.")
+    if restored.weight[~restored.mask].any():
+        raise ObrError(f"{name}: {recipe.method} left pruned weights that are not zero.")
+    if not grid.contains(restored.weight):
+        raise ObrError(f"{name}: {recipe.method} left weights off the {recipe.bits}-bit grid.")
+    thresholded = recipe.method == "sparsegpt_gptq" and not restored.pattern  # rows differ by design
+    if isinstance(mask, str) and not thresholded:
+        check_mask(restored.mask, recipe.sparsity, restored.pattern, name)

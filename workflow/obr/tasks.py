@@ -1,0 +1,450 @@
+"""Task folders: everything a zero-shot evaluation reads, in one place that can be moved.
+
+A folder holds `data.jsonl` (one row a line, columns as on the hub), `task.yaml` (the task as
+lm-eval packages it, its includes merged) and `task.json` (where the rows came from and their
+sha256). `lm_eval --include_path . --tasks NAME`, run inside the folder, reads it too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from obr import fetch
+from obr.errors import ObrError
+from obr.fetch import sha256_of
+
+METRICS = ("acc", "acc_norm")
+
+# Packaged keys without a meaning here, where there is one split and no examples in the prompt.
+DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
+
+# The measures of a cloze question. Passages begin a few words into a sentence, so that the context says what
+# must follow: from a sentence's start a 135M model finds the right one in 4 of 10 questions, so in 8.
+CONTEXT_WORDS = (20, 40)
+LEAD_WORDS = 3
+CHOICE_WORDS = 12
+NEIGHBOURS = 8
+
+
+def download_task(source: dict, out: Path, text: Path | None = None) -> None:
+    """Write the task folder `out` from one of three sources.
+
+    {source: hub, task, revision?}: the split that lm-eval's task of that name is scored on (test
+        where it has one, else validation), downloaded from the hub, rows unprocessed;
+    {source: path, task, file, sha256?}: the same rows from a local JSON-lines file;
+    {source: cloze, task?, n, seed}: `n` multiple-choice questions made from the file `text`, see
+        `cloze`; for machines with neither the hub nor task files.
+
+    Raises ObrError when the source cannot be read or its rows do not fit the task's prompts.
+    """
+    kind = source.get("source")
+    if kind == "hub":
+        rows, revision, config = _hub_rows(source)
+    elif kind == "path":
+        rows, revision, config = _file_rows(source)
+    elif kind == "cloze":
+        rows, revision, config = _cloze_rows(source, text)
+    else:
+        raise ObrError(f"task source {kind!r} is unknown: use hub, path or cloze.")
+
+    # Snakemake and readers see the folder whole or not at all.
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        _write_folder(part, rows, config, source, revision)
+        _check_rows(part, config)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def read_task(task_dir: Path) -> dict:
+    """task.json of a task folder, once its data are known to be the ones it was written with.
+
+    Raises ObrError when a file is missing or data.jsonl does not have the recorded sha256.
+    """
+    try:
+        record = json.loads((task_dir / "task.json").read_text(encoding="utf-8"))
+        found = sha256_of(task_dir / "data.jsonl")
+    except FileNotFoundError as error:
+        raise ObrError(
+            f"the task folder {task_dir} has no {Path(error.filename).name}: run the stage download_task."
+        ) from error
+    if found != record["sha256"]:
+        raise ObrError(
+            f"{task_dir / 'data.jsonl'} has changed (its sha256 is {found}, task.json says "
+            f"{record['sha256']}): run the stage download_task again."
+        )
+    return record
+
+
+def load_task(task_dir: Path) -> Any:
+    """The folder's task as a `lm_eval` Task, its rows in memory. Raises as `read_task` does."""
+    import yaml
+    from lm_eval.tasks import TaskManager
+
+    record = read_task(task_dir)
+    # The rows go in through `custom_dataset`: lm-eval's own loader would leave a cache behind, ping the
+    # hub and read strings that look like dates as dates.
+    override = {
+        "include": str((task_dir / "task.yaml").resolve()),
+        "custom_dataset": _Function("obr.tasks.rows_in_memory"),
+        "dataset_kwargs": {"file": str((task_dir / "data.jsonl").resolve()), "split": record["split"]},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "task.yaml").write_text(yaml.dump(override, Dumper=_yaml_dumper()), encoding="utf-8")
+        # Indexing lm-eval's own 14,000 tasks would take longer than many an evaluation.
+        with quiet():
+            manager = TaskManager(include_path=folder, include_defaults=False)
+            return manager.load([record["task"]])["tasks"][record["task"]]
+
+
+def rows_in_memory(file: str, split: str, **_: Any) -> dict:
+    """What lm-eval takes as a dataset: {split: Dataset}. It also passes the task's metadata, unused."""
+    from datasets import Dataset
+
+    return {split: Dataset.from_list(list(_parse_lines(Path(file))))}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back lm-eval's log lines below errors and the bars of data-set loading, then restore both."""
+    import datasets
+    import lm_eval.evaluator  # noqa: F401  its loggers exist only once it is imported
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+# Sources: each returns the rows, a revision (None where there is none) and the task's lm-eval configuration.
+
+
+def _hub_rows(source: dict) -> tuple[list[dict], str | None, dict]:
+    config = packaged_task(source["task"])
+    repo, name = config["dataset_path"], config.get("dataset_name")
+    split = config.get("test_split") or config.get("validation_split")
+    # The commit, so that task.json names the very rows even where the config asks for a branch.
+    commit = fetch.hub_info(repo, source.get("revision"), "dataset").sha
+
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(
+            repo, name, revision=commit, split=split, **(config.get("dataset_kwargs") or {})
+        ).to_list()
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        raise ObrError(
+            f"the {split} split of datasets/{repo} at {commit} cannot be loaded ({_first_line(error)}): "
+            "name another revision, or use `source: path` with a local copy."
+        ) from error
+    except fetch.hub_exceptions() as error:
+        raise fetch.hub_error(error, f"datasets/{repo}", source.get("revision")) from error
+    return rows, commit, config
+
+
+def _file_rows(source: dict) -> tuple[list[dict], None, dict]:
+    task, named = source["task"], source["file"]
+    file = Path(os.path.expandvars(named)).expanduser()
+    if unset := re.search(r"\$\{?(\w+)", str(file)):
+        raise ObrError(
+            f"the file {named} of task {task} cannot be found because the environment variable {unset[1]} is "
+            "not set: export it, or use another source."
+        )
+    if not file.is_file():
+        raise ObrError(f"the file {file} of task {task} does not exist: correct `file` in the config.")
+    found = sha256_of(file)
+    if source.get("sha256") not in (None, found):
+        raise ObrError(
+            f"{file} has sha256 {found}, not {source['sha256']}: get the right file, or correct `sha256`."
+        )
+    return list(_parse_lines(file)), None, packaged_task(task)
+
+
+def _cloze_rows(source: dict, text: Path | None) -> tuple[list[dict], None, dict]:
+    if text is None or not text.is_file():
+        raise ObrError(f"a cloze task is made from a text and {text} is no file: name a text it can use.")
+    config = {
+        "task": source.get("task", "continuation"),
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS],
+        "metadata": {
+            "version": 1.0,
+            "description": "Which of four passages continues the paragraph? "
+            "Made from a text by obr.tasks.cloze, not a published benchmark.",
+        },
+    }
+    return cloze(text.read_text(encoding="utf-8"), source["n"], source["seed"]), None, config
+
+
+def cloze(text: str, n: int, seed: int) -> list[dict]:
+    """Make `n` questions {context, choices (4), label} of the kind "how does this paragraph go on?".
+
+    The context is the beginning of a paragraph up to the third word of a sentence, 20 to 40 words. The
+    right choice is the 12 words that follow; the three wrong ones follow such third words in the nearest
+    paragraphs of the text, so that they share its topic, period and style. Paragraphs are parted by blank
+    lines. The same text, n and seed give the same questions; the right answer's place is uniform.
+
+    Raises ObrError when the text has fewer than n such paragraphs.
+    """
+    paragraphs = [words for block in re.split(r"\n\s*\n", text) if _starts(words := block.split())]
+    openings = [(i, cut) for i, words in enumerate(paragraphs) if (cut := _cut(words)) is not None]
+    if len(openings) < n:
+        raise ObrError(
+            f"the text has {len(openings)} paragraphs long enough for a cloze question and n is {n}: "
+            "lower n or use a longer text."
+        )
+    rng = random.Random(seed)
+    rows = []
+    for i, cut in rng.sample(openings, n):
+        near = [j for j in range(i - NEIGHBOURS, i + NEIGHBOURS + 1) if 0 <= j < len(paragraphs) and j != i]
+        right = _passage(paragraphs[i], cut)
+        wrong = sorted(
+            {_passage(paragraphs[j], start) for j in near for start in _starts(paragraphs[j])} - {right}
+        )
+        if len(wrong) < 3:
+            raise ObrError(
+                f"the text has {len(paragraphs)} paragraphs, too few for wrong answers: use a longer one."
+            )
+        choices = rng.sample(wrong, 3)
+        label = rng.randrange(4)
+        choices.insert(label, right)
+        rows.append({"context": " ".join(paragraphs[i][:cut]), "choices": choices, "label": label})
+    return rows
+
+
+def _starts(words: list[str]) -> list[int]:
+    """Where a sentence is LEAD_WORDS old and the paragraph has CHOICE_WORDS words or more to come."""
+    sentences = range(len(words) - LEAD_WORDS - CHOICE_WORDS + 1)
+    return [
+        i + LEAD_WORDS
+        for i in sentences
+        if i == 0 or (_ends_sentence(words[i - 1]) and words[i][0].isupper())
+    ]
+
+
+def _cut(words: list[str]) -> int | None:
+    low, high = CONTEXT_WORDS
+    return next((i for i in _starts(words) if low <= i <= high), None)
+
+
+def _ends_sentence(word: str) -> bool:
+    # Three letters before the full stop: "Mr.", "U.S." and "No." end no sentence.
+    return re.search(r"\w{3}[.!?][\"')]*$", word) is not None
+
+
+def _passage(words: list[str], start: int) -> str:
+    return " ".join(words[start : start + CHOICE_WORDS])
+
+
+# lm-eval's packaged tasks.
+
+
+class _Function(str):
+    """The dotted name behind a YAML `!function`, kept as a name: paths into an installation do not travel."""
+
+
+def packaged_task(task: str) -> dict:
+    """lm-eval's configuration of a multiple-choice task, includes merged, functions as dotted names.
+
+    Of its metrics only acc and acc_norm are kept. Raises ObrError for an unknown task, and for one that is
+    not multiple choice scored by them on a test or validation split.
+    """
+    import lm_eval
+
+    root = Path(lm_eval.__file__).parent / "tasks"
+    file = _packaged_files(root).get(task)
+    if file is None:
+        raise ObrError(f"lm-eval {lm_eval.__version__} has no task named {task!r}: see `lm-eval ls tasks`.")
+    config = _read_yaml(file, root)
+    config["metric_list"] = [
+        m for m in config.get("metric_list", [{"metric": m} for m in METRICS]) if m["metric"] in METRICS
+    ]
+    scored = config.get("test_split") or config.get("validation_split")
+    if config.get("output_type") != "multiple_choice" or not config["metric_list"] or not scored:
+        raise ObrError(
+            f"task {task!r} of lm-eval {lm_eval.__version__} is not a multiple-choice task scored by "
+            "accuracy on a test or validation split: choose another."
+        )
+    return config
+
+
+@cache
+def _packaged_files(root: Path) -> dict[str, Path]:
+    # By the line that names the task: parsing all 14,000 files as YAML takes lm-eval's own index 13 s.
+    named = re.compile(r"^task: *[\"']?([^\s\"']+)", re.MULTILINE)
+    files: dict[str, Path] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        if match := named.search(file.read_text(encoding="utf-8")):
+            files.setdefault(match[1], file)  # the first wins, as in lm-eval's index
+    return files
+
+
+def _read_yaml(file: Path, root: Path) -> dict:
+    import yaml
+
+    def dotted(loader: Any, node: Any) -> _Function:
+        module, _, name = loader.construct_scalar(node).rpartition(".")
+        beside = file.parent / (module.replace(".", "/") + ".py")
+        if beside.is_file():
+            module = ".".join(("lm_eval", "tasks", *beside.relative_to(root).with_suffix("").parts))
+        return _Function(f"{module}.{name}")
+
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!function", dotted)
+    config = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
+    included = config.pop("include", [])
+    merged: dict = {}
+    for name in [included] if isinstance(included, str) else included:
+        merged |= _read_yaml(file.parent / name, root)
+    return merged | config
+
+
+def _yaml_dumper() -> Any:
+    import yaml
+
+    dumper = type("Dumper", (yaml.SafeDumper,), {})
+    dumper.add_representer(_Function, lambda self, name: self.represent_scalar("!function", str(name)))
+    return dumper
+
+
+# The folder.
+
+
+def _write_folder(folder: Path, rows: list[dict], config: dict, source: dict, revision: str | None) -> None:
+    import lm_eval
+    import yaml
+
+    if not rows:
+        raise ObrError(f"task {config['task']} has no rows: check its source {source}.")
+    try:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except TypeError as error:
+        raise ObrError(
+            f"task {config['task']} has rows that are not text and numbers alone ({error}): use another task."
+        ) from error
+    split = "test" if config.get("test_split") else "validation"
+    here = {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: "data.jsonl"}},
+        "validation_split": None,
+        "test_split": None,
+        f"{split}_split": split,
+        "num_fewshot": 0,
+    }
+    config = {key: value for key, value in config.items() if key not in DROPPED} | here
+    data = folder / "data.jsonl"
+    data.write_text(lines, encoding="utf-8", newline="\n")
+    record = {
+        "task": config["task"],
+        "source": source,
+        "revision": revision,
+        "split": split,
+        "n": len(rows),
+        "sha256": sha256_of(data),
+        "lm_eval": lm_eval.__version__,
+    }
+    (folder / "task.yaml").write_text(
+        yaml.dump(config, Dumper=_yaml_dumper(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    (folder / "task.json").write_text(
+        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _check_rows(folder: Path, config: dict) -> None:
+    """Ask every row for its prompt and answer now: lm-eval would count a bad answer as a wrong one."""
+    import jinja2
+
+    name, where = config["task"], "the first row"
+    _check_columns(config, list(_parse_lines(folder / "data.jsonl")))
+    try:
+        task = load_task(folder)
+        for i, doc in enumerate(task.eval_docs):
+            where = f"row {i + 1}"
+            _, choices, answer = question(task, doc)
+            answers = answer if isinstance(answer, list) else [answer]
+            if not all(0 <= index < len(choices) for index in answers):
+                raise ObrError(
+                    f"row {i + 1} of task {name} names answer {answer} of {len(choices)} choices: "
+                    "use a split or file that has the answers."
+                )
+    except (KeyError, jinja2.UndefinedError, TypeError, ValueError) as error:
+        what = f"no column {error}" if isinstance(error, KeyError) else _first_line(error)
+        raise ObrError(
+            f"{where} of task {name} does not make a question ({what}): use rows with the hub's columns."
+        ) from error
+
+
+def _check_columns(config: dict, rows: list[dict]) -> None:
+    # lm-eval takes the bare name of an absent column for the prompt itself. Columns that only a function
+    # reads show when it is called.
+    from jinja2 import Environment, meta
+
+    if "process_docs" in config:
+        return
+    read: set[str] = set()
+    for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
+        template = config.get(key)
+        if isinstance(template, str) and not isinstance(template, _Function):
+            bare = {template} if template.isidentifier() else set()
+            read |= bare | meta.find_undeclared_variables(Environment().parse(template))
+    if missing := sorted(read - set.intersection(*(set(row) for row in rows))):
+        raise ObrError(
+            f"the rows of task {config['task']} lack {', '.join(missing)}: use rows with the hub's columns."
+        )
+
+
+def question(task: Any, doc: dict) -> tuple[str, list[str], int]:
+    """(context, continuations, index of the right one) that a lm-eval task makes of a row.
+
+    WinoGrande varies the context instead of the continuation; here its contexts are then the choices.
+    """
+    choices = task.doc_to_choice(doc)
+    if task.multiple_input:
+        return task.doc_to_target(doc), choices, task.doc_to_text(doc)
+    answer = task.doc_to_target(doc)
+    return task.doc_to_text(doc), choices, choices.index(answer) if isinstance(answer, str) else answer
+
+
+def _parse_lines(file: Path) -> Iterator[dict]:
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ObrError(f"line {number} of {file} is not JSON ({error}): write one row a line.") from error
+        if not isinstance(row, dict):
+            raise ObrError(f"line {number} of {file} has no named columns: write one JSON object a line.")
+        yield row
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
