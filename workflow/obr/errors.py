@@ -1,4 +1,6 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and those that a broken file raises."""
+
+from safetensors import SafetensorError
 
 
 class ObrError(Exception):
@@ -6,3 +8,7 @@ class ObrError(Exception):
 
     The command line prints it without a traceback and exits with status 1.
     """
+
+
+# What reading a safetensors file, or the metadata that ought to be in it, raises when it is not whole.
+BROKEN_FILE = (OSError, SafetensorError, KeyError, TypeError, ValueError)

@@ -51,7 +51,12 @@ def perplexity(model, windows: Tensor, *, progress: bool = False) -> float:
 
 
 def perplexity_stage(
-    checkpoint: Path, text: Path, spec: dict, recipe: Recipe | None = None, dtype=None, device: str | None = None
+    checkpoint: Path,
+    text: Path,
+    spec: dict,
+    recipe: Recipe | None = None,
+    dtype=None,
+    device: str | None = None,
 ) -> dict:
     """The stage: perplexity of a checkpoint on a text.
 

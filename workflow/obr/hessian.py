@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from obr import data, rotations
-from obr.errors import ObrError
+from obr.errors import BROKEN_FILE, ObrError
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, run_block
 
@@ -121,7 +121,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             sizes = json.loads(file.metadata()["sizes"])
             triangles = {name: file.get_tensor(name).to(device) for name in sizes}
-    except Exception as error:  # safetensors raises its own, unexported class
+    except BROKEN_FILE as error:
         raise ObrError(f"{path} is not a whole Hessian file ({error}); delete and rebuild it.") from error
     return {name: _symmetric(triangle, sizes[name]) for name, triangle in triangles.items()}
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from obr.errors import ObrError
+from obr.errors import BROKEN_FILE, ObrError
 from obr.layout import Dimensions, layout_of
 from obr.modules import ATTENTION, wrap_block
 
@@ -135,7 +135,7 @@ class TensorFiles:
     def _open(path: Path):
         try:
             return safe_open(path, framework="pt")
-        except Exception as error:  # safetensors raises its own, unexported class
+        except BROKEN_FILE as error:
             raise ObrError(f"{path} is not a whole safetensors file ({_first_line(error)}).") from error
 
     def read(self, names: dict[str, str]) -> dict[str, Tensor]:
@@ -172,7 +172,9 @@ class StreamedBlocks(Blocks):
         dtype: of the computation.
     """
 
-    def __init__(self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None):
+    def __init__(
+        self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None
+    ):
         try:
             config = AutoConfig.from_pretrained(directory)
         except (OSError, ValueError) as error:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from obr.errors import ObrError
 from obr.recipe import Pattern
-from obr.restore import Restored
+from obr.restoration import Restored
+
 
 @dataclass
 class Packed:
@@ -32,11 +33,18 @@ class Packed:
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned integers (k,) below 2^bits as a little-endian stream of bits, uint8."""
     places = np.arange(bits, dtype=np.uint32)
-    return np.packbits(((values.astype(np.uint32)[:, None] >> places) & 1).astype(np.uint8), bitorder="little")
+    return np.packbits(
+        ((values.astype(np.uint32)[:, None] >> places) & 1).astype(np.uint8), bitorder="little"
+    )
 
 
 def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of `pack_bits`, uint32 (count,)."""
+    """The inverse of `pack_bits`, uint32 (count,). Raises ObrError if the stream is not of that length."""
+    if stream.size != -(-count * bits // 8):
+        raise ObrError(
+            f"A packed stream has {stream.size} bytes, not those of {count} numbers of {bits} bits; "
+            "the file is broken."
+        )
     flat = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
     return flat.astype(np.uint32) @ (np.uint32(1) << np.arange(bits, dtype=np.uint32))
 
@@ -93,21 +101,20 @@ def unpack(packed: Packed) -> Restored:
 
 def _pack_mask(mask: np.ndarray, pattern: Pattern | None) -> np.ndarray:
     if pattern is None:
-        return np.packbits(mask, bitorder="little")
+        return np.packbits(mask, bitorder="little")  # as pack_bits with one bit, but quicker
     return pack_bits(_mask_table(pattern)[1][_group_words(mask, pattern)], pattern.index_bits)
 
 
 def _unpack_mask(stream: np.ndarray, rows: int, columns: int, pattern: Pattern | None) -> np.ndarray:
-    if stream.size * 8 < (rows * columns if pattern is None else 0):
-        raise ObrError(f"A packed mask of {rows} x {columns} is cut short.")
     if pattern is None:
-        flat = np.unpackbits(stream, count=rows * columns, bitorder="little")
-        return flat.reshape(rows, columns).astype(bool)
+        return unpack_bits(stream, 1, rows * columns).reshape(rows, columns).astype(bool)
     groups = rows * columns // pattern.group
     words = _mask_table(pattern)[0]
     numbers = unpack_bits(stream, pattern.index_bits, groups)
     if numbers.size and numbers.max() >= len(words):
-        raise ObrError(f"A packed mask names a group that pattern {pattern} does not have; the file is broken.")
+        raise ObrError(
+            f"A packed mask names a group that pattern {pattern} does not have; the file is broken."
+        )
     units = pattern.units[1]
     bits = (words[numbers][:, None] >> np.arange(units, dtype=np.uint32)) & 1
     return np.repeat(bits, 2 if pattern.paired else 1, axis=1).reshape(rows, columns).astype(bool)

@@ -200,8 +200,6 @@ class Recipe:
         return asdict(self)
 
 
-
-
 def _build(cls, entry: dict, what: str):
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(entry) - known)

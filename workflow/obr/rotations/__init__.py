@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from obr.errors import ObrError
+from obr.errors import BROKEN_FILE, ObrError
 from obr.hadamard import Kronecker
 from obr.layout import Dimensions
 from obr.rotations import quarot
@@ -52,8 +52,10 @@ def load(path: Path, dimensions: Dimensions) -> Rotation:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["rotation"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ObrError(f"{path} is not a rotation of this project ({error}); delete and rebuild it.") from error
+    except BROKEN_FILE as error:
+        raise ObrError(
+            f"{path} is not a rotation of this project ({error}); delete and rebuild it."
+        ) from error
     transforms = {
         name: Kronecker.from_spec(spec, tensors, f"{name}.") for name, spec in header["transforms"].items()
     }

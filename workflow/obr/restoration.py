@@ -252,9 +252,7 @@ def sparsegpt_gptq(weight, hessian, mask, grid, *, sparsity=0.5, pattern=None, *
     diagonal = hessian.inverse_factor.diagonal()
 
     def choose(block: Tensor, first: int) -> Tensor:
-        scores = SCORES["sparsegpt"](
-            block, inverse_factor_diagonal=diagonal[first : first + block.shape[1]]
-        )
+        scores = SCORES["sparsegpt"](block, inverse_factor_diagonal=diagonal[first : first + block.shape[1]])
         if pattern is not None:
             return mask_from_scores(scores, sparsity, pattern)
         threshold = scores.flatten().sort().values[int(scores.numel() * sparsity)]

@@ -17,7 +17,7 @@ from obr.layout import Dimensions, Layout
 from obr.model import Blocks, read_json, run_block
 from obr.modules import QuantLinear
 from obr.recipe import Pattern, Recipe
-from obr.restore import Hessian, restore
+from obr.restoration import Hessian, restore
 
 
 def compress(
@@ -185,4 +185,6 @@ def ensure_hessians(folder: Path, blocks: int) -> None:
     """Raise ObrError unless the folder holds a Hessian file for every block."""
     missing = [i for i in range(blocks) if not (folder / f"block_{i:03d}.safetensors").exists()]
     if missing:
-        raise ObrError(f"{folder} lacks the Hessians of block {missing[0]}; delete the folder and rebuild it.")
+        raise ObrError(
+            f"{folder} lacks the Hessians of block {missing[0]}; delete the folder and rebuild it."
+        )

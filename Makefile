@@ -1,0 +1,49 @@
+# make demo    everything from nothing: a real model compressed, evaluated, set out in a table and figures
+# make test    everything from nothing: all tests
+# make smoke   the whole workflow on a tiny model, trained first
+# make lint    ruff, snakefmt, snakemake --lint
+# make clean   remove what the demo and the tests made; results/ of other runs stay
+
+PYTHON ?= python3
+BIN := .venv/bin
+SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
+READY := .venv/.ready
+
+.PHONY: demo demo-wikitext smoke test lint clean
+.DEFAULT_GOAL := demo
+
+# One pip call with torch pinned by name: on a machine without a GPU build of it nothing pulls CUDA packages.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11 or the like.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(READY)
+	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml
+	@$(SNAKEMAKE) --quiet --configfile workflow/configs/demo.yaml --report results/demo/report.html >/dev/null 2>&1 \
+		&& echo "Report: results/demo/report.html"
+	@echo "Figures: results/demo/figures/"; echo; cat results/demo/tables/demo.md
+
+# The same on WikiText-2 and PIQA, whose files lie in the folder OBR_DATA.
+demo-wikitext: $(READY)
+	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml workflow/configs/demo-wikitext.yaml
+	@cat results/demo-wikitext/tables/demo.md
+
+smoke: $(READY)
+	$(BIN)/python tests/tiny.py results/tiny
+	OBR_TINY="$(CURDIR)/results/tiny" $(SNAKEMAKE) --cores all --configfile tests/config.yaml
+	@cat results/smoke/tables/*.md
+
+test: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(SNAKEMAKE) --lint
+
+clean:
+	rm -rf results/demo results/demo-wikitext results/smoke results/tiny .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,22 @@
+"""Shared by the tests: the tiny trained model, and the real data where OBR_DATA names it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """Folder with model/, train.txt and heldout.txt."""
+    return tiny.main(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with golden layers, WikiText-2 and task files."""
+    if "OBR_DATA" not in os.environ:
+        pytest.skip("OBR_DATA names no folder with golden layers and evaluation data")
+    return Path(os.environ["OBR_DATA"])

@@ -1,0 +1,276 @@
+"""Whole models: streaming, compression, checkpoints, perplexity, quantised attention."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import obr
+from obr import data, hessian, rotations
+from obr.checkpoint import CheckpointBlocks
+from obr.compression import compress_stage
+from obr.errors import ObrError
+from obr.evaluate import perplexity, perplexity_stage
+from obr.model import StreamedBlocks, load_tokenizer
+from obr.modules import set_quantizers, wrap_block
+from obr.recipe import QuantizerSettings, Recipe
+
+CALIBRATION = {"nsamples": 16, "seqlen": 128}
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_folder, tmp_path_factory):
+    """Folder with the rotation, calibration windows and cached Hessians of the tiny model."""
+    folder = tmp_path_factory.mktemp("prepared")
+    model = tiny_folder / "model"
+    rotations.generate("quarot", model, 0, folder / "rotation.safetensors")
+    data.calibrate(model, tiny_folder / "train.txt", CALIBRATION, folder / "tokens.safetensors")
+    hessian.hessian(
+        model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def windows(tiny_folder):
+    tokens = data.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
+    return data.evaluation_windows(tokens, 128, 2048)
+
+
+def recipe(**options) -> Recipe:
+    return Recipe.parse({"rotation": "quarot", "calibration": "train", **options})
+
+
+def test_perplexity_is_the_mean_over_whole_windows(tiny_folder, windows):
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    losses = [F.cross_entropy(model(w[None]).logits[0, :-1], w[1:]) for w in windows]
+    assert obr.perplexity(model, windows) == pytest.approx(math.exp(torch.stack(losses).mean()), rel=1e-5)
+    assert 5 < obr.perplexity(model, windows) < 150 < 512  # it has learned something: uniform would be 512
+
+
+def test_streamed_and_whole_models_agree(tiny_folder, windows):
+    whole = perplexity(obr.load_model(tiny_folder / "model", device="cpu"), windows)
+    assert perplexity(StreamedBlocks(tiny_folder / "model", device="cpu"), windows) == pytest.approx(
+        whole, rel=1e-6
+    )
+
+
+def test_rotation_leaves_perplexity_alone(tiny_folder, prepared, windows):
+    plain = perplexity(StreamedBlocks(tiny_folder / "model", device="cpu"), windows)
+    rotated = hessian.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
+    assert perplexity(rotated, windows) == pytest.approx(plain, rel=1e-4)
+    whole = obr.rotate(obr.load_model(tiny_folder / "model", device="cpu"), "quarot")
+    assert perplexity(whole, windows) == pytest.approx(plain, rel=1e-4)
+
+
+def test_hessians_are_those_of_the_inputs(tiny_folder, prepared):
+    """Against hooks on the rotated model: the running mean over sequences of 2 XᵀX, behind the transform."""
+    tokens, _ = data.load_tokens(prepared / "tokens.safetensors")
+    model = obr.rotate(obr.load_model(tiny_folder / "model", device="cpu"), "quarot")
+    seen = {"mlp.down_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 0, "mlp.gate_proj": 0}
+    for name in seen:
+        linear = model.model.layers[1].get_submodule(name)
+
+        def observe(x, name=name):
+            x = x.double().flatten(0, 1)
+            seen[name] = seen[name] + 2 / len(tokens) * x.T @ x
+
+        linear.observer = observe
+    model(tokens)
+    cached = hessian.load(prepared / "hessians" / "block_001.safetensors")
+    for name, group in zip(seen, ("down", "qkv", "o", "up_gate"), strict=True):
+        assert torch.allclose(
+            cached[group].double(), seen[name], rtol=1e-3, atol=1e-4 * seen[name].abs().max()
+        )
+
+
+def test_collecting_group_by_group_equals_one_pass(tiny_folder, prepared):
+    tokens, _ = data.load_tokens(prepared / "tokens.safetensors")
+    blocks = hessian.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
+    hidden, arguments = blocks.embed(tokens)
+    block = blocks.load(0)
+    together, outputs = hessian.collect(
+        block, blocks.layout, hidden, arguments[0], ["qkv", "o", "up_gate", "down"], True
+    )
+    assert len(outputs) == len(tokens)
+    for group, matrix in together.items():
+        alone, nothing = hessian.collect(block, blocks.layout, hidden, arguments[0], [group], whole=False)
+        assert torch.equal(alone[group], matrix) and not nothing
+
+
+def compressed(tiny_folder, prepared, out, **options):
+    chosen = recipe(**options)
+    cached = chosen.hessian == "cached"
+    return compress_stage(
+        tiny_folder / "model", chosen, out, rotation=prepared / "rotation.safetensors", device="cpu",
+        tokens=None if cached else prepared / "tokens.safetensors",
+        hessians=prepared / "hessians" if cached else None,
+    )  # fmt: skip
+
+
+def test_orderings_on_a_trained_model(tiny_folder, prepared, windows, tmp_path):
+    """Restoration helps, in this order: Wanda, OBR, dense 4 bits, dense."""
+    value = {}
+    for method in ("dense", "rtn", "gptq", "wanda", "obr_rtn", "obr_gptq"):
+        compressed(tiny_folder, prepared, tmp_path / method, method=method, hessian="cached")
+        value[method] = perplexity(CheckpointBlocks(tmp_path / method, device="cpu"), windows)
+    assert value["dense"] < value["gptq"] < value["obr_gptq"] < value["wanda"]
+    assert value["obr_rtn"] < value["wanda"] and value["gptq"] < value["rtn"] * 1.01
+
+
+@pytest.mark.parametrize("options", [{}, {"hessian": "cached"}, {"pattern": "2:4", "hessian": "cached"}])
+def test_checkpoints_hold_what_the_manifest_says(tiny_folder, prepared, windows, tmp_path, options):
+    manifest = compressed(tiny_folder, prepared, tmp_path, method="obr_gptq", **options)
+    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["sparsity"] == pytest.approx(0.5) and manifest["zeros"] >= 0.5
+    bits = manifest["bits_per_weight"]
+    assert bits["theoretical"] <= bits["file"] < bits["theoretical"] + 0.4  # scales weigh on rows this short
+    assert manifest["file_bytes"] == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
+    assert manifest["calibration"]["nsamples"] == 16 and manifest["rotation"] == {"kind": "quarot", "seed": 0}
+    rows = (tmp_path / "layers.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 7
+    value = perplexity_stage(
+        tmp_path, tiny_folder / "heldout.txt", {"seqlen": 128, "tokens": 2048}, device="cpu"
+    )
+    assert value["value"] == pytest.approx(
+        obr.perplexity(obr.load(tmp_path, device="cpu"), windows), rel=1e-5
+    )
+    assert value["windows"] == 16 and "non-overlapping windows of 128" in value["definition"]
+
+
+def test_sequential_and_cached_differ_only_behind_the_first_layers(tiny_folder, prepared, tmp_path):
+    for kind in ("cached", "sequential"):
+        compressed(tiny_folder, prepared, tmp_path / kind, method="obr_gptq", hessian=kind)
+    first, second = (
+        obr.load(tmp_path / kind, device="cpu").model.layers for kind in ("cached", "sequential")
+    )
+    assert torch.equal(first[0].self_attn.q_proj.weight, second[0].self_attn.q_proj.weight)
+    assert not torch.equal(first[0].self_attn.o_proj.weight, second[0].self_attn.o_proj.weight)
+    assert not torch.equal(first[1].self_attn.q_proj.weight, second[1].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("rotation", ["none", "quarot"])
+@pytest.mark.parametrize("method", ["dense", "obr_gptq"])
+def test_save_and_load_give_identical_logits(tiny_folder, tmp_path, rotation, method):
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    tokenizer = load_tokenizer(tiny_folder / "model")
+    if rotation != "none":
+        obr.rotate(model, rotation)
+    tokens = obr.calibration_tokens(tokenizer, (tiny_folder / "train.txt").read_text(), nsamples=4, seqlen=64)
+    settings = {"activations": {"bits": 8}, "keys": {"bits": 4}, "values": {"bits": 4, "symmetric": False}}
+    obr.compress(model, tokens, {"method": method, **settings}, progress=False)
+    obr.save(model, tmp_path, tokenizer)
+    loaded = obr.load(tmp_path, device="cpu")
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert load_tokenizer(tmp_path)("the union")["input_ids"] == tokenizer("the union")["input_ids"]
+    plain = obr.load(tmp_path, {"method": "dense"}, device="cpu")  # the same weights, nothing else quantised
+    assert not torch.equal(plain(tokens).logits, loaded(tokens).logits)
+
+
+def test_saving_an_uncompressed_model_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(ObrError, match="run obr.compress before obr.save"):
+        obr.save(obr.load_model(tiny_folder / "model", device="cpu"), tmp_path)
+
+
+def test_int8_down_proj(tiny_folder, prepared, tmp_path):
+    compressed(
+        tiny_folder,
+        prepared,
+        tmp_path,
+        method="rtn",
+        hessian="cached",
+        int8_down_proj=True,
+        activations={"bits": 4},
+    )
+    block = obr.load(tmp_path, device="cpu").model.layers[0]
+    assert len(block.mlp.down_proj.weight[0].unique()) > 16 >= len(block.mlp.up_proj.weight[0].unique())
+    assert block.mlp.down_proj.activations.bits == 8 and block.mlp.up_proj.activations.bits == 4
+
+
+def quantised(model, **settings):
+    from obr.layout import layout_of
+    from obr.modules import ATTENTION
+
+    layout = layout_of(model.config)
+    chosen = Recipe.parse({"method": "dense", **settings})
+    for block in model.model.layers:
+        wrap_block(block, layout)
+        set_quantizers(block, layout, chosen)
+    model.set_attn_implementation(ATTENTION)
+    return model
+
+
+def test_fewer_bits_cost_more(tiny_folder, windows):
+    value = {16: perplexity(obr.load_model(tiny_folder / "model", device="cpu"), windows)}
+    for bits in (8, 4, 3):
+        four = {name: {"bits": bits} for name in ("activations", "keys", "values")}
+        value[bits] = perplexity(
+            quantised(obr.load_model(tiny_folder / "model", device="cpu"), **four), windows
+        )
+    assert value[16] < value[8] * 1.001 and value[8] < value[4] < value[3]
+    assert value[8] == pytest.approx(value[16], rel=0.02)
+
+
+def test_quantised_decoding_step_by_step_equals_the_whole_pass(tiny_folder, windows):
+    """With a cache: keys and values are quantised token by token, so it does not matter when."""
+    model = quantised(
+        obr.rotate(obr.load_model(tiny_folder / "model", device="cpu"), "quarot"),
+        keys={"bits": 4},
+        values={"bits": 4},
+    )
+    tokens = windows[:1, :12]
+    whole = model(tokens).logits
+    cache, steps = None, []
+    for i in range(12):
+        out = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
+
+
+def test_keys_and_values_share_a_scale_over_all_heads_unless_grouped():
+    from obr.modules import KeyValueQuantizer
+
+    quantizer = KeyValueQuantizer()
+    key = torch.randn(1, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    key[:, 0] *= 100  # one loud head drowns the others
+    quantizer.keys = quantizer.values = QuantizerSettings(4)
+    _, drowned, _ = quantizer(key, key, key)
+    assert not drowned[:, 1:].any()
+    quantizer.keys = QuantizerSettings(4, group_size=8)
+    assert quantizer(key, key, key)[1][:, 1:].any()
+
+
+def test_broken_checkpoints_are_refused(tiny_folder, prepared, tmp_path):
+    compressed(tiny_folder, prepared, tmp_path, method="obr_gptq", hessian="cached")
+    block = tmp_path / "block_001.safetensors"
+    whole = block.read_bytes()
+    block.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ObrError, match=r"block_001.safetensors is not a whole"):
+        obr.load(tmp_path, device="cpu")
+    block.unlink()
+    with pytest.raises(ObrError, match=r"block_001"):
+        obr.load(tmp_path, device="cpu")
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(ObrError, match="has format 99, this version reads 1"):
+        obr.load(tmp_path, device="cpu")
+    with pytest.raises(ObrError, match=r"manifest.json cannot be read"):
+        obr.load(tiny_folder / "model", device="cpu")
+
+
+def test_what_cannot_fit_is_refused_before_any_work(tiny_folder, prepared, tmp_path):
+    with pytest.raises(ObrError, match="7:14 does not divide the 96 input columns"):
+        compressed(tiny_folder, prepared, tmp_path, method="obr_gptq", pattern="7:14")
+    with pytest.raises(ObrError, match="holds no model"):
+        StreamedBlocks(tmp_path)
+
+
+def test_nan_is_told(tiny_folder, windows):
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ObrError, match="The model gives NaN"):
+        perplexity(model, windows)
+    with pytest.raises(ObrError, match=r"block 1 mlp.down_proj: the Hessian has NaN|weight has NaN"):
+        obr.compress(model, windows[:2], {"method": "obr_gptq"}, progress=False)

@@ -1,0 +1,257 @@
+"""The command line: one sub-command a stage. What Snakemake runs can be copied and run by hand."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from obr.errors import ObrError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage; returns the exit status. Foreseen problems end in one sentence on stderr and status 1."""
+    arguments = vars(_parser().parse_args(argv))
+    stage = arguments.pop("stage")
+    threads = arguments.pop("threads", None)
+    if threads:  # before any library reads them
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(threads)
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        stage(**arguments)
+    except ObrError as error:
+        print(f"obr: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"obr: {error.strerror}{where}; free the space or correct the path, then rerun.", file=sys.stderr
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("obr: interrupted; rerun to continue.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="obr", description=__doc__)
+    stages = parser.add_subparsers(required=True, metavar="STAGE")
+
+    def stage(name: str, function, text: str, *options: str) -> None:
+        command = stages.add_parser(name, help=text, description=text)
+        command.set_defaults(stage=function)
+        for option in options:
+            OPTIONS[option.rstrip("?")](command, not option.endswith("?"))
+
+    stage("download-model", download_model, "Fetch a model into a folder.", "entry", "out")
+    stage("check-model", check_model, "Check recipes against a model's sizes.", "entry", "model", "out")
+    stage("download-text", download_text, "Fetch a text into a file.", "entry", "out")
+    stage("download-task", download_task, "Fetch a zero-shot task.", "entry", "text?", "out")
+    stage("download-rotation", download_rotation, "Make a model's rotation.", "entry", "model", "out")
+    stage("calibrate", calibrate, "Choose calibration windows.", "entry", "model", "text", "out")
+    stage(
+        "hessian", hessian, "Collect the Hessians of a model's layer inputs.",
+        "model", "rotation?", "tokens", "out", "compute",
+    )  # fmt: skip
+    stage(
+        "compress", compress, "Compress a model by a recipe.",
+        "entry", "model", "rotation?", "tokens?", "hessians?", "out", "compute",
+    )  # fmt: skip
+    stage(
+        "perplexity", perplexity, "Perplexity of a checkpoint.",
+        "entry", "checkpoint", "recipe?", "text", "out", "compute",
+    )  # fmt: skip
+    stage(
+        "zero-shot", zero_shot, "Zero-shot accuracy of a checkpoint.",
+        "entry", "checkpoint", "recipe?", "task", "out", "compute",
+    )  # fmt: skip
+    stage("kernels", kernels, "Time matrix products on this device.", "entry", "out", "compute")
+    stage("table", table, "Make a table.", "entry", "recipes", "models", "results", "published", "out")
+    stage("figure", figure, "Draw a figure.", "entry", "recipes", "models", "results", "published", "out")
+    return parser
+
+
+def _path(name: str, text: str):
+    return lambda p, required: p.add_argument(f"--{name}", type=Path, required=required, help=text)
+
+
+def _json(name: str, text: str):
+    return lambda p, required: p.add_argument(f"--{name}", type=_object, required=required, help=text)
+
+
+def _object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("not a JSON object")
+    return value
+
+
+def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
+
+
+OPTIONS = {
+    "entry": _json("entry", "the config entry of this stage, as JSON"),
+    "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
+    "recipes": _json("recipes", "the config's recipes, resolved, as JSON"),
+    "models": _json("models", "the config's models, as JSON"),
+    "model": _path("model", "folder of a downloaded model"),
+    "text": _path("text", "text file"),
+    "task": _path("task", "folder of a downloaded task"),
+    "rotation": _path("rotation", "rotation file; without it the model is not rotated"),
+    "tokens": _path("tokens", "file of calibration windows"),
+    "hessians": _path("hessians", "folder of cached Hessians"),
+    "checkpoint": _path("checkpoint", "folder of a packed checkpoint"),
+    "results": _path("results", "folder of the results"),
+    "published": _path("published", "CSV file of published numbers"),
+    "out": _path("out", "what to write"),
+    "compute": _compute,
+}
+
+
+def download_model(entry: dict, out: Path) -> None:
+    from obr.download import download_model
+
+    download_model(entry["source"], out, entry.get("dtype", "auto"))
+
+
+def check_model(entry: dict, model: Path, out: Path) -> None:
+    from obr.config import check_widths
+
+    check_widths(json.loads((model / "config.json").read_text()), entry, model.name)
+    _write(entry, out)
+
+
+def download_text(entry: dict, out: Path) -> None:
+    from obr.download import download_text
+
+    download_text(entry, out)
+
+
+def download_task(entry: dict, text: Path | None, out: Path) -> None:
+    from obr.tasks import download_task
+
+    download_task(entry["source"], out, text)
+
+
+def download_rotation(entry: dict, model: Path, out: Path) -> None:
+    from obr.rotations import generate
+
+    generate(entry["kind"], model, entry.get("seed", 0), out)
+
+
+def calibrate(entry: dict, model: Path, text: Path, out: Path) -> None:
+    from obr.data import calibrate
+
+    calibrate(model, text, entry, out)
+
+
+def _computing(device: str, dtype: str | None):
+    """(device, torch dtype), once the device is ours."""
+    from obr.device import claim
+
+    device = claim(device)
+    import torch
+
+    return device, getattr(torch, dtype) if dtype else None
+
+
+def hessian(
+    model: Path, rotation: Path | None, tokens: Path, out: Path, device: str, dtype: str | None
+) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.hessian import hessian
+
+    hessian(model, rotation, tokens, out, dtype, device)
+
+
+def compress(
+    entry: dict,
+    model: Path,
+    rotation: Path | None,
+    tokens: Path | None,
+    hessians: Path | None,
+    out: Path,
+    device: str,
+    dtype: str | None,
+) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.compression import compress_stage
+    from obr.recipe import Recipe
+
+    compress_stage(
+        model, Recipe.parse(entry), out,
+        rotation=rotation, tokens=tokens, hessians=hessians, dtype=dtype, device=device,
+    )  # fmt: skip
+
+
+def perplexity(
+    entry: dict, checkpoint: Path, recipe: dict | None, text: Path, out: Path, device: str, dtype: str | None
+) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.evaluate import perplexity_stage
+    from obr.recipe import Recipe
+
+    result = perplexity_stage(
+        checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device
+    )
+    _write(result, out)
+    print(f"perplexity {result['value']:.4f}: {result['definition']}; {result['windows']} windows")
+
+
+def zero_shot(
+    entry: dict, checkpoint: Path, recipe: dict | None, task: Path, out: Path, device: str, dtype: str | None
+) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.checkpoint import load
+    from obr.model import load_tokenizer
+    from obr.zero_shot import zero_shot
+
+    model = load(checkpoint, recipe, dtype, device)
+    result = zero_shot(
+        model, load_tokenizer(checkpoint), task,
+        limit=entry.get("limit"), batch_size=entry.get("batch_size", 1),
+    )  # fmt: skip
+    _write(result, out)
+    print(f"{result['task']}: {result['metric']} {result['value']:.4f} ± {result['stderr']:.4f}")
+
+
+def kernels(entry: dict, out: Path, device: str, dtype: str | None) -> None:
+    device, _ = _computing(device, dtype)
+    from obr.kernels import benchmark
+
+    benchmark(entry, device, out)
+
+
+def table(entry: dict, recipes: dict, models: dict, results: Path, published: Path, out: Path) -> None:
+    from obr.table import build, write
+
+    write(build(entry, recipes, models, results, published), out)
+
+
+def figure(entry: dict, recipes: dict, models: dict, results: Path, published: Path, out: Path) -> None:
+    from obr.figure import draw
+
+    draw(entry, recipes, models, results, published, out)
+
+
+def _write(result: dict, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The workflow's configuration: cross-references resolved and checked, and what follows for the jobs.
+
+The JSON schema checks keys, types and ranges; here is what a schema cannot say.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from obr.errors import ObrError
+from obr.recipe import Pattern, Recipe
+
+
+class Config:
+    """A validated config with recipes resolved.
+
+    Args:
+        raw: the parsed YAML, defaults filled in.
+
+    Raises:
+        ObrError: a name that nothing defines, or a recipe that cannot be; the sentence names it.
+    """
+
+    def __init__(self, raw: dict):
+        self.raw = raw
+        self.results = raw["results"]
+        self.recipes = {key: self._resolve(key) for key in raw["recipes"]}
+        self.parsed = {key: Recipe.parse(entry, f"recipes.{key}") for key, entry in self.recipes.items()}
+        for key, recipe in self.parsed.items():
+            if recipe.rotation != "none":
+                self._defined("rotations", recipe.rotation, f"recipes.{key}.rotation")
+            if recipe.calibration:
+                self._defined("calibrations", recipe.calibration, f"recipes.{key}.calibration")
+        for section in ("calibrations", "perplexity"):
+            for key, entry in raw[section].items():
+                self._defined("texts", entry["text"], f"{section}.{key}.text")
+        for key, entry in raw["zero_shot"].items():
+            if entry.get("text"):
+                self._defined("texts", entry["text"], f"zero_shot.{key}.text")
+        self._select_models()
+        for section in ("tables", "figures"):
+            for key, entry in raw[section].items():
+                self._check_entry(f"{section}.{key}", entry)
+
+    def _resolve(self, key: str) -> dict:
+        """A recipe's entry with what it takes over from the recipe named by its `weights`."""
+        entry = dict(self.raw["recipes"][key])
+        base = entry.get("weights")
+        if base is None:
+            return entry
+        self._defined("recipes", base, f"recipes.{key}.weights")
+        if self.raw["recipes"][base].get("weights"):
+            raise ObrError(
+                f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead."
+            )
+        allowed = {"weights", "label", "activations", "keys", "values"}
+        odd = sorted(set(entry) - allowed)
+        if odd:
+            raise ObrError(
+                f"recipes.{key} borrows the weights of {base!r}, so it may not set {odd[0]!r}; "
+                "it may set label, activations, keys and values."
+            )
+        return {**self.raw["recipes"][base], "label": None, **entry}
+
+    def _defined(self, section: str, name: str, where: str) -> None:
+        if name not in self.raw[section]:
+            known = ", ".join(self.raw[section]) or "none"
+            raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {known}.")
+
+    def _select_models(self) -> None:
+        only = self.raw.get("only_models")
+        if not only:
+            return
+        only = [only] if isinstance(only, str) else only
+        for name in only:
+            self._defined("models", name, "only_models")
+        for section in ("tables", "figures"):
+            for key, entry in list(self.raw[section].items()):
+                if "models" in entry:
+                    entry["models"] = [model for model in entry["models"] if model in only]
+                    if not entry["models"]:
+                        del self.raw[section][key]
+
+    def _check_entry(self, where: str, entry: dict) -> None:
+        for model in entry.get("models", []):
+            self._defined("models", model, f"{where}.models")
+        for row in entry.get("rows", []):
+            self._defined("recipes", row if isinstance(row, str) else row["recipe"], f"{where}.rows")
+        texts = entry.get("perplexity", [])
+        for name in [texts] if isinstance(texts, str) else texts:
+            self._defined("perplexity", name, f"{where}.perplexity")
+        for name in entry.get("zero_shot", []):
+            self._defined("zero_shot", name, f"{where}.zero_shot")
+
+    def checkpoint_of(self, recipe: str) -> str:
+        """The recipe whose folder holds the weights of this one."""
+        return self.recipes[recipe].get("weights") or recipe
+
+    def weight_entry(self, recipe: str) -> str:
+        """JSON of what decides a recipe's checkpoint."""
+        evaluation_only = {"weights", "label", "activations", "keys", "values"}
+        entry = self.parsed[recipe].to_dict()
+        return json.dumps({k: v for k, v in entry.items() if k not in evaluation_only}, sort_keys=True)
+
+    def evaluation_entry(self, recipe: str) -> str:
+        """JSON of what decides how a recipe's checkpoint is evaluated."""
+        entry = self.parsed[recipe].to_dict()
+        entry.pop("label")
+        return json.dumps(entry, sort_keys=True)
+
+    def rows(self, entry: dict) -> list[str]:
+        return [row if isinstance(row, str) else row["recipe"] for row in entry.get("rows", [])]
+
+    def recipes_of(self, model: str) -> list[str]:
+        """Recipes whose checkpoints some table or figure asks of the model, each once."""
+        entries = [*self.raw["tables"].values(), *self.raw["figures"].values()]
+        keys = [
+            self.checkpoint_of(row) for e in entries if model in e.get("models", []) for row in self.rows(e)
+        ]
+        return list(dict.fromkeys(keys))
+
+    def artefacts(self, entry: dict) -> Iterator[str]:
+        """The files that a table or figure is made of, below the results folder."""
+        if entry.get("kind") == "kernels":
+            yield f"kernels/{entry['device']}.csv"
+        texts = entry.get("perplexity", [])
+        for model in entry.get("models", []):
+            for row in self.rows(entry):
+                for text in [texts] if isinstance(texts, str) else texts:
+                    yield f"perplexity/{model}/{row}/{text}.json"
+                for task in entry.get("zero_shot", []):
+                    yield f"zero_shot/{model}/{row}/{task}.json"
+                yield f"compressed/{model}/{self.checkpoint_of(row)}/manifest.json"
+                if entry.get("kind") == "layer_error":
+                    yield f"compressed/{model}/{self.checkpoint_of(row)}/layers.csv"
+
+    def check_widths(self, model: str, config: Path) -> None:
+        """Raise ObrError if a recipe's pattern does not divide a layer of the model with this config.json."""
+        check_widths(
+            json.loads(config.read_text()), {k: self.parsed[k].pattern for k in self.recipes_of(model)}, model
+        )
+
+
+def check_widths(config: dict, patterns: dict[str, str | None], model: str) -> None:
+    """Raise ObrError if a pattern, given by recipe, does not divide the width of one of the model's layers.
+
+    config: the contents of a transformers config.json.
+    """
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    widths = {
+        "q, k, v, up and gate": config["hidden_size"],
+        "o_proj": heads * head_dim,
+        "down_proj": config["intermediate_size"],
+    }
+    for recipe, pattern in patterns.items():
+        for layer, width in widths.items() if pattern else ():
+            Pattern.parse(pattern).check_width(width, f"{layer} of {model} (recipe {recipe})")
+
+
+def check_paths(section: dict, where: str) -> None:
+    """Raise ObrError if a source of kind `path` names something that is not there."""
+    for key, entry in section.items():
+        source = entry.get("source")
+        fields = source if isinstance(source, dict) else entry
+        if fields.get("source") != "path":
+            continue
+        name = fields.get("path") or fields.get("file") or ""
+        path = os.path.expandvars(name)
+        if "$" in path:
+            raise ObrError(f"{where}.{key}: {name} names an environment variable that is not set; set it.")
+        if not Path(path).expanduser().exists():
+            raise ObrError(f"{where}.{key}: {path} does not exist; correct the path or use another source.")

@@ -1,0 +1,49 @@
+"""Which device a job computes on: one free GPU a job, taken by a file lock, since Snakemake hands out none."""
+
+import fcntl
+import os
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from obr.errors import ObrError
+
+_held = []  # lock files stay open, and locked, for the life of the process
+
+
+def claim(device: str) -> str:
+    """Reserve "cpu", or the first free GPU for "cuda", waiting until one is; call before torch is imported.
+
+    Raises:
+        ObrError: "cuda" is asked for and no NVIDIA GPU is visible.
+    """
+    if device != "cuda":
+        return device
+    gpus = _visible()
+    if not gpus:
+        raise ObrError("device is 'cuda' but no NVIDIA GPU is visible; use --config device=cpu.")
+    while True:
+        for gpu in gpus:
+            path = Path(tempfile.gettempdir()) / f"obr-gpu-{os.getuid()}-{gpu}.lock"
+            file = open(path, "w")  # noqa: SIM115  held on purpose
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _held.append(file)
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return "cuda"
+        time.sleep(5)
+
+
+def _visible() -> list[str]:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [gpu for gpu in given.split(",") if gpu.strip()]
+    try:
+        query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []

@@ -1,0 +1,155 @@
+import json
+import os
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+from obr import config as obr_config
+from obr import digest as obr_digest
+from obr.errors import ObrError
+
+validate(config, "../schemas/config.schema.yaml")
+
+try:
+    CONFIG = obr_config.Config(config)
+    for section in ("models", "texts", "zero_shot"):
+        obr_config.check_paths(config[section], section)
+    for model in config["models"]:
+        if Path(f"{config['results']}/models/{model}/config.json").exists():
+            CONFIG.check_widths(model, Path(f"{config['results']}/models/{model}/config.json"))
+except ObrError as error:
+    raise WorkflowError(str(error)) from None
+
+RESULTS = CONFIG.results
+PUBLISHED = f"{workflow.basedir}/workflow/published/results.csv"
+
+
+wildcard_constraints:
+    model="[^/]+",
+    rotation="[^/]+",
+    calibration="[^/]+",
+    recipe="[^/]+",
+    text="[^/]+",
+    task="[^/]+",
+    table="[^/]+",
+    figure="[^/]+",
+
+
+def entry_of(section):
+    """The JSON of a config entry, named by the wildcard of the same singular: models -> {model}."""
+
+    def entry(wildcards):
+        names = {"perplexity": "text", "zero_shot": "task"}
+        return json.dumps(config[section][wildcards[names.get(section, section.rstrip("s"))]], sort_keys=True)
+
+    return entry
+
+
+def code_of(stage):
+    """The digest of a stage's code; a constant where the profile or config turns that off."""
+    return obr_digest.digest(stage) if config["track_code"] else "untracked"
+
+
+def size_of(wildcards):
+    """Billions of parameters of the model at hand, for the resources."""
+    model = wildcards.get("model")
+    return config["models"][model]["parameters"] if model else 0
+
+
+def memory(gigabytes, per_billion):
+    """mem_mb: a constant, and what grows with the model."""
+    return lambda wildcards: int(1000 * (gigabytes + per_billion * size_of(wildcards)))
+
+
+def minutes(constant, per_billion):
+    """runtime in minutes."""
+    return lambda wildcards: int(constant + per_billion * size_of(wildcards))
+
+
+GPU = 1 if config["device"] == "cuda" else 0
+COMPUTE = f"--device {config['device']}" + (f" --dtype {config['dtype']}" if config["dtype"] else "")
+
+
+def recipe_inputs(wildcards):
+    """What a compression reads besides the model."""
+    recipe = CONFIG.parsed[wildcards.recipe]
+    inputs = {}
+    if recipe.rotation != "none":
+        inputs["rotation"] = f"{RESULTS}/rotations/{recipe.rotation}/{wildcards.model}.safetensors"
+    if recipe.calibration and recipe.hessian == "cached":
+        inputs["hessians"] = (
+            f"{RESULTS}/hessians/{wildcards.model}/{recipe.rotation}/{recipe.calibration}/hessian.json"
+        )
+    elif recipe.needs_hessian:
+        inputs["tokens"] = f"{RESULTS}/calibration/{recipe.calibration}/{wildcards.model}.safetensors"
+    return inputs
+
+
+def recipe_flags(wildcards, input):
+    """The command-line flags for those inputs."""
+    flags = []
+    for name in ("rotation", "tokens", "hessians"):
+        path = input.get(name)
+        if path:
+            flags.append(f"--{name} {Path(path).parent if name == 'hessians' else path}")
+    return " ".join(flags)
+
+
+def hessian_inputs(wildcards):
+    inputs = {"tokens": f"{RESULTS}/calibration/{wildcards.calibration}/{wildcards.model}.safetensors"}
+    if wildcards.rotation != "none":
+        inputs["rotation"] = f"{RESULTS}/rotations/{wildcards.rotation}/{wildcards.model}.safetensors"
+    return inputs
+
+
+def rotation_flag(wildcards, input):
+    return f"--rotation {input.rotation}" if "rotation" in input.keys() else ""
+
+
+def checkpoint_manifest(wildcards):
+    key = CONFIG.checkpoint_of(wildcards.recipe)
+    return f"{RESULTS}/compressed/{wildcards.model}/{key}/manifest.json"
+
+
+def task_text(wildcards):
+    """The text that a task made from text is made of."""
+    text = config["zero_shot"][wildcards.task].get("text")
+    return {"text": f"{RESULTS}/texts/{text}.txt"} if text else {}
+
+
+def task_text_flag(wildcards, input):
+    return f"--text {input.text}" if "text" in input.keys() else ""
+
+
+def task_source(wildcards):
+    """What decides a task's data; how many rows are scored does not."""
+    return json.dumps({"source": config["zero_shot"][wildcards.task]["source"]}, sort_keys=True)
+
+
+def parts_of(section):
+    """The artefacts that a table or figure is made of."""
+
+    def parts(wildcards):
+        entry = config[section][wildcards[section.rstrip("s")]]
+        return [f"{RESULTS}/{path}" for path in CONFIG.artefacts(entry)]
+
+    return parts
+
+
+def used(section, of):
+    """JSON of the recipes or models that a table or figure names."""
+
+    def entries(wildcards):
+        entry = config[section][wildcards[section.rstrip("s")]]
+        if of == "models":
+            return json.dumps({m: config["models"][m] for m in entry.get("models", [])}, sort_keys=True)
+        keys = {key for row in CONFIG.rows(entry) for key in (row, CONFIG.checkpoint_of(row))}
+        return json.dumps({key: CONFIG.recipes[key] for key in sorted(keys)}, sort_keys=True)
+
+    return entries
+
+
+def everything(wildcards):
+    tables = [f"{RESULTS}/tables/{name}.csv" for name in config["tables"]]
+    return tables + [f"{RESULTS}/figures/{name}.pdf" for name in config["figures"]]

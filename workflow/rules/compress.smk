@@ -1,0 +1,63 @@
+rule hessian:
+    input:
+        unpack(hessian_inputs),
+        model=f"{RESULTS}/models/{{model}}/source.json",
+        checked=ancient(f"{RESULTS}/models/{{model}}.checked.json"),
+    output:
+        f"{RESULTS}/hessians/{{model}}/{{rotation}}/{{calibration}}/hessian.json",
+    log:
+        f"{RESULTS}/logs/hessian/{{model}}/{{rotation}}/{{calibration}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/hessian/{{model}}/{{rotation}}/{{calibration}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["hessian"]
+    resources:
+        mem_mb=memory(4, 3),
+        runtime=minutes(60, 15),
+        gpu=GPU,
+    params:
+        model=subpath(input.model, parent=True),
+        rotation=rotation_flag,
+        out=subpath(output[0], parent=True),
+        compute=COMPUTE,
+        code=code_of("hessian"),
+    shell:
+        "obr hessian --model {params.model} {params.rotation} --tokens {input.tokens} --out {params.out} "
+        "{params.compute} --threads {threads} >{log} 2>&1"
+
+
+rule compress:
+    input:
+        unpack(recipe_inputs),
+        model=f"{RESULTS}/models/{{model}}/source.json",
+        checked=ancient(f"{RESULTS}/models/{{model}}.checked.json"),
+    output:
+        manifest=f"{RESULTS}/compressed/{{model}}/{{recipe}}/manifest.json",
+        layers=report(
+            f"{RESULTS}/compressed/{{model}}/{{recipe}}/layers.csv",
+            caption="../report/layers.rst",
+            category="Layers",
+            labels={"model": "{model}", "recipe": "{recipe}"},
+        ),
+    log:
+        f"{RESULTS}/logs/compress/{{model}}/{{recipe}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/compress/{{model}}/{{recipe}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["compress"]
+    resources:
+        mem_mb=memory(4, 3),
+        runtime=minutes(120, 40),
+        gpu=GPU,
+    params:
+        entry=lambda wildcards: CONFIG.weight_entry(wildcards.recipe),
+        model=subpath(input.model, parent=True),
+        inputs=recipe_flags,
+        out=subpath(output.manifest, parent=True),
+        compute=COMPUTE,
+        code=code_of("compression"),
+    shell:
+        "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {params.out} "
+        "{params.compute} --threads {threads} >{log} 2>&1"

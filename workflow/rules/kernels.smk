@@ -1,0 +1,26 @@
+rule kernel_benchmark:
+    output:
+        report(
+            f"{RESULTS}/kernels/{{device}}.csv",
+            caption="../report/kernels.rst",
+            category="Kernels",
+        ),
+    log:
+        f"{RESULTS}/logs/kernel_benchmark/{{device}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/kernel_benchmark/{{device}}.tsv"
+    wildcard_constraints:
+        device="cpu|cuda",
+    conda:
+        "../../envs/obr.yaml"
+    threads: workflow.cores  # alone on the machine, or the times mean nothing
+    resources:
+        mem_mb=8000,
+        runtime=60,
+        gpu=lambda wildcards: int(wildcards.device == "cuda"),
+    params:
+        entry=json.dumps(config["kernels"], sort_keys=True),
+        code=code_of("kernels"),
+    shell:
+        "obr kernels --entry {params.entry:q} --out {output} --device {wildcards.device} --threads {threads} "
+        ">{log} 2>&1"

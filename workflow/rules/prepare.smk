@@ -1,0 +1,142 @@
+rule download_model:
+    output:
+        config=f"{RESULTS}/models/{{model}}/config.json",
+        source=f"{RESULTS}/models/{{model}}/source.json",
+    log:
+        f"{RESULTS}/logs/download_model/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_model/{{model}}.tsv"
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2, 5),
+        runtime=minutes(30, 5),
+    params:
+        entry=entry_of("models"),
+        out=subpath(output.source, parent=True),
+        code=code_of("download"),
+    shell:
+        "obr download-model --entry {params.entry:q} --out {params.out} >{log} 2>&1"
+
+
+# Cheap, and before anything long: a pattern that does not divide a layer's width stops here.
+rule check_model:
+    input:
+        f"{RESULTS}/models/{{model}}/config.json",
+    output:
+        f"{RESULTS}/models/{{model}}.checked.json",
+    log:
+        f"{RESULTS}/logs/check_model/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/check_model/{{model}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    params:
+        model=subpath(input[0], parent=True),
+        entry=lambda wildcards: json.dumps(
+            {key: CONFIG.parsed[key].pattern for key in CONFIG.recipes_of(wildcards.model)}, sort_keys=True
+        ),
+        code=code_of("config"),
+    shell:
+        "obr check-model --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
+
+
+rule download_text:
+    output:
+        text=f"{RESULTS}/texts/{{text}}.txt",
+        about=f"{RESULTS}/texts/{{text}}.json",
+    log:
+        f"{RESULTS}/logs/download_text/{{text}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_text/{{text}}.tsv"
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=lambda wildcards: json.dumps(config["texts"][wildcards.text], sort_keys=True),
+        code=code_of("download"),
+    shell:
+        "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
+
+
+rule download_task:
+    input:
+        unpack(task_text),
+    output:
+        f"{RESULTS}/tasks/{{task}}/task.json",
+    log:
+        f"{RESULTS}/logs/download_task/{{task}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_task/{{task}}.tsv"
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=task_source,
+        text=task_text_flag,
+        out=subpath(output[0], parent=True),
+        code=code_of("tasks"),
+    shell:
+        "obr download-task --entry {params.entry:q} {params.text} --out {params.out} >{log} 2>&1"
+
+
+rule download_rotation:
+    input:
+        f"{RESULTS}/models/{{model}}/config.json",
+    output:
+        f"{RESULTS}/rotations/{{rotation}}/{{model}}.safetensors",
+    log:
+        f"{RESULTS}/logs/download_rotation/{{rotation}}/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_rotation/{{rotation}}/{{model}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=entry_of("rotations"),
+        model=subpath(input[0], parent=True),
+        code=code_of("rotations"),
+    shell:
+        "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
+
+
+rule calibrate:
+    input:
+        model=f"{RESULTS}/models/{{model}}/source.json",
+        text=lambda wildcards: f"{RESULTS}/texts/{config['calibrations'][wildcards.calibration]['text']}.txt",
+    output:
+        f"{RESULTS}/calibration/{{calibration}}/{{model}}.safetensors",
+    log:
+        f"{RESULTS}/logs/calibrate/{{calibration}}/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/calibrate/{{calibration}}/{{model}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=entry_of("calibrations"),
+        model=subpath(input.model, parent=True),
+        code=code_of("data"),
+    shell:
+        "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
+        ">{log} 2>&1"

@@ -1,0 +1,65 @@
+rule table:
+    input:
+        parts_of("tables"),
+        published=PUBLISHED,
+    output:
+        report(
+            multiext(f"{RESULTS}/tables/{{table}}", ".csv", ".md", ".tex"),
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}"},
+        ),
+    log:
+        f"{RESULTS}/logs/table/{{table}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/table/{{table}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        entry=entry_of("tables"),
+        recipes=used("tables", "recipes"),
+        models=used("tables", "models"),
+        results=RESULTS,
+        stem=subpath(output[0], strip_suffix=".csv"),
+        code=code_of("table"),
+    shell:
+        "obr table --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
+        "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
+
+
+rule figure:
+    input:
+        parts_of("figures"),
+        published=PUBLISHED,
+    output:
+        f"{RESULTS}/figures/{{figure}}.pdf",
+        report(
+            f"{RESULTS}/figures/{{figure}}.png",
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"figure": "{figure}"},
+        ),
+    log:
+        f"{RESULTS}/logs/figure/{{figure}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/figure/{{figure}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        entry=entry_of("figures"),
+        recipes=used("figures", "recipes"),
+        models=used("figures", "models"),
+        results=RESULTS,
+        stem=subpath(output[0], strip_suffix=".pdf"),
+        code=code_of("figure"),
+    shell:
+        "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
+        "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
