@@ -14,9 +14,7 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return hessian + damp * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
 
 
-def restore_rows(
-    weight: Tensor, hessian: Tensor, mask: Tensor, scale: Tensor, bits: int, alpha: float, gptq: bool
-):
+def restore_rows(weight: Tensor, hessian: Tensor, mask: Tensor, scale: Tensor, bits: int, alpha: float, gptq: bool):
     """weight, mask: (r, n). scale: (r, 1). Returns (r, n)."""
     h = damped(hessian, 0.01)
     columns = weight.shape[1]

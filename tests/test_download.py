@@ -49,9 +49,7 @@ def tiny(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(
-        vocab_size=40, **sizes, num_key_value_heads=1, tie_word_embeddings=True, dtype="bfloat16"
-    )
+    config = LlamaConfig(vocab_size=40, **sizes, num_key_value_heads=1, tie_word_embeddings=True, dtype="bfloat16")
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="20KB")
     words = {f"w{number}": number for number in range(40)}
     inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
@@ -66,9 +64,7 @@ def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> str:
     with zipfile.ZipFile(path, "w") as archive:
         for member, content in files.items():
             archive.writestr(member, content)
-        archive.writestr(
-            f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\nLicense: MIT\n\nText"
-        )
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\nLicense: MIT\n\nText")
     return fetch.sha256_of(path)
 
 

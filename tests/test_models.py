@@ -27,9 +27,7 @@ def prepared(tiny_folder, tmp_path_factory):
     model = tiny_folder / "model"
     rotations.generate("quarot", model, 0, folder / "rotation.safetensors")
     data.calibrate(model, tiny_folder / "train.txt", CALIBRATION, folder / "tokens.safetensors")
-    hessian.hessian(
-        model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians"
-    )
+    hessian.hessian(model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians")
     return folder
 
 
@@ -52,9 +50,7 @@ def test_perplexity_is_the_mean_over_whole_windows(tiny_folder, windows):
 
 def test_streamed_and_whole_models_agree(tiny_folder, windows):
     whole = perplexity(obr.load_model(tiny_folder / "model", device="cpu"), windows)
-    assert perplexity(StreamedBlocks(tiny_folder / "model", device="cpu"), windows) == pytest.approx(
-        whole, rel=1e-6
-    )
+    assert perplexity(StreamedBlocks(tiny_folder / "model", device="cpu"), windows) == pytest.approx(whole, rel=1e-6)
 
 
 def test_rotation_leaves_perplexity_alone(tiny_folder, prepared, windows):
@@ -81,9 +77,7 @@ def test_hessians_are_those_of_the_inputs(tiny_folder, prepared):
     model(tokens)
     cached = hessian.load(prepared / "hessians" / "block_001.safetensors")
     for name, group in zip(seen, ("down", "qkv", "o", "up_gate"), strict=True):
-        assert torch.allclose(
-            cached[group].double(), seen[name], rtol=1e-3, atol=1e-4 * seen[name].abs().max()
-        )
+        assert torch.allclose(cached[group].double(), seen[name], rtol=1e-3, atol=1e-4 * seen[name].abs().max())
 
 
 def test_collecting_group_by_group_equals_one_pass(tiny_folder, prepared):
@@ -131,21 +125,15 @@ def test_checkpoints_hold_what_the_manifest_says(tiny_folder, prepared, windows,
     assert manifest["calibration"]["nsamples"] == 16 and manifest["rotation"] == {"kind": "quarot", "seed": 0}
     rows = (tmp_path / "layers.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 7
-    value = perplexity_stage(
-        tmp_path, tiny_folder / "heldout.txt", {"seqlen": 128, "tokens": 2048}, device="cpu"
-    )
-    assert value["value"] == pytest.approx(
-        obr.perplexity(obr.load(tmp_path, device="cpu"), windows), rel=1e-5
-    )
+    value = perplexity_stage(tmp_path, tiny_folder / "heldout.txt", {"seqlen": 128, "tokens": 2048}, device="cpu")
+    assert value["value"] == pytest.approx(obr.perplexity(obr.load(tmp_path, device="cpu"), windows), rel=1e-5)
     assert value["windows"] == 16 and "non-overlapping windows of 128" in value["definition"]
 
 
 def test_sequential_and_cached_differ_only_behind_the_first_layers(tiny_folder, prepared, tmp_path):
     for kind in ("cached", "sequential"):
         compressed(tiny_folder, prepared, tmp_path / kind, method="obr_gptq", hessian=kind)
-    first, second = (
-        obr.load(tmp_path / kind, device="cpu").model.layers for kind in ("cached", "sequential")
-    )
+    first, second = (obr.load(tmp_path / kind, device="cpu").model.layers for kind in ("cached", "sequential"))
     assert torch.equal(first[0].self_attn.q_proj.weight, second[0].self_attn.q_proj.weight)
     assert not torch.equal(first[0].self_attn.o_proj.weight, second[0].self_attn.o_proj.weight)
     assert not torch.equal(first[1].self_attn.q_proj.weight, second[1].self_attn.q_proj.weight)
@@ -170,7 +158,7 @@ def test_save_and_load_give_identical_logits(tiny_folder, tmp_path, rotation, me
 
 
 def test_saving_an_uncompressed_model_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(ObrError, match="run obr.compress before obr.save"):
+    with pytest.raises(ObrError, match=r"run obr\.compress before obr\.save"):
         obr.save(obr.load_model(tiny_folder / "model", device="cpu"), tmp_path)
 
 
@@ -206,9 +194,7 @@ def test_fewer_bits_cost_more(tiny_folder, windows):
     value = {16: perplexity(obr.load_model(tiny_folder / "model", device="cpu"), windows)}
     for bits in (8, 4, 3):
         four = {name: {"bits": bits} for name in ("activations", "keys", "values")}
-        value[bits] = perplexity(
-            quantised(obr.load_model(tiny_folder / "model", device="cpu"), **four), windows
-        )
+        value[bits] = perplexity(quantised(obr.load_model(tiny_folder / "model", device="cpu"), **four), windows)
     assert value[16] < value[8] * 1.001 and value[8] < value[4] < value[3]
     assert value[8] == pytest.approx(value[16], rel=0.02)
 

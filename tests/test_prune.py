@@ -12,9 +12,7 @@ from obr.recipe import Pattern
 PATTERNS = ["2:4", "4:8", "8:16", "paired 4:8", "1:4"]
 
 
-@given(
-    rows=st.integers(1, 5), groups=st.integers(1, 4), text=st.sampled_from(PATTERNS), seed=st.integers(0, 99)
-)
+@given(rows=st.integers(1, 5), groups=st.integers(1, 4), text=st.sampled_from(PATTERNS), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_patterns_keep_the_highest_of_each_group(rows, groups, text, seed):
     pattern = Pattern.parse(text)
@@ -27,9 +25,7 @@ def test_patterns_keep_the_highest_of_each_group(rows, groups, text, seed):
         assert group[kept].min() > group[~kept].max()
 
 
-@given(
-    rows=st.integers(1, 5), columns=st.integers(1, 40), sparsity=st.floats(0, 0.95), seed=st.integers(0, 99)
-)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 40), sparsity=st.floats(0, 0.95), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
 def test_unstructured_removes_the_same_number_from_every_row(rows, columns, sparsity, seed):
     scores = torch.randint(0, 4, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()

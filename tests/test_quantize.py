@@ -56,9 +56,7 @@ def test_activations_are_rounded_token_by_token(symmetric, group):
     assert torch.equal(fake_quantize(x[:1, :1], settings), y[:1, :1])  # no token depends on another
     span = x.abs().amax() if symmetric else x.amax() - x.amin()
     assert (y - x).abs().max() <= span / (14 if symmetric else 30) * 1.01
-    assert (fake_quantize(x, QuantizerSettings(8, symmetric, group)) - x).abs().max() < (
-        y - x
-    ).abs().max() / 8
+    assert (fake_quantize(x, QuantizerSettings(8, symmetric, group)) - x).abs().max() < (y - x).abs().max() / 8
 
 
 def test_sixteen_bits_change_nothing_and_clipping_shrinks_the_range():

@@ -28,9 +28,7 @@ FAMILIES = {
         num_key_value_heads=3,
         tie_word_embeddings=True,
     ),
-    "mistral": MistralConfig(
-        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2
-    ),
+    "mistral": MistralConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
     "qwen2, 14 heads": Qwen2Config(
         hidden_size=112, intermediate_size=296, num_attention_heads=14, num_key_value_heads=2
     ),
@@ -90,9 +88,7 @@ def test_a_matrix_that_is_not_orthogonal_shows(part):
     def rotate(model):
         layout, rotation = layout_of(model.config), rotations.draw("quarot", Dimensions.of(model.config))
         broken = rotation.transforms[part]
-        broken.factor0 = (
-            broken.factor0 + 0.1 * random_orthogonal(len(broken.factor0), torch.Generator()).float()
-        )
+        broken.factor0 = broken.factor0 + 0.1 * random_orthogonal(len(broken.factor0), torch.Generator()).float()
         fold_all(model, layout, rotation)
 
     assert change(random_model(FAMILIES["llama"]), rotate) > 1e-3
@@ -153,9 +149,7 @@ def test_the_kronecker_product_is_what_it_says():
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(k, k, generator=generator) for k in (3, 4, 2))
     x, signs = torch.randn(5, 24, generator=generator), torch.randn(24, generator=generator).sign()
-    assert torch.allclose(
-        Kronecker([a, b, c], signs)(x), (x * signs) @ torch.kron(torch.kron(a, b), c).T, atol=1e-5
-    )
+    assert torch.allclose(Kronecker([a, b, c], signs)(x), (x * signs) @ torch.kron(torch.kron(a, b), c).T, atol=1e-5)
     assert torch.allclose(Kronecker([a, 8])(x), x @ torch.kron(a, torch.eye(8)).T, atol=1e-5)
 
 

@@ -172,14 +172,10 @@ def test_wrong_printed_means_are_flagged(numbers):
 
 def test_a_fraction_among_percentages_is_flagged(numbers):
     changed = numbers.copy()
-    where = (
-        (changed["table"] == TABLE_1["table"]) & (changed["method"] == "FP16") & (changed["metric"] == "piqa")
-    )
+    where = (changed["table"] == TABLE_1["table"]) & (changed["method"] == "FP16") & (changed["metric"] == "piqa")
     changed.loc[where & (changed["model"] == "Llama-2-7B"), "value"] = 0.7911
     means = published.recomputed_means(changed)
-    assert means.loc[means["fractions"] != "", ["model", "fractions"]].to_numpy().tolist() == [
-        ["Llama-2-7B", "piqa"]
-    ]
+    assert means.loc[means["fractions"] != "", ["model", "fractions"]].to_numpy().tolist() == [["Llama-2-7B", "piqa"]]
 
 
 @pytest.mark.parametrize("text", ["source,value\nobr,1\n", None])
@@ -337,9 +333,7 @@ def test_latex_is_whole_and_escaped(written):
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
 def test_latex_compiles(written, tmp_path):
-    document = (
-        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
-    )
+    document = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{table}\end{document}"
     shutil.copy(f"{written}.tex", tmp_path / "table.tex")
     (tmp_path / "main.tex").write_text(document)
     run = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "main.tex"]
@@ -352,9 +346,7 @@ def test_tables_do_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "path", sorted(PUBLISHED.parents[1].glob("report/*.rst")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(PUBLISHED.parents[1].glob("report/*.rst")), ids=lambda path: path.stem)
 def test_report_captions_render(path):
     """As Snakemake does: Jinja with the job's config and wildcards, then reStructuredText."""
     jinja2, core = pytest.importorskip("jinja2"), pytest.importorskip("docutils.core")

@@ -415,9 +415,7 @@ def test_broken_models_and_data_are_refused(model, tokenizer, piqa, tmp_path):
     ],
 )
 def test_real_sets(task, file, n, first, model, tokenizer, tmp_path):
-    download_task(
-        {"source": "path", "task": task, "file": f"$OBR_DATA/data/tasks/{file}.jsonl"}, tmp_path / task
-    )
+    download_task({"source": "path", "task": task, "file": f"$OBR_DATA/data/tasks/{file}.jsonl"}, tmp_path / task)
     loaded = load_task(tmp_path / task)
     assert len(loaded.eval_docs) == n and question(loaded, loaded.eval_docs[0])[0].startswith(first)
     result = zero_shot(model, tokenizer, tmp_path / task, limit=3, max_length=512)

@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"obr: {error.strerror}{where}; free the space or correct the path, then rerun.", file=sys.stderr
-        )
+        print(f"obr: {error.strerror}{where}; free the space or correct the path, then rerun.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("obr: interrupted; rerun to continue.", file=sys.stderr)
@@ -167,9 +165,7 @@ def _computing(device: str, dtype: str | None):
     return device, getattr(torch, dtype) if dtype else None
 
 
-def hessian(
-    model: Path, rotation: Path | None, tokens: Path, out: Path, device: str, dtype: str | None
-) -> None:
+def hessian(model: Path, rotation: Path | None, tokens: Path, out: Path, device: str, dtype: str | None) -> None:
     device, dtype = _computing(device, dtype)
     from obr.hessian import hessian
 
@@ -203,9 +199,7 @@ def perplexity(
     from obr.evaluate import perplexity_stage
     from obr.recipe import Recipe
 
-    result = perplexity_stage(
-        checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device
-    )
+    result = perplexity_stage(checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device)
     _write(result, out)
     print(f"perplexity {result['value']:.4f}: {result['definition']}; {result['windows']} windows")
 

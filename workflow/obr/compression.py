@@ -20,9 +20,7 @@ from obr.recipe import Pattern, Recipe
 from obr.restoration import Hessian, restore
 
 
-def compress(
-    model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *, progress: bool = True
-) -> nn.Module:
+def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *, progress: bool = True) -> nn.Module:
     """Compress a model in memory, in place, and return it; its report is `model.obr_report`.
 
     Rotate first (`obr.rotate`) if the recipe is to act on a rotated model. Activation, key and value settings
@@ -127,9 +125,7 @@ def compress_blocks(
         matrices = hessian.load(cached / f"block_{index:03d}.safetensors", blocks.device) if cached else {}
         for group, names in blocks.layout.groups.items():
             if sequential:
-                collected, _ = hessian.collect(
-                    block, blocks.layout, hidden, arguments[index], [group], whole=False
-                )
+                collected, _ = hessian.collect(block, blocks.layout, hidden, arguments[index], [group], whole=False)
                 matrices = collected
             layers = compress_group(block, blocks.layout, group, matrices.get(group), report, index)
             report.layers += layers
@@ -185,6 +181,4 @@ def ensure_hessians(folder: Path, blocks: int) -> None:
     """Raise ObrError unless the folder holds a Hessian file for every block."""
     missing = [i for i in range(blocks) if not (folder / f"block_{i:03d}.safetensors").exists()]
     if missing:
-        raise ObrError(
-            f"{folder} lacks the Hessians of block {missing[0]}; delete the folder and rebuild it."
-        )
+        raise ObrError(f"{folder} lacks the Hessians of block {missing[0]}; delete the folder and rebuild it.")

@@ -51,9 +51,7 @@ class Config:
             return entry
         self._defined("recipes", base, f"recipes.{key}.weights")
         if self.raw["recipes"][base].get("weights"):
-            raise ObrError(
-                f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead."
-            )
+            raise ObrError(f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead.")
         allowed = {"weights", "label", "activations", "keys", "values"}
         odd = sorted(set(entry) - allowed)
         if odd:
@@ -115,9 +113,7 @@ class Config:
     def recipes_of(self, model: str) -> list[str]:
         """Recipes whose checkpoints some table or figure asks of the model, each once."""
         entries = [*self.raw["tables"].values(), *self.raw["figures"].values()]
-        keys = [
-            self.checkpoint_of(row) for e in entries if model in e.get("models", []) for row in self.rows(e)
-        ]
+        keys = [self.checkpoint_of(row) for e in entries if model in e.get("models", []) for row in self.rows(e)]
         return list(dict.fromkeys(keys))
 
     def artefacts(self, entry: dict) -> Iterator[str]:

@@ -20,9 +20,7 @@ def read_text(path: Path | str) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise ObrError(
-            f"text file {path} cannot be read ({error.strerror}): run the stage download_text."
-        ) from error
+        raise ObrError(f"text file {path} cannot be read ({error.strerror}): run the stage download_text.") from error
     except UnicodeDecodeError as error:
         raise ObrError(
             f"text file {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv."
@@ -89,9 +87,7 @@ def sample_windows(
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def evaluation_windows(
-    tokens: torch.LongTensor, seqlen: int, limit_tokens: int | None = None
-) -> torch.LongTensor:
+def evaluation_windows(tokens: torch.LongTensor, seqlen: int, limit_tokens: int | None = None) -> torch.LongTensor:
     """Windows (b, seqlen) end to end over tokens (t,), or over the first limit_tokens; the tail is dropped.
 
     Raises ObrError if not one window fits.
@@ -134,7 +130,7 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
         **options,
         "bos": spec.get("bos"),
         "tokens_in_text": len(stream),
-        "tokens_used": tokens.numel(),
+        "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +143,7 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
 def load_tokens(path: Path | str) -> tuple[torch.LongTensor, dict]:
     """Tokens (nsamples, seqlen) that `calibrate` wrote, and what it noted about them.
 
-    Noted: model, text, text_sha256, nsamples, seqlen, seed, sampling, bos, tokens_in_text, tokens_used,
+    Noted: model, text, text_sha256, nsamples, seqlen, seed, sampling, bos, tokens_in_text, tokens,
     tokenizer. Raises ObrError if the file is missing, damaged or another kind of file.
     """
     from safetensors import SafetensorError, safe_open

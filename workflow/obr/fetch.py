@@ -115,9 +115,7 @@ def hub_error(exception: BaseException, what: str, revision: str | None) -> ObrE
             f"with your account, then {login}."
         )
     if met(errors.RepositoryNotFoundError):
-        return ObrError(
-            f"{what} does not exist on the hub or is private: check the repo in the config, or {login}."
-        )
+        return ObrError(f"{what} does not exist on the hub or is private: check the repo in the config, or {login}.")
     if met(errors.RevisionNotFoundError):
         return ObrError(
             f"{what} has no revision {revision}: give the full commit hash or a tag shown at "

@@ -194,9 +194,7 @@ def sweep(source: Source) -> Sheet:
         _scale(panel)
         _ticks(panel, [place for line in lines.values() for place in line])
     sheet.handles += _dense_handles(source.rows)
-    sheet.handles += [
-        _handle(g, marker, color=colour, linestyle="-") for g, (colour, marker) in styles.items()
-    ]
+    sheet.handles += [_handle(g, marker, color=colour, linestyle="-") for g, (colour, marker) in styles.items()]
     _published_handle(sheet)
     return sheet
 
@@ -206,9 +204,7 @@ def _sweep_lines(rows: list[Row], x: str, group_by: str) -> dict[str, dict[float
     lines: dict[str, dict[float, Row]] = {}
     for row in (row for row in rows if row.recipe.method != "dense"):
         if not hasattr(row.recipe, group_by):
-            raise ObrError(
-                f"Recipes have no field {group_by!r} to group by; use method, mask, rotation or hessian."
-            )
+            raise ObrError(f"Recipes have no field {group_by!r} to group by; use method, mask, rotation or hessian.")
         group = getattr(row.recipe, group_by)
         line = lines.setdefault(METHODS[group][0] if group_by == "method" else str(group), {})
         place = getattr(row.recipe, x) * (100 if x == "sparsity" else 1)
@@ -242,9 +238,7 @@ def layer_error(source: Source) -> Sheet:
             for layers, colour, marker in zip(tables[model], cycle(COLOURS), cycle(MARKERS)):
                 part = layers[layers["kind"] == kind]
                 every = max(1, len(part) // 6)
-                panel.plot(
-                    part["block"], part["relative_error"], color=colour, marker=marker, markevery=every
-                )
+                panel.plot(part["block"], part["relative_error"], color=colour, marker=marker, markevery=every)
             panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         for panel in panels[max(0, len(kinds) - 4) : len(kinds)]:
             panel.set_xlabel("Block")
@@ -252,9 +246,7 @@ def layer_error(source: Source) -> Sheet:
             panel.set_axis_off()
         for row, layers in zip(rows, tables[model]):
             if layers["relative_error"].isna().all():
-                sheet.remarks.append(
-                    f"{label}, {row.label}: compressed without calibration data, no error known"
-                )
+                sheet.remarks.append(f"{label}, {row.label}: compressed without calibration data, no error known")
     _scale(sheet.panels[0], sheet.panels)
     sheet.figure.supylabel("Relative squared output error", fontsize=8)
     for row, colour, marker in zip(rows, cycle(COLOURS), cycle(MARKERS)):
@@ -273,9 +265,7 @@ def kernels(source: Source) -> Sheet:
     """Median time (bars: quartiles) and dense-equivalent speed of each kernel, by shape."""
     device = source.entry.get("device")
     if not device:
-        raise ObrError(
-            f"Figure {source.entry.get('title', '')!r} names no device; set `device`, such as cpu."
-        )
+        raise ObrError(f"Figure {source.entry.get('title', '')!r} names no device; set `device`, such as cpu.")
     times = pd.read_csv(require(source.results / "kernels" / f"{device}.csv"))
     sheet = _sheet(2, across=2, height=2.9)
     timed = times[times["median_ms"].notna()]
@@ -307,9 +297,7 @@ def _shape_axis(panel: Axes, shapes: list[str]) -> None:
     """Shapes as places along x, parted by lines so that each kernel's dots are seen to belong together."""
     names = [textwrap.fill(shape, 12, break_long_words=False) for shape in shapes]
     turned = sum(max(map(len, name.split("\n"))) + 2 for name in names) > 45
-    panel.set_xticks(
-        range(len(shapes)), names, rotation=40 if turned else 0, ha="right" if turned else "center"
-    )
+    panel.set_xticks(range(len(shapes)), names, rotation=40 if turned else 0, ha="right" if turned else "center")
     panel.set_xlim(-0.5, len(shapes) - 0.5)
     panel.grid(False, axis="x")
     for place in range(1, len(shapes)):
@@ -341,9 +329,7 @@ def _sheet(count: int, across: int = 3, height: float = 2.2, sharey: bool = Fals
 def _only_text(entry: dict):
     metrics = [m for m in metrics_of({**entry, "zero_shot": [], "mean": False}) if m.lower_is_better]
     if len(metrics) != 1:
-        raise ObrError(
-            f"Figure {entry.get('title', '')!r} needs one text in `perplexity`, not {len(metrics)}."
-        )
+        raise ObrError(f"Figure {entry.get('title', '')!r} needs one text in `perplexity`, not {len(metrics)}.")
     return metrics[0]
 
 
@@ -378,9 +364,7 @@ def _dense_handles(rows: list[Row]) -> list[Line2D]:
 
 def _dense_lines(source: Source, panel: Axes, model: str, text: str) -> None:
     for row in (row for row in source.rows if row.recipe.method == "dense"):
-        panel.axhline(
-            _perplexity(source, model, row, text), color="0.4", linestyle="--", linewidth=1, zorder=1
-        )
+        panel.axhline(_perplexity(source, model, row, text), color="0.4", linestyle="--", linewidth=1, zorder=1)
 
 
 def _perplexity(source: Source, model: str, row: Row, text: str) -> float:

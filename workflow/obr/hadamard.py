@@ -125,9 +125,7 @@ def hadamard(n: int, generator: torch.Generator, what: str = "size") -> Kronecke
         if matrix is not None:
             power //= 4
         elif odd > LARGEST_DENSE:
-            raise ObrError(
-                f"{what} {n} has the odd part {odd}, too large for an online rotation; use another."
-            )
+            raise ObrError(f"{what} {n} has the odd part {odd}, too large for an online rotation; use another.")
         else:
             matrix = random_orthogonal(odd, generator)
         factors.append(matrix)

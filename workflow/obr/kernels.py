@@ -83,9 +83,7 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
     target = _device(device)
     repeats, warmup = int(entry.get("repeats", 20)), int(entry.get("warmup", 3))
     if repeats < 1 or warmup < 0:
-        raise ObrError(
-            f"Benchmark repeats {repeats} and warmup {warmup}: at least one repeat, no negative warmup."
-        )
+        raise ObrError(f"Benchmark repeats {repeats} and warmup {warmup}: at least one repeat, no negative warmup.")
     names = _kernel_names(entry)
     timer = _cuda_times if target.type == "cuda" else _cpu_times
     lines = []

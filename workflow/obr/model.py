@@ -172,9 +172,7 @@ class StreamedBlocks(Blocks):
         dtype: of the computation.
     """
 
-    def __init__(
-        self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None
-    ):
+    def __init__(self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None):
         try:
             config = AutoConfig.from_pretrained(directory)
         except (OSError, ValueError) as error:

@@ -33,9 +33,7 @@ class Packed:
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned integers (k,) below 2^bits as a little-endian stream of bits, uint8."""
     places = np.arange(bits, dtype=np.uint32)
-    return np.packbits(
-        ((values.astype(np.uint32)[:, None] >> places) & 1).astype(np.uint8), bitorder="little"
-    )
+    return np.packbits(((values.astype(np.uint32)[:, None] >> places) & 1).astype(np.uint8), bitorder="little")
 
 
 def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -112,9 +110,7 @@ def _unpack_mask(stream: np.ndarray, rows: int, columns: int, pattern: Pattern |
     words = _mask_table(pattern)[0]
     numbers = unpack_bits(stream, pattern.index_bits, groups)
     if numbers.size and numbers.max() >= len(words):
-        raise ObrError(
-            f"A packed mask names a group that pattern {pattern} does not have; the file is broken."
-        )
+        raise ObrError(f"A packed mask names a group that pattern {pattern} does not have; the file is broken.")
     units = pattern.units[1]
     bits = (words[numbers][:, None] >> np.arange(units, dtype=np.uint32)) & 1
     return np.repeat(bits, 2 if pattern.paired else 1, axis=1).reshape(rows, columns).astype(bool)

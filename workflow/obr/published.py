@@ -56,9 +56,7 @@ def select(frame: pd.DataFrame, **filters) -> pd.DataFrame:
         else:
             hits = frame[column] == str(value)
         if column != "metric" and not hits.any():
-            known = (
-                "" if column == "note" else f"; it has {', '.join(sorted(set(frame[column]) - {''})[:12])} …"
-            )
+            known = "" if column == "note" else f"; it has {', '.join(sorted(set(frame[column]) - {''})[:12])} …"
             raise ObrError(f"No published number has {column} {str(value)!r}{known}; correct the filter.")
         chosen = chosen[hits.loc[chosen.index]]
     return chosen

@@ -354,9 +354,7 @@ def restore(
     if hessian is not None:
         work[:, hessian.dead] = 0  # an input that is always zero; the grid is still that of the dense row
     kept = _choose_mask(work, hessian, recipe, mask, pattern)
-    result = METHODS[method](
-        work, hessian, kept, grid, alpha=alpha, sparsity=recipe.sparsity, pattern=pattern
-    )
+    result = METHODS[method](work, hessian, kept, grid, alpha=alpha, sparsity=recipe.sparsity, pattern=pattern)
     restored = Restored(
         result, None if bits == 16 else grid.codes(result), grid.scale, kept,
         _relative_error(dense, result, hessian), bits, pattern,

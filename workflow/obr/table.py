@@ -99,13 +99,9 @@ def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
         checkpoint = recipes.get(key, {}).get("weights") or key
         for name in (key, checkpoint):
             if name not in recipes:
-                raise ObrError(
-                    f"Recipe {name!r} is not in the config; known are {', '.join(sorted(recipes))}."
-                )
+                raise ObrError(f"Recipe {name!r} is not in the config; known are {', '.join(sorted(recipes))}.")
         recipe = Recipe.parse(recipes[key], key)
-        rows.append(
-            Row(key, item.get("label") or recipe.label or key, recipe, checkpoint, item.get("published"))
-        )
+        rows.append(Row(key, item.get("label") or recipe.label or key, recipe, checkpoint, item.get("published")))
     return rows
 
 
@@ -129,9 +125,7 @@ def metrics_of(entry: dict) -> list[Metric]:
     found += [Metric(t, HEADINGS.get(t, t), names.get(t, t), False) for t in tasks]
     if entry.get("mean"):
         if not tasks:
-            raise ObrError(
-                f"Table {entry.get('title', '')!r} wants a mean of no tasks; list some in `zero_shot`."
-            )
+            raise ObrError(f"Table {entry.get('title', '')!r} wants a mean of no tasks; list some in `zero_shot`.")
         # A mean over other tasks than the paper's six has no published counterpart.
         same = {names.get(t, t) for t in tasks} == set(papers.PAPER_TASKS)
         found.append(Metric("mean", "Mean", names.get("mean", papers.MEAN if same else ""), False))
@@ -341,9 +335,7 @@ def _compression_notes(evidence: Evidence) -> list[str]:
             hessians[manifest["recipe"].get("hessian")][label] = None
     notes = [f"Calibration: {text}{_whose(calibrations, labels)}." for text, labels in calibrations.items()]
     for kind, labels in hessians.items():
-        notes.append(
-            f"Hessians: {kind}, {HESSIANS.get(kind, 'of unknown origin')}{_whose(hessians, labels)}."
-        )
+        notes.append(f"Hessians: {kind}, {HESSIANS.get(kind, 'of unknown origin')}{_whose(hessians, labels)}.")
     return notes
 
 
@@ -402,9 +394,7 @@ def _columns(table: Table) -> list[Column]:
     frame = table.frame
     repeated = frame["model"].duplicated()
     columns = [
-        Column(
-            "", "Model", ["" if again else m for again, m in zip(repeated, frame["model_label"])], left=True
-        ),
+        Column("", "Model", ["" if again else m for again, m in zip(repeated, frame["model_label"])], left=True),
         Column("", "Method", list(frame["label"]), left=True),
         Column("", "Bits", list(frame["setting"]), left=True),
         Column("", "Sparsity", [_asked_sparsity(s) for s in frame["sparsity"]]),
@@ -458,9 +448,7 @@ def _detail_column(frame: pd.DataFrame, detail: str) -> Column:
     }
     heading, style = formats[detail]
     scale = 100 if detail == "sparsity" else 1
-    parts = [
-        [EMPTY if pd.isna(v) else style.format(scale * v) for v in frame[c]] for c in _detail_columns(detail)
-    ]
+    parts = [[EMPTY if pd.isna(v) else style.format(scale * v) for v in frame[c]] for c in _detail_columns(detail)]
     return Column("", heading, [EMPTY if set(cell) == {EMPTY} else " / ".join(cell) for cell in zip(*parts)])
 
 

@@ -176,9 +176,7 @@ def _file_rows(source: dict) -> tuple[list[dict], None, dict]:
         raise ObrError(f"the file {file} of task {task} does not exist: correct `file` in the config.")
     found = sha256_of(file)
     if source.get("sha256") not in (None, found):
-        raise ObrError(
-            f"{file} has sha256 {found}, not {source['sha256']}: get the right file, or correct `sha256`."
-        )
+        raise ObrError(f"{file} has sha256 {found}, not {source['sha256']}: get the right file, or correct `sha256`.")
     return list(_parse_lines(file)), None, packaged_task(task)
 
 
@@ -224,13 +222,9 @@ def cloze(text: str, n: int, seed: int) -> list[dict]:
     for i, cut in rng.sample(openings, n):
         near = [j for j in range(i - NEIGHBOURS, i + NEIGHBOURS + 1) if 0 <= j < len(paragraphs) and j != i]
         right = _passage(paragraphs[i], cut)
-        wrong = sorted(
-            {_passage(paragraphs[j], start) for j in near for start in _starts(paragraphs[j])} - {right}
-        )
+        wrong = sorted({_passage(paragraphs[j], start) for j in near for start in _starts(paragraphs[j])} - {right})
         if len(wrong) < 3:
-            raise ObrError(
-                f"the text has {len(paragraphs)} paragraphs, too few for wrong answers: use a longer one."
-            )
+            raise ObrError(f"the text has {len(paragraphs)} paragraphs, too few for wrong answers: use a longer one.")
         choices = rng.sample(wrong, 3)
         label = rng.randrange(4)
         choices.insert(label, right)
@@ -241,11 +235,7 @@ def cloze(text: str, n: int, seed: int) -> list[dict]:
 def _starts(words: list[str]) -> list[int]:
     """Where a sentence is LEAD_WORDS old and the paragraph has CHOICE_WORDS words or more to come."""
     sentences = range(len(words) - LEAD_WORDS - CHOICE_WORDS + 1)
-    return [
-        i + LEAD_WORDS
-        for i in sentences
-        if i == 0 or (_ends_sentence(words[i - 1]) and words[i][0].isupper())
-    ]
+    return [i + LEAD_WORDS for i in sentences if i == 0 or (_ends_sentence(words[i - 1]) and words[i][0].isupper())]
 
 
 def _cut(words: list[str]) -> int | None:
@@ -373,9 +363,7 @@ def _write_folder(folder: Path, rows: list[dict], config: dict, source: dict, re
     (folder / "task.yaml").write_text(
         yaml.dump(config, Dumper=_yaml_dumper(), sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    (folder / "task.json").write_text(
-        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (folder / "task.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_rows(folder: Path, config: dict) -> None:

@@ -36,9 +36,7 @@ def zero_shot(
 
     name = read_task(task_dir)["task"]
     if limit is not None and limit < 1:
-        raise ObrError(
-            f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all."
-        )
+        raise ObrError(f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all.")
     _check_head(model)
     started = time.perf_counter()
     was_training = model.training

@@ -151,5 +151,9 @@ def used(section, of):
 
 
 def everything(wildcards):
-    tables = [f"{RESULTS}/tables/{name}.csv" for name in config["tables"]]
-    return tables + [f"{RESULTS}/figures/{name}.pdf" for name in config["figures"]]
+    """Tables and figures, and what they are made of, so that a lost result is rebuilt."""
+    targets = [f"{RESULTS}/tables/{name}.csv" for name in config["tables"]]
+    targets += [f"{RESULTS}/figures/{name}.pdf" for name in config["figures"]]
+    for entry in [*config["tables"].values(), *config["figures"].values()]:
+        targets += [f"{RESULTS}/{path}" for path in CONFIG.artefacts(entry)]
+    return list(dict.fromkeys(targets))

@@ -53,12 +53,8 @@ def load(path: Path, dimensions: Dimensions) -> Rotation:
             header = json.loads(file.metadata()["rotation"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except BROKEN_FILE as error:
-        raise ObrError(
-            f"{path} is not a rotation of this project ({error}); delete and rebuild it."
-        ) from error
-    transforms = {
-        name: Kronecker.from_spec(spec, tensors, f"{name}.") for name, spec in header["transforms"].items()
-    }
+        raise ObrError(f"{path} is not a rotation of this project ({error}); delete and rebuild it.") from error
+    transforms = {name: Kronecker.from_spec(spec, tensors, f"{name}.") for name, spec in header["transforms"].items()}
     rotation = Rotation(header["kind"], header["seed"], transforms)
     rotation.check(dimensions, str(path))
     return rotation

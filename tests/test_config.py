@@ -1,0 +1,124 @@
+"""The configuration: what is refused, and in which words."""
+
+import copy
+import json
+
+import pytest
+
+from obr.config import Config, check_paths, check_widths
+from obr.errors import ObrError
+from obr.recipe import QuantizerSettings, Recipe
+
+RAW = {
+    "results": "results",
+    "models": {"small": {}, "large": {}},
+    "rotations": {"quarot": {"kind": "quarot"}},
+    "texts": {"train": {}, "test": {}},
+    "calibrations": {"c": {"text": "train"}},
+    "perplexity": {"wiki": {"text": "test"}},
+    "zero_shot": {"piqa": {"source": {}}},
+    "recipes": {
+        "dense": {"method": "dense"},
+        "obr": {"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "label": "OBR"},
+        "obr_a4": {"weights": "obr", "activations": {"bits": 4}},
+    },
+    "tables": {
+        "t": {"title": "T", "models": ["small", "large"], "rows": ["dense", "obr_a4"], "perplexity": ["wiki"]}
+    },
+    "figures": {"f": {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perplexity": "wiki"}},
+}
+
+
+def raw(**changes):
+    config = copy.deepcopy(RAW)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return config
+
+
+def test_weights_are_shared_and_settings_resolved():
+    config = Config(raw())
+    assert config.checkpoint_of("obr_a4") == "obr" == config.checkpoint_of("obr")
+    assert config.parsed["obr_a4"].setting == "W4A4KV16" and config.parsed["obr_a4"].method == "obr_gptq"
+    assert config.weight_entry("obr_a4") == config.weight_entry("obr")
+    assert config.evaluation_entry("obr_a4") != config.evaluation_entry("obr")
+    assert list(config.artefacts(config.raw["tables"]["t"]))[:3] == [
+        "perplexity/small/dense/wiki.json",
+        "compressed/small/dense/manifest.json",
+        "perplexity/small/obr_a4/wiki.json",
+    ]
+
+
+def test_labels_and_spelt_out_defaults_do_not_change_a_checkpoint():
+    spelt = Config(raw(recipes__obr={**RAW["recipes"]["obr"], "alpha": 0.5, "bits": 4, "label": "other"}))
+    assert spelt.weight_entry("obr") == Config(raw()).weight_entry("obr")
+    changed = Config(raw(recipes__obr={**RAW["recipes"]["obr"], "alpha": 0.25}))
+    assert json.loads(changed.weight_entry("obr"))["alpha"] == 0.25
+
+
+def test_only_models_limits_tables_and_figures():
+    config = Config(raw(only_models=["small"]))
+    assert config.raw["tables"]["t"]["models"] == ["small"] and not config.raw["figures"]
+    with pytest.raises(
+        ObrError, match="only_models is 'tiny', which models does not define; it defines small, large"
+    ):
+        Config(raw(only_models=["tiny"]))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"recipes__obr__rotation": "twist"}, "recipes.obr.rotation is 'twist', which rotations does not define"),
+        ({"recipes__obr__calibration": "d"}, "recipes.obr.calibration is 'd', which calibrations does not define"),
+        ({"recipes__obr__calibration": None}, "recipes.obr: method obr_gptq reads activations; name one of"),
+        ({"recipes__obr__sparsity": 1.2}, "recipes.obr.sparsity is 1.2; it must lie between 0 and 0.95"),
+        ({"recipes__obr__pattern": "4:2"}, "Pattern '4:2' must keep"),
+        ({"recipes__obr__nonsense": 1}, "recipes.obr has the unknown key 'nonsense'; known are activations"),
+        ({"recipes__obr_a4__weights": "gone"}, "recipes.obr_a4.weights is 'gone', which recipes does not define"),
+        ({"recipes__obr_a4__bits": 3}, "recipes.obr_a4 borrows the weights of 'obr', so it may not set 'bits'"),
+        ({"recipes__obr_a4__activations": {"bits": 1}}, "recipes.obr_a4.activations: bits 1 is out of range"),
+        ({"calibrations__c__text": "gone"}, "calibrations.c.text is 'gone', which texts does not define"),
+        ({"tables__t__rows": ["gone"]}, "tables.t.rows is 'gone', which recipes does not define"),
+        ({"tables__t__models": ["gone"]}, "tables.t.models is 'gone', which models does not define"),
+        ({"tables__t__zero_shot": ["gone"]}, "tables.t.zero_shot is 'gone', which zero_shot does not define"),
+        ({"figures__f__perplexity": "gone"}, "figures.f.perplexity is 'gone', which perplexity does not define"),
+    ],
+)
+def test_mistakes_are_named(changes, sentence):
+    with pytest.raises(ObrError) as error:
+        Config(raw(**changes))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_recipes_mean_what_they_say():
+    assert Recipe.parse({"method": "dense", "bits": 4}).bits == 16
+    assert Recipe.parse({"method": "gptq", "calibration": "c"}).sparsity == 0
+    assert Recipe.parse({"method": "wanda", "mask": "random", "calibration": "c"}).mask == "wanda"
+    assert Recipe.parse({"method": "obr_rtn", "pattern": "1:4", "calibration": "c"}).sparsity == 0.75
+    recipe = Recipe.parse({"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 8}})
+    assert recipe.setting == "W4A16K4V8" and recipe.keys == QuantizerSettings(4)
+    assert Recipe.parse(recipe.to_dict()) == recipe
+
+
+def test_widths_are_checked_against_a_model():
+    config = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 200}
+    check_widths(config, {"a": "4:8", "b": None}, "tiny")
+    with pytest.raises(
+        ObrError, match=r"8:16 does not divide the 200 input columns of down_proj of tiny \(recipe a\)"
+    ):
+        check_widths(config, {"a": "8:16"}, "tiny")
+
+
+def test_paths_are_checked_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    (tmp_path / "there.txt").write_text("text")
+    check_paths({"a": {"source": "path", "path": "$HERE/there.txt"}, "b": {"source": "hub"}}, "texts")
+    with pytest.raises(ObrError, match=r"texts.a: .*gone.txt does not exist"):
+        check_paths({"a": {"source": "path", "path": "$HERE/gone.txt"}}, "texts")
+    with pytest.raises(ObrError, match=r"zero_shot.a: \$NOWHERE/x names an environment variable that is not set"):
+        check_paths({"a": {"source": {"source": "path", "file": "$NOWHERE/x"}}}, "zero_shot")

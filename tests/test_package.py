@@ -1,0 +1,163 @@
+"""The package's own order: imports go one way, heavy libraries load late, versions and commands agree."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import obr
+from obr import digest
+from obr.cli import _parser
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "workflow" / "obr"
+# From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
+LAYERS = [
+    ["errors"],
+    ["recipe", "config", "digest", "device"],
+    ["quantize", "prune", "hadamard"],
+    ["restoration", "packing"],
+    ["layout"],
+    ["modules", "model"],
+    ["rotations"],
+    ["fetch", "data", "tasks"],
+    ["download"],
+    ["hessian"],
+    ["checkpoint"],
+    ["compression"],
+    ["evaluate", "zero_shot", "kernels"],
+    ["published", "table", "figure"],
+    ["cli"],
+]
+HEIGHT = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path):
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if name == "__init__":
+        return
+    for imported in digest._imports(path.relative_to(PACKAGE).as_posix()):
+        other = imported.split(".")[1] if "." in imported else None
+        if other in HEIGHT:
+            assert HEIGHT[other] <= HEIGHT[name], f"{name} imports {imported}"
+
+
+def imported_by(code: str) -> set[str]:
+    """Which heavy libraries a piece of code loads."""
+    watch = f"import sys; {code}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, check=True)
+    return set(ast.literal_eval(found.stdout.splitlines()[-1]))
+
+
+HEAVY = ["torch", "transformers", "datasets", "lm_eval", "pandas", "matplotlib"]
+
+
+@pytest.mark.parametrize(
+    "code, allowed",
+    [
+        ("import obr, obr.cli, obr.config, obr.digest, obr.recipe", set()),
+        ("import obr.download", set()),
+        ("import obr.table", {"pandas"}),
+        ("import obr.restoration, obr.packing", {"torch"}),
+        ("import obr.checkpoint, obr.evaluate, obr.compression", {"torch", "transformers"}),
+    ],
+)
+def test_heavy_libraries_are_loaded_late(code, allowed):
+    assert imported_by(code) <= allowed
+
+
+def test_public_names_are_functions_and_stay_so():
+    for name in obr.__all__:
+        assert callable(getattr(obr, name)) and callable(getattr(obr, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = obr.nonsense
+
+
+def test_the_digest_sees_code_and_nothing_else(tmp_path, monkeypatch):
+    package = tmp_path / "obr"
+    package.mkdir()
+    (package / "a.py").write_text('"""Doc."""\nfrom obr import b\n\nX = 1\n')
+    (package / "b.py").write_text("Y = 2\n")
+    monkeypatch.setattr(digest, "ROOT", package)
+
+    def now():
+        digest._parsed.cache_clear()
+        digest._tree.cache_clear()
+        return digest.digest("a")
+
+    before = now()
+    (package / "a.py").write_text('"""Another doc."""\n# a comment\nfrom obr import b\nX = 1  # one\n')
+    assert now() == before
+    (package / "b.py").write_text("Y = 3\n")
+    assert now() != before
+
+
+def test_editing_restoration_touches_compression_but_not_hessians():
+    assert "restoration.py" in digest.closure("compression")
+    assert "restoration.py" not in digest.closure("hessian")
+    for stage in ("data", "download", "tasks", "rotations", "kernels", "table", "figure"):
+        assert digest.closure(stage) and "restoration.py" not in digest.closure(stage), stage
+
+
+def test_every_stage_has_a_rule_with_its_digest():
+    rules = "\n".join(p.read_text() for p in (ROOT / "workflow" / "rules").glob("*.smk"))
+    stages = set(_parser()._subparsers._group_actions[0].choices)
+    assert {re.sub("-", "_", s) for s in stages} <= {
+        re.sub("-", "_", s) for s in re.findall(r"obr ([a-z-]+) --", rules)
+    }
+    for block in rules.split("\nrule ")[1:]:
+        for needed in ("log:", "benchmark:", "threads:", "resources:", "code="):
+            assert needed in block, f"rule {block.split(':')[0]} has no {needed}"
+
+
+def test_the_conda_environment_is_the_lock_file():
+    environment = yaml.safe_load((ROOT / "envs" / "obr.yaml").read_text())
+    assert {"pip": ["-r ../requirements.lock"]} in environment["dependencies"]
+    lock = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.M))
+    assert lock["torch"] == "2.13.0"
+    needed = re.findall(r'^  "([A-Za-z_-]+)', (ROOT / "pyproject.toml").read_text(), re.M)
+    names = {name.lower().replace("_", "-") for name in lock}
+    assert {n.lower().replace("_", "-") for n in needed} <= names
+
+
+def test_every_key_of_the_schema_is_described():
+    schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
+
+    def walk(node, where):
+        for key, value in node.get("properties", {}).items():
+            assert "description" in value, f"{where}.{key}"
+            walk(value, f"{where}.{key}")
+        for part in ("items", "additionalProperties"):
+            if isinstance(node.get(part), dict):
+                walk(node[part], f"{where}.{part}")
+        for choice in node.get("oneOf", []):
+            walk(choice, f"{where}.oneOf")
+
+    walk(schema, "config")
+    for name, definition in schema["$defs"].items():
+        walk(definition, name)
+
+
+def test_the_readme_tells_the_truth():
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)", readme)) - {"it"}:
+        assert f"\n{target}:" in makefile, target
+    stages = _parser()._subparsers._group_actions[0].choices
+    for command in re.findall(r"^obr ([a-z-]+)", readme, re.M):
+        assert command in stages, command
+    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / path).exists(), path
+    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("recipe", ["config.yaml", "workflow/configs/demo.yaml", "tests/config.yaml"])
+def test_configs_hold_no_absolute_paths(recipe):
+    assert not re.search(r'"/[a-z]', json.dumps(yaml.safe_load((ROOT / recipe).read_text())))
