@@ -20,3 +20,11 @@ def real_data() -> Path:
     if "OBR_DATA" not in os.environ:
         pytest.skip("OBR_DATA names no folder with golden layers and evaluation data")
     return Path(os.environ["OBR_DATA"])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of wheels, instead of the user's own."""
+    monkeypatch.setenv("OBR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache/wheels").mkdir(parents=True)
+    return tmp_path / "cache/wheels"

@@ -20,9 +20,9 @@ from obr.data import (
     sample_windows,
     tokenize,
 )
-from obr.download import download_text
 from obr.errors import ObrError
 from obr.fetch import cache_dir
+from obr.texts import download_text
 
 WORDS = [
     "the",

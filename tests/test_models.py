@@ -258,5 +258,5 @@ def test_nan_is_told(tiny_folder, windows):
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ObrError, match="The model gives NaN"):
         perplexity(model, windows)
-    with pytest.raises(ObrError, match=r"block 1 mlp.down_proj: the Hessian has NaN|weight has NaN"):
+    with pytest.raises(ObrError, match=r"block 1 mlp.up_proj: the weight has NaN"):
         obr.compress(model, windows[:2], {"method": "obr_gptq"}, progress=False)

@@ -18,20 +18,23 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
-    ["errors"],
+    ["errors", "files"],
     ["recipe", "config", "digest", "device"],
     ["quantize", "prune", "hadamard"],
     ["restoration", "packing"],
     ["layout"],
     ["modules", "model"],
     ["rotations"],
-    ["fetch", "data", "tasks"],
-    ["download"],
+    ["fetch", "data", "cloze"],
+    ["download", "texts", "tasks"],
     ["hessian"],
     ["checkpoint"],
     ["compression"],
     ["evaluate", "zero_shot", "kernels"],
-    ["published", "table", "figure"],
+    ["published"],
+    ["artefacts"],
+    ["render"],
+    ["table", "figure"],
     ["cli"],
 ]
 HEIGHT = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -62,7 +65,7 @@ HEAVY = ["torch", "transformers", "datasets", "lm_eval", "pandas", "matplotlib"]
     "code, allowed",
     [
         ("import obr, obr.cli, obr.config, obr.digest, obr.recipe", set()),
-        ("import obr.download", set()),
+        ("import obr.download, obr.texts, obr.tasks", set()),
         ("import obr.table", {"pandas"}),
         ("import obr.restoration, obr.packing", {"torch"}),
         ("import obr.checkpoint, obr.evaluate, obr.compression", {"torch", "transformers"}),
@@ -101,7 +104,7 @@ def test_the_digest_sees_code_and_nothing_else(tmp_path, monkeypatch):
 def test_editing_restoration_touches_compression_but_not_hessians():
     assert "restoration.py" in digest.closure("compression")
     assert "restoration.py" not in digest.closure("hessian")
-    for stage in ("data", "download", "tasks", "rotations", "kernels", "table", "figure"):
+    for stage in ("data", "download", "texts", "tasks", "rotations", "kernels", "table", "figure"):
         assert digest.closure(stage) and "restoration.py" not in digest.closure(stage), stage
 
 
@@ -147,7 +150,7 @@ def test_every_key_of_the_schema_is_described():
 def test_the_readme_tells_the_truth():
     readme = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([a-z-]+)", readme)) - {"it"}:
+    for target in set(re.findall(r"\bmake ([a-z][a-z-]*)", readme)) - {"it"}:
         assert f"\n{target}:" in makefile, target
     stages = _parser()._subparsers._group_actions[0].choices
     for command in re.findall(r"^obr ([a-z-]+)", readme, re.M):
@@ -161,3 +164,19 @@ def test_the_readme_tells_the_truth():
 @pytest.mark.parametrize("recipe", ["config.yaml", "workflow/configs/demo.yaml", "tests/config.yaml"])
 def test_configs_hold_no_absolute_paths(recipe):
     assert not re.search(r'"/[a-z]', json.dumps(yaml.safe_load((ROOT / recipe).read_text())))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["snakefmt", "--check", "Snakefile", "workflow"],
+        ["snakemake", "--lint"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_the_code_is_clean(command):
+    tool = Path(sys.executable).parent / command[0]
+    run = subprocess.run([tool, *command[1:]], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert run.returncode == 0, run.stdout[-3000:]

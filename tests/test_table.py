@@ -217,7 +217,7 @@ def test_notes_come_from_the_artefacts(results):
         "PIQA acc of 200",
         "Calibration: wikitext2, 262,144 tokens.",
         "Hessians: sequential, of each block's inputs",
-        "Hessians: cached, of the rotated dense model (OBR, cached).",
+        "Hessians: cached, of the dense model, rotated where the recipe rotates (OBR, cached).",
         "Evaluated on cpu.",
         "Versions: torch 2.13.0.",
         "Llama-2-7B: OBR (GPTQ): the paper prints a mean of 53.45, its six tasks give 57.68.",

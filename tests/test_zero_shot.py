@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from obr import fetch
+from obr.cloze import cloze
 from obr.errors import ObrError
-from obr.tasks import cloze, download_task, load_task, packaged_task, question, read_task
+from obr.tasks import download_task, load_task, packaged_task, question, read_task
 from obr.zero_shot import zero_shot
 
 PIQA = [

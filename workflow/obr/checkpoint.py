@@ -12,7 +12,7 @@ import csv
 import json
 import platform
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obr.errors import BROKEN_FILE, ObrError
+from obr.files import whole, write_json
 from obr.hadamard import Kronecker
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, read_json
@@ -107,9 +108,8 @@ def save_ends(model: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) 
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-    temporary.replace(path)
+    with whole(path) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
 
 
 def round_ends(model: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
@@ -150,14 +150,20 @@ class CheckpointBlocks(StreamedBlocks):
             raise ObrError(f"{path} is not a whole block of a checkpoint ({error}).") from error
         block = copy.deepcopy(self.model.get_submodule(self.layout.blocks)[index])
         wrap_block(block, self.layout)
-        fill_block(block, self.layout, header, tensors, str(path))
-        block.to(self.target, self.dtype).requires_grad_(False)
+        fill_block(block, self.layout, header, tensors, str(path), self.dtype)
+        block.to(self.target).requires_grad_(False)
         set_quantizers(block, self.layout, self.recipe)
         return block
 
 
-def fill_block(block: nn.Module, layout: Layout, header: dict, tensors: dict[str, Tensor], what: str) -> None:
-    """Fill a wrapped, empty block from the contents of its file. Raises ObrError for missing or odd tensors."""
+def fill_block(
+    block: nn.Module, layout: Layout, header: dict, tensors: dict[str, Tensor], what: str, dtype: torch.dtype
+) -> None:
+    """Fill a wrapped, empty block from the contents of its file, in `dtype`; online transforms stay in float32.
+
+    Raises:
+        ObrError: missing, unexpected or misshapen tensors.
+    """
     state = {}
     for name in layout.linears:
         about, linear = header["layers"][name], block.get_submodule(name)
@@ -170,7 +176,9 @@ def fill_block(block: nn.Module, layout: Layout, header: dict, tensors: dict[str
     for name, spec in header["transforms"].items():
         parent, _, attribute = name.rpartition(".")
         setattr(block.get_submodule(parent), attribute, Kronecker.from_spec(spec, tensors, f"{name}."))
+    online = tuple(f"{name}." for name in header["transforms"])
     state |= tensors
+    state = {name: t if name.startswith(online) else t.to(dtype) for name, t in state.items()}
     missing, unexpected = block.load_state_dict(state, assign=True, strict=False)
     if missing or unexpected:
         raise ObrError(f"{what}: missing {missing[:3]}, unexpected {unexpected[:3]}; it is another model's.")
@@ -227,27 +235,28 @@ class Writer:
         for pattern in TOKENIZER_FILES if tokenizer_from else ():
             for path in Path(tokenizer_from).glob(pattern):
                 shutil.copy2(path, self.directory)
-        with open(self.directory / "layers.csv", "w", newline="") as file:
+        with whole(self.directory / "layers.csv") as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in report.layers)
         manifest = self._manifest(report)
-        temporary = self.directory / "manifest.json.tmp"
-        temporary.write_text(json.dumps(manifest, indent=1))
-        temporary.replace(self.directory / "manifest.json")
+        write_json(manifest, self.directory / "manifest.json")
         return manifest
 
     def _manifest(self, report: Report) -> dict:
         layers = report.layers
         weights = sum(layer.rows * layer.columns for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
+        theoretical = sum(
+            layer.rows * layer.columns * replace(report.recipe, bits=layer.bits).bits_per_weight for layer in layers
+        )
         errors = [layer.relative_error for layer in layers if layer.relative_error == layer.relative_error]
         return {
             "format": FORMAT,
             "recipe": report.recipe.to_dict(),
             "blocks": len(self.blocks),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "bits_per_weight": {"theoretical": report.recipe.bits_per_weight, "file": 8 * packed / weights},
+            "bits_per_weight": {"theoretical": theoretical / weights, "file": 8 * packed / weights},
             "file_bytes": sum(path.stat().st_size for path in self.directory.glob("*.safetensors")),
             "linear_weights": weights,
             "linear_bytes": packed,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from obr.errors import ObrError
+from obr.files import write_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,11 +129,11 @@ def check_model(entry: dict, model: Path, out: Path) -> None:
     from obr.config import check_widths
 
     check_widths(json.loads((model / "config.json").read_text()), entry, model.name)
-    _write(entry, out)
+    write_json(entry, out)
 
 
 def download_text(entry: dict, out: Path) -> None:
-    from obr.download import download_text
+    from obr.texts import download_text
 
     download_text(entry, out)
 
@@ -200,7 +201,7 @@ def perplexity(
     from obr.recipe import Recipe
 
     result = perplexity_stage(checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device)
-    _write(result, out)
+    write_json(result, out)
     print(f"perplexity {result['value']:.4f}: {result['definition']}; {result['windows']} windows")
 
 
@@ -217,7 +218,7 @@ def zero_shot(
         model, load_tokenizer(checkpoint), task,
         limit=entry.get("limit"), batch_size=entry.get("batch_size", 1),
     )  # fmt: skip
-    _write(result, out)
+    write_json(result, out)
     print(f"{result['task']}: {result['metric']} {result['value']:.4f} ± {result['stderr']:.4f}")
 
 
@@ -238,13 +239,6 @@ def figure(entry: dict, recipes: dict, models: dict, results: Path, published: P
     from obr.figure import draw
 
     draw(entry, recipes, models, results, published, out)
-
-
-def _write(result: dict, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(out)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from obr import data, hessian
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
-from obr.errors import ObrError
-from obr.layout import Dimensions, Layout
+from obr.config import check_widths
+from obr.layout import Layout
 from obr.model import Blocks, read_json, run_block
 from obr.modules import QuantLinear
-from obr.recipe import Pattern, Recipe
+from obr.recipe import Recipe
 from obr.restoration import Hessian, restore
 
 
@@ -73,7 +73,7 @@ def compress_stage(
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
         hessians: folder of cached Hessians, used if the recipe says so.
     """
-    check_recipe(recipe, model)
+    check_widths(read_json(model / "config.json"), {recipe.method: recipe.pattern}, model.name)
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
     report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
@@ -87,17 +87,6 @@ def compress_stage(
     cached = hessians if windows is None else None
     compress_blocks(blocks, windows, cached, report, on_block=writer.block)
     return writer.finish(report, tokenizer_from=model)
-
-
-def check_recipe(recipe: Recipe, model: Path) -> None:
-    """Raise ObrError if the recipe cannot be applied to the downloaded model, before any work is done."""
-    config = read_json(model / "config.json")
-    if recipe.pattern:
-        from transformers import AutoConfig
-
-        columns = Dimensions.of(AutoConfig.from_pretrained(model)).columns()
-        for group, width in columns.items():
-            Pattern.parse(recipe.pattern).check_width(width, f"{group} in {config.get('model_type')} {model}")
 
 
 @torch.no_grad()
@@ -123,13 +112,11 @@ def compress_blocks(
         block = blocks.load(index)
         round_rest(block, blocks.layout, report.dtype)
         matrices = hessian.load(cached / f"block_{index:03d}.safetensors", blocks.device) if cached else {}
-        for group, names in blocks.layout.groups.items():
+        for group in blocks.layout.groups:
             if sequential:
                 collected, _ = hessian.collect(block, blocks.layout, hidden, arguments[index], [group], whole=False)
                 matrices = collected
-            layers = compress_group(block, blocks.layout, group, matrices.get(group), report, index)
-            report.layers += layers
-            assert len(layers) == len(names)
+            report.layers += compress_group(block, blocks.layout, group, matrices.get(group), report, index)
         if sequential:
             hidden = list(run_block(block, hidden, arguments[index]))
         if on_block is not None:
@@ -142,16 +129,12 @@ def compress_group(
 ) -> list[LayerReport]:
     """Compress the linear layers of a group, which share one Hessian and its factors."""
     rows = []
-    shared: dict[int, Hessian] = {}
+    factors = Hessian(matrix, report.recipe.damp, f"block {index} {group}") if matrix is not None else None
     for name in layout.groups[group]:
         started = time.monotonic()
         full_name = f"block {index} {name}"
         linear: QuantLinear = block.get_submodule(name)
         recipe = _recipe_of(report.recipe, layout, name)
-        factors = None
-        if matrix is not None:
-            factors = shared.setdefault(0, Hessian(matrix, recipe.damp, full_name))
-            factors.name = full_name
         restored = restore(
             linear.weight, factors, recipe.method,
             bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask,
@@ -175,10 +158,3 @@ def _recipe_of(recipe: Recipe, layout: Layout, name: str) -> Recipe:
     if recipe.int8_down_proj and name in layout.groups["down"] and recipe.bits < 8:
         return replace(recipe, bits=8)
     return recipe
-
-
-def ensure_hessians(folder: Path, blocks: int) -> None:
-    """Raise ObrError unless the folder holds a Hessian file for every block."""
-    missing = [i for i in range(blocks) if not (folder / f"block_{i:03d}.safetensors").exists()]
-    if missing:
-        raise ObrError(f"{folder} lacks the Hessians of block {missing[0]}; delete the folder and rebuild it.")

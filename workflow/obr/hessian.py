@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from obr import data, rotations
 from obr.errors import BROKEN_FILE, ObrError
+from obr.files import whole, write_json
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, run_block
 
@@ -94,7 +95,7 @@ def hessian(model: Path, rotation: Path | None, tokens: Path, out: Path, dtype=N
     out.mkdir(parents=True, exist_ok=True)
     for index, matrices in enumerate(dense_hessians(blocks, windows)):
         save(matrices, out / f"block_{index:03d}.safetensors")
-    (out / "hessian.json").write_text(json.dumps({"calibration": about, "blocks": len(blocks)}, indent=1))
+    write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
 
 
 def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:
@@ -110,9 +111,8 @@ def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> 
 def save(matrices: dict[str, Tensor], path: Path) -> None:
     """Write the upper triangles of symmetric matrices, float32."""
     tensors = {name: matrix[_triangle(len(matrix), matrix.device)].cpu() for name, matrix in matrices.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"sizes": json.dumps({k: len(m) for k, m in matrices.items()})})
-    temporary.replace(path)
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata={"sizes": json.dumps({k: len(m) for k, m in matrices.items()})})
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ INT4 x INT4 product and no unstructured sparse one. What it has is measured as i
 FP8, INT4 weights with 16-bit activations, and 2:4 sparsity.
 """
 
-import os
 import platform
 import statistics
 import time
@@ -16,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from obr.errors import ObrError
+from obr.errors import ObrError, first_line
+from obr.files import write_text
 
 # Largest error, over the largest entry of the exact product, of a sound kernel with this output; rounding the
 # output alone costs half a unit in the last place: 3e-8 (fp32), 2.4e-4 (fp16), 2e-3 (bf16).
@@ -92,11 +92,7 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
             line = {**shape, "kernel": name, **_measure(KERNELS[name], shape, target, timer, repeats, warmup)}
             lines.append({**line, **_machine(target)})
     frame = pd.DataFrame(lines, columns=list(COLUMNS))
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial")
-    frame.to_csv(temporary, index=False)
-    os.replace(temporary, out)
+    write_text(frame.to_csv(index=False), out)
 
 
 # --- Asking -------------------------------------------------------------------------------------------
@@ -164,7 +160,7 @@ def _measure(kernel: Callable, shape: dict, device, timer: Callable, repeats: in
             return {"status": f"not available: {reason}"}
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             # PyTorch says in these that a build, a device or a shape is not provided for.
-            return {"status": f"not available: {str(error).strip().splitlines()[0]}"}
+            return {"status": f"not available: {first_line(error)}"}
         error, allowed = _error(case, product), TOLERANCE[product.dtype]
         if not error <= allowed:
             return {"status": f"refused: error {error:.2g} is above {allowed:g}", "checked": error}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from obr.errors import BROKEN_FILE, ObrError
+from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.layout import Dimensions, layout_of
 from obr.modules import ATTENTION, wrap_block
 
@@ -24,7 +24,7 @@ def load_tokenizer(directory: Path):
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
-        raise ObrError(f"{directory} holds no usable tokenizer ({_first_line(error)}).") from error
+        raise ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
@@ -36,7 +36,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ObrError(f"{directory} cannot be loaded as a model: {_first_line(error)}") from error
+        raise ObrError(f"{directory} cannot be loaded as a model: {first_line(error)}.") from error
     layout_of(model.config)
     return model.eval().requires_grad_(False).to(device or default_device())
 
@@ -136,7 +136,7 @@ class TensorFiles:
         try:
             return safe_open(path, framework="pt")
         except BROKEN_FILE as error:
-            raise ObrError(f"{path} is not a whole safetensors file ({_first_line(error)}).") from error
+            raise ObrError(f"{path} is not a whole safetensors file ({first_line(error)}).") from error
 
     def read(self, names: dict[str, str]) -> dict[str, Tensor]:
         """Tensors by the keys of `names`, whose values are names in the files. Raises ObrError if one lacks."""
@@ -176,7 +176,7 @@ class StreamedBlocks(Blocks):
         try:
             config = AutoConfig.from_pretrained(directory)
         except (OSError, ValueError) as error:
-            raise ObrError(f"{directory} holds no model ({_first_line(error)}).") from error
+            raise ObrError(f"{directory} holds no model ({first_line(error)}).") from error
         layout_of(config)
         self.directory, self.rotation = Path(directory), rotation
         self.target = torch.device(device or default_device())
@@ -207,6 +207,8 @@ class StreamedBlocks(Blocks):
                 if not buffer.is_meta:
                     setattr(module, key, buffer.to(self.target))
         if self.rotation is not None:
+            for transform in self.rotation.transforms.values():
+                transform.to(self.target)
             self.rotation.fold_ends(model, layout)
 
     def load(self, index: int) -> nn.Module:
@@ -226,10 +228,6 @@ class StreamedBlocks(Blocks):
 def read_json(path: Path) -> dict:
     """A JSON file as a dictionary. Raises ObrError if it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ObrError(f"{path} cannot be read as JSON ({_first_line(error)}); rebuild it.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+        raise ObrError(f"{path} cannot be read as JSON ({first_line(error)}); rebuild it.") from error

@@ -1,6 +1,5 @@
 """The modules that stand in for a model's own: linear layers and attention that simulate low precision."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -102,9 +101,3 @@ def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
         block.get_submodule(name).activations = settings
     quantizer = block.get_submodule(layout.attention).key_value_quantizer
     quantizer.keys, quantizer.values = recipe.keys, recipe.values
-
-
-@torch.no_grad()
-def set_weight(linear: QuantLinear, weight: Tensor) -> None:
-    """Put `weight (r, n)` in place, in the layer's dtype and on its device."""
-    linear.weight.data = weight.to(linear.weight)

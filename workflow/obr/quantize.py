@@ -10,7 +10,8 @@ from obr.recipe import QuantizerSettings
 # The clip search of GPTQ: shrink factors 1.00, 0.99 … 0.21 and an exponent between L2 and L3.
 SHRINK_STEPS = 80
 ERROR_EXPONENT = 2.4
-_SEARCH_ELEMENTS = 1 << 16  # rows are searched in chunks that stay in the processor's cache
+# Rows are searched in chunks: on a CPU such as stay in its cache, on a GPU such as keep it busy.
+_SEARCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Grid:
             return weight
         return (weight / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
 
-    def transposed_round(self, column: Tensor) -> Tensor:
+    def round_column(self, column: Tensor) -> Tensor:
         """Nearest values for one column (r,) of the matrix."""
         if self.scale is None:
             return column
@@ -65,19 +66,28 @@ class Grid:
 
     def _clip_search(self, weight: Tensor) -> "Grid":
         scale = self.scale.clone()
-        step = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+        step = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // weight.shape[1])
         for start in range(0, len(weight), step):
-            rows = weight[start : start + step]
-            full = self.scale[start : start + step]
-            best = torch.full_like(full, torch.inf)
-            for i in range(SHRINK_STEPS):
-                trial = full * (1 - i / 100)
-                error = (rows / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(rows)
-                error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
-                better = error < best
-                best = torch.where(better, error, best)
-                scale[start : start + step] = torch.where(better, trial, scale[start : start + step])
+            part = slice(start, start + step)
+            scale[part] = self._clip_search_rows(weight[part], self.scale[part])
         return Grid(scale, self.bits)
+
+    def _clip_search_rows(self, rows: Tensor, full: Tensor) -> Tensor:
+        scale, best = full, torch.full_like(full, torch.inf)
+        largest = rows.abs().topk(min(64, rows.shape[1]), dim=1).values
+        for i in range(SHRINK_STEPS):
+            trial = full * (1 - i / 100)
+            # What the largest weights lose beyond the range only grows from here on: once that alone is more
+            # than the best error, no later factor can win.
+            beyond = (largest + self.low * trial).clamp_min_(0).pow_(ERROR_EXPONENT).sum(1, keepdim=True)
+            if (beyond > best).all():
+                break
+            error = (rows / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(rows)
+            error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, trial, scale)
+        return scale
 
 
 def fake_quantize(x: Tensor, settings: QuantizerSettings) -> Tensor:

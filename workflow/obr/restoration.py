@@ -206,7 +206,7 @@ def gptq_sweep(
                 span = slice(first + i, min(first + i + choose_every, last))
                 kept[span] = choose(work[span].T, start + first + i).T
             column = block[i].clone()
-            block[i] = grid.transposed_round(column) * kept[first + i]
+            block[i] = grid.round_column(column) * kept[first + i]
             errors[i] = (column - block[i]) / local[i, i]
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
         work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
@@ -228,7 +228,8 @@ def gptq(weight, hessian, mask, grid, **_):
 def obr_rtn(weight, hessian, mask, grid, *, alpha=0.5, **_):
     """OBR with rounding to nearest: restore for the pruning, then for the rounding left of the cut."""
     weight = restore_pruned(weight, hessian, mask)
-    left = grid.round(weight[:, : int(alpha * weight.shape[1])]) * mask[:, : int(alpha * weight.shape[1])]
+    cut = int(alpha * weight.shape[1])
+    left = grid.round(weight[:, :cut]) * mask[:, :cut]
     right = restore_rounded(weight, left, hessian, mask)
     return torch.cat([left, grid.round(right)], dim=1) * mask
 

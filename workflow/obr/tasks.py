@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,20 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from obr import fetch
-from obr.errors import ObrError
+from obr.cloze import cloze
+from obr.errors import ObrError, first_line
 from obr.fetch import sha256_of
+from obr.files import become, whole_folder, write_json, write_text
 
 METRICS = ("acc", "acc_norm")
 
 # Packaged keys without a meaning here, where there is one split and no examples in the prompt.
 DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
-
-# The measures of a cloze question. Passages begin a few words into a sentence, so that the context says what
-# must follow: from a sentence's start a 135M model finds the right one in 4 of 10 questions, so in 8.
-CONTEXT_WORDS = (20, 40)
-LEAD_WORDS = 3
-CHOICE_WORDS = 12
-NEIGHBOURS = 8
 
 
 def download_task(source: dict, out: Path, text: Path | None = None) -> None:
@@ -59,16 +52,10 @@ def download_task(source: dict, out: Path, text: Path | None = None) -> None:
         raise ObrError(f"task source {kind!r} is unknown: use hub, path or cloze.")
 
     # Snakemake and readers see the folder whole or not at all.
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        _write_folder(part, rows, config, source, revision)
-        _check_rows(part, config)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with whole_folder(out) as folder:
+        _write_folder(folder, rows, config, source, revision)
+        _check_rows(folder, config)
+        become(folder, out)
 
 
 def read_task(task_dir: Path) -> dict:
@@ -156,7 +143,7 @@ def _hub_rows(source: dict) -> tuple[list[dict], str | None, dict]:
         ).to_list()
     except (ValueError, RuntimeError, DatasetsError) as error:
         raise ObrError(
-            f"the {split} split of datasets/{repo} at {commit} cannot be loaded ({_first_line(error)}): "
+            f"the {split} split of datasets/{repo} at {commit} cannot be loaded ({first_line(error)}): "
             "name another revision, or use `source: path` with a local copy."
         ) from error
     except fetch.hub_exceptions() as error:
@@ -194,62 +181,10 @@ def _cloze_rows(source: dict, text: Path | None) -> tuple[list[dict], None, dict
         "metadata": {
             "version": 1.0,
             "description": "Which of four passages continues the paragraph? "
-            "Made from a text by obr.tasks.cloze, not a published benchmark.",
+            "Made from a text by obr.cloze, not a published benchmark.",
         },
     }
     return cloze(text.read_text(encoding="utf-8"), source["n"], source["seed"]), None, config
-
-
-def cloze(text: str, n: int, seed: int) -> list[dict]:
-    """Make `n` questions {context, choices (4), label} of the kind "how does this paragraph go on?".
-
-    The context is the beginning of a paragraph up to the third word of a sentence, 20 to 40 words. The
-    right choice is the 12 words that follow; the three wrong ones follow such third words in the nearest
-    paragraphs of the text, so that they share its topic, period and style. Paragraphs are parted by blank
-    lines. The same text, n and seed give the same questions; the right answer's place is uniform.
-
-    Raises ObrError when the text has fewer than n such paragraphs.
-    """
-    paragraphs = [words for block in re.split(r"\n\s*\n", text) if _starts(words := block.split())]
-    openings = [(i, cut) for i, words in enumerate(paragraphs) if (cut := _cut(words)) is not None]
-    if len(openings) < n:
-        raise ObrError(
-            f"the text has {len(openings)} paragraphs long enough for a cloze question and n is {n}: "
-            "lower n or use a longer text."
-        )
-    rng = random.Random(seed)
-    rows = []
-    for i, cut in rng.sample(openings, n):
-        near = [j for j in range(i - NEIGHBOURS, i + NEIGHBOURS + 1) if 0 <= j < len(paragraphs) and j != i]
-        right = _passage(paragraphs[i], cut)
-        wrong = sorted({_passage(paragraphs[j], start) for j in near for start in _starts(paragraphs[j])} - {right})
-        if len(wrong) < 3:
-            raise ObrError(f"the text has {len(paragraphs)} paragraphs, too few for wrong answers: use a longer one.")
-        choices = rng.sample(wrong, 3)
-        label = rng.randrange(4)
-        choices.insert(label, right)
-        rows.append({"context": " ".join(paragraphs[i][:cut]), "choices": choices, "label": label})
-    return rows
-
-
-def _starts(words: list[str]) -> list[int]:
-    """Where a sentence is LEAD_WORDS old and the paragraph has CHOICE_WORDS words or more to come."""
-    sentences = range(len(words) - LEAD_WORDS - CHOICE_WORDS + 1)
-    return [i + LEAD_WORDS for i in sentences if i == 0 or (_ends_sentence(words[i - 1]) and words[i][0].isupper())]
-
-
-def _cut(words: list[str]) -> int | None:
-    low, high = CONTEXT_WORDS
-    return next((i for i in _starts(words) if low <= i <= high), None)
-
-
-def _ends_sentence(word: str) -> bool:
-    # Three letters before the full stop: "Mr.", "U.S." and "No." end no sentence.
-    return re.search(r"\w{3}[.!?][\"')]*$", word) is not None
-
-
-def _passage(words: list[str], start: int) -> str:
-    return " ".join(words[start : start + CHOICE_WORDS])
 
 
 # lm-eval's packaged tasks.
@@ -350,7 +285,7 @@ def _write_folder(folder: Path, rows: list[dict], config: dict, source: dict, re
     }
     config = {key: value for key, value in config.items() if key not in DROPPED} | here
     data = folder / "data.jsonl"
-    data.write_text(lines, encoding="utf-8", newline="\n")
+    write_text(lines, data)
     record = {
         "task": config["task"],
         "source": source,
@@ -360,10 +295,9 @@ def _write_folder(folder: Path, rows: list[dict], config: dict, source: dict, re
         "sha256": sha256_of(data),
         "lm_eval": lm_eval.__version__,
     }
-    (folder / "task.yaml").write_text(
-        yaml.dump(config, Dumper=_yaml_dumper(), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    (folder / "task.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    packaged = yaml.dump(config, Dumper=_yaml_dumper(), sort_keys=False, allow_unicode=True)
+    write_text(packaged, folder / "task.yaml")
+    write_json(record, folder / "task.json")
 
 
 def _check_rows(folder: Path, config: dict) -> None:
@@ -384,7 +318,7 @@ def _check_rows(folder: Path, config: dict) -> None:
                     "use a split or file that has the answers."
                 )
     except (KeyError, jinja2.UndefinedError, TypeError, ValueError) as error:
-        what = f"no column {error}" if isinstance(error, KeyError) else _first_line(error)
+        what = f"no column {error}" if isinstance(error, KeyError) else first_line(error)
         raise ObrError(
             f"{where} of task {name} does not make a question ({what}): use rows with the hub's columns."
         ) from error
@@ -432,7 +366,3 @@ def _parse_lines(file: Path) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise ObrError(f"line {number} of {file} has no named columns: write one JSON object a line.")
         yield row
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

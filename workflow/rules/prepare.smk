@@ -64,7 +64,7 @@ rule download_text:
         runtime=30,
     params:
         entry=lambda wildcards: json.dumps(config["texts"][wildcards.text], sort_keys=True),
-        code=code_of("download"),
+        code=code_of("texts"),
     shell:
         "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
 

