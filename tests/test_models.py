@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import obr
-from obr import data, hessian, rotations
+from obr import data, hessian
 from obr.checkpoint import CheckpointBlocks
 from obr.compression import compress_stage
 from obr.errors import ObrError
@@ -16,6 +16,7 @@ from obr.evaluate import perplexity, perplexity_stage
 from obr.model import StreamedBlocks, load_tokenizer
 from obr.modules import set_quantizers, wrap_block
 from obr.recipe import QuantizerSettings, Recipe
+from obr.rotations.source import make
 
 CALIBRATION = {"nsamples": 16, "seqlen": 128}
 
@@ -25,7 +26,7 @@ def prepared(tiny_folder, tmp_path_factory):
     """Folder with the rotation, calibration windows and cached Hessians of the tiny model."""
     folder = tmp_path_factory.mktemp("prepared")
     model = tiny_folder / "model"
-    rotations.generate("quarot", model, 0, folder / "rotation.safetensors")
+    make({"kind": "quarot", "seed": 0}, model, folder / "rotation.safetensors")
     data.calibrate(model, tiny_folder / "train.txt", CALIBRATION, folder / "tokens.safetensors")
     hessian.hessian(model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians")
     return folder

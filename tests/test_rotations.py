@@ -18,6 +18,7 @@ from obr.hadamard import Kronecker, hadamard, known_hadamard, random_orthogonal
 from obr.layout import Dimensions, layout_of
 from obr.modules import QuantLinear
 from obr.rotations import fold
+from obr.rotations.source import make
 
 FAMILIES = {
     "llama": LlamaConfig(hidden_size=96, intermediate_size=344, num_attention_heads=6, num_key_value_heads=2),
@@ -170,6 +171,10 @@ def test_the_same_seed_gives_the_same_rotation_and_files_come_back(tmp_path):
     assert torch.equal(loaded.transforms["residual"](x), drawn.transforms["residual"](x))
     with pytest.raises(ObrError, match=r"transform 'residual' has size 144, but the model needs 96"):
         rotations.load(tmp_path / "a", Dimensions.of(FAMILIES["llama"]))
+    drawn.transforms["down"].factor0 *= 1.1
+    rotations.save(drawn, tmp_path / "stretched")
+    with pytest.raises(ObrError, match=r"transform 'down' is not orthogonal \(it scales by 1.1"):
+        rotations.load(tmp_path / "stretched", dimensions)
     (tmp_path / "d").write_text("not a rotation")
     with pytest.raises(ObrError, match="is not a rotation of this project"):
         rotations.load(tmp_path / "d", dimensions)
@@ -182,3 +187,16 @@ def test_unknown_kinds_and_families_are_refused_by_name():
         layout_of(MixtralConfig())
     with pytest.raises(ObrError, match="add an entry to FAMILIES"):
         layout_of(type("Config", (), {"model_type": "gpt2"})())
+
+
+def test_a_rotation_can_be_a_file(tiny_folder, tmp_path):
+    """Of this project's format, by path: for one model, of one hash."""
+    model = tiny_folder / "model"
+    make({"kind": "quarot", "seed": 3}, model, tmp_path / "model.safetensors")
+    source = {"source": "path", "path": str(tmp_path / "{model}.safetensors")}
+    make({"kind": "file", "source": source}, model, tmp_path / "copy.safetensors")
+    assert (tmp_path / "copy.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ObrError, match=r"has sha256 .*, not 000"):
+        make({"kind": "file", "source": {**source, "sha256": "0" * 64}}, model, tmp_path / "no")
+    with pytest.raises(ObrError, match=r"gone\.safetensors"):
+        make({"kind": "file", "source": {"source": "path", "path": "gone.safetensors"}}, model, tmp_path)

@@ -145,9 +145,9 @@ def download_task(entry: dict, text: Path | None, out: Path) -> None:
 
 
 def download_rotation(entry: dict, model: Path, out: Path) -> None:
-    from obr.rotations import generate
+    from obr.rotations.source import make
 
-    generate(entry["kind"], model, entry.get("seed", 0), out)
+    make(entry, model, out)
 
 
 def calibrate(entry: dict, model: Path, text: Path, out: Path) -> None:

@@ -112,7 +112,7 @@ rule download_rotation:
     params:
         entry=entry_of("rotations"),
         model=subpath(input[0], parent=True),
-        code=code_of("rotations"),
+        code=code_of("rotations.source"),
     shell:
         "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
 

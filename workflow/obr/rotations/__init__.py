@@ -59,13 +59,6 @@ def load(path: Path, dimensions: Dimensions) -> Rotation:
     return rotation
 
 
-def generate(kind: str, model: Path, seed: int, out: Path) -> None:
-    """The stage: draw the rotation of a downloaded model and write it."""
-    from transformers import AutoConfig
-
-    save(draw(kind, Dimensions.of(AutoConfig.from_pretrained(model)), seed), out)
-
-
 @torch.no_grad()
 def rotate(model, kind: str, seed: int = 0):
     """Rotate a transformers model in place and return it; its logits stay what they were.

@@ -26,7 +26,7 @@ class Rotation:
     transforms: dict[str, Kronecker]
 
     def check(self, dimensions: Dimensions, what: str) -> None:
-        """Raise ObrError unless every transform has the size that the model needs."""
+        """Raise ObrError unless every transform has the size that the model needs, and is orthogonal."""
         sizes = {
             "residual": dimensions.hidden,
             "value": dimensions.head_dim,
@@ -39,6 +39,13 @@ class Rotation:
                 raise ObrError(
                     f"{what}: transform {name!r} has size {transform.columns}, but the model needs "
                     f"{sizes.get(name)}; it was made for another model."
+                )
+            probe = torch.randn(4, transform.columns, generator=torch.Generator().manual_seed(0))
+            lengths = transform(probe).norm(dim=1) / probe.norm(dim=1)
+            if not torch.allclose(lengths, torch.ones(4), atol=1e-3):
+                raise ObrError(
+                    f"{what}: transform {name!r} is not orthogonal (it scales by {float(lengths[0]):.4f}); "
+                    "the file is broken or is not a rotation."
                 )
 
     @torch.no_grad()

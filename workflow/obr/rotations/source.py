@@ -1,0 +1,50 @@
+"""Where a model's rotation comes from: drawn from a seed, or a file."""
+
+from pathlib import Path
+
+from obr import fetch
+from obr.errors import ObrError
+from obr.layout import Dimensions
+from obr.rotations import draw, load, save
+
+
+def make(entry: dict, model: Path, out: Path) -> None:
+    """The stage: the rotation of a downloaded model, from a config entry, written to `out`.
+
+    entry: {"kind": "quarot", "seed"} draws it; {"kind": "file", "source"} takes one that `save` wrote, from
+    {"source": "path", "path", "sha256"?} or {"source": "hub", "repo", "revision", "file", "sha256"?}, where
+    `{model}` stands for the model's name.
+
+    Raises:
+        ObrError: the file cannot be had, is not what its sha256 says, or was made for another model.
+    """
+    from transformers import AutoConfig
+
+    dimensions = Dimensions.of(AutoConfig.from_pretrained(model))
+    if entry["kind"] == "file":
+        rotation = load(_fetch(entry["source"], model.name), dimensions)
+    else:
+        rotation = draw(entry["kind"], dimensions, entry.get("seed", 0))
+    save(rotation, out)
+
+
+def _fetch(source: dict, model: str) -> Path:
+    if source["source"] == "path":
+        path = fetch.local_path(source["path"].replace("{model}", model))
+    else:
+        path = _from_hub(source, source["file"].replace("{model}", model))
+    expected = source.get("sha256")
+    actual = fetch.sha256_of(path) if expected else None
+    if actual != expected:
+        raise ObrError(f"{path} has sha256 {actual}, not {expected}: correct the config if you trust the file.")
+    return path
+
+
+def _from_hub(source: dict, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    revision = fetch.hub_info(source["repo"], source["revision"]).sha
+    try:
+        return Path(hf_hub_download(source["repo"], file, revision=revision))
+    except fetch.hub_exceptions() as error:
+        raise fetch.hub_error(error, source["repo"], revision) from error
