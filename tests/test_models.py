@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import obr
@@ -261,3 +262,53 @@ def test_nan_is_told(tiny_folder, windows):
         perplexity(model, windows)
     with pytest.raises(ObrError, match=r"block 1 mlp.up_proj: the weight has NaN"):
         obr.compress(model, windows[:2], {"method": "obr_gptq"}, progress=False)
+
+
+class Plug(Exception):
+    """Pulled."""
+
+
+@pytest.mark.parametrize("kind", ["sequential", "cached"])
+def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp_path, monkeypatch, kind):
+    from obr import checkpoint, compression
+
+    options = {"method": "obr_gptq", "hessian": kind}
+    undisturbed = compressed(tiny_folder, prepared, tmp_path / "undisturbed", **options)
+    whole, calls = compression.compress_group, []
+
+    def pulled(block, layout, group, matrix, report, index):
+        calls.append((index, group))
+        if (index, group) == (1, "up_gate"):
+            raise Plug
+        return whole(block, layout, group, matrix, report, index)
+
+    with monkeypatch.context() as patch, pytest.raises(Plug):
+        patch.setattr(compression, "compress_group", pulled)
+        compressed(tiny_folder, prepared, tmp_path / "disturbed", **options)
+    assert not (tmp_path / "disturbed" / "manifest.json").exists()
+    assert not list((tmp_path / "disturbed").glob("block*"))
+
+    with pytest.raises(ObrError, match=r"holds blocks of another run \(its recipe differs\); go back"):
+        compressed(tiny_folder, prepared, tmp_path / "disturbed", **options, alpha=0.25)
+
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "compress_group", lambda *a: calls.append(a[-1]) or whole(*a))
+        manifest = compressed(tiny_folder, prepared, tmp_path / "disturbed", **options)
+    assert set(calls) == {1}  # block 0 was not compressed again
+
+    with monkeypatch.context() as patch, pytest.raises(Plug):  # pulled once more, among the last moves
+
+        def pulled_late(*_):
+            raise Plug
+
+        patch.setattr(checkpoint, "save_ends", pulled_late)
+        compressed(tiny_folder, prepared, tmp_path / "late", **options)
+    calls.clear()
+    assert compressed(tiny_folder, prepared, tmp_path / "late", **options)["file_bytes"] == manifest["file_bytes"]
+    assert not calls
+    assert manifest | {"seconds": 0} == undisturbed | {"seconds": 0}
+    for path in (tmp_path / "undisturbed").glob("*.safetensors"):
+        there, here = (load_file(tmp_path / d / path.name) for d in ("undisturbed", "disturbed"))
+        assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there), path.name
+    assert not list(tmp_path.glob("*.unfinished"))

@@ -74,28 +74,40 @@ def store(linear: QuantLinear, restored: Restored, dtype: torch.dtype) -> None:
     linear.weight.data = unpack(linear.packed).weight.to(linear.weight)
 
 
-def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> int:
-    """Write one compressed block; returns the bytes of its packed linear weights."""
-    tensors, about, linear_bytes = {}, {}, 0
+def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> None:
+    """Write one compressed block. Raises ObrError if a layer of it is not compressed."""
+    tensors, layers = {}, {}
     for name in layout.linears:
         linear = block.get_submodule(name)
         if linear.packed is None:
             raise ObrError(f"Layer {name} is not compressed; run obr.compress before obr.save.")
-        about[name] = linear.packed.about
-        linear_bytes += linear.packed.bytes
+        layers[name] = linear.packed.about
         tensors |= {f"{name}.{part}": t for part, t in linear.packed.tensors.items()}
-    transforms = {}
-    for name, module in block.named_modules():
-        if isinstance(module, Kronecker):
-            transforms[name] = module.spec()
+    transforms = {name: m.spec() for name, m in block.named_modules() if isinstance(m, Kronecker)}
+    online = tuple(f"{name}." for name in transforms)
     packed = {f"{name}.weight" for name in layout.linears}
     for name, tensor in block.state_dict().items():
         if name not in packed:
-            in_transform = any(name.startswith(f"{t}.") for t in transforms)
-            tensors[name] = tensor.cpu() if in_transform else tensor.to("cpu", dtype)
-    header = {"layers": about, "transforms": transforms}
-    _write(tensors, path, {"block": json.dumps(header)})
-    return linear_bytes
+            tensors[name] = tensor.cpu() if name.startswith(online) else tensor.to("cpu", dtype)
+    _write(tensors, path, {"block": json.dumps({"layers": layers, "transforms": transforms})})
+
+
+def load_block(blocks: StreamedBlocks, index: int, path: Path) -> nn.Module:
+    """Block `index` of a model as `save_block` wrote it, unpacked, in the model's dtype and on its device.
+
+    Raises:
+        ObrError: the file is not a whole block, or one of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["block"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except BROKEN_FILE as error:
+        raise ObrError(f"{path} is not a whole block of a checkpoint ({error}).") from error
+    block = copy.deepcopy(blocks.model.get_submodule(blocks.layout.blocks)[index])
+    wrap_block(block, blocks.layout)
+    fill_block(block, blocks.layout, header, tensors, str(path), blocks.dtype)
+    return block.to(blocks.target).requires_grad_(False)
 
 
 def save_ends(model: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> None:
@@ -141,19 +153,13 @@ class CheckpointBlocks(StreamedBlocks):
             raise ObrError(f"{directory} has {self.manifest['blocks']} blocks, its config {len(self)}.")
 
     def load(self, index: int) -> nn.Module:
-        path = self.directory / f"block_{index:03d}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["block"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except BROKEN_FILE as error:
-            raise ObrError(f"{path} is not a whole block of a checkpoint ({error}).") from error
-        block = copy.deepcopy(self.model.get_submodule(self.layout.blocks)[index])
-        wrap_block(block, self.layout)
-        fill_block(block, self.layout, header, tensors, str(path), self.dtype)
-        block.to(self.target).requires_grad_(False)
+        block = load_block(self, index, self.directory / block_file(index))
         set_quantizers(block, self.layout, self.recipe)
         return block
+
+
+def block_file(index: int) -> str:
+    return f"block_{index:03d}.safetensors"
 
 
 def fill_block(
@@ -212,22 +218,60 @@ def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=Non
 
 
 class Writer:
-    """Writes a checkpoint block by block.
+    """Writes a checkpoint block by block, so that an interrupted run can go on.
+
+    Finished blocks lie in a folder `<directory>.unfinished` beside the checkpoint until all are there.
 
     Args:
         directory: made if need be. dtype: of everything kept at 16 bits.
+        run: what decides the blocks, as plain data; an unfinished run must equal it to be continued.
+
+    Raises:
+        ObrError: the unfinished blocks there are of another run.
     """
 
-    def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype):
-        self.directory, self.blocks, self.dtype = Path(directory), blocks, dtype
+    def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype, run: dict | None = None):
+        self.directory, self.blocks, self.dtype, self.run = Path(directory), blocks, dtype, run
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.unfinished = self.directory.with_name(self.directory.name + ".unfinished")
+        noted = self.unfinished / "run.json"
+        if noted.exists() and (there := read_json(noted)) != run:
+            differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))
+            raise ObrError(
+                f"{self.unfinished} holds blocks of another run (its {differing[0]} differs); "
+                "go back to those settings to finish it, or delete the folder to start anew."
+            )
+        if run is not None:
+            write_json(run, noted)
 
-    def block(self, index: int, block: nn.Module) -> None:
-        save_block(block, self.blocks.layout, self.directory / f"block_{index:03d}.safetensors", self.dtype)
+    def finished(self, index: int) -> list[LayerReport] | None:
+        """The report of a block that an earlier, interrupted run has finished; None if it has not."""
+        noted = self._report_file(index)
+        return [LayerReport(**row) for row in read_json(noted)["layers"]] if noted.exists() else None
+
+    def load(self, index: int) -> nn.Module:
+        """A finished block."""
+        return load_block(self.blocks, index, self._block_file(index))
+
+    def block(self, index: int, block: nn.Module, rows: list[LayerReport]) -> None:
+        """Write a block, and then, as the sign that it is whole, its report."""
+        save_block(block, self.blocks.layout, self.unfinished / block_file(index), self.dtype)
+        write_json({"layers": [asdict(row) for row in rows]}, self._report_file(index))
+
+    def _block_file(self, index: int) -> Path:
+        """Where a finished block lies: interrupted in `finish`, a run has moved some."""
+        path = self.unfinished / block_file(index)
+        return path if path.exists() else self.directory / block_file(index)
+
+    def _report_file(self, index: int) -> Path:
+        return self.unfinished / f"block_{index:03d}.json"
 
     def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
         """Write the ends, layers.csv, the configuration and, last, the manifest; returns the manifest."""
         blocks = self.blocks
+        for index in range(len(blocks)):
+            if self._block_file(index).parent == self.unfinished:
+                self._block_file(index).replace(self.directory / block_file(index))
         save_ends(blocks.model, blocks.layout, self.directory / "ends.safetensors", self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
@@ -241,6 +285,7 @@ class Writer:
             writer.writerows(asdict(layer) for layer in report.layers)
         manifest = self._manifest(report)
         write_json(manifest, self.directory / "manifest.json")
+        shutil.rmtree(self.unfinished)
         return manifest
 
     def _manifest(self, report: Report) -> dict:
@@ -291,7 +336,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
     blocks = Blocks(model)
     writer = Writer(Path(directory), blocks, report.dtype)
     for index in range(len(blocks)):
-        writer.block(index, blocks.load(index))
+        writer.block(index, blocks.load(index), [row for row in report.layers if row.block == index])
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     return writer.finish(report)

@@ -1,7 +1,6 @@
 """Compression of whole models: block by block, group by group, with sequential or cached Hessians."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from obr import data, hessian
-from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
+from obr import data, fetch, hessian
+from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store, versions
 from obr.config import check_widths
+from obr.digest import digest
 from obr.layout import Layout
 from obr.model import Blocks, read_json, run_block
 from obr.modules import QuantLinear
@@ -83,10 +83,26 @@ def compress_stage(
         windows, report.calibration = data.load_tokens(tokens)
     elif recipe.needs_hessian or hessians:
         report.calibration = read_json(hessians / "hessian.json")["calibration"]
-    writer = Writer(out, blocks, report.dtype)
+    writer = Writer(out, blocks, report.dtype, _run_of(report, rotation, tokens or hessians))
     cached = hessians if windows is None else None
-    compress_blocks(blocks, windows, cached, report, on_block=writer.block)
+    compress_blocks(blocks, windows, cached, report, writer)
     return writer.finish(report, tokenizer_from=model)
+
+
+def _run_of(report: Report, rotation: Path | None, statistics: Path | None) -> dict:
+    """What decides the blocks of a run: settings, inputs, code and versions, but not the number of threads."""
+    entry = {k: v for k, v in report.recipe.to_dict().items() if k not in ("label", "activations", "keys", "values")}
+    if statistics is not None and statistics.is_dir():
+        statistics = statistics / "hessian.json"
+    return {
+        "recipe": entry,
+        "model": (report.source or {}).get("sha256"),
+        "rotation": fetch.sha256_of(rotation) if rotation else None,
+        "calibration": fetch.sha256_of(statistics) if statistics else None,
+        "code": digest("compression"),
+        "device": report.device.split(":")[0],
+        "versions": versions(),
+    }
 
 
 @torch.no_grad()
@@ -95,33 +111,46 @@ def compress_blocks(
     tokens: Tensor | None,
     cached: Path | None,
     report: Report,
-    on_block: Callable[[int, nn.Module], None] | None = None,
+    writer: Writer | None = None,
     progress: bool = True,
 ) -> None:
     """Compress every block and fill the report.
 
     tokens: (b, s): sequential, each group's Hessian is collected once those before it are compressed.
     cached: folder of Hessians of the dense model. With neither, only data-free methods work.
-    on_block: called with each finished block, (index, block).
+    writer: where finished blocks go, and where those of an interrupted run are found.
     """
     started = time.monotonic()
     round_ends(blocks.model, blocks.layout, report.dtype)
     sequential = tokens is not None and report.recipe.needs_hessian
     hidden, arguments = blocks.embed(tokens) if sequential else ([], [])
     for index in tqdm(range(len(blocks)), desc=report.recipe.method, unit="block", disable=not progress):
-        block = blocks.load(index)
-        round_rest(block, blocks.layout, report.dtype)
-        matrices = hessian.load(cached / f"block_{index:03d}.safetensors", blocks.device) if cached else {}
-        for group in blocks.layout.groups:
-            if sequential:
-                collected, _ = hessian.collect(block, blocks.layout, hidden, arguments[index], [group], whole=False)
-                matrices = collected
-            report.layers += compress_group(block, blocks.layout, group, matrices.get(group), report, index)
+        rows = writer.finished(index) if writer else None
+        if rows is None:
+            block = blocks.load(index)
+            round_rest(block, blocks.layout, report.dtype)
+            rows = _compress_block(block, blocks, index, report, hidden, arguments, cached)
+            if writer is not None:
+                writer.block(index, block, rows)
+        elif sequential:
+            block = writer.load(index)
+        report.layers += rows
         if sequential:
             hidden = list(run_block(block, hidden, arguments[index]))
-        if on_block is not None:
-            on_block(index, block)
     report.seconds = time.monotonic() - started
+
+
+def _compress_block(
+    block: nn.Module, blocks: Blocks, index: int, report: Report, hidden: list[Tensor], arguments, cached: Path | None
+) -> list[LayerReport]:
+    """Compress a block group by group; hidden (b times (1, s, d)) is empty unless Hessians are sequential."""
+    matrices = hessian.load(cached / hessian.block_file(index), blocks.device) if cached else {}
+    rows = []
+    for group in blocks.layout.groups:
+        if hidden:
+            matrices, _ = hessian.collect(block, blocks.layout, hidden, arguments[index], [group], whole=False)
+        rows += compress_group(block, blocks.layout, group, matrices.get(group), report, index)
+    return rows
 
 
 def compress_group(

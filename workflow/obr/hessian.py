@@ -94,8 +94,12 @@ def hessian(model: Path, rotation: Path | None, tokens: Path, out: Path, dtype=N
     blocks = open_blocks(model, rotation, dtype, device)
     out.mkdir(parents=True, exist_ok=True)
     for index, matrices in enumerate(dense_hessians(blocks, windows)):
-        save(matrices, out / f"block_{index:03d}.safetensors")
+        save(matrices, out / block_file(index))
     write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
+
+
+def block_file(index: int) -> str:
+    return f"block_{index:03d}.safetensors"
 
 
 def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:
