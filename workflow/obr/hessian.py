@@ -114,7 +114,9 @@ def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> 
 
 def save(matrices: dict[str, Tensor], path: Path) -> None:
     """Write the upper triangles of symmetric matrices, float32."""
-    tensors = {name: matrix[_triangle(len(matrix), matrix.device)].cpu() for name, matrix in matrices.items()}
+    tensors = {
+        name: matrix.masked_select(_triangle(len(matrix), matrix.device)).cpu() for name, matrix in matrices.items()
+    }
     with whole(path) as partial:
         save_file(tensors, partial, metadata={"sizes": json.dumps({k: len(m) for k, m in matrices.items()})})
 
@@ -130,12 +132,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     return {name: _symmetric(triangle, sizes[name]) for name, triangle in triangles.items()}
 
 
-def _triangle(n: int, device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(n, n, device=device)
-    return rows, columns
+def _triangle(n: int, device: torch.device | str) -> Tensor:
+    """Mask (n, n) of the upper triangle; a mask, since indices would take eight times the matrix."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu_()
 
 
 def _symmetric(triangle: Tensor, n: int) -> Tensor:
     matrix = torch.zeros(n, n, dtype=triangle.dtype, device=triangle.device)
-    matrix[_triangle(n, triangle.device)] = triangle
+    matrix.masked_scatter_(_triangle(n, triangle.device), triangle)
     return matrix + matrix.triu(1).T

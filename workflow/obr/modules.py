@@ -6,6 +6,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from obr.errors import ObrError
 from obr.hadamard import Kronecker
 from obr.layout import Layout
 from obr.quantize import fake_quantize
@@ -93,11 +94,28 @@ def wrap_block(block: nn.Module, layout: Layout) -> None:
 
 
 def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
-    """Switch on the recipe's quantisation of activations, keys and values in a wrapped block."""
+    """Switch on the recipe's quantisation of activations, keys and values in a wrapped block.
+
+    Raises:
+        ObrError: a group size that does not divide the channels it groups.
+    """
     for name in layout.linears:
         settings = recipe.activations
         if recipe.int8_down_proj and name in layout.groups["down"] and settings.bits < 8:
-            settings = QuantizerSettings(8, settings.symmetric, settings.group_size, settings.clip_ratio)
-        block.get_submodule(name).activations = settings
+            settings = replace(settings, bits=8)
+        linear = block.get_submodule(name)
+        _check_groups(settings, linear.weight.shape[1], f"the inputs of {name}")
+        linear.activations = settings
     quantizer = block.get_submodule(layout.attention).key_value_quantizer
+    channels = block.get_submodule(layout.groups["qkv"][2]).weight.shape[0]
+    for settings, what in ((recipe.keys, "keys"), (recipe.values, "values")):
+        _check_groups(settings, channels, f"the {what} of a token")
     quantizer.keys, quantizer.values = recipe.keys, recipe.values
+
+
+def _check_groups(settings: QuantizerSettings, channels: int, what: str) -> None:
+    if settings.bits < 16 and settings.group_size and channels % settings.group_size:
+        raise ObrError(
+            f"group_size {settings.group_size} does not divide {what}, {channels} channels; "
+            "choose one that does, or null for one scale a token."
+        )
