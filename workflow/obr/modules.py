@@ -1,5 +1,7 @@
 """The modules that stand in for a model's own: linear layers and attention that simulate low precision."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
