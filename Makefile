@@ -22,8 +22,8 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY)
 	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml
-	@$(SNAKEMAKE) --quiet --configfile workflow/configs/demo.yaml --report results/demo/report.html >/dev/null 2>&1 \
-		&& echo "Report: results/demo/report.html"
+	@$(SNAKEMAKE) --quiet all --configfile workflow/configs/demo.yaml --report results/demo/report.html
+	@echo "Report: results/demo/report.html"
 	@echo "Figures: results/demo/figures/"; echo; cat results/demo/tables/demo.md
 
 # The same on WikiText-2 and PIQA, whose files lie in the folder OBR_DATA.

@@ -109,7 +109,7 @@ def draw(entry: dict, recipes: dict, models: dict, results: Path, published: Pat
     with matplotlib.rc_context(STYLE):
         sheet = KINDS[kind](Source(entry, models, Path(results), rows, quotes))
         if entry.get("title"):
-            sheet.figure.suptitle(entry["title"])
+            sheet.figure.suptitle(textwrap.fill(entry["title"], int(sheet.figure.get_figwidth() * 12)))
         _legend(sheet)
         _save(sheet.figure, Path(out_stem))
 
@@ -120,10 +120,10 @@ def draw(entry: dict, recipes: dict, models: dict, results: Path, published: Pat
 def perplexity_bits(source: Source) -> Sheet:
     """Perplexity against theoretical bits per weight: a panel per model, a colour per activation setting.
 
-    The dense model is a dashed line; hollow points are published values. Recipes of one size, the rule rather
-    than the exception, are set side by side around it.
+    The dense model is a dashed line; hollow points are published values. Settings are set a little apart, since
+    most recipes have the same size.
     """
-    metric, sheet = _only_text(source.entry), _sheet(len(source.labels))
+    metric, sheet = _only_text(source.entry), _sheet(len(source.labels), height=3.0)
     compressed = [row for row in source.rows if row.recipe.method != "dense"]
     colours = dict(zip(dict.fromkeys(map(_activations, compressed)), cycle(COLOURS)))
     marks = _marks(compressed)
@@ -131,7 +131,7 @@ def perplexity_bits(source: Source) -> Sheet:
         panel.set(title=label, xlabel="Bits per weight", ylabel=f"{metric.heading} perplexity")
         _dense_lines(source, panel, model, metric.key)
         sizes = [_theoretical_bits(source, model, row) for row in compressed]
-        for row, place in zip(compressed, _side_by_side(sizes)):
+        for row, place in zip(compressed, _apart(sizes, list(map(_activations, compressed)))):
             value = _perplexity(source, model, row, metric.key)
             style = {"color": colours[_activations(row)], "marker": marks[row.key][1], "linestyle": ""}
             panel.plot(place, value, **style)
@@ -151,13 +151,15 @@ def _theoretical_bits(source: Source, model: str, row: Row) -> float:
     return float(read_manifest(source.results, model, row)["bits_per_weight"]["theoretical"])
 
 
-def _side_by_side(sizes: list[float]) -> list[float]:
-    """Sizes moved apart where several are the same, by less than sizes differ."""
-    step = 0.08 * max(1.0, max(sizes, default=0) - min(sizes, default=0))
-    places = []
-    for i, size in enumerate(sizes):
-        before, all_of_it = sizes[:i].count(size), sizes.count(size)
-        places.append(size + step * (before - (all_of_it - 1) / 2))
+def _apart(sizes: list[float], groups: list[str]) -> list[float]:
+    """Sizes moved a little: by the group that each belongs to, and within it where several are the same."""
+    names, span = list(dict.fromkeys(groups)), max(1.0, max(sizes, default=0) - min(sizes, default=0))
+    places, seen = [], []
+    for size, group in zip(sizes, groups):
+        among, before = list(zip(sizes, groups)).count((size, group)), seen.count((size, group))
+        seen.append((size, group))
+        within = 0.02 * (before - (among - 1) / 2)
+        places.append(size + span * (0.13 * (names.index(group) - (len(names) - 1) / 2) + within))
     return places
 
 
@@ -336,7 +338,7 @@ def _only_text(entry: dict):
 def _activations(row: Row) -> str:
     """The part of a setting that the weights' bits leave: "A4KV4", or that nothing else is quantised."""
     rest = row.recipe.setting.removeprefix(f"W{row.recipe.bits}")
-    return "weights only" if rest == "A16KV16" else f"W?{rest}"
+    return "weights only" if rest == "A16KV16" else rest
 
 
 def _scale(panel: Axes, drawn: list[Axes] | None = None) -> None:
@@ -348,7 +350,7 @@ def _scale(panel: Axes, drawn: list[Axes] | None = None) -> None:
         return
     panel.set_yscale("log")
     decades = np.log10(values.max() / values.min())
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3.5 else (1,)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
 
