@@ -26,6 +26,8 @@ class Kronecker(nn.Module):
         super().__init__()
         self.sizes = [f if isinstance(f, int) else f.shape[0] for f in factors]
         self.columns = torch.Size(self.sizes).numel()
+        # Whether the last factor may be left to the fast CUDA transform, where that is installed.
+        self.fast = not isinstance(factors[-1], int) and is_sylvester(factors[-1])
         self.register_buffer("signs", signs)
         for i, factor in enumerate(factors):
             self.register_buffer(f"factor{i}", None if isinstance(factor, int) else factor)
@@ -38,10 +40,16 @@ class Kronecker(nn.Module):
         work = work.reshape(-1, *self.sizes)
         for axis, factor in enumerate(self.factors(), start=1):
             if factor is not None:
-                work = _apply(work, factor.to(work), axis)
+                fast = self._fast_transform(work) if axis == len(self.sizes) else None
+                work = fast(work, factor.shape[0] ** -0.5) if fast else _apply(work, factor.to(work), axis)
         return work.reshape(shape).to(dtype)
 
-    def factors(self):
+    def _fast_transform(self, x: Tensor):
+        """The CUDA kernel, where it applies: it has no float64, in which weights are folded."""
+        return _cuda_hadamard() if self.fast and x.is_cuda and x.dtype != torch.float64 else None
+
+    def factors(self) -> list[Tensor | None]:
+        """The factors, None for an identity."""
         return [getattr(self, f"factor{i}") for i in range(len(self.sizes))]
 
     def spec(self) -> dict:
@@ -60,8 +68,7 @@ class Kronecker(nn.Module):
 
 def _apply(x: Tensor, factor: Tensor, axis: int) -> Tensor:
     if axis == x.ndim - 1:
-        transform = _cuda_hadamard() if x.is_cuda and is_sylvester(factor) else None
-        return transform(x, factor.shape[0] ** -0.5) if transform else x @ factor.T
+        return x @ factor.T
     if x.ndim == 3:  # the first of two factors: one batched product, nothing moved
         return factor @ x
     return (x.movedim(axis, -1) @ factor.T).movedim(-1, axis)

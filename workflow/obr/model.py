@@ -22,7 +22,7 @@ def default_device() -> str:
 def load_tokenizer(directory: Path):
     """The tokenizer of a model folder."""
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
 
