@@ -22,7 +22,7 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY)
 	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml
-	@$(SNAKEMAKE) --quiet all --configfile workflow/configs/demo.yaml --report results/demo/report.html
+	@PYTHONWARNINGS=ignore::RuntimeWarning $(SNAKEMAKE) --quiet all --configfile workflow/configs/demo.yaml --report results/demo/report.html
 	@echo "Report: results/demo/report.html"
 	@echo "Figures: results/demo/figures/"; echo; cat results/demo/tables/demo.md
 

@@ -3,28 +3,30 @@ rule table:
         parts_of("tables"),
         published=PUBLISHED,
     output:
-        report(
-            multiext(f"{RESULTS}/tables/{{table}}", ".csv", ".md", ".tex"),
+        csv=report(
+            f"{RESULTS}/tables/{{table}}.csv",
             caption="../report/table.rst",
             category="Tables",
-            labels={"table": "{table}"},
+            labels={"table": "{table}", "format": "CSV"},
         ),
-    log:
-        f"{RESULTS}/logs/table/{{table}}.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/table/{{table}}.tsv"
-    conda:
-        "../../envs/obr.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-        runtime=10,
+        md=report(
+            f"{RESULTS}/tables/{{table}}.md",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}", "format": "Markdown"},
+        ),
+        tex=report(
+            f"{RESULTS}/tables/{{table}}.tex",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}", "format": "LaTeX"},
+        ),
     params:
         entry=entry_of("tables"),
         recipes=used("tables", "recipes"),
         models=used("tables", "models"),
         results=subpath(output[0], ancestor=2),
-        stem=subpath(output[0], strip_suffix=".csv"),
+        stem=subpath(output.csv, strip_suffix=".csv"),
         code=code_of("table"),
     shell:
         "obr table --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
