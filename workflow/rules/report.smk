@@ -21,6 +21,16 @@ rule table:
             category="Tables",
             labels={"table": "{table}", "format": "LaTeX"},
         ),
+    log:
+        f"{RESULTS}/logs/table/{{table}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/table/{{table}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
     params:
         entry=entry_of("tables"),
         recipes=used("tables", "recipes"),
