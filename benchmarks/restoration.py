@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from obr import hessian as hessians
+from obr.model import block_file
 from obr.quantize import Grid
 from obr.restoration import Hessian, restore
 from row_loop import obr_gptq_rows
@@ -29,7 +30,7 @@ def real_layer(results: Path, block: int, name: str, group: str):
     rotation = results / "rotations" / "quarot" / "smollm2-135m.safetensors"
     blocks = hessians.open_blocks(model, rotation, device="cpu")
     folder = results / "hessians" / "smollm2-135m" / "quarot" / "sotu"
-    matrix = hessians.load(folder / hessians.block_file(block))[group]
+    matrix = hessians.load(folder / block_file(block))[group]
     return blocks.load(block).get_submodule(name).weight.detach(), matrix
 
 

@@ -25,7 +25,7 @@ from obr.errors import BROKEN_FILE, ObrError
 from obr.files import whole, write_json
 from obr.hadamard import Kronecker
 from obr.layout import Layout
-from obr.model import Blocks, StreamedBlocks, read_json
+from obr.model import Blocks, StreamedBlocks, block_file, read_json
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
 from obr.recipe import Recipe
@@ -156,10 +156,6 @@ class CheckpointBlocks(StreamedBlocks):
         block = load_block(self, index, self.directory / block_file(index))
         set_quantizers(block, self.layout, self.recipe)
         return block
-
-
-def block_file(index: int) -> str:
-    return f"block_{index:03d}.safetensors"
 
 
 def fill_block(

@@ -14,7 +14,7 @@ from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, 
 from obr.config import check_widths
 from obr.digest import digest
 from obr.layout import Layout
-from obr.model import Blocks, read_json, run_block
+from obr.model import Blocks, block_file, read_json, run_block
 from obr.modules import QuantLinear
 from obr.recipe import Recipe
 from obr.restoration import Hessian, restore
@@ -144,7 +144,7 @@ def _compress_block(
     block: nn.Module, blocks: Blocks, index: int, report: Report, hidden: list[Tensor], arguments, cached: Path | None
 ) -> list[LayerReport]:
     """Compress a block group by group; hidden (b times (1, s, d)) is empty unless Hessians are sequential."""
-    matrices = hessian.load(cached / hessian.block_file(index), blocks.device) if cached else {}
+    matrices = hessian.load(cached / block_file(index), blocks.device) if cached else {}
     rows = []
     for group in blocks.layout.groups:
         if hidden:

@@ -18,7 +18,7 @@ from obr import data, rotations
 from obr.errors import BROKEN_FILE, ObrError
 from obr.files import whole, write_json
 from obr.layout import Layout
-from obr.model import Blocks, StreamedBlocks, run_block
+from obr.model import Blocks, StreamedBlocks, block_file, run_block
 
 
 class Accumulator:
@@ -96,10 +96,6 @@ def hessian(model: Path, rotation: Path | None, tokens: Path, out: Path, dtype=N
     for index, matrices in enumerate(dense_hessians(blocks, windows)):
         save(matrices, out / block_file(index))
     write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
-
-
-def block_file(index: int) -> str:
-    return f"block_{index:03d}.safetensors"
 
 
 def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:

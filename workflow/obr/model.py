@@ -225,6 +225,11 @@ class StreamedBlocks(Blocks):
         return block
 
 
+def block_file(index: int) -> str:
+    """Name of a block's file, in every folder that holds one a block."""
+    return f"block_{index:03d}.safetensors"
+
+
 def read_json(path: Path) -> dict:
     """A JSON file as a dictionary. Raises ObrError if it is missing or broken."""
     try:
