@@ -1,6 +1,5 @@
 """The configuration: what is refused, and in which words."""
 
-import copy
 import json
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from obr.config import Config, check_paths, check_widths
 from obr.errors import ObrError
 from obr.recipe import QuantizerSettings, Recipe
+from replaced import replaced
 
 RAW = {
     "results": "results",
@@ -30,14 +30,7 @@ RAW = {
 
 
 def raw(**changes):
-    config = copy.deepcopy(RAW)
-    for path, value in changes.items():
-        *parents, last = path.split("__")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return config
+    return replaced(RAW, **changes)
 
 
 def test_weights_are_shared_and_settings_resolved():

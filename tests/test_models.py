@@ -257,6 +257,29 @@ def test_broken_checkpoints_are_refused(tiny_folder, prepared, tmp_path):
         obr.load(tiny_folder / "model", device="cpu")
 
 
+def test_files_that_do_not_match_the_recipe_are_refused(tiny_folder, prepared, tmp_path):
+    model, rotation = tiny_folder / "model", prepared / "rotation.safetensors"
+    for options, files, sentence in (
+        ({}, {"rotation": rotation}, "with sequential Hessians reads --tokens, which is not given"),
+        ({"hessian": "cached"}, {"rotation": rotation}, "with cached Hessians reads --hessians, which is not given"),
+        ({}, {"tokens": prepared / "tokens.safetensors"}, "rotation is 'quarot', but no rotation file is given"),
+        ({"rotation": "none"}, {"rotation": rotation}, "rotation is 'none', but a rotation file is given"),
+    ):
+        with pytest.raises(ObrError, match=sentence):
+            compress_stage(model, recipe(method="obr_gptq", **options), tmp_path, device="cpu", **files)
+
+
+def test_leftovers_of_nobody_are_not_taken_up(tiny_folder, prepared, tmp_path):
+    """Reports of another run's blocks without a note of whose they are, as an interrupted tidying leaves them."""
+    first = compressed(tiny_folder, prepared, tmp_path / "c", method="wanda", hessian="cached")
+    leftovers = tmp_path / "c.unfinished"
+    leftovers.mkdir()
+    (leftovers / "block_000.json").write_text(json.dumps({"layers": []}))
+    second = compressed(tiny_folder, prepared, tmp_path / "c", method="obr_gptq", hessian="cached")
+    assert second["relative_error"] < first["relative_error"] and second["linear_weights"] == first["linear_weights"]
+    assert not leftovers.exists()
+
+
 def test_what_cannot_fit_is_refused_before_any_work(tiny_folder, prepared, tmp_path):
     with pytest.raises(ObrError, match="7:14 does not divide the 96 input columns"):
         compressed(tiny_folder, prepared, tmp_path, method="obr_gptq", pattern="7:14")

@@ -237,6 +237,8 @@ class Writer:
                 f"{self.unfinished} holds blocks of another run (its {differing[0]} differs); "
                 "go back to those settings to finish it, or delete the folder to start anew."
             )
+        if not noted.exists():  # left by a run that ended while tidying up: it says nothing of whose it is
+            shutil.rmtree(self.unfinished, ignore_errors=True)
         if run is not None:
             write_json(run, noted)
 
@@ -281,6 +283,7 @@ class Writer:
             writer.writerows(asdict(layer) for layer in report.layers)
         manifest = self._manifest(report)
         write_json(manifest, self.directory / "manifest.json")
+        (self.unfinished / "run.json").unlink(missing_ok=True)  # first: without it the rest is nobody's
         shutil.rmtree(self.unfinished)
         return manifest
 

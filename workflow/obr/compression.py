@@ -13,6 +13,7 @@ from obr import data, fetch, hessian
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store, versions
 from obr.config import check_widths
 from obr.digest import digest
+from obr.errors import ObrError
 from obr.layout import Layout
 from obr.model import Blocks, block_file, read_json, run_block
 from obr.modules import QuantLinear
@@ -73,6 +74,7 @@ def compress_stage(
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
         hessians: folder of cached Hessians, used if the recipe says so.
     """
+    _check_inputs(recipe, rotation, tokens, hessians)
     check_widths(read_json(model / "config.json"), {recipe.method: recipe.pattern}, model.name)
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
@@ -83,13 +85,25 @@ def compress_stage(
         windows, report.calibration = data.load_tokens(tokens)
     elif recipe.needs_hessian or hessians:
         report.calibration = read_json(hessians / "hessian.json")["calibration"]
-    writer = Writer(out, blocks, report.dtype, _run_of(report, rotation, tokens or hessians))
+    writer = Writer(out, blocks, report.dtype, _run_of(report, str(blocks.dtype), rotation, tokens or hessians))
     cached = hessians if windows is None else None
     compress_blocks(blocks, windows, cached, report, writer)
     return writer.finish(report, tokenizer_from=model)
 
 
-def _run_of(report: Report, rotation: Path | None, statistics: Path | None) -> dict:
+def _check_inputs(recipe: Recipe, rotation: Path | None, tokens: Path | None, hessians: Path | None) -> None:
+    """Raise ObrError unless the files are those that the recipe names, no more and no fewer rotations."""
+    if (recipe.rotation != "none") != (rotation is not None):
+        raise ObrError(
+            f"The recipe's rotation is {recipe.rotation!r}, but {'a' if rotation else 'no'} rotation file is given; "
+            "give --rotation for a rotated recipe, and only then."
+        )
+    needed, given = ("tokens", tokens) if recipe.hessian == "sequential" else ("hessians", hessians)
+    if recipe.needs_hessian and given is None:
+        raise ObrError(f"Method {recipe.method} with {recipe.hessian} Hessians reads --{needed}, which is not given.")
+
+
+def _run_of(report: Report, dtype: str, rotation: Path | None, statistics: Path | None) -> dict:
     """What decides the blocks of a run: settings, inputs, code and versions, but not the number of threads."""
     entry = {k: v for k, v in report.recipe.to_dict().items() if k not in ("label", "activations", "keys", "values")}
     if statistics is not None and statistics.is_dir():
@@ -101,6 +115,7 @@ def _run_of(report: Report, rotation: Path | None, statistics: Path | None) -> d
         "calibration": fetch.sha256_of(statistics) if statistics else None,
         "code": digest("compression"),
         "device": report.device.split(":")[0],
+        "dtype": dtype,
         "versions": versions(),
     }
 

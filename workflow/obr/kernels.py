@@ -159,8 +159,9 @@ def _measure(kernel: Callable, shape: dict, device, timer: Callable, repeats: in
         except Lacking as reason:
             return {"status": f"not available: {reason}"}
         except (RuntimeError, NotImplementedError, AttributeError) as error:
-            # PyTorch says in these that a build, a device or a shape is not provided for.
-            return {"status": f"not available: {first_line(error)}"}
+            # PyTorch says in these that a build, a device or a shape is not provided for; so may a fault of ours,
+            # hence its kind and words stand in the table and the figure.
+            return {"status": f"failed, {type(error).__name__}: {first_line(error)}"}
         error, allowed = _error(case, product), TOLERANCE[product.dtype]
         if not error <= allowed:
             return {"status": f"refused: error {error:.2g} is above {allowed:g}", "checked": error}
