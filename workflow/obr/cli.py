@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("kernels", kernels, "Time matrix products on this device.", "entry", "out", "compute")
     stage("table", table, "Make a table.", "entry", "recipes", "models", "results", "published", "out")
     stage("figure", figure, "Draw a figure.", "entry", "recipes", "models", "results", "published", "out")
+    stage("errata", errata, "List what is odd in the published tables.", "published", "out")
     return parser
 
 
@@ -239,6 +240,12 @@ def figure(entry: dict, recipes: dict, models: dict, results: Path, published: P
     from obr.figure import draw
 
     draw(entry, recipes, models, results, published, out)
+
+
+def errata(published: Path, out: Path) -> None:
+    from obr.errata import write
+
+    write(published, out)
 
 
 if __name__ == "__main__":

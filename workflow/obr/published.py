@@ -1,5 +1,6 @@
-"""The papers' printed numbers as data: reading them, finding one, and checking their means."""
+"""The papers' printed numbers as data: reading them, and finding one."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,17 +11,24 @@ from obr.errors import ObrError
 # The six zero-shot tasks whose plain mean the paper prints as `zeroshot_avg`.
 PAPER_TASKS = ("piqa", "boolq", "hellaswag", "arc_easy", "arc_challenge", "winogrande")
 MEAN = "zeroshot_avg"
-# Two tasks rounded to 0.01 shift a mean by less than this; anything more is not rounding.
-MEAN_TOLERANCE = 0.02
 SETTING = ["source", "table", "model", "rotation", "method", "w_bits", "a_bits", "kv_bits", "sparsity"]
 COLUMNS = [*SETTING, "metric", "value", "note"]
+# What a column may hold besides '' for unknown; errors name the second.
+FORMS = {
+    "w_bits": (r"\d+(\.\d+)?", "a number of bits"),
+    "a_bits": (r"\d+(\.\d+)?", "a number of bits"),
+    "kv_bits": (r"\d+(\.\d+)?", "a number of bits"),
+    "sparsity": (r"0(\.\d+)?|\d+:\d+", "a fraction below 1 or a pattern N:M"),
+}
 
 
 def load(path: Path) -> pd.DataFrame:
-    """The published numbers: `value` a float (nan where nan is printed), all else strings, '' for unknown.
+    """The published numbers: `value` a float (nan where nan is printed), all else text, '' for unknown.
+
+    A further column, `printed`, holds the value as it stands in the file, digits and all.
 
     Raises:
-        ObrError: the file is missing, its columns are others, or a value is not a number.
+        ObrError: the file is missing, its columns are others, or a value, bit width or sparsity is not one.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,7 +41,11 @@ def load(path: Path) -> pd.DataFrame:
             float(text)
         except ValueError:
             raise ObrError(f"{path} line {line}: {text!r} is not a number; correct the value.") from None
-    return frame.assign(value=frame["value"].map(float))
+    for column, (form, what) in FORMS.items():
+        for line, text in enumerate(frame[column], start=2):
+            if text and not re.fullmatch(form, text):
+                raise ObrError(f"{path} line {line}: {column} {text!r} is not {what}; correct it.")
+    return frame.assign(printed=frame["value"], value=frame["value"].map(float))
 
 
 def select(frame: pd.DataFrame, **filters) -> pd.DataFrame:
@@ -80,43 +92,6 @@ def _single(chosen: pd.DataFrame, filters: dict) -> float | None:
             f"{len(values)} different published values match {asked}; add a filter by {' or '.join(apart)}."
         )
     return None if chosen.empty else float(values.iloc[0])
-
-
-def recomputed_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each printed zero-shot mean beside the mean of its six printed tasks.
-
-    Only settings with all six tasks and a printed mean appear. Columns: those of SETTING, then `printed`,
-    `mean`, `difference` (printed - mean), `fractions` (tasks printed as a fraction among percentages, such
-    as "hellaswag", else '') and `flagged` (the difference exceeds MEAN_TOLERANCE, or there are fractions).
-    """
-    wanted = frame[frame["metric"].isin([*PAPER_TASKS, MEAN])]
-    wide = wanted.pivot_table(index=SETTING, columns="metric", values="value", aggfunc="first", sort=False)
-    wide = wide.reindex(columns=[*PAPER_TASKS, MEAN]).dropna()
-    tasks = wide[list(PAPER_TASKS)]
-    odd = (tasks <= 1) & (tasks.max(axis=1) > 1).to_numpy()[:, None]
-    result = pd.DataFrame({"printed": wide[MEAN], "mean": tasks.mean(axis=1)})
-    result["difference"] = result["printed"] - result["mean"]
-    result["fractions"] = [", ".join(tasks.columns[row]) for row in odd.to_numpy()]
-    result["flagged"] = (result["difference"].abs() > MEAN_TOLERANCE) | (result["fractions"] != "")
-    return result.reset_index()
-
-
-def errata(frame: pd.DataFrame, quoted: list[tuple[str, pd.DataFrame]]) -> list[str]:
-    """Sentences on quoted means that are not the mean of the tasks printed beside them.
-
-    quoted: what each number is quoted for (such as "Llama-2-7B: OBR") and its rows of `frame`.
-    """
-    means = recomputed_means(frame)
-    flagged, sentences = means[means["flagged"]], {}
-    for subject, rows in quoted:
-        printed = rows[rows["metric"] == MEAN]
-        if printed.empty:
-            continue
-        for bad in flagged.merge(printed[SETTING]).itertuples():
-            text = f"the paper prints a mean of {bad.printed:.2f}, its six tasks give {bad.mean:.2f}"
-            fractions = f" ({bad.fractions} printed as a fraction)" if bad.fractions else ""
-            sentences[f"{subject}: {text}{fractions}."] = None
-    return list(sentences)
 
 
 def remarks(quoted: list[tuple[str, pd.DataFrame]]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from obr import errata
 from obr import published as papers
 from obr.artefacts import (
     HEADINGS,
@@ -169,7 +170,7 @@ def _notes(entry: dict, metrics: list[Metric], evidence: Evidence, frame: pd.Dat
     notes += [text for detail, text in meanings.items() if detail in (entry.get("details") or [])]
     notes += _compression_notes(evidence) + _origin_notes(evidence)
     if frame is not None:
-        notes += papers.errata(frame, evidence.quoted)
+        notes += errata.notes(frame, evidence.quoted)
     return notes + papers.remarks(evidence.quoted)
 
 

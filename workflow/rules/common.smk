@@ -156,4 +156,6 @@ def everything(wildcards):
     targets += [f"{RESULTS}/figures/{name}.pdf" for name in config["figures"]]
     for entry in [*config["tables"].values(), *config["figures"].values()]:
         targets += [f"{RESULTS}/{path}" for path in CONFIG.artefacts(entry)]
+    if any(entry.get("published") for entry in config["tables"].values()):
+        targets.append(f"{RESULTS}/errata.md")
     return list(dict.fromkeys(targets))

@@ -75,3 +75,29 @@ rule figure:
     shell:
         "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
         "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
+
+
+rule errata:
+    input:
+        published=PUBLISHED,
+    output:
+        report(
+            f"{RESULTS}/errata.md",
+            caption="../report/errata.rst",
+            category="Errata",
+            labels={"format": "Markdown"},
+        ),
+    log:
+        f"{RESULTS}/logs/errata.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/errata.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        code=code_of("errata"),
+    shell:
+        "obr errata --published {input.published} --out {output} >{log} 2>&1"
