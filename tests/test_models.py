@@ -124,7 +124,11 @@ def test_checkpoints_hold_what_the_manifest_says(tiny_folder, prepared, windows,
     bits = manifest["bits_per_weight"]
     assert bits["theoretical"] <= bits["file"] < bits["theoretical"] + 0.4  # scales weigh on rows this short
     assert manifest["file_bytes"] == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
-    assert manifest["calibration"]["nsamples"] == 16 and manifest["rotation"] == {"kind": "quarot", "seed": 0}
+    assert manifest["calibration"]["nsamples"] == 16
+    assert manifest["rotation"] == {
+        "kind": "quarot", "seed": 0, "folded": ["residual", "value"], "clipped": False,
+        "online": ["o inputs", "down inputs", "queries and keys"],
+    }  # fmt: skip
     rows = (tmp_path / "layers.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 7
     value = perplexity_stage(tmp_path, tiny_folder / "heldout.txt", {"seqlen": 128, "tokens": 2048}, device="cpu")

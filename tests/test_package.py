@@ -23,6 +23,7 @@ LAYERS = [
     ["recipe", "config", "digest", "device"],
     ["quantize", "prune", "hadamard"],
     ["online"],
+    ["online"],
     ["restoration", "packing"],
     ["layout"],
     ["modules", "model"],

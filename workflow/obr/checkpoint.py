@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from obr import online
 from obr.errors import BROKEN_FILE, ObrError
 from obr.files import whole, write_json
-from obr.hadamard import Kronecker
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, block_file, read_json
 from obr.modules import QuantLinear, set_quantizers, wrap_block
@@ -83,12 +83,12 @@ def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype)
             raise ObrError(f"Layer {name} is not compressed; run obr.compress before obr.save.")
         layers[name] = linear.packed.about
         tensors |= {f"{name}.{part}": t for part, t in linear.packed.tensors.items()}
-    transforms = {name: m.spec() for name, m in block.named_modules() if isinstance(m, Kronecker)}
-    online = tuple(f"{name}." for name in transforms)
+    transforms = online.specs(block)
+    prefixes = tuple(f"{name}." for name in transforms)
     packed = {f"{name}.weight" for name in layout.linears}
     for name, tensor in block.state_dict().items():
         if name not in packed:
-            tensors[name] = tensor.cpu() if name.startswith(online) else tensor.to("cpu", dtype)
+            tensors[name] = tensor.cpu() if name.startswith(prefixes) else tensor.to("cpu", dtype)
     _write(tensors, path, {"block": json.dumps({"layers": layers, "transforms": transforms})})
 
 
@@ -175,12 +175,14 @@ def fill_block(
             raise ObrError(f"{what}: {name} is {about['shape']}, the model's is {list(linear.weight.shape)}.")
         linear.packed = Packed(about, parts)
         state[f"{name}.weight"] = unpack(linear.packed).weight
+        if linear.bias is None and f"{name}.bias" in tensors:  # a rotation has shifted what the layer reads
+            linear.bias = nn.Parameter(tensors[f"{name}.bias"], requires_grad=False)
     for name, spec in header["transforms"].items():
         parent, _, attribute = name.rpartition(".")
-        setattr(block.get_submodule(parent), attribute, Kronecker.from_spec(spec, tensors, f"{name}."))
-    online = tuple(f"{name}." for name in header["transforms"])
+        setattr(block.get_submodule(parent), attribute, online.from_spec(spec, tensors, f"{name}."))
+    prefixes = tuple(f"{name}." for name in header["transforms"])
     state |= tensors
-    state = {name: t if name.startswith(online) else t.to(dtype) for name, t in state.items()}
+    state = {name: t if name.startswith(prefixes) else t.to(dtype) for name, t in state.items()}
     missing, unexpected = block.load_state_dict(state, assign=True, strict=False)
     if missing or unexpected:
         raise ObrError(f"{what}: missing {missing[:3]}, unexpected {unexpected[:3]}; it is another model's.")

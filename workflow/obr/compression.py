@@ -54,7 +54,7 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
 
 def _rotation_of(model: nn.Module) -> dict | None:
     rotation = getattr(model, "obr_rotation", None)
-    return {"kind": rotation.kind, "seed": rotation.seed} if rotation else None
+    return rotation.about() if rotation else None
 
 
 def compress_stage(
@@ -79,7 +79,7 @@ def compress_stage(
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
     report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
-    report.rotation = {"kind": blocks.rotation.kind, "seed": blocks.rotation.seed} if rotation else None
+    report.rotation = blocks.rotation.about() if rotation else None
     windows = None
     if recipe.needs_hessian and recipe.hessian == "sequential":
         windows, report.calibration = data.load_tokens(tokens)

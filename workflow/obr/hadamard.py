@@ -1,7 +1,7 @@
 """Orthogonal matrices of any size as Kronecker products of small ones, Hadamard wherever one is known."""
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +19,10 @@ class Kronecker(nn.Module):
     """x (..., n) -> (x * signs) (F0 ⊗ F1 ⊗ …)ᵀ, for matrices F that are orthogonal, or at least invertible.
 
     Factors are applied one by one, so the cost is n * Σ size instead of n². An integer stands for an identity
-    of that size. The same operator serves activations and the rows of a weight: (x Mᵀ)(W Mᵀ)ᵀ = x Wᵀ.
+    of that size. Where activations are transformed, the rows of the weight that reads them take the `dual`
+    operator: T(x) T.dual(W)ᵀ = x Wᵀ. An orthogonal operator is its own dual. Factors may carry gradients.
+
+    precision: activations are transformed in this dtype if it is wider than theirs; None keeps theirs.
     """
 
     def __init__(self, factors: Sequence[Tensor | int], signs: Tensor | None = None):
@@ -27,14 +30,16 @@ class Kronecker(nn.Module):
         self.sizes = [f if isinstance(f, int) else f.shape[0] for f in factors]
         self.columns = torch.Size(self.sizes).numel()
         # Whether the last factor may be left to the fast CUDA transform, where that is installed.
-        self.fast = not isinstance(factors[-1], int) and is_sylvester(factors[-1])
+        last = factors[-1]
+        self.fast = not isinstance(last, int) and not last.requires_grad and is_sylvester(last)
+        self.precision: torch.dtype | None = torch.float32
         self.register_buffer("signs", signs)
         for i, factor in enumerate(factors):
             self.register_buffer(f"factor{i}", None if isinstance(factor, int) else factor)
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype = x.shape, x.dtype
-        work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        work = x.to(torch.promote_types(dtype, self.precision or dtype))
         if self.signs is not None:
             work = work * self.signs.to(work)
         work = work.reshape(-1, *self.sizes)
@@ -52,6 +57,34 @@ class Kronecker(nn.Module):
         """The factors, None for an identity."""
         return [getattr(self, f"factor{i}") for i in range(len(self.sizes))]
 
+    def dual(self) -> "Kronecker":
+        """The operator for the rows of the weights that read what this one gives: the inverse, transposed.
+
+        Inverses are taken in float64, and are differentiable. Raises ObrError for a singular factor.
+        """
+        signs = None if self.signs is None else self.signs.double().reciprocal()
+        return self._with(inverse_transposed, signs)
+
+    def _with(self, change: Callable[[Tensor], Tensor], signs: Tensor | None) -> "Kronecker":
+        return Kronecker(
+            [n if f is None else change(f) for n, f in zip(self.sizes, self.factors(), strict=True)], signs
+        )
+
+    def matrix(self) -> Tensor:
+        """P (n, n) such that this is x -> x P, float64."""
+        first = next((f for f in self.factors() if f is not None), self.signs)
+        return self(torch.eye(self.columns, dtype=torch.float64, device=None if first is None else first.device))
+
+    def held_in(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Kronecker":
+        """A copy whose factors and signs are of this dtype, on this device."""
+        copied = partial(torch.Tensor.to, device=device, dtype=dtype, copy=True)
+        return self._with(copied, None if self.signs is None else copied(self.signs))
+
+    @classmethod
+    def right(cls, factors: Sequence[Tensor | int]) -> "Kronecker":
+        """x -> x (P0 ⊗ P1 ⊗ …): for matrices P given as papers write them, on the right of row vectors."""
+        return cls([p if isinstance(p, int) else p.mT for p in factors])
+
     def spec(self) -> dict:
         """What, with the buffers, rebuilds this module."""
         dense = [f is not None for f in self.factors()]
@@ -64,6 +97,14 @@ class Kronecker(nn.Module):
             for i, (size, dense) in enumerate(zip(spec["sizes"], spec["dense"], strict=True))
         ]
         return cls(factors, tensors[f"{prefix}signs"] if spec["signs"] else None)
+
+
+def inverse_transposed(matrix: Tensor) -> Tensor:
+    """P^-T (..., n, n) in float64. Raises ObrError if P has no inverse."""
+    try:
+        return torch.linalg.inv(matrix.double()).mT
+    except torch.linalg.LinAlgError as error:
+        raise ObrError(f"A transform of size {matrix.shape[-1]} has no inverse; its file is broken.") from error
 
 
 def _apply(x: Tensor, factor: Tensor, axis: int) -> Tensor:
@@ -141,9 +182,9 @@ def hadamard(n: int, generator: torch.Generator, what: str = "size") -> Kronecke
         power //= _SYLVESTER
     if power > 1 or not factors:
         factors.append(sylvester(power))
-    return Kronecker([f.float() for f in factors])
+    return Kronecker(factors)
 
 
 def random_signs(n: int, generator: torch.Generator) -> Tensor:
     """(n,) of +1 and -1."""
-    return torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
+    return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1

@@ -207,9 +207,7 @@ class StreamedBlocks(Blocks):
                 if not buffer.is_meta:
                     setattr(module, key, buffer.to(self.target))
         if self.rotation is not None:
-            for transform in self.rotation.transforms.values():
-                transform.to(self.target)
-            self.rotation.fold_ends(model, layout)
+            self.rotation.to(self.target).fold_ends(model, layout)
 
     def load(self, index: int) -> nn.Module:
         empty = self.model.get_submodule(self.layout.blocks)[index]
@@ -221,7 +219,7 @@ class StreamedBlocks(Blocks):
         block.requires_grad_(False)
         wrap_block(block, self.layout)
         if self.rotation is not None:
-            self.rotation.fold_block(block, self.layout)
+            self.rotation.fold_block(block, index, self.layout)
         return block
 
 

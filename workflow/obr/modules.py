@@ -11,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 from obr.errors import ObrError
 from obr.hadamard import Kronecker
 from obr.layout import Layout
+from obr.online import Range, Shift
 from obr.quantize import fake_quantize
 from obr.recipe import QuantizerSettings, Recipe
 
@@ -18,26 +19,31 @@ ATTENTION = "obr"
 
 
 class QuantLinear(nn.Module):
-    """A linear layer behind an optional online transform and an activation quantiser.
+    """A linear layer behind an optional online shift and transform, and an activation quantiser.
 
-    observer: called with each transformed input (..., n), before it is quantised; Hessians are collected
-    there, behind the transform, where the weight is.
+    range: learned bounds of the quantiser, used where its settings ask for them. observer: called with each
+    transformed input (..., n), before it is quantised; Hessians are collected there, behind the transform,
+    where the weight is.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self.shift: Shift | None = None
         self.transform: Kronecker | None = None
+        self.range: Range | None = None
         self.activations = QuantizerSettings()
         self.observer = None
         self.packed = None  # the compressed layer as it is stored, once there is one
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.shift is not None:
+            x = self.shift(x)
         if self.transform is not None:
             x = self.transform(x)
         if self.observer is not None:
             self.observer(x)
-        return F.linear(fake_quantize(x, self.activations), self.weight, self.bias)
+        return F.linear(fake_quantize(x, self.activations, self.range), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"columns={self.weight.shape[1]}, rows={self.weight.shape[0]}, activations={self.activations.bits}"
@@ -46,27 +52,34 @@ class QuantLinear(nn.Module):
 class KeyValueQuantizer(nn.Module):
     """What happens to queries, keys and values inside an attention layer.
 
-    transform: orthogonal (head dim), applied to queries and keys after RoPE; scores are unchanged by it.
+    transform: (head dim), applied to keys after RoPE, and to queries unless they have their own in
+    query_transform, the dual of one that is not orthogonal; scores are unchanged. key_range, value_range:
+    learned bounds of the quantisers, used where their settings ask for them.
     """
 
-    def __init__(self, transform: Kronecker | None = None):
+    def __init__(self):
         super().__init__()
-        self.transform = transform
+        self.transform: Kronecker | None = None
+        self.query_transform: Kronecker | None = None
+        self.key_range: Range | None = None
+        self.value_range: Range | None = None
         self.keys = QuantizerSettings()
         self.values = QuantizerSettings()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """query (b, h, s, m), key and value (b, k, s, m), quantised token by token over all KV heads."""
         if self.transform is not None:
-            query, key = self.transform(query), self.transform(key)
-        return query, _quantize_heads(key, self.keys), _quantize_heads(value, self.values)
+            query = (self.query_transform or self.transform)(query)
+            key = self.transform(key)
+        keys = _quantize_heads(key, self.keys, self.key_range)
+        return query, keys, _quantize_heads(value, self.values, self.value_range)
 
 
-def _quantize_heads(x: Tensor, settings: QuantizerSettings) -> Tensor:
+def _quantize_heads(x: Tensor, settings: QuantizerSettings, bounds: Range | None) -> Tensor:
     if settings.bits == 16:
         return x
     tokens = x.transpose(1, 2)
-    return fake_quantize(tokens.flatten(2), settings).view_as(tokens).transpose(1, 2)
+    return fake_quantize(tokens.flatten(2), settings, bounds).view_as(tokens).transpose(1, 2)
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):

@@ -1,14 +1,13 @@
 """Rotations: equivalent transforms of a model that make it easier to quantise.
 
-Each kind is a module with `draw(dimensions, seed) -> Rotation`; KINDS lists them. A Rotation folds what can be
-folded into a model's weights and attaches the rest as online transforms; at 16 bits the model computes what it
-did before.
+Each kind is a class that holds parameters and says what they do to a block; KINDS lists them. What can be
+folded goes into a model's weights, the rest becomes online transforms; at 16 bits the model computes what it
+did before. All kinds are drawn, saved, loaded and applied by the functions here.
 """
 
 import json
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -16,29 +15,37 @@ from obr.errors import BROKEN_FILE, ObrError
 from obr.files import whole
 from obr.hadamard import Kronecker
 from obr.layout import Dimensions
-from obr.rotations import quarot
-from obr.rotations.fold import Rotation
+from obr.rotations.flatquant import FlatQuant
+from obr.rotations.ostquant import OSTQuant
+from obr.rotations.quarot import QuaRot
+from obr.rotations.rotation import Rotation
+from obr.rotations.scaling import Scaling
+from obr.rotations.spinquant import SpinQuant
 
-# Kinds that are made from a seed alone: (Dimensions, seed) -> Rotation.
-KINDS = {"quarot": quarot.draw}
+KINDS: dict[str, type[Rotation]] = {kind.kind: kind for kind in (QuaRot, SpinQuant, FlatQuant, OSTQuant, Scaling)}
 
 
 def draw(kind: str, dimensions: Dimensions, seed: int = 0) -> Rotation:
-    """A rotation of this kind for a model of these sizes. Raises ObrError for an unknown kind."""
+    """A rotation of this kind with random valid parameters. Raises ObrError for an unknown kind."""
+    return _kind(kind).draw(dimensions, seed)
+
+
+def _kind(kind: str) -> type[Rotation]:
     if kind not in KINDS:
         raise ObrError(f"Rotation {kind!r} is not known; choose one of {', '.join(KINDS)}, or none.")
-    return KINDS[kind](dimensions, seed)
+    return KINDS[kind]
 
 
 def save(rotation: Rotation, path: Path) -> None:
-    """Write a rotation: the tensors of its transforms, and what they are in the metadata."""
-    tensors, specs = {}, {}
+    """Write a rotation: its parameters and the tensors of its transforms, and what they are in the metadata."""
+    tensors, specs = dict(rotation.parameters), {}
     for name, transform in rotation.transforms.items():
         specs[name] = transform.spec()
-        tensors |= {f"{name}.{k}": v.contiguous() for k, v in transform.state_dict().items()}
-    header = {"kind": rotation.kind, "seed": rotation.seed, "transforms": specs}
+        tensors |= {f"{name}.{k}": v for k, v in transform.state_dict().items()}
+    header = {"kind": rotation.kind, "seed": rotation.seed, "transforms": specs, "options": rotation.options}
     with whole(path) as partial:
-        save_file(tensors, partial, metadata={"rotation": json.dumps(header)})
+        owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # none shared
+        save_file(owned, partial, metadata={"rotation": json.dumps(header)})
 
 
 def load(path: Path, dimensions: Dimensions) -> Rotation:
@@ -53,28 +60,36 @@ def load(path: Path, dimensions: Dimensions) -> Rotation:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except BROKEN_FILE as error:
         raise ObrError(f"{path} is not a rotation of this project ({error}); delete and rebuild it.") from error
+    kind = _kind(header["kind"])
     transforms = {name: Kronecker.from_spec(spec, tensors, f"{name}.") for name, spec in header["transforms"].items()}
-    rotation = Rotation(header["kind"], header["seed"], transforms)
-    rotation.check(dimensions, str(path))
+    own = {f"{name}.{part}" for name, transform in transforms.items() for part in transform.state_dict()}
+    parameters = {name: tensor for name, tensor in tensors.items() if name not in own}
+    rotation = kind(dimensions, parameters, transforms, header["seed"], header.get("options"))
+    rotation.check(str(path))
     return rotation
 
 
-@torch.no_grad()
-def rotate(model, kind: str, seed: int = 0):
+def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
     """Rotate a transformers model in place and return it; its logits stay what they were.
 
-    Tied embeddings are untied, norms folded, linear layers become QuantLinear with online transforms where
-    the kind has them. Folds are computed in float64.
+    Tied embeddings are untied and norms folded where the residual stream is rotated, linear layers become
+    QuantLinear with online transforms where the kind has them. Folds are computed in float64.
+
+    Args:
+        kind: a name of KINDS, drawn from `seed`, or a rotation that `load` has read.
+        clip: also shrink weights to the ranges that the rotation has learned for them, for `clip: learned`;
+        this does change the logits.
     """
     from obr.layout import layout_of
     from obr.modules import ATTENTION, wrap_block
 
     layout = layout_of(model.config)
-    rotation = draw(kind, Dimensions.of(model.config), seed)
+    rotation = draw(kind, Dimensions.of(model.config), seed) if isinstance(kind, str) else kind
+    rotation.to(model.get_submodule(layout.embed).weight.device).clip = clip
     rotation.fold_ends(model, layout)
-    for block in model.get_submodule(layout.blocks):
+    for index, block in enumerate(model.get_submodule(layout.blocks)):
         wrap_block(block, layout)
-        rotation.fold_block(block, layout)
+        rotation.fold_block(block, index, layout)
     model.set_attn_implementation(ATTENTION)
     model.obr_rotation = rotation
     return model

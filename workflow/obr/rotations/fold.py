@@ -1,109 +1,264 @@
-"""Folding orthogonal transforms and norms into the weights of a model, in float64."""
+"""Folding equivalent transforms into the weights of a block or of the ends of a model.
 
-from dataclasses import dataclass
+Everything here computes new tensors from old ones and changes nothing: with gradients on a rotation's
+parameters, the folded weights carry them on, so that learning and folding share one implementation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from obr.errors import ObrError
-from obr.hadamard import Kronecker
-from obr.layout import Dimensions, Layout
+from obr.hadamard import Kronecker, inverse_transposed
+from obr.layout import GROUP_OF, Layout
+from obr.online import Range, Shift
+
+READS_RESIDUAL, WRITES_RESIDUAL = ("qkv", "up_gate"), ("o", "down")
 
 
 @dataclass
-class Rotation:
-    """A set of orthogonal transforms, by name:
+class Changes:
+    """What a rotation does to one block. Each part alone leaves what the block computes as it was.
 
-    residual: R1 (d), folded on both sides of the residual stream.
-    value: R2 (m), folded into each head of v_proj and, with `heads`, into o_proj.
-    heads: (h), online before o_proj, mixes heads; identity on the channels of a head.
-    query_key: R3 (m), online on queries and keys after RoPE.
-    down: R4 (f), online before down_proj.
+    residual: R1 (d) orthogonal, on both sides of the residual stream; norm gains move into the weights.
+    norms: by group (qkv, up_gate), factors (d,) of the norm's gain; the weights that read it are divided.
+    shifts: by group (qkv, up_gate), offsets (d,) taken online off the norm's output, after the factors.
+    value: P (1 or k, m, m), v -> v P, for all heads or for each KV head; o_proj takes P^-T.
+    value_shift: (k, m) taken off the values before P; attention weights sum to one, so o_proj gives it back.
+    product: (f,) factors of the gated product: rows of up_proj; down_proj is divided.
+    key_scale: (k, m) factors of keys before RoPE; queries are divided.
+    inputs: by group, transforms online in front of its layers, whose weights take the dual.
+    keys, queries: (m) online after RoPE, on each head; queries None means an orthogonal `keys` for both.
+    clips: by role (q … down), logits (low, high) of shape (r, groups): how far LWC shrinks a row's range.
+    limits: by role, (r, groups): the largest |weight| that AWQ's clipping leaves.
+    ranges: by role, or "keys" and "values", logits (low, high) of shape (1,), of activation quantisers.
+
+    Clips, limits and ranges are no equivalences: the first two act if folds are asked to clip, the last if
+    a recipe's clip_ratio is "learned".
     """
 
-    kind: str
-    seed: int
-    transforms: dict[str, Kronecker]
+    residual: Kronecker | None = None
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    value: Tensor | None = None
+    value_shift: Tensor | None = None
+    product: Tensor | None = None
+    key_scale: Tensor | None = None
+    inputs: dict[str, Kronecker] = field(default_factory=dict)
+    keys: Kronecker | None = None
+    queries: Kronecker | None = None
+    clips: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    limits: dict[str, Tensor] = field(default_factory=dict)
+    ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def check(self, dimensions: Dimensions, what: str) -> None:
-        """Raise ObrError unless every transform has the size that the model needs, and is orthogonal."""
-        sizes = {
-            "residual": dimensions.hidden,
-            "value": dimensions.head_dim,
-            "heads": dimensions.heads * dimensions.head_dim,
-            "query_key": dimensions.head_dim,
-            "down": dimensions.intermediate,
-        }
-        for name, transform in self.transforms.items():
-            if transform.columns != sizes.get(name):
-                raise ObrError(
-                    f"{what}: transform {name!r} has size {transform.columns}, but the model needs "
-                    f"{sizes.get(name)}; it was made for another model."
-                )
-            probe = torch.randn(4, transform.columns, generator=torch.Generator().manual_seed(0))
-            lengths = transform(probe).norm(dim=1) / probe.norm(dim=1)
-            if not torch.allclose(lengths, torch.ones(4), atol=1e-3):
-                raise ObrError(
-                    f"{what}: transform {name!r} is not orthogonal (it scales by {float(lengths[0]):.4f}); "
-                    "the file is broken or is not a rotation."
-                )
+    def folded_parts(self) -> list[str]:
+        """What goes into the weights, by name."""
+        single = [
+            n for n in ("residual", "value", "value_shift", "product", "key_scale") if getattr(self, n) is not None
+        ]
+        return single + [f"{group} norm" for group in self.norms]
 
-    @torch.no_grad()
-    def fold_ends(self, model: nn.Module, layout: Layout) -> None:
-        """Untie the embeddings, fold the final norm into the head, rotate embeddings and head (v, d)."""
-        embed, head = model.get_submodule(layout.embed), model.get_submodule(layout.head)
-        if head.weight is embed.weight:
-            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
-            model.config.tie_word_embeddings = False
-        fold_norm(model.get_submodule(layout.final_norm), [head])
-        rotate_inputs(head, self.transforms["residual"])
-        embed.weight.data = _in_double(embed.weight, self.transforms["residual"])
-
-    @torch.no_grad()
-    def fold_block(self, block: nn.Module, layout: Layout) -> None:
-        """Fold norms and transforms into a wrapped block and attach the online ones."""
-        linears = {g: [block.get_submodule(n) for n in names] for g, names in layout.groups.items()}
-        for group, norm in layout.norms.items():
-            fold_norm(block.get_submodule(norm), linears[group])
-        residual, value = self.transforms["residual"], self.transforms["value"]
-        for linear in linears["qkv"] + linears["up_gate"]:
-            rotate_inputs(linear, residual)
-        for linear in linears["o"] + linears["down"]:
-            rotate_outputs(linear, residual)
-        # Each head's values are rotated by R2, and o_proj undoes that and the online mixing of the heads.
-        v, o, down = linears["qkv"][2], linears["o"][0], linears["down"][0]
-        rotate_outputs(v, per_head(value, v.weight.shape[0]))
-        rotate_inputs(o, per_head(value, o.weight.shape[1]))
-        rotate_inputs(o, self.transforms["heads"])
-        rotate_inputs(down, self.transforms["down"])
-        o.transform, down.transform = self.transforms["heads"], self.transforms["down"]
-        block.get_submodule(layout.attention).key_value_quantizer.transform = self.transforms["query_key"]
+    def online_parts(self) -> list[str]:
+        """What is computed for every token, by name."""
+        parts = [f"{group} inputs" for group in self.inputs] + [f"{group} shift" for group in self.shifts]
+        return parts + (["queries and keys"] if self.keys is not None else [])
 
 
-def per_head(transform: Kronecker, columns: int) -> Kronecker:
-    """The transform applied to each head of `columns` channels: I ⊗ transform."""
-    return Kronecker([columns // transform.columns, *transform.factors()], None)
+def fold_ends(
+    embed: Tensor, gain: Tensor, head: Tensor, residual: Kronecker, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and head (v, d) on a rotated residual stream; the final norm's gain (d,) is in the head."""
+    head = residual(head.to(dtype) * gain.to(dtype)).to(head)
+    return residual(embed.to(dtype)).to(embed), head
 
 
-def fold_norm(norm: nn.Module, linears: list[nn.Module]) -> None:
-    """Move an RMSNorm's weight (d,) into the columns of the linear layers it feeds."""
-    gain = norm.weight.double()
-    for linear in linears:
-        linear.weight.data = (linear.weight.double() * gain).to(linear.weight)
-    norm.weight.data = torch.ones_like(norm.weight)
+def fold_block(
+    state: Mapping[str, Tensor],
+    changes: Changes,
+    layout: Layout,
+    clip: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """The block's weights, biases and norms that `changes` alters, by the names they have in `state`.
+
+    state: the state of a plain block, `named_parameters` for one. clip: shrink weights to their learned
+    range too. dtype: of the arithmetic; results have the dtype of what they replace.
+
+    Raises:
+        ObrError: key scales that norms of queries and keys do not let through.
+    """
+    new = {}
+    scale_keys = layout.key_norm is None
+    gains = {g: state[f"{norm}.weight"].to(dtype) + layout.norm_offset for g, norm in layout.norms.items()}
+    for role, path in layout.roles.items():
+        weight, bias = state[f"{path}.weight"], state.get(f"{path}.bias")
+        gain = gains.get(GROUP_OF[role]) if changes.residual is not None else None
+        wide = None if bias is None else bias.to(dtype)
+        folded, folded_bias = fold_linear(role, weight.to(dtype), wide, changes, gain, clip, scale_keys)
+        new[f"{path}.weight"] = folded.to(weight.dtype)
+        if folded_bias is not None:
+            new[f"{path}.bias"] = folded_bias.to(weight.dtype)
+    for group, norm in layout.norms.items():
+        gain = torch.ones_like(gains[group]) if changes.residual is not None else gains[group]
+        if group in changes.norms:
+            gain = gain * changes.norms[group].to(gain)
+        new[f"{norm}.weight"] = (gain - layout.norm_offset).to(state[f"{norm}.weight"].dtype)
+    if changes.key_scale is not None and layout.key_norm is not None:
+        new |= _fold_head_norms(state, changes.key_scale, layout, dtype)
+    return new
 
 
-def rotate_inputs(linear: nn.Module, transform: Kronecker) -> None:
-    """The layer now expects its input transformed: W (r, n) -> W Mᵀ."""
-    linear.weight.data = _in_double(linear.weight, transform)
+def fold_linear(
+    role: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    changes: Changes,
+    gain: Tensor | None = None,
+    clip: bool = False,
+    scale_keys: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (r, n) and bias (r,) of the layer with this role: its inputs, then clipping, then its outputs.
+
+    gain: (n,) of the norm in front, if that is to be folded. scale_keys: whether key scales go into the rows
+    of q and k.
+    """
+    weight, bias = _fold_inputs(role, weight, bias, changes, gain)
+    if clip:
+        weight = clipped(weight, changes.clips.get(role), changes.limits.get(role))
+    if changes.residual is not None and GROUP_OF[role] in WRITES_RESIDUAL:
+        weight, bias = _outputs(weight, bias, changes.residual)
+    if role == "v":
+        if changes.value_shift is not None:
+            bias = _plus(bias, -changes.value_shift.flatten())
+        if changes.value is not None:
+            weight, bias = _outputs(weight, bias, lambda x: per_head(x, changes.value))
+    if role == "up" and changes.product is not None:
+        weight, bias = _outputs(weight, bias, lambda x: x * changes.product.to(x))
+    if role in ("q", "k") and changes.key_scale is not None and scale_keys:
+        scale = changes.key_scale if role == "k" else 1 / changes.key_scale
+        weight, bias = _outputs(weight, bias, lambda x: scaled_heads(x, scale))
+    return weight, bias
 
 
-def rotate_outputs(linear: nn.Module, transform: Kronecker) -> None:
-    """The layer now gives its output transformed: rows of W (r, n), and its bias (r,)."""
-    linear.weight.data = _in_double(linear.weight.T, transform).T.contiguous()
-    if linear.bias is not None:
-        linear.bias.data = _in_double(linear.bias, transform)
+def _fold_inputs(
+    role: str, weight: Tensor, bias: Tensor | None, changes: Changes, gain: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The layer as it reads changed inputs; a shift of them goes into the bias."""
+    group = GROUP_OF[role]
+    if gain is not None:
+        weight = weight * gain
+    if changes.residual is not None and group in READS_RESIDUAL:
+        weight = changes.residual(weight)
+    if group in changes.norms:
+        weight = weight / changes.norms[group].to(weight)
+    if group in changes.shifts:
+        bias = _plus(bias, weight @ changes.shifts[group].to(weight))
+    if role == "o" and changes.value_shift is not None:
+        bias = _plus(bias, (scaled_heads(weight, changes.value_shift)).sum(1))
+    if role == "o" and changes.value is not None:
+        weight = per_head(weight, inverse_transposed(changes.value))
+    if role == "down" and changes.product is not None:
+        weight = weight / changes.product.to(weight)
+    if group in changes.inputs:
+        weight = changes.inputs[group].dual()(weight)
+    return weight, bias
 
 
-def _in_double(x: Tensor, transform: Kronecker) -> Tensor:
-    return transform(x.double()).to(x)
+def per_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """x (..., heads m) @ P, head by head; matrices: (1 or k, m, m), each serving as many heads in a row."""
+    matrices = matrices.to(x)
+    return (x.unflatten(-1, (len(matrices), -1, matrices.shape[-1])) @ matrices).flatten(-3)
+
+
+def scaled_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """x (..., heads m) times the scale (k, m) of each head's KV head."""
+    return (x.unflatten(-1, (len(scale), -1, scale.shape[-1])) * scale.to(x)[:, None]).flatten(-3)
+
+
+def clipped(weight: Tensor, logits: tuple[Tensor, Tensor] | None, limit: Tensor | None = None) -> Tensor:
+    """Weight (r, n) within its learned range.
+
+    logits: (low, high) of (r, groups): a group lies between sigmoid(low) min and sigmoid(high) max of itself.
+    limit: (r, groups), the largest magnitude.
+    """
+    if logits is not None:
+        low, high = (torch.sigmoid(x.to(weight))[..., None] for x in logits)
+        values = weight.unflatten(1, (low.shape[1], -1))
+        bottom, top = values.amin(-1, keepdim=True) * low, values.amax(-1, keepdim=True) * high
+        weight = torch.minimum(torch.maximum(values, bottom), top).flatten(1)
+    if limit is not None:
+        values, limit = weight.unflatten(1, (limit.shape[1], -1)), limit.to(weight)[..., None]
+        weight = torch.minimum(torch.maximum(values, -limit), limit).flatten(1)
+    return weight
+
+
+def _outputs(weight: Tensor, bias: Tensor | None, transform) -> tuple[Tensor, Tensor | None]:
+    """The layer with its outputs transformed: rows of the weight (r, n), and its bias (r,)."""
+    return transform(weight.T).T.contiguous(), None if bias is None else transform(bias)
+
+
+def _plus(bias: Tensor | None, more: Tensor) -> Tensor:
+    return more if bias is None else bias + more.to(bias)
+
+
+def _fold_head_norms(state: Mapping[str, Tensor], scale: Tensor, layout: Layout, dtype: torch.dtype) -> dict:
+    """Key scales (k, m) in the gains of norms that all heads share, and that only equal heads can pass."""
+    if not torch.allclose(scale, scale[:1].expand_as(scale), rtol=1e-5):
+        raise ObrError(
+            "The rotation scales keys before RoPE, each KV head by its own factors, but this model normalises "
+            "queries and keys with one gain for all heads; use a rotation without key scales."
+        )
+    new = {}
+    for norm, factor in ((layout.key_norm, scale[0]), (layout.query_norm, 1 / scale[0])):
+        weight = state[f"{norm}.weight"]
+        new[f"{norm}.weight"] = (weight.to(dtype) * factor.to(weight.device, dtype)).to(weight)
+    return new
+
+
+def online(changes: Changes, layout: Layout) -> dict[str, nn.Module]:
+    """The modules that stay online in a block, by the path under which a wrapped block holds them."""
+    quantizer = f"{layout.attention}.key_value_quantizer"
+    modules: dict[str, nn.Module] = {}
+    for role, path in layout.roles.items():
+        group = GROUP_OF[role]
+        if group in changes.shifts:
+            modules[f"{path}.shift"] = Shift(changes.shifts[group])
+        if group in changes.inputs:
+            modules[f"{path}.transform"] = changes.inputs[group]
+        if role in changes.ranges:
+            modules[f"{path}.range"] = _range(*changes.ranges[role])
+    if changes.keys is not None:
+        modules[f"{quantizer}.transform"] = changes.keys
+    if changes.queries is not None:
+        modules[f"{quantizer}.query_transform"] = changes.queries
+    for role, name in (("keys", "key_range"), ("values", "value_range")):
+        if role in changes.ranges:
+            modules[f"{quantizer}.{name}"] = _range(*changes.ranges[role])
+    return modules
+
+
+def _range(low: Tensor, high: Tensor) -> Range:
+    return Range(torch.sigmoid(low), torch.sigmoid(high))
+
+
+def attach(block: nn.Module, changes: Changes, layout: Layout) -> None:
+    """Set the online modules of a wrapped block: in float32, or float64 where the block is. Gradients pass."""
+    weight = block.get_submodule(layout.linears[0]).weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    for path, module in online(changes, layout).items():
+        parent, _, name = path.rpartition(".")
+        setattr(block.get_submodule(parent), name, module.held_in(dtype, weight.device))
+
+
+@torch.no_grad()
+def assign(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put folded tensors into a block; a layer that had no bias gets one if there is one for it."""
+    for path, tensor in tensors.items():
+        parent, _, name = path.rpartition(".")
+        module = block.get_submodule(parent)
+        if getattr(module, name) is None:
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            getattr(module, name).data = tensor

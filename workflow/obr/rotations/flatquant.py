@@ -1,0 +1,102 @@
+"""FlatQuant (Sun et al., arXiv 2410.09426): invertible Kronecker transforms in front of each group of layers.
+
+The residual stream is as it was. A scale c before each transform is folded into the norm, or the rows of
+up_proj, in front of it; the value transform goes into v_proj and o_proj; all others stay online.
+"""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from obr.hadamard import Kronecker, random_orthogonal
+from obr.layout import Dimensions
+from obr.rotations.fold import Changes
+from obr.rotations.rotation import Parameter, Rotation, clip_parameters, pairs, range_parameters
+
+PAIRED = ("qkv", "up_gate", "down")  # groups with a left and a right matrix
+
+
+class FlatQuant(Rotation):
+    """Parameters of block i, after `blocks.{i}.`:
+
+    qkv.left (a, a), qkv.right (b, b), qkv.scale (d), likewise up_gate and down (f): x -> (x c)(L ⊗ R).
+    o.heads (h, h): X (h, m) -> OᵀX. value (m, m): v -> v P. keys (m, m): k -> k P, q -> q P^-T after RoPE.
+    {role}.clip_low, {role}.clip_high (r, 1), {role}.range_low, {role}.range_high (1,), for q … down and the
+    latter for keys and values too: logits of learned clipping. Scales, value, keys and clips may be absent.
+    """
+
+    kind = "flatquant"
+
+    @classmethod
+    def draw(cls, dimensions: Dimensions, seed: int = 0) -> "FlatQuant":
+        """Well-conditioned random matrices, scales around one, clips at the 0.982 where learning starts."""
+        generator = torch.Generator().manual_seed(seed)
+        rotation = cls(dimensions, seed=seed)
+        for name, parameter in rotation.everything().items():
+            shape = parameter.shape
+            if parameter.must == "invertible":
+                rotation.parameters[name] = random_invertible(shape[0], generator)
+            elif parameter.must == "scale":
+                rotation.parameters[name] = random_scale(shape, generator)
+            else:
+                rotation.parameters[name] = torch.full(shape, 4.0)
+        return rotation
+
+    def everything(self) -> dict[str, Parameter]:
+        """All parameters that this kind may have."""
+        m, columns = self.dimensions.head_dim, self.dimensions.columns()
+        block = {"o.heads": Parameter((self.dimensions.heads,) * 2, "invertible")}
+        for group in PAIRED:
+            left, right = factor_pair(columns[group])
+            block[f"{group}.left"] = Parameter((left, left), "invertible")
+            block[f"{group}.right"] = Parameter((right, right), "invertible")
+            block[f"{group}.scale"] = Parameter((columns[group],), "scale")
+        block |= {name: Parameter((m, m), "invertible") for name in ("value", "keys")}
+        block |= clip_parameters(self.dimensions, 1) | range_parameters()
+        return {f"blocks.{i}.{name}": p for i in range(self.dimensions.blocks) for name, p in block.items()}
+
+    def expected(self) -> dict[str, Parameter]:
+        needed = (*(f"{group}.{side}" for group in PAIRED for side in ("left", "right")), "o.heads")
+        return self.present(self.everything(), needed)
+
+    def changes(self, index: int) -> Changes:
+        own = {group: [self.parameter(index, f"{group}.{part}") for part in ("left", "right")] for group in PAIRED}
+        inputs = {group: Kronecker.right(matrices) for group, matrices in own.items()}
+        inputs["o"] = Kronecker.right([self.parameter(index, "o.heads"), self.dimensions.head_dim])
+        scales = {group: self.parameter(index, f"{group}.scale") for group in PAIRED}
+        value, keys = self.parameter(index, "value"), self.parameter(index, "keys")
+        keys = None if keys is None else Kronecker.right([keys])
+        return Changes(
+            norms={group: scales[group] for group in ("qkv", "up_gate") if scales[group] is not None},
+            value=None if value is None else value[None],
+            product=scales["down"],
+            inputs=inputs,
+            keys=keys,
+            queries=None if keys is None else keys.dual(),
+            clips=pairs(self, index, "clip"),
+            ranges=pairs(self, index, "range"),
+        )
+
+
+def factor_pair(n: int) -> tuple[int, int]:
+    """(a, b) with a b = n and a <= b, as close as can be; of one parity where n allows it, as FlatQuant has it.
+
+    That is Fermat's search for A² - n = B², a = A - B, b = A + B.
+    """
+    step = 1 if n % 4 == 2 else 2  # twice an odd number is no difference of squares
+    for a in range(isqrt(n), 0, -1):
+        if n % a == 0 and (step == 1 or (n // a - a) % step == 0):
+            return a, n // a
+    raise AssertionError("one divides every number")
+
+
+def random_invertible(n: int, generator: torch.Generator) -> Tensor:
+    """U diag(s) V (n, n), float64, singular values s within a factor of about two of one."""
+    left, right = random_orthogonal(n, generator), random_orthogonal(n, generator)
+    return left * random_scale((n,), generator) @ right
+
+
+def random_scale(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Positive numbers within a factor of about two of one, float64."""
+    return (torch.rand(shape, generator=generator, dtype=torch.float64) * 1.4 - 0.7).exp()

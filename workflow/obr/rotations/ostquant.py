@@ -1,0 +1,86 @@
+"""OSTQuant (Hu et al., arXiv 2501.13987): learned rotations and scales, all of them in the weights.
+
+Only a Hadamard transform before down_proj, and one on queries and keys if asked for, stays online.
+"""
+
+import torch
+
+from obr.hadamard import Kronecker
+from obr.layout import Dimensions
+from obr.rotations.flatquant import random_scale
+from obr.rotations.fold import Changes
+from obr.rotations.rotation import Parameter, Rotation
+from obr.rotations.spinquant import fixed_transforms, random_hadamard
+
+
+class OSTQuant(Rotation):
+    """Parameters: R_res (d, d), x -> x R; and of block i, after `blocks.{i}.`, scales S that divide activations:
+
+    R_ov (k, m, m), values after S_ov; S_ov (k, m), values; S_up_down (f), gated product; S_norm_qkv and
+    S_norm_upgate (d), outputs of the norms; S_qk (k, m), the one that multiplies: keys, and divides queries,
+    before RoPE. Transforms: down (f), and query_key (m) if there is one.
+    """
+
+    kind = "ostquant"
+
+    @classmethod
+    def draw(cls, dimensions: Dimensions, seed: int = 0) -> "OSTQuant":
+        """Random Hadamard matrices and scales around one; key scales are equal within a RoPE pair.
+
+        Where queries and keys are normalised with one gain for all heads, all heads have the same key scales.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        k, m = dimensions.kv_heads, dimensions.head_dim
+        parameters = {"R_res": random_hadamard(dimensions.hidden, generator, "hidden size")}
+        for index in range(dimensions.blocks):
+            rotations = [random_hadamard(m, generator, "head dim") for _ in range(k)]
+            block = {"R_ov": torch.stack(rotations), "S_qk": tied_key_scale(dimensions, generator)}
+            block |= {
+                name: random_scale(shape, generator) for name, shape in _scales(dimensions).items() if name != "S_qk"
+            }
+            parameters |= {f"blocks.{index}.{name}": tensor for name, tensor in block.items()}
+        return cls(dimensions, parameters, fixed_transforms(dimensions), seed)
+
+    def expected(self) -> dict[str, Parameter]:
+        d, k, m = self.dimensions.hidden, self.dimensions.kv_heads, self.dimensions.head_dim
+        block = {"R_ov": Parameter((k, m, m), "orthogonal")}
+        block |= {name: Parameter(shape, "scale") for name, shape in _scales(self.dimensions).items()}
+        blocks = {f"blocks.{i}.{name}": p for i in range(self.dimensions.blocks) for name, p in block.items()}
+        return {"R_res": Parameter((d, d), "orthogonal")} | blocks
+
+    def sizes(self) -> dict[str, int]:
+        sizes = {"down": self.dimensions.intermediate}
+        return sizes | ({"query_key": self.dimensions.head_dim} if "query_key" in self.transforms else {})
+
+    def residual(self) -> Kronecker:
+        return Kronecker.right([self.parameters["R_res"]])
+
+    def changes(self, index: int) -> Changes:
+        own = {name: self.parameter(index, name) for name in ("R_ov", *_scales(self.dimensions))}
+        return Changes(
+            residual=self.residual(),
+            norms={"qkv": 1 / own["S_norm_qkv"], "up_gate": 1 / own["S_norm_upgate"]},
+            value=own["R_ov"] / own["S_ov"][..., None],
+            product=1 / own["S_up_down"],
+            key_scale=own["S_qk"],
+            inputs={"down": self.transforms["down"]},
+            keys=self.transforms.get("query_key"),
+        )
+
+
+def _scales(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
+    heads = (dimensions.kv_heads, dimensions.head_dim)
+    return {
+        "S_up_down": (dimensions.intermediate,),
+        "S_qk": heads,
+        "S_ov": heads,
+        "S_norm_qkv": (dimensions.hidden,),
+        "S_norm_upgate": (dimensions.hidden,),
+    }
+
+
+def tied_key_scale(dimensions: Dimensions, generator: torch.Generator) -> torch.Tensor:
+    """Random key scales (k, m), equal within each RoPE pair, and for all heads where norms need that."""
+    heads = 1 if dimensions.normed_heads else dimensions.kv_heads
+    half = random_scale((heads, dimensions.head_dim // 2), generator)
+    return half.repeat(1, 2).expand(dimensions.kv_heads, -1).contiguous()

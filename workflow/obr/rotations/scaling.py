@@ -1,0 +1,69 @@
+"""Scales of single channels, all in the weights: SmoothQuant (arXiv 2211.10438), AWQ (2306.00978) and
+OmniQuant's learned equivalent transformation (2308.13137), whose shifts of a norm's output stay online.
+"""
+
+import torch
+
+from obr.layout import Dimensions
+from obr.rotations.flatquant import random_scale
+from obr.rotations.fold import Changes
+from obr.rotations.ostquant import tied_key_scale
+from obr.rotations.rotation import Parameter, Rotation, clip_parameters, pairs
+
+
+class Scaling(Rotation):
+    """Parameters of block i, after `blocks.{i}.`; any may be absent, in all blocks alike:
+
+    qkv.scale, up_gate.scale (d), o.scale (k, m), down.scale (f): divide what the group reads; its weights are
+    multiplied. qkv.shift, up_gate.shift (d), o.shift (k, m): taken off before that. key.scale (k, m): divides
+    queries and multiplies keys before RoPE. {role}.clip_low, {role}.clip_high, {role}.limit (r, groups): what
+    clipping of weights has learned, as in Changes.
+    """
+
+    kind = "scaling"
+
+    @classmethod
+    def draw(cls, dimensions: Dimensions, seed: int = 0) -> "Scaling":
+        """Every scale and shift there is, random; key scales are equal within a RoPE pair."""
+        generator = torch.Generator().manual_seed(seed)
+        rotation = cls(dimensions, seed=seed)
+        for name, parameter in rotation.everything().items():
+            if name.endswith("key.scale"):
+                rotation.parameters[name] = tied_key_scale(dimensions, generator)
+            elif parameter.must == "scale":
+                rotation.parameters[name] = random_scale(parameter.shape, generator)
+            elif name.endswith("shift"):
+                shift = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                rotation.parameters[name] = shift / 10
+        return rotation
+
+    def everything(self) -> dict[str, Parameter]:
+        """All parameters that this kind may have."""
+        sizes = self.dimensions
+        d, heads = (sizes.hidden,), (sizes.kv_heads, sizes.head_dim)
+        shapes = {"qkv": d, "up_gate": d, "o": heads, "down": (sizes.intermediate,), "key": heads}
+        block = {f"{group}.scale": Parameter(shape, "scale") for group, shape in shapes.items()}
+        block |= {f"{group}.shift": Parameter(shapes[group]) for group in ("qkv", "up_gate", "o")}
+        block |= clip_parameters(sizes, None)
+        block |= {f"{role}.limit": Parameter((rows, None)) for role, rows in sizes.rows().items()}
+        return {f"blocks.{i}.{name}": p for i in range(sizes.blocks) for name, p in block.items()}
+
+    def expected(self) -> dict[str, Parameter]:
+        return self.present(self.everything())
+
+    def changes(self, index: int) -> Changes:
+        get = lambda name: self.parameter(index, name)  # noqa: E731
+        norms = {g: 1 / get(f"{g}.scale") for g in ("qkv", "up_gate") if get(f"{g}.scale") is not None}
+        shifts = {g: get(f"{g}.shift") for g in ("qkv", "up_gate") if get(f"{g}.shift") is not None}
+        value, product = get("o.scale"), get("down.scale")
+        limits = {role: get(f"{role}.limit") for role in self.dimensions.rows()}
+        return Changes(
+            norms=norms,
+            shifts={group: shift * norms[group] if group in norms else shift for group, shift in shifts.items()},
+            value=None if value is None else torch.diag_embed(1 / value),
+            value_shift=get("o.shift"),
+            product=None if product is None else 1 / product,
+            key_scale=get("key.scale"),
+            clips=pairs(self, index, "clip"),
+            limits={role: limit for role, limit in limits.items() if limit is not None},
+        )
