@@ -14,7 +14,7 @@ from obr.checkpoint import CheckpointBlocks
 from obr.compression import compress_stage
 from obr.errors import ObrError
 from obr.evaluate import perplexity, perplexity_stage
-from obr.model import StreamedBlocks, load_tokenizer
+from obr.model import StreamedBlocks, load_tokenizer, run_block
 from obr.modules import set_quantizers, wrap_block
 from obr.recipe import QuantizerSettings, Recipe
 from obr.rotations.source import make
@@ -87,13 +87,17 @@ def test_collecting_group_by_group_equals_one_pass(tiny_folder, prepared):
     blocks = hessian.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
     hidden, arguments = blocks.embed(tokens)
     block = blocks.load(0)
-    together, outputs = hessian.collect(
-        block, blocks.layout, hidden, arguments[0], ["qkv", "o", "up_gate", "down"], True
-    )
-    assert len(outputs) == len(tokens)
-    for group, matrix in together.items():
-        alone, nothing = hessian.collect(block, blocks.layout, hidden, arguments[0], [group], whole=False)
-        assert torch.equal(alone[group], matrix) and not nothing
+    entered = [states.clone() for states in hidden]
+    alone = {
+        group: hessian.collect(block, blocks.layout, hidden, arguments[0], [group], whole=False)[group]
+        for group in blocks.layout.groups
+    }
+    assert all(torch.equal(states, before) for states, before in zip(hidden, entered, strict=True))
+    groups = list(blocks.layout.groups)
+    together = hessian.collect(block, blocks.layout, hidden, arguments[0], groups, whole=True)
+    for states, before in zip(hidden, entered, strict=True):
+        assert torch.equal(states, run_block(block, before, arguments[0]))
+    assert all(torch.equal(alone[group], matrix) for group, matrix in together.items())
 
 
 def compressed(tiny_folder, prepared, out, **options):
@@ -166,6 +170,27 @@ def test_save_and_load_give_identical_logits(tiny_folder, tmp_path, rotation, me
 def test_saving_an_uncompressed_model_is_refused(tiny_folder, tmp_path):
     with pytest.raises(ObrError, match=r"run obr\.compress before obr\.save"):
         obr.save(obr.load_model(tiny_folder / "model", device="cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sequential", "cached"])
+def test_blocks_that_a_recipe_leaves_out_stay_dense(tiny_folder, prepared, windows, tmp_path, kind):
+    settings = {"method": "obr_gptq", "hessian": kind, "activations": {"bits": 4}}
+    compressed(tiny_folder, prepared, tmp_path / "all", **settings)
+    manifest = compressed(tiny_folder, prepared, tmp_path / "some", **settings, blocks=":1")
+    compressed(tiny_folder, prepared, tmp_path / "none", method="dense", hessian="cached")
+    every, some, none = (obr.load(tmp_path / name, device="cpu").model.layers for name in ("all", "some", "none"))
+    for name, linear in some[1].named_parameters():
+        assert torch.equal(linear, none[1].get_parameter(name)), name
+        assert torch.equal(some[0].get_parameter(name), every[0].get_parameter(name)), name
+    assert some[0].mlp.down_proj.activations.bits == 4 and some[1].mlp.down_proj.activations.bits == 16
+    assert manifest["bits_per_weight"]["theoretical"] == pytest.approx((3 + 16) / 2)
+    assert manifest["sparsity"] == pytest.approx(0.25) and manifest["recipe"]["blocks"] == ":1"
+    streamed = perplexity(CheckpointBlocks(tmp_path / "some", device="cpu"), windows)
+    assert streamed == pytest.approx(perplexity(obr.load(tmp_path / "some", device="cpu"), windows), rel=1e-5)
+    with pytest.raises(ObrError, match=r"blocks '5:' are none of the model's 2"):
+        compressed(tiny_folder, prepared, tmp_path / "x", **settings, blocks="5:")
+    with pytest.raises(ObrError, match=r"recipe\.blocks is 'first'; it must be a slice"):
+        recipe(**settings, blocks="first")
 
 
 def test_int8_down_proj(tiny_folder, prepared, tmp_path):

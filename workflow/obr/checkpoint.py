@@ -10,10 +10,8 @@ config.json, tokenizer  as the model came
 import copy
 import csv
 import json
-import platform
 import shutil
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,13 +21,15 @@ from torch import Tensor, nn
 
 from obr import online
 from obr.errors import BROKEN_FILE, ObrError
-from obr.files import whole, write_json
+from obr.files import read_json, whole, write_json
 from obr.layout import Layout
-from obr.model import Blocks, StreamedBlocks, block_file, read_json
+from obr.model import Blocks, StreamedBlocks, block_file
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
+from obr.provenance import versions
 from obr.recipe import Recipe
 from obr.restoration import Restored
+from obr.resume import Unfinished
 
 FORMAT = 1
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
@@ -154,7 +154,8 @@ class CheckpointBlocks(StreamedBlocks):
 
     def load(self, index: int) -> nn.Module:
         block = load_block(self, index, self.directory / block_file(index))
-        set_quantizers(block, self.layout, self.recipe)
+        if index in self.recipe.chosen(len(self)):
+            set_quantizers(block, self.layout, self.recipe)
         return block
 
 
@@ -208,70 +209,44 @@ def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=Non
     """
     recipe = Recipe.parse(recipe) if recipe is not None else None
     blocks = CheckpointBlocks(Path(directory), recipe, dtype, device)
-    holder = blocks.model.get_submodule(blocks.layout.blocks)
-    for index in range(len(blocks)):
-        holder[index] = blocks.load(index)
-    blocks.model.obr_recipe = blocks.recipe
-    return blocks.model
+    model = blocks.whole()
+    model.obr_recipe = blocks.recipe
+    return model
 
 
 class Writer:
     """Writes a checkpoint block by block, so that an interrupted run can go on.
 
-    Finished blocks lie in a folder `<directory>.unfinished` beside the checkpoint until all are there.
-
     Args:
         directory: made if need be. dtype: of everything kept at 16 bits.
-        run: what decides the blocks, as plain data; an unfinished run must equal it to be continued.
+        run: what decides the blocks, as plain data, see `Unfinished`.
 
     Raises:
         ObrError: the unfinished blocks there are of another run.
     """
 
     def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype, run: dict | None = None):
-        self.directory, self.blocks, self.dtype, self.run = Path(directory), blocks, dtype, run
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.unfinished = self.directory.with_name(self.directory.name + ".unfinished")
-        noted = self.unfinished / "run.json"
-        if noted.exists() and (there := read_json(noted)) != run:
-            differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))
-            raise ObrError(
-                f"{self.unfinished} holds blocks of another run (its {differing[0]} differs); "
-                "go back to those settings to finish it, or delete the folder to start anew."
-            )
-        if not noted.exists():  # left by a run that ended while tidying up: it says nothing of whose it is
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-        if run is not None:
-            write_json(run, noted)
+        self.directory, self.blocks, self.dtype = Path(directory), blocks, dtype
+        self.unfinished = Unfinished(self.directory, run)
 
-    def finished(self, index: int) -> list[LayerReport] | None:
-        """The report of a block that an earlier, interrupted run has finished; None if it has not."""
-        noted = self._report_file(index)
-        return [LayerReport(**row) for row in read_json(noted)["layers"]] if noted.exists() else None
+    def finished(self, index: int) -> tuple[list[LayerReport], float] | None:
+        """The report of a block that an interrupted run has finished, and its seconds; None if it has not."""
+        note = self.unfinished.note(index)
+        return ([LayerReport(**row) for row in note["layers"]], note["seconds"]) if note else None
 
     def load(self, index: int) -> nn.Module:
         """A finished block."""
-        return load_block(self.blocks, index, self._block_file(index))
+        return load_block(self.blocks, index, self.unfinished.file(index))
 
-    def block(self, index: int, block: nn.Module, rows: list[LayerReport]) -> None:
-        """Write a block, and then, as the sign that it is whole, its report."""
-        save_block(block, self.blocks.layout, self.unfinished / block_file(index), self.dtype)
-        write_json({"layers": [asdict(row) for row in rows]}, self._report_file(index))
-
-    def _block_file(self, index: int) -> Path:
-        """Where a finished block lies: interrupted in `finish`, a run has moved some."""
-        path = self.unfinished / block_file(index)
-        return path if path.exists() else self.directory / block_file(index)
-
-    def _report_file(self, index: int) -> Path:
-        return self.unfinished / f"block_{index:03d}.json"
+    def block(self, index: int, block: nn.Module, rows: list[LayerReport], seconds: float = 0.0) -> None:
+        """Write a block, compressed in so many seconds."""
+        note = {"layers": [asdict(row) for row in rows], "seconds": seconds}
+        self.unfinished.keep(index, lambda path: save_block(block, self.blocks.layout, path, self.dtype), note)
 
     def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
         """Write the ends, layers.csv, the configuration and, last, the manifest; returns the manifest."""
         blocks = self.blocks
-        for index in range(len(blocks)):
-            if self._block_file(index).parent == self.unfinished:
-                self._block_file(index).replace(self.directory / block_file(index))
+        self.unfinished.move(len(blocks))
         save_ends(blocks.model, blocks.layout, self.directory / "ends.safetensors", self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
@@ -285,17 +260,14 @@ class Writer:
             writer.writerows(asdict(layer) for layer in report.layers)
         manifest = self._manifest(report)
         write_json(manifest, self.directory / "manifest.json")
-        (self.unfinished / "run.json").unlink(missing_ok=True)  # first: without it the rest is nobody's
-        shutil.rmtree(self.unfinished)
+        self.unfinished.remove()
         return manifest
 
     def _manifest(self, report: Report) -> dict:
         layers = report.layers
         weights = sum(layer.rows * layer.columns for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
-        theoretical = sum(
-            layer.rows * layer.columns * replace(report.recipe, bits=layer.bits).bits_per_weight for layer in layers
-        )
+        theoretical = sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers)
         errors = [layer.relative_error for layer in layers if layer.relative_error == layer.relative_error]
         return {
             "format": FORMAT,
@@ -319,10 +291,11 @@ class Writer:
         }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide a result."""
-    packages = ("obr", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+def _recipe_of(layer: LayerReport, report: Report) -> Recipe:
+    """The report's recipe with what is this layer's own."""
+    if layer.sparsity or layer.bits < 16:
+        return replace(report.recipe, bits=layer.bits)
+    return replace(report.recipe, bits=16, sparsity=0.0, pattern=None)
 
 
 def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:

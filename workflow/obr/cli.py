@@ -56,15 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     stage("calibrate", calibrate, "Choose calibration windows.", "entry", "model", "text", "out")
     stage(
         "hessian", hessian, "Collect the Hessians of a model's layer inputs.",
-        "model", "rotation?", "tokens", "out", "compute",
+        "model", "rotation?", "tokens", "out", "activations", "compute",
     )  # fmt: skip
     stage(
         "compress", compress, "Compress a model by a recipe.",
-        "entry", "model", "rotation?", "tokens?", "hessians?", "out", "compute",
+        "entry", "model", "rotation?", "tokens?", "hessians?", "out", "activations", "compute",
     )  # fmt: skip
     stage(
         "perplexity", perplexity, "Perplexity of a checkpoint.",
-        "entry", "checkpoint", "recipe?", "text", "out", "compute",
+        "entry", "checkpoint", "recipe?", "text", "out", "activations", "compute",
     )  # fmt: skip
     stage(
         "zero-shot", zero_shot, "Zero-shot accuracy of a checkpoint.",
@@ -101,6 +101,13 @@ def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
 
 
+def _activations(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--activations-memory", type=float, default=4096, metavar="MB",
+        help="memory for hidden states; more of them lie in a file beside the output (default: 4096)",
+    )  # fmt: skip
+
+
 OPTIONS = {
     "entry": _json("entry", "the config entry of this stage, as JSON"),
     "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
@@ -116,6 +123,7 @@ OPTIONS = {
     "results": _path("results", "folder of the results"),
     "published": _path("published", "CSV file of published numbers"),
     "out": _path("out", "what to write"),
+    "activations": _activations,
     "compute": _compute,
 }
 
@@ -167,11 +175,19 @@ def _computing(device: str, dtype: str | None):
     return device, getattr(torch, dtype) if dtype else None
 
 
-def hessian(model: Path, rotation: Path | None, tokens: Path, out: Path, device: str, dtype: str | None) -> None:
+def hessian(
+    model: Path,
+    rotation: Path | None,
+    tokens: Path,
+    out: Path,
+    activations_memory: float,
+    device: str,
+    dtype: str | None,
+) -> None:
     device, dtype = _computing(device, dtype)
     from obr.hessian import hessian
 
-    hessian(model, rotation, tokens, out, dtype, device)
+    hessian(model, rotation, tokens, out, dtype, device, activations_memory)
 
 
 def compress(
@@ -181,6 +197,7 @@ def compress(
     tokens: Path | None,
     hessians: Path | None,
     out: Path,
+    activations_memory: float,
     device: str,
     dtype: str | None,
 ) -> None:
@@ -191,17 +208,28 @@ def compress(
     compress_stage(
         model, Recipe.parse(entry), out,
         rotation=rotation, tokens=tokens, hessians=hessians, dtype=dtype, device=device,
+        megabytes=activations_memory,
     )  # fmt: skip
 
 
 def perplexity(
-    entry: dict, checkpoint: Path, recipe: dict | None, text: Path, out: Path, device: str, dtype: str | None
+    entry: dict,
+    checkpoint: Path,
+    recipe: dict | None,
+    text: Path,
+    out: Path,
+    activations_memory: float,
+    device: str,
+    dtype: str | None,
 ) -> None:
     device, dtype = _computing(device, dtype)
+    from obr.activations import Room
     from obr.evaluate import perplexity_stage
     from obr.recipe import Recipe
 
-    result = perplexity_stage(checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    room = Room(activations_memory, out.parent)
+    result = perplexity_stage(checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device, room)
     write_json(result, out)
     print(f"perplexity {result['value']:.4f}: {result['definition']}; {result['windows']} windows")
 

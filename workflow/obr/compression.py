@@ -7,16 +7,18 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from obr import data, fetch, hessian
-from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store, versions
+from obr import data, hessian
+from obr.activations import Room
+from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
 from obr.config import check_widths
-from obr.digest import digest
 from obr.errors import ObrError
+from obr.files import read_json
 from obr.layout import Layout
-from obr.model import Blocks, block_file, read_json, run_block
+from obr.model import Blocks, advance, block_file
 from obr.modules import QuantLinear
+from obr.progress import Progress
+from obr.provenance import fingerprint
 from obr.recipe import Recipe
 from obr.restoration import Hessian, restore
 
@@ -46,7 +48,7 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
         report.calibration = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "tokens": tokens.numel()}
     report.rotation = _rotation_of(model)
     compress_blocks(blocks, tokens, None, report, progress=progress)
-    for index in range(len(blocks)):
+    for index in recipe.chosen(len(blocks)):
         set_quantizers(blocks.load(index), blocks.layout, recipe)
     model.obr_report, model.obr_recipe = report, recipe
     return model
@@ -67,12 +69,19 @@ def compress_stage(
     hessians: Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    megabytes: float = Room.megabytes,
 ) -> dict:
     """The stage: a downloaded model to a packed checkpoint, streamed; returns the manifest.
+
+    An interrupted run goes on with the block it was at.
 
     Args:
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
         hessians: folder of cached Hessians, used if the recipe says so.
+        megabytes: of memory for the hidden states of the calibration, see `Room`.
+
+    Raises:
+        ObrError: files that do not fit the recipe, or the blocks of an unfinished run of another one.
     """
     _check_inputs(recipe, rotation, tokens, hessians)
     check_widths(read_json(model / "config.json"), {recipe.method: recipe.pattern}, model.name)
@@ -85,9 +94,14 @@ def compress_stage(
         windows, report.calibration = data.load_tokens(tokens)
     elif recipe.needs_hessian or hessians:
         report.calibration = read_json(hessians / "hessian.json")["calibration"]
-    writer = Writer(out, blocks, report.dtype, _run_of(report, str(blocks.dtype), rotation, tokens or hessians))
     cached = hessians if windows is None else None
-    compress_blocks(blocks, windows, cached, report, writer)
+    decisive = {k: v for k, v in recipe.to_dict().items() if k not in ("label", "activations", "keys", "values")}
+    files = {"rotation": rotation, "calibration": tokens if cached is None else cached / "hessian.json"}
+    run = fingerprint(
+        "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=decisive
+    )
+    writer = Writer(out, blocks, report.dtype, run)
+    compress_blocks(blocks, windows, cached, report, writer, Room(megabytes, writer.unfinished.folder))
     return writer.finish(report, tokenizer_from=model)
 
 
@@ -103,23 +117,6 @@ def _check_inputs(recipe: Recipe, rotation: Path | None, tokens: Path | None, he
         raise ObrError(f"Method {recipe.method} with {recipe.hessian} Hessians reads --{needed}, which is not given.")
 
 
-def _run_of(report: Report, dtype: str, rotation: Path | None, statistics: Path | None) -> dict:
-    """What decides the blocks of a run: settings, inputs, code and versions, but not the number of threads."""
-    entry = {k: v for k, v in report.recipe.to_dict().items() if k not in ("label", "activations", "keys", "values")}
-    if statistics is not None and statistics.is_dir():
-        statistics = statistics / "hessian.json"
-    return {
-        "recipe": entry,
-        "model": (report.source or {}).get("sha256"),
-        "rotation": fetch.sha256_of(rotation) if rotation else None,
-        "calibration": fetch.sha256_of(statistics) if statistics else None,
-        "code": digest("compression"),
-        "device": report.device.split(":")[0],
-        "dtype": dtype,
-        "versions": versions(),
-    }
-
-
 @torch.no_grad()
 def compress_blocks(
     blocks: Blocks,
@@ -127,6 +124,7 @@ def compress_blocks(
     cached: Path | None,
     report: Report,
     writer: Writer | None = None,
+    room: Room | None = None,
     progress: bool = True,
 ) -> None:
     """Compress every block and fill the report.
@@ -134,37 +132,80 @@ def compress_blocks(
     tokens: (b, s): sequential, each group's Hessian is collected once those before it are compressed.
     cached: folder of Hessians of the dense model. With neither, only data-free methods work.
     writer: where finished blocks go, and where those of an interrupted run are found.
+    room: for the hidden states.
     """
     started = time.monotonic()
     round_ends(blocks.model, blocks.layout, report.dtype)
-    sequential = tokens is not None and report.recipe.needs_hessian
-    hidden, arguments = blocks.embed(tokens) if sequential else ([], [])
-    for index in tqdm(range(len(blocks)), desc=report.recipe.method, unit="block", disable=not progress):
-        rows = writer.finished(index) if writer else None
-        if rows is None:
-            block = blocks.load(index)
-            round_rest(block, blocks.layout, report.dtype)
-            rows = _compress_block(block, blocks, index, report, hidden, arguments, cached)
-            if writer is not None:
-                writer.block(index, block, rows)
-        elif sequential:
-            block = writer.load(index)
-        report.layers += rows
-        if sequential:
-            hidden = list(run_block(block, hidden, arguments[index]))
-    report.seconds = time.monotonic() - started
+    if writer is not None and writer.unfinished.finished(len(blocks)) == len(blocks):
+        tokens = None  # only the last moves of an interrupted run are missing
+    statistics = Statistics(blocks, report.recipe, tokens, cached, room)
+    with Progress(report.recipe.method, len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            finished = writer.finished(index) if writer else None
+            if finished is None:
+                begun = time.monotonic()
+                block = blocks.load(index)
+                rows = _compress_block(block, index, blocks.layout, statistics, report, shown)
+                if writer is not None:
+                    writer.block(index, block, rows, time.monotonic() - begun)
+            else:
+                rows, seconds = finished
+                report.seconds += seconds
+                block = writer.load(index) if statistics.advances(index) else None
+            report.layers += rows
+            statistics.advance(index, block)
+            block = None  # before the next is loaded
+            shown.block() if finished is None else shown.resume()
+    report.seconds += time.monotonic() - started
+
+
+class Statistics:
+    """Where the Hessians of a compression come from: passes through the blocks done so far, or files.
+
+    tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states.
+    """
+
+    def __init__(
+        self, blocks: Blocks, recipe: Recipe, tokens: Tensor | None, cached: Path | None, room: Room | None = None
+    ):
+        self.blocks, self.cached, self.chosen = blocks, cached, recipe.chosen(len(blocks))
+        self.hidden, self.arguments = None, None
+        if tokens is not None and recipe.needs_hessian:
+            self.hidden, self.arguments = blocks.embed(tokens, room)
+
+    def hessian(self, block: nn.Module, index: int, group: str) -> Tensor | None:
+        """(n, n) of a group's inputs; None where there are neither tokens nor files."""
+        if self.hidden is not None:
+            layout, arguments = self.blocks.layout, self.arguments[index]
+            return hessian.collect(block, layout, self.hidden, arguments, [group], whole=False)[group]
+        if self.cached is not None:
+            return hessian.load(self.cached / block_file(index), self.blocks.device, [group])[group]
+        return None
+
+    def advances(self, index: int) -> bool:
+        """Whether a later block needs what this one puts out."""
+        return self.hidden is not None and index < self.chosen[-1]
+
+    def advance(self, index: int, block: nn.Module | None) -> None:
+        """Pass the hidden states through a compressed block, if a later one needs them."""
+        if self.advances(index):
+            advance(block, self.hidden, self.arguments[index])
 
 
 def _compress_block(
-    block: nn.Module, blocks: Blocks, index: int, report: Report, hidden: list[Tensor], arguments, cached: Path | None
+    block: nn.Module, index: int, layout: Layout, statistics: Statistics, report: Report, shown: Progress
 ) -> list[LayerReport]:
-    """Compress a block group by group; hidden (b times (1, s, d)) is empty unless Hessians are sequential."""
-    matrices = hessian.load(cached / block_file(index), blocks.device) if cached else {}
+    """Compress a block group by group; one that the recipe leaves out is stored as it is."""
+    round_rest(block, layout, report.dtype)
+    if index not in statistics.chosen:
+        left = replace(report, recipe=replace(report.recipe, method="dense", bits=16, sparsity=0.0, pattern=None))
+        return [row for group in layout.groups for row in compress_group(block, layout, group, None, left, index)]
     rows = []
-    for group in blocks.layout.groups:
-        if hidden:
-            matrices, _ = hessian.collect(block, blocks.layout, hidden, arguments[index], [group], whole=False)
-        rows += compress_group(block, blocks.layout, group, matrices.get(group), report, index)
+    for number, group in enumerate(layout.groups, start=1):
+        shown.layer(f"group {number}/{len(layout.groups)}, Hessian of {group}")
+        matrix = statistics.hessian(block, index, group)
+        shown.layer(f"group {number}/{len(layout.groups)}, {group}")
+        rows += compress_group(block, layout, group, matrix, report, index)
     return rows
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from obr import data
-from obr.checkpoint import CheckpointBlocks, versions
+from obr.activations import Room
+from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
-from obr.model import Blocks, load_tokenizer, run_block
+from obr.model import Blocks, advance, load_tokenizer
+from obr.progress import Progress
+from obr.provenance import versions
 from obr.recipe import Recipe
 
 DEFINITION = (
@@ -20,34 +22,44 @@ DEFINITION = (
 )
 
 
+TOKENS = 1024  # whose logits, a vocabulary wide each, exist at a time
+
+
 @torch.no_grad()
-def perplexity(model, windows: Tensor, *, progress: bool = False) -> float:
+def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bool = False) -> float:
     """Perplexity of a model over token windows.
 
     Args:
         model: a transformers causal LM of a known family, compressed or not; or Blocks, which may be streamed:
-            one block is in memory at a time, and the hidden states of all windows.
+            one block is in memory at a time.
         windows: (b, s) tokens; s - 1 are predicted in each.
+        room: for the hidden states of all windows.
 
     Raises:
         ObrError: the model gives NaN.
     """
     blocks = model if isinstance(model, Blocks) else Blocks(model)
-    hidden, arguments = blocks.embed(windows)
-    for index in tqdm(range(len(blocks)), desc="perplexity", unit="block", disable=not progress):
-        block = blocks.load(index)
-        for i, out in enumerate(run_block(block, hidden, arguments[index])):
-            hidden[i] = out  # in place: one window's states exist twice, not all
-    total = 0.0
-    for states, window in zip(hidden, windows, strict=True):
-        logits = blocks.logits(states)[0, :-1].float()
-        total += float(F.cross_entropy(logits, window[1:].to(logits.device)))
+    hidden, arguments = blocks.embed(windows, room)
+    with Progress("perplexity", len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            advance(blocks.load(index), hidden, arguments[index])
+            shown.block()
+    total = sum(_loss(blocks, states, window) for states, window in zip(hidden, windows, strict=True))
     mean = total / len(windows)
     if mean != mean:
         raise ObrError(
             "The model gives NaN; it overflows in half precision (use dtype float32) or its weights are broken."
         )
     return float(torch.tensor(mean, dtype=torch.float64).exp())
+
+
+def _loss(blocks: Blocks, states: Tensor, window: Tensor) -> float:
+    """Mean cross-entropy of a window's tokens (s,) after the first, from its last hidden states (1, s, d)."""
+    total = 0.0
+    targets = window[1:].to(states.device)
+    for part, wanted in zip(states[:, :-1].split(TOKENS, dim=1), targets.split(TOKENS), strict=True):
+        total += float(F.cross_entropy(blocks.logits(part)[0].float(), wanted, reduction="sum"))
+    return total / len(targets)
 
 
 def perplexity_stage(
@@ -57,17 +69,19 @@ def perplexity_stage(
     recipe: Recipe | None = None,
     dtype=None,
     device: str | None = None,
+    room: Room | None = None,
 ) -> dict:
     """The stage: perplexity of a checkpoint on a text.
 
     spec: {"seqlen", "tokens" (limit, or None), "bos"}. recipe: whose activation settings apply.
+    room: for the hidden states of the text.
     """
     started = time.monotonic()
     blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
     tokenizer = load_tokenizer(checkpoint)
     tokens = data.tokenize(tokenizer, data.read_text(text), bos=spec.get("bos"))
     windows = data.evaluation_windows(tokens, spec["seqlen"], spec.get("tokens"))
-    value = perplexity(blocks, windows, progress=True)
+    value = perplexity(blocks, windows, room=room, progress=True)
     seqlen = windows.shape[1]
     return {
         "value": value,

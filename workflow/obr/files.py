@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from obr.errors import ObrError, first_line
+
 
 @contextmanager
 def whole(path: Path | str) -> Iterator[Path]:
@@ -40,6 +42,14 @@ def write_text(text: str, path: Path | str) -> None:
 def write_json(value: Any, path: Path | str) -> None:
     """Write a value that JSON can hold, indented."""
     write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def read_json(path: Path | str) -> dict:
+    """A JSON file as a dictionary. Raises ObrError if it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ObrError(f"{path} cannot be read as JSON ({first_line(error)}); rebuild it.") from error
 
 
 @contextmanager

@@ -5,32 +5,46 @@ collected behind online transforms and in front of activation quantisers, in flo
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from obr import data, rotations
+from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError
 from obr.files import whole, write_json
 from obr.layout import Layout
-from obr.model import Blocks, StreamedBlocks, block_file, run_block
+from obr.model import Blocks, StreamedBlocks, advance, run_block
+from obr.progress import Progress
+from obr.provenance import fingerprint
+from obr.resume import Unfinished
+
+TILE = 1024  # columns of the tiles in which symmetric matrices are summed and mirrored
 
 
 class Accumulator:
-    """Sums 2/S XᵀX of a layer's inputs; `matrix` (n, n) is the Hessian once all S sequences were seen."""
+    """Sums 2/S XᵀX of a layer's inputs; `matrix()` (n, n) is the Hessian once all S sequences were seen."""
 
     def __init__(self, columns: int, sequences: int, device: torch.device):
-        self.matrix = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.factor = 2 / sequences
 
     def __call__(self, x: Tensor) -> None:
+        """Add one sequence's inputs x (..., n), tile by tile on and above the diagonal."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.matrix.addmm_(x.T, x, alpha=self.factor)
+        for start in range(0, x.shape[1], TILE):
+            rows = slice(start, start + TILE)
+            self.upper[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=self.factor)
+
+    def matrix(self) -> Tensor:
+        """The sum so far, (n, n)."""
+        return _mirror(self.upper)
 
 
 class _Captured(Exception):
@@ -38,12 +52,12 @@ class _Captured(Exception):
 
 
 def collect(
-    block: nn.Module, layout: Layout, hidden: list[Tensor], arguments: dict, groups: list[str], whole: bool
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Hessians of some groups of a block, and its outputs if the pass is run as a whole.
+    block: nn.Module, layout: Layout, hidden: Activations, arguments: dict, groups: list[str], whole: bool
+) -> dict[str, Tensor]:
+    """{group: (n, n)}: Hessians of some groups of a block.
 
-    hidden: b inputs (1, s, d). groups: keys of `layout.groups`. whole: run every pass to its end and return
-    the outputs; otherwise each stops where the last group's inputs are known, and the list is empty.
+    hidden: b inputs (1, s, d). groups: keys of `layout.groups`. whole: run every pass to its end and replace
+    the inputs by the block's outputs; otherwise each stops where the last group's inputs are known.
     """
     observed, accumulators = {}, {}
     for group in groups:
@@ -54,11 +68,16 @@ def collect(
     if not whole:
         observed[groups[-1]].observer = _then_stop(accumulators[groups[-1]])
     try:
-        outputs = list(_passes(block, hidden, arguments))
+        if whole:
+            advance(block, hidden, arguments)
+        else:
+            for states in hidden:
+                with suppress(_Captured):
+                    run_block(block, states, arguments)
     finally:
         for linear in observed.values():
             linear.observer = None
-    return {group: accumulator.matrix for group, accumulator in accumulators.items()}, outputs
+    return {group: accumulator.matrix() for group, accumulator in accumulators.items()}
 
 
 def _then_stop(accumulator: Accumulator) -> Callable[[Tensor], None]:
@@ -69,33 +88,59 @@ def _then_stop(accumulator: Accumulator) -> Callable[[Tensor], None]:
     return observe
 
 
-def _passes(block: nn.Module, hidden: list[Tensor], arguments: dict):
-    for x in hidden:
-        try:
-            yield from run_block(block, [x], arguments)
-        except _Captured:
-            continue
-
-
 @torch.no_grad()
-def dense_hessians(blocks: Blocks, tokens: Tensor, progress: bool = True):
-    """Yields {group: (n, n)} for each block of an uncompressed model. tokens: (b, s)."""
-    hidden, arguments = blocks.embed(tokens)
-    for index in tqdm(range(len(blocks)), desc="Hessians", unit="block", disable=not progress):
-        block = blocks.load(index)
-        groups = list(blocks.layout.groups)
-        hessians, hidden = collect(block, blocks.layout, hidden, arguments[index], groups, whole=True)
-        yield hessians
+def dense_hessians(
+    blocks: Blocks, tokens: Tensor, room: Room | None = None, finished: int = 0, progress: bool = True
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields (index, {group: (n, n)}) for the blocks of an uncompressed model, in turn.
+
+    tokens: (b, s). room: for the hidden states. finished: so many blocks are not asked for; the hidden states
+    are passed through them again, which costs little beside a Hessian and needs nothing kept on the disk.
+    """
+    if finished == len(blocks):
+        return
+    hidden, arguments = blocks.embed(tokens, room)
+    groups, last = list(blocks.layout.groups), len(blocks) - 1
+    with Progress("Hessians", len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            block = blocks.load(index)
+            if index < finished:
+                advance(block, hidden, arguments[index])
+                shown.resume()
+            else:
+                yield index, collect(block, blocks.layout, hidden, arguments[index], groups, whole=index < last)
+                shown.block()
+            block = None  # before the next is loaded
 
 
-def hessian(model: Path, rotation: Path | None, tokens: Path, out: Path, dtype=None, device=None) -> None:
-    """The stage: write `block_NNN.safetensors` for every block, and `hessian.json` when all are there."""
+def hessian(
+    model: Path,
+    rotation: Path | None,
+    tokens: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    megabytes: float = Room.megabytes,
+) -> None:
+    """The stage: write `block_NNN.safetensors` for every block, and `hessian.json` when all are there.
+
+    An interrupted run goes on with the block it was at. megabytes: of memory for hidden states, see `Room`.
+
+    Raises:
+        ObrError: blocks of an unfinished run with other inputs or settings are there.
+    """
     windows, about = data.load_tokens(tokens)
     blocks = open_blocks(model, rotation, dtype, device)
-    out.mkdir(parents=True, exist_ok=True)
-    for index, matrices in enumerate(dense_hessians(blocks, windows)):
-        save(matrices, out / block_file(index))
+    files = {"rotation": rotation, "calibration": tokens}
+    run = fingerprint("hessian", model, files, device=str(blocks.target), dtype=str(blocks.dtype))
+    unfinished = Unfinished(out, run)
+    finished = unfinished.finished(len(blocks))
+    for index, matrices in dense_hessians(blocks, windows, Room(megabytes, unfinished.folder), finished):
+        unfinished.keep(index, partial(save, matrices), {})
+        matrices.clear()  # before the next block's are made
+    unfinished.move(len(blocks))
     write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
+    unfinished.remove()
 
 
 def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:
@@ -117,12 +162,12 @@ def save(matrices: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, partial, metadata={"sizes": json.dumps({k: len(m) for k, m in matrices.items()})})
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """{group: (n, n)} of one block. Raises ObrError if the file is missing or broken."""
+def load(path: Path, device: torch.device | str = "cpu", groups: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """{group: (n, n)} of one block, or of some groups of it. Raises ObrError if the file is missing or broken."""
     try:
         with safe_open(path, framework="pt") as file:
             sizes = json.loads(file.metadata()["sizes"])
-            triangles = {name: file.get_tensor(name).to(device) for name in sizes}
+            triangles = {name: file.get_tensor(name).to(device) for name in groups or sizes}
     except BROKEN_FILE as error:
         raise ObrError(f"{path} is not a whole Hessian file ({error}); delete and rebuild it.") from error
     return {name: _symmetric(triangle, sizes[name]) for name, triangle in triangles.items()}
@@ -135,5 +180,14 @@ def _triangle(n: int, device: torch.device | str) -> Tensor:
 
 def _symmetric(triangle: Tensor, n: int) -> Tensor:
     matrix = torch.zeros(n, n, dtype=triangle.dtype, device=triangle.device)
-    matrix.masked_scatter_(_triangle(n, triangle.device), triangle)
-    return matrix + matrix.triu(1).T
+    return _mirror(matrix.masked_scatter_(_triangle(n, triangle.device), triangle))
+
+
+def _mirror(matrix: Tensor) -> Tensor:
+    """Copy what is above the diagonal of (n, n) below it, in place."""
+    for start in range(0, len(matrix), TILE):
+        stop = min(start + TILE, len(matrix))
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix

@@ -1,15 +1,15 @@
 """Decoder models, whole in memory or streamed from disk one block at a time."""
 
 import copy
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.layout import Dimensions, layout_of
 from obr.modules import ATTENTION, wrap_block
@@ -69,15 +69,15 @@ class Blocks:
     def logits(self, hidden: Tensor) -> Tensor:
         """(b, s, d) out of the last block -> (b, s, v)."""
         norm, head = (self.model.get_submodule(n) for n in (self.layout.final_norm, self.layout.head))
-        return head(norm(hidden))
+        return F.linear(norm(hidden), head.weight.to(hidden.dtype), head.bias)
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor) -> tuple[list[Tensor], list[dict]]:
+    def embed(self, tokens: Tensor, room: Room | None = None) -> tuple[Activations, list[dict]]:
         """What enters the first block, and what every block is called with besides.
 
-        tokens: (b, s). Returns b tensors (1, s, d) and one dictionary of keyword arguments a block, good for
-        any of them: the model's own forward is run over recorders in place of its blocks, so that position
-        embeddings and masks are what the family makes them.
+        tokens: (b, s). room: for what is returned. Returns the states of b windows (1, s, d) and one dictionary
+        of keyword arguments a block, good for any window: the model's own forward is run over recorders in place
+        of its blocks, so that position embeddings and masks are what the family makes them.
         """
         parent = self.model.get_submodule(self.layout.blocks.rpartition(".")[0])
         attribute = self.layout.blocks.rpartition(".")[2]
@@ -85,10 +85,13 @@ class Blocks:
         recorders = [_Recorder(block) for block in originals]
         setattr(parent, attribute, nn.ModuleList(recorders))
         try:
-            hidden = []
-            for window in tokens.to(self.device):
+            hidden = None
+            for index, window in enumerate(tokens.to(self.device)):
                 parent(input_ids=window[None], use_cache=False)
-                hidden.append(recorders[0].hidden)
+                states = recorders[0].hidden
+                if hidden is None:
+                    hidden = Activations(len(tokens), states.shape[1:], states.dtype, self.device, room)
+                hidden[index] = states
         finally:
             setattr(parent, attribute, originals)
         return hidden, [recorder.arguments for recorder in recorders]
@@ -112,11 +115,16 @@ class _Recorder(nn.Module):
         return hidden
 
 
-def run_block(block: nn.Module, hidden: list[Tensor], arguments: dict) -> Iterator[Tensor]:
-    """The block's outputs (b, s, d), one for each of its inputs."""
-    for x in hidden:
-        out = block(x, **arguments)
-        yield out[0] if isinstance(out, tuple) else out
+def run_block(block: nn.Module, states: Tensor, arguments: dict) -> Tensor:
+    """The block's output (b, s, d) for states (b, s, d)."""
+    out = block(states, **arguments)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def advance(block: nn.Module, hidden: Activations, arguments: dict) -> None:
+    """Replace the hidden states by the block's outputs, window by window."""
+    for index, states in enumerate(hidden):
+        hidden[index] = run_block(block, states, arguments)
 
 
 class TensorFiles:
@@ -138,17 +146,18 @@ class TensorFiles:
         except BROKEN_FILE as error:
             raise ObrError(f"{path} is not a whole safetensors file ({first_line(error)}).") from error
 
-    def read(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """Tensors by the keys of `names`, whose values are names in the files. Raises ObrError if one lacks."""
+    def read(self, names: dict[str, str], *to) -> dict[str, Tensor]:
+        """Tensors by the keys of `names`, whose values are names in the files; to: as of `Tensor.to`.
+
+        A file is opened for every tensor anew: what has been read stays mapped, and counts as resident, as long
+        as the file is open. Raises ObrError if a tensor lacks.
+        """
         tensors: dict[str, Tensor] = {}
-        by_file: dict[Path, list[str]] = {}
         for key, name in names.items():
             if name not in self.files:
                 raise ObrError(f"{self.directory} has no tensor {name!r}; it is not a whole model.")
-            by_file.setdefault(self.files[name], []).append(key)
-        for path, keys in by_file.items():
-            with self._open(path) as file:
-                tensors |= {key: file.get_tensor(names[key]) for key in keys}
+            with self._open(self.files[name]) as file:
+                tensors[key] = file.get_tensor(name).to(*to)
         return tensors
 
 
@@ -169,7 +178,9 @@ class StreamedBlocks(Blocks):
     Args:
         directory: with config.json and safetensors.
         rotation: applied to the ends at once and to each block as it is loaded; None leaves them as they are.
-        dtype: of the computation.
+        dtype: of the computation. Rotations are folded in float32 or better, whatever it is.
+
+    Embeddings and head lie in the dtype in which they are stored, and are converted as they are used.
     """
 
     def __init__(self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None):
@@ -195,7 +206,7 @@ class StreamedBlocks(Blocks):
         names = {f"{part}.weight": f"{part}.weight" for part in (layout.embed, layout.final_norm)}
         if f"{layout.head}.weight" in self.files.files:
             names[f"{layout.head}.weight"] = f"{layout.head}.weight"
-        tensors = {k: v.to(self.target, self.dtype) for k, v in self.files.read(names).items()}
+        tensors = self.files.read(names, self.target, torch.float32)
         tensors.setdefault(f"{layout.head}.weight", tensors[f"{layout.embed}.weight"])
         for name, tensor in tensors.items():
             module = model.get_submodule(name.rpartition(".")[0])
@@ -208,29 +219,43 @@ class StreamedBlocks(Blocks):
                     setattr(module, key, buffer.to(self.target))
         if self.rotation is not None:
             self.rotation.to(self.target).fold_ends(model, layout)
+        for part, dtype in (
+            (layout.final_norm, self.dtype),
+            (layout.embed, self.storage_dtype),
+            (layout.head, self.storage_dtype),
+        ):
+            module = model.get_submodule(part)
+            module.weight.data = module.weight.to(dtype)
+        embed = model.get_submodule(layout.embed)
+        self._converted = embed.register_forward_hook(lambda _, __, out: out.to(self.dtype))
+
+    def whole(self) -> nn.Module:
+        """The model with all its blocks in place, in the dtype of the computation."""
+        holder = self.model.get_submodule(self.layout.blocks)
+        for index in range(len(self)):
+            holder[index] = self.load(index)
+        for part in (self.layout.embed, self.layout.head):
+            module = self.model.get_submodule(part)
+            module.weight.data = module.weight.to(self.dtype)
+        self._converted.remove()
+        return self.model
 
     def load(self, index: int) -> nn.Module:
         empty = self.model.get_submodule(self.layout.blocks)[index]
         block = copy.deepcopy(empty)
         prefix = f"{self.layout.blocks}.{index}."
-        tensors = self.files.read({name: prefix + name for name in block.state_dict()})
-        tensors = {k: v.to(self.target, self.dtype) for k, v in tensors.items()}
-        block.load_state_dict(tensors, assign=True)
+        dtype = self.dtype if self.rotation is None else torch.float32
+        names = {name: prefix + name for name in block.state_dict()}
+        block.load_state_dict(self.files.read(names, self.target, dtype), assign=True)
         block.requires_grad_(False)
         wrap_block(block, self.layout)
         if self.rotation is not None:
             self.rotation.fold_block(block, index, self.layout)
+            for parameter in block.parameters():  # not the online transforms, which are buffers
+                parameter.data = parameter.to(self.dtype)
         return block
 
 
 def block_file(index: int) -> str:
     """Name of a block's file, in every folder that holds one a block."""
     return f"block_{index:03d}.safetensors"
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file as a dictionary. Raises ObrError if it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ObrError(f"{path} cannot be read as JSON ({first_line(error)}); rebuild it.") from error

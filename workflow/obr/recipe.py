@@ -112,6 +112,8 @@ class Recipe:
     damp: added to the Hessian's diagonal, in units of its mean.
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
     hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
+    blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
+    others stay at 16 bits.
     """
 
     method: str
@@ -126,6 +128,7 @@ class Recipe:
     rotation: str = "none"
     calibration: str | None = None
     hessian: str = "sequential"
+    blocks: str | None = None
     seed: int = 0
     activations: QuantizerSettings = QuantizerSettings()
     keys: QuantizerSettings = QuantizerSettings()
@@ -163,6 +166,8 @@ class Recipe:
             value = getattr(recipe, field)
             if not low <= value <= high:
                 raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
+        if recipe.blocks is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(recipe.blocks)):
+            raise ObrError(f"{name}.blocks is {recipe.blocks!r}; it must be a slice of block numbers, such as '0:2'.")
         if recipe.needs_hessian and not recipe.calibration:
             raise ObrError(
                 f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
@@ -176,6 +181,14 @@ class Recipe:
     @property
     def needs_hessian(self) -> bool:
         return self.method not in DATA_FREE
+
+    def chosen(self, count: int) -> range:
+        """Which of a model's `count` blocks the recipe acts on. Raises ObrError if that is none."""
+        start, end = (self.blocks or ":").split(":")
+        found = range(count)[int(start) if start else None : int(end) if end else None]
+        if not found:
+            raise ObrError(f"The recipe's blocks {self.blocks!r} are none of the model's {count}; correct the slice.")
+        return found
 
     @property
     def bits_per_weight(self) -> float:

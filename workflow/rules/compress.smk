@@ -16,6 +16,7 @@ rule hessian:
         mem_mb=memory(4, 3),
         runtime=minutes(60, 15),
         gpu=GPU,
+        activations_mb=config["activations_memory"],
     params:
         model=subpath(input.model, parent=True),
         rotation=rotation_flag,
@@ -24,7 +25,7 @@ rule hessian:
         code=code_of("hessian"),
     shell:
         "obr hessian --model {params.model} {params.rotation} --tokens {input.tokens} --out {params.out} "
-        "{params.compute} --threads {threads} >{log} 2>&1"
+        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
 
 
 rule compress:
@@ -51,6 +52,7 @@ rule compress:
         mem_mb=memory(4, 3),
         runtime=minutes(120, 40),
         gpu=GPU,
+        activations_mb=config["activations_memory"],
     params:
         entry=lambda wildcards: CONFIG.weight_entry(wildcards.recipe),
         model=subpath(input.model, parent=True),
@@ -60,4 +62,4 @@ rule compress:
         code=code_of("compression"),
     shell:
         "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {params.out} "
-        "{params.compute} --threads {threads} >{log} 2>&1"
+        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"

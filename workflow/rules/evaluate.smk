@@ -15,6 +15,7 @@ rule perplexity:
         mem_mb=memory(4, 3),
         runtime=minutes(60, 5),
         gpu=GPU,
+        activations_mb=config["activations_memory"],
     params:
         entry=entry_of("perplexity"),
         recipe=lambda wildcards: CONFIG.evaluation_entry(wildcards.recipe),
@@ -23,7 +24,8 @@ rule perplexity:
         code=code_of("evaluate"),
     shell:
         "obr perplexity --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
-        "--text {input.text} --out {output} {params.compute} --threads {threads} >{log} 2>&1"
+        "--text {input.text} --out {output} --activations-memory {resources.activations_mb} {params.compute} "
+        "--threads {threads} >{log} 2>&1"
 
 
 rule zero_shot:
