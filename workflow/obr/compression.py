@@ -16,7 +16,7 @@ from obr.errors import ObrError
 from obr.files import read_json
 from obr.layout import Layout
 from obr.model import Blocks, advance, block_file
-from obr.modules import QuantLinear
+from obr.modules import QuantLinear, set_quantizers
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
@@ -37,8 +37,6 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     Raises:
         ObrError: what the recipe asks does not fit the model, or a layer cannot be compressed.
     """
-    from obr.modules import set_quantizers
-
     if isinstance(recipe, dict):
         recipe = Recipe.parse({"calibration": "given", **recipe})
     blocks = Blocks(model)
@@ -46,17 +44,15 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     report = Report(recipe, storage, device=str(blocks.device))
     if tokens is not None:
         report.calibration = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "tokens": tokens.numel()}
-    report.rotation = _rotation_of(model)
+    rotation = getattr(model, "obr_rotation", None)
+    if recipe.clip == "learned" and not (rotation and rotation.clip):
+        raise ObrError("clip 'learned' needs weights that obr.rotate has shrunk: rotate with clip=True.")
+    report.rotation = rotation.about() if rotation else None
     compress_blocks(blocks, tokens, None, report, progress=progress)
     for index in recipe.chosen(len(blocks)):
         set_quantizers(blocks.load(index), blocks.layout, recipe)
     model.obr_report, model.obr_recipe = report, recipe
     return model
-
-
-def _rotation_of(model: nn.Module) -> dict | None:
-    rotation = getattr(model, "obr_rotation", None)
-    return rotation.about() if rotation else None
 
 
 def compress_stage(
@@ -88,6 +84,8 @@ def compress_stage(
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
     report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
+    if recipe.clip == "learned":
+        hessian.clip_weights(blocks)
     report.rotation = blocks.rotation.about() if rotation else None
     windows = None
     if recipe.needs_hessian and recipe.hessian == "sequential":
@@ -95,10 +93,9 @@ def compress_stage(
     elif recipe.needs_hessian or hessians:
         report.calibration = read_json(hessians / "hessian.json")["calibration"]
     cached = hessians if windows is None else None
-    decisive = {k: v for k, v in recipe.to_dict().items() if k not in ("label", "activations", "keys", "values")}
     files = {"rotation": rotation, "calibration": tokens if cached is None else cached / "hessian.json"}
     run = fingerprint(
-        "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=decisive
+        "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=recipe.decisive()
     )
     writer = Writer(out, blocks, report.dtype, run)
     compress_blocks(blocks, windows, cached, report, writer, Room(megabytes, writer.unfinished.folder))
@@ -144,14 +141,14 @@ def compress_blocks(
             finished = writer.finished(index) if writer else None
             if finished is None:
                 begun = time.monotonic()
-                block = blocks.load(index)
+                block = statistics.prepared(index, blocks.load(index))
                 rows = _compress_block(block, index, blocks.layout, statistics, report, shown)
                 if writer is not None:
                     writer.block(index, block, rows, time.monotonic() - begun)
             else:
                 rows, seconds = finished
                 report.seconds += seconds
-                block = writer.load(index) if statistics.advances(index) else None
+                block = statistics.prepared(index, writer.load(index)) if statistics.advances(index) else None
             report.layers += rows
             statistics.advance(index, block)
             block = None  # before the next is loaded
@@ -169,9 +166,16 @@ class Statistics:
         self, blocks: Blocks, recipe: Recipe, tokens: Tensor | None, cached: Path | None, room: Room | None = None
     ):
         self.blocks, self.cached, self.chosen = blocks, cached, recipe.chosen(len(blocks))
+        self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
         if tokens is not None and recipe.needs_hessian:
             self.hidden, self.arguments = blocks.embed(tokens, room)
+
+    def prepared(self, index: int, block: nn.Module) -> nn.Module:
+        """The block with its activations quantised, if that is what the Hessians are to see."""
+        if self.quantised is not None and index in self.chosen:
+            set_quantizers(block, self.blocks.layout, self.quantised)
+        return block
 
     def hessian(self, block: nn.Module, index: int, group: str) -> Tensor | None:
         """(n, n) of a group's inputs; None where there are neither tokens nor files."""
@@ -220,10 +224,11 @@ def compress_group(
         full_name = f"block {index} {name}"
         linear: QuantLinear = block.get_submodule(name)
         recipe = _recipe_of(report.recipe, layout, name)
+        clip = "minmax" if recipe.clip == "learned" else recipe.clip  # learned bounds are in the weights already
         restored = restore(
             linear.weight, factors, recipe.method,
             bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask,
-            alpha=recipe.alpha, damp=recipe.damp, clip=recipe.clip, name=full_name,
+            alpha=recipe.alpha, damp=recipe.damp, clip=clip, name=full_name,
             seed=crc32(f"{recipe.seed} {full_name}".encode()),  # another random mask for every layer
         )  # fmt: skip
         store(linear, restored, report.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from obr.errors import ObrError
-from obr.recipe import Pattern, Recipe
+from obr.recipe import EVALUATION_ONLY, Pattern, Recipe
 
 
 class Config:
@@ -52,12 +52,11 @@ class Config:
         self._defined("recipes", base, f"recipes.{key}.weights")
         if self.raw["recipes"][base].get("weights"):
             raise ObrError(f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead.")
-        allowed = {"weights", "label", "activations", "keys", "values"}
-        odd = sorted(set(entry) - allowed)
+        odd = sorted(set(entry) - {"weights", *EVALUATION_ONLY})
         if odd:
             raise ObrError(
                 f"recipes.{key} borrows the weights of {base!r}, so it may not set {odd[0]!r}; "
-                "it may set label, activations, keys and values."
+                f"it may set {', '.join(EVALUATION_ONLY[:-1])} and {EVALUATION_ONLY[-1]}."
             )
         return {**self.raw["recipes"][base], "label": None, **entry}
 
@@ -97,9 +96,7 @@ class Config:
 
     def weight_entry(self, recipe: str) -> str:
         """JSON of what decides a recipe's checkpoint."""
-        evaluation_only = {"weights", "label", "activations", "keys", "values"}
-        entry = self.parsed[recipe].to_dict()
-        return json.dumps({k: v for k, v in entry.items() if k not in evaluation_only}, sort_keys=True)
+        return json.dumps(self.parsed[recipe].decisive(), sort_keys=True)
 
     def evaluation_entry(self, recipe: str) -> str:
         """JSON of what decides how a recipe's checkpoint is evaluated."""

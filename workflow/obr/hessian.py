@@ -153,6 +153,17 @@ def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> 
     return StreamedBlocks(model, loaded, dtype, device)
 
 
+def clip_weights(blocks: StreamedBlocks) -> None:
+    """Have weights shrunk, as blocks are loaded, to the ranges that the rotation has learned for them.
+
+    Raises:
+        ObrError: there is no rotation, or it has learned none.
+    """
+    if blocks.rotation is None or not blocks.rotation.has_clips():
+        raise ObrError("clip 'learned' needs a rotation with learned weight clipping; use mse or minmax.")
+    blocks.rotation.clip = True
+
+
 def save(matrices: dict[str, Tensor], path: Path) -> None:
     """Write the upper triangles of symmetric matrices, float32."""
     tensors = {

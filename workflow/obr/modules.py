@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,8 +23,8 @@ class QuantLinear(nn.Module):
     """A linear layer behind an optional online shift and transform, and an activation quantiser.
 
     range: learned bounds of the quantiser, used where its settings ask for them. observer: called with each
-    transformed input (..., n), before it is quantised; Hessians are collected there, behind the transform,
-    where the weight is.
+    transformed input (..., n), before it is quantised or, if observes_quantised, after; Hessians are collected
+    there, behind the transform, where the weight is.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -34,6 +35,7 @@ class QuantLinear(nn.Module):
         self.range: Range | None = None
         self.activations = QuantizerSettings()
         self.observer = None
+        self.observes_quantised = False
         self.packed = None  # the compressed layer as it is stored, once there is one
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,9 +43,10 @@ class QuantLinear(nn.Module):
             x = self.shift(x)
         if self.transform is not None:
             x = self.transform(x)
+        quantised = fake_quantize(x, self.activations, self.range)
         if self.observer is not None:
-            self.observer(x)
-        return F.linear(fake_quantize(x, self.activations, self.range), self.weight, self.bias)
+            self.observer(quantised if self.observes_quantised else x)
+        return F.linear(quantised, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"columns={self.weight.shape[1]}, rows={self.weight.shape[0]}, activations={self.activations.bits}"
@@ -63,6 +66,7 @@ class KeyValueQuantizer(nn.Module):
         self.query_transform: Kronecker | None = None
         self.key_range: Range | None = None
         self.value_range: Range | None = None
+        self.queries = QuantizerSettings()
         self.keys = QuantizerSettings()
         self.values = QuantizerSettings()
 
@@ -71,8 +75,9 @@ class KeyValueQuantizer(nn.Module):
         if self.transform is not None:
             query = (self.query_transform or self.transform)(query)
             key = self.transform(key)
-        keys = _quantize_heads(key, self.keys, self.key_range)
-        return query, keys, _quantize_heads(value, self.values, self.value_range)
+        query = _quantize_heads(query, self.queries, None)
+        key = _quantize_heads(key, self.keys, self.key_range)
+        return query, key, _quantize_heads(value, self.values, self.value_range)
 
 
 def _quantize_heads(x: Tensor, settings: QuantizerSettings, bounds: Range | None) -> Tensor:
@@ -109,28 +114,43 @@ def wrap_block(block: nn.Module, layout: Layout) -> None:
 
 
 def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
-    """Switch on the recipe's quantisation of activations, keys and values in a wrapped block.
+    """Switch on the recipe's quantisation of activations, queries, keys and values in a wrapped block.
 
     Raises:
-        ObrError: a group size that does not divide the channels it groups.
+        ObrError: a group size that does not divide the channels it groups, or a learned range that is not there.
     """
+    attention = block.get_submodule(layout.attention)
     for name in layout.linears:
-        settings = recipe.activations
+        linear, settings = block.get_submodule(name), recipe.activations
+        if recipe.o_inputs is not None and name in layout.groups["o"]:
+            settings = recipe.o_inputs
         if recipe.int8_down_proj and name in layout.groups["down"] and settings.bits < 8:
             settings = replace(settings, bits=8)
-        linear = block.get_submodule(name)
-        _check_groups(settings, linear.weight.shape[1], f"the inputs of {name}")
-        linear.activations = settings
-    quantizer = block.get_submodule(layout.attention).key_value_quantizer
-    channels = block.get_submodule(layout.groups["qkv"][2]).weight.shape[0]
-    for settings, what in ((recipe.keys, "keys"), (recipe.values, "values")):
-        _check_groups(settings, channels, f"the {what} of a token")
-    quantizer.keys, quantizer.values = recipe.keys, recipe.values
+        width = linear.weight.shape[1]
+        linear.activations = _fitted(settings, width, attention.head_dim, linear.range, f"the inputs of {name}")
+        linear.observes_quantised = recipe.hessian_inputs == "quantised"
+    quantizer, m = attention.key_value_quantizer, attention.head_dim
+    queries, channels = (block.get_submodule(layout.groups["qkv"][i]).weight.shape[0] for i in (0, 2))
+    quantizer.queries = _fitted(recipe.queries, queries, m, None, "the queries of a token")
+    quantizer.keys = _fitted(recipe.keys, channels, m, quantizer.key_range, "the keys of a token")
+    quantizer.values = _fitted(recipe.values, channels, m, quantizer.value_range, "the values of a token")
+    for module in block.modules():
+        if isinstance(module, Kronecker):
+            module.precision = None if recipe.online == "model" else getattr(torch, recipe.online)
 
 
-def _check_groups(settings: QuantizerSettings, channels: int, what: str) -> None:
-    if settings.bits < 16 and settings.group_size and channels % settings.group_size:
+def _fitted(
+    settings: QuantizerSettings, channels: int, head_dim: int, bounds: Range | None, what: str
+) -> QuantizerSettings:
+    """The settings with a group size in channels. Raises ObrError if they do not fit."""
+    if settings.bits == 16:
+        return settings
+    if settings.clip_ratio == "learned" and bounds is None:
+        raise ObrError(f"clip_ratio learned: the rotation has learned no range for {what}; use a number.")
+    group = head_dim if settings.group_size == "head" else settings.group_size
+    if group and channels % group:
         raise ObrError(
-            f"group_size {settings.group_size} does not divide {what}, {channels} channels; "
+            f"group_size {group} does not divide {what}, {channels} channels; "
             "choose one that does, or null for one scale a token."
         )
+    return replace(settings, group_size=group)

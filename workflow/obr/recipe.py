@@ -22,6 +22,9 @@ METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
 MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
 # Methods whose weights do not depend on calibration data.
 DATA_FREE = ("dense", "rtn", "magnitude")
+# Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
+QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
+EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,14 @@ class Pattern:
 class QuantizerSettings:
     """Dynamic (per-token) quantisation of activations, keys or values.
 
-    group_size None: one scale for all channels of a token. clip_ratio shrinks the range before scaling.
+    group_size None: one scale for all channels of a token; "head": one for the channels of each head.
+    clip_ratio shrinks the range before scaling; "learned": by factors that come with the rotation.
     """
 
     bits: int = 16
     symmetric: bool = True
-    group_size: int | None = None
-    clip_ratio: float = 1.0
+    group_size: int | str | None = None
+    clip_ratio: float | str = 1.0
 
     @classmethod
     def parse(cls, entry: "dict | QuantizerSettings | None", what: str) -> "QuantizerSettings":
@@ -96,10 +100,11 @@ class QuantizerSettings:
         settings = _build(cls, entry or {}, what)
         if settings.bits not in range(2, 17):
             raise ObrError(f"{what}: bits {settings.bits} is out of range; use 2 to 15, or 16 for none.")
-        if not 0 < settings.clip_ratio <= 1:
-            raise ObrError(f"{what}: clip_ratio {settings.clip_ratio} must lie in (0, 1].")
-        if settings.group_size is not None and settings.group_size < 1:
-            raise ObrError(f"{what}: group_size {settings.group_size} must be positive, or null.")
+        ratio, group = settings.clip_ratio, settings.group_size
+        if ratio != "learned" and (isinstance(ratio, str) or not 0 < ratio <= 1):
+            raise ObrError(f"{what}: clip_ratio {ratio} must lie in (0, 1], or be learned.")
+        if group not in (None, "head") and (isinstance(group, str) or group < 1):
+            raise ObrError(f"{what}: group_size {group} must be positive, head, or null.")
         return settings
 
 
@@ -111,6 +116,10 @@ class Recipe:
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
     damp: added to the Hessian's diagonal, in units of its mean.
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
+    "learned": minmax of weights within the bounds that the rotation has learned.
+    hessian_inputs: "plain" or "quantised" (as in evaluation; sequential only).
+    online: least precision of online transforms, "float32", "float64", or "model" for the activations' own.
+    o_inputs: o_proj's settings where they differ from `activations`.
     hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
     blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
     others stay at 16 bits.
@@ -128,9 +137,13 @@ class Recipe:
     rotation: str = "none"
     calibration: str | None = None
     hessian: str = "sequential"
+    hessian_inputs: str = "plain"
+    online: str = "float32"
     blocks: str | None = None
     seed: int = 0
     activations: QuantizerSettings = QuantizerSettings()
+    o_inputs: QuantizerSettings | None = None
+    queries: QuantizerSettings = QuantizerSettings()
     keys: QuantizerSettings = QuantizerSettings()
     values: QuantizerSettings = QuantizerSettings()
     label: str | None = None
@@ -146,13 +159,19 @@ class Recipe:
             return entry
         entry = {k: v for k, v in entry.items() if v is not None}
         entry.pop("weights", None)
-        for part in ("activations", "keys", "values"):
+        for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = _build(cls, entry, name)
         _choice(recipe.method, METHOD_NAMES, f"{name}.method")
         _choice(recipe.mask, MASK_NAMES, f"{name}.mask")
-        _choice(recipe.clip, ("minmax", "mse"), f"{name}.clip")
+        _choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
         _choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
+        _choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
+        _choice(recipe.online, ("model", "float32", "float64"), f"{name}.online")
+        if recipe.hessian_inputs == "quantised" and recipe.hessian == "cached":
+            raise ObrError(
+                f"{name}: cached Hessians are of plain inputs; use hessian: sequential for quantised ones."
+            )
         _choice(recipe.bits, WEIGHT_BITS, f"{name}.bits")
         if not recipe.prunes:
             recipe = replace(recipe, sparsity=0.0, pattern=None)
@@ -208,6 +227,11 @@ class Recipe:
         """Such as "W4A4KV4"; keys and values are named apart where they differ."""
         k, v = self.keys.bits, self.values.bits
         return f"W{self.bits}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+    def decisive(self) -> dict:
+        """The fields that decide a checkpoint's weights."""
+        kept = QUANTIZERS if self.hessian_inputs == "quantised" else ()
+        return {k: v for k, v in self.to_dict().items() if k in kept or k not in EVALUATION_ONLY}
 
     def to_dict(self) -> dict:
         return asdict(self)

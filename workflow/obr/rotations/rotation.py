@@ -83,6 +83,11 @@ class Rotation:
         there = {*needed, *(n.removeprefix("blocks.0.") for n in self.parameters if n.startswith("blocks.0."))}
         return {name: p for name, p in everything.items() if name.split(".", 2)[2] in there}
 
+    def has_clips(self) -> bool:
+        """Whether it has learned how far to shrink weights."""
+        changes = self.changes(0)
+        return bool(changes.clips or changes.limits)
+
     def to(self, device) -> "Rotation":
         self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
         for transform in self.transforms.values():
