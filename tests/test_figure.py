@@ -10,6 +10,8 @@ import pytest
 
 from obr import figure
 from obr.errors import ObrError
+from obr.figure_layers import LAYER_KINDS
+from obr.sheet import COLUMN, Sheet
 from test_table import ENTRY, MODELS, OBR, PUBLISHED, RECIPES, TABLE_1, fabricate
 
 ALPHAS = (0.25, 0.5, 0.75)
@@ -55,7 +57,7 @@ def results(tmp_path_factory) -> Path:
     return results
 
 
-def sheet(entry: dict, results: Path, monkeypatch, tmp_path) -> figure.Sheet:
+def sheet(entry: dict, results: Path, monkeypatch, tmp_path) -> Sheet:
     """Draw `entry`, look that both files are whole, and hand back what was drawn."""
     drawn = []
     kind = figure.KINDS[entry["kind"]]
@@ -101,7 +103,7 @@ def test_a_sweep_is_a_line_per_group_in_rising_order(results, monkeypatch, tmp_p
     assert points(drawn.panels[0]) == [(0.25, 11), (0.5, 12), (0.75, 13), (0.25, 8), (0.5, 9), (0.75, 10)]
     assert [tick.get_text() for tick in drawn.panels[0].get_xticklabels()] == ["0.25", "0.5", "0.75"]
     assert drawn.panels[0].get_yscale() == "linear"
-    assert drawn.figure.get_figwidth() == figure.COLUMN
+    assert drawn.figure.get_figwidth() == COLUMN
 
 
 def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
@@ -128,7 +130,7 @@ def test_layer_errors_by_kind(results, monkeypatch, tmp_path):
     entry = {"kind": "layer_error", "models": ["llama"], "rows": ["dense", "rtn", "obr", "obr_a16", "obr_24"]}
     drawn = sheet(entry, copy, monkeypatch, tmp_path)
     titles = [panel.get_title() for panel in drawn.panels if panel.get_title()]
-    assert titles == list(figure.LAYER_KINDS)
+    assert titles == list(LAYER_KINDS)
     assert labels(drawn) == ["RTN", "OBR (GPTQ)", "OBR 2:4"]  # obr_a16 has obr's weights, dense no error
     assert [len(panel.get_lines()) for panel in drawn.panels[:7]] == [3] * 7
     assert points(drawn.panels[0])[0] == pytest.approx((0, 0.02 * 1.25))
@@ -147,7 +149,7 @@ def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"kind": "pie"}, "'pie' is unknown; choose one of perplexity_bits, sweep, layer_error, kernels"),
+        ({"kind": "pie"}, "'pie' is unknown; choose one of perplexity_bits, sweep, layer_error, natural_sparsity, kernels"),
         ({**ALPHA, "x": "damp"}, "Sweep over 'damp'"),
         ({**ALPHA, "group_by": "colour"}, "no field 'colour'"),
         ({**ALPHA, "models": []}, "no models"),

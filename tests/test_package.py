@@ -37,6 +37,8 @@ LAYERS = [
     ["published"],
     ["artefacts", "errata"],
     ["render"],
+    ["sheet"],
+    ["figure_layers", "figure_kernels"],
     ["table", "figure"],
     ["cli"],
 ]

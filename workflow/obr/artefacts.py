@@ -1,7 +1,7 @@
 """What tables and figures are made of: a config entry's rows and metrics, and the artefacts behind them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from obr.errors import ObrError
@@ -17,32 +17,48 @@ HEADINGS = {
     "arc_easy": "ARC-e",
     "arc_challenge": "ARC-c",
     "winogrande": "WinoGrande",
+    "zeroshot_avg": "Mean",
+    "zeroshot6_lambada_avg": "Mean of 6 with LAMBADA",
+    "zeroshot8_avg": "Mean of 8 tasks",
+    "zeroshot9_avg": "Mean of 9 tasks",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe of a table or figure. `checkpoint` is the recipe whose folder holds its weights."""
+    """One recipe of a table or figure. `checkpoint` is the recipe whose folder holds its weights.
+
+    variants: the same recipe under each of several seeds, itself included; empty where one seed is asked for.
+    A row that only quotes has no recipe.
+    """
 
     key: str
     label: str
-    recipe: Recipe
+    recipe: Recipe | None
     checkpoint: str
     published: dict | None
+    variants: tuple["Row", ...] = ()
+
+    @property
+    def seeds(self) -> tuple["Row", ...]:
+        """Its variants, or itself alone."""
+        return self.variants or (self,)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured column: `published` is its name among the published metrics."""
+    """One column: `published` is its name among the published metrics, `kind` where ours comes from."""
 
     key: str
     heading: str
     published: str
     lower_is_better: bool
+    kind: str = "zero_shot"  # or perplexity, mean, minutes, quoted
 
 
 def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
-    """The `rows` of a table or figure entry, each a recipe key or `{recipe, label?, published?}`.
+    """The `rows` of an entry, each a recipe key, `{recipe, label?, published?, variants?}` or, for a row that
+    only quotes, `{label, published}`.
 
     Raises:
         ObrError: no rows, or a recipe (or the one that its `weights` names) is not in the config.
@@ -52,14 +68,23 @@ def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
     rows = []
     for item in entry["rows"]:
         item = {"recipe": item} if isinstance(item, str) else item
-        key = item["recipe"]
-        checkpoint = recipes.get(key, {}).get("weights") or key
-        for name in (key, checkpoint):
-            if name not in recipes:
-                raise ObrError(f"Recipe {name!r} is not in the config; known are {', '.join(sorted(recipes))}.")
-        recipe = Recipe.parse(recipes[key], key)
-        rows.append(Row(key, item.get("label") or recipe.label or key, recipe, checkpoint, item.get("published")))
+        published = item.get("published")
+        if "recipe" not in item:
+            rows.append(Row(item["label"], item["label"], None, "", published))
+            continue
+        label = item.get("label")
+        variants = tuple(_row(key, recipes, label, None) for key in item.get("variants") or [])
+        rows.append(replace(_row(item["recipe"], recipes, label, published), variants=variants))
     return rows
+
+
+def _row(key: str, recipes: dict, label: str | None, published: dict | None) -> Row:
+    checkpoint = recipes.get(key, {}).get("weights") or key
+    for name in (key, checkpoint):
+        if name not in recipes:
+            raise ObrError(f"Recipe {name!r} is not in the config; known are {', '.join(sorted(recipes))}.")
+    recipe = Recipe.parse(recipes[key], key)
+    return Row(key, label or recipe.label or key, recipe, checkpoint, published)
 
 
 def model_label(models: dict, key: str) -> str:
@@ -70,25 +95,30 @@ def model_label(models: dict, key: str) -> str:
 
 
 def metrics_of(entry: dict) -> list[Metric]:
-    """The measured columns of an entry: its texts, its tasks, and the tasks' mean if it wants one.
+    """The columns of an entry: its texts, its tasks, the tasks' mean and the time of compression if it wants
+    them, and published metrics that have no counterpart of ours.
 
     Raises:
-        ObrError: a mean is wanted of no tasks.
+        ObrError: a mean is wanted of no tasks, or a column twice.
     """
     names = entry.get("published_metrics") or {}
     texts, tasks = entry.get("perplexity") or [], entry.get("zero_shot") or []
     texts = [texts] if isinstance(texts, str) else texts
-    found = [Metric(t, HEADINGS.get(t, t), names.get(t, f"{t}_ppl"), True) for t in texts]
+    found = [Metric(t, HEADINGS.get(t, t), names.get(t, f"{t}_ppl"), True, "perplexity") for t in texts]
     found += [Metric(t, HEADINGS.get(t, t), names.get(t, t), False) for t in tasks]
     if entry.get("mean"):
         if not tasks:
             raise ObrError(f"Table {entry.get('title', '')!r} wants a mean of no tasks; list some in `zero_shot`.")
         # A mean over other tasks than the paper's six has no published counterpart.
         same = {names.get(t, t) for t in tasks} == set(PAPER_TASKS)
-        found.append(Metric("mean", "Mean", names.get("mean", MEAN if same else ""), False))
+        found.append(Metric("mean", "Mean", names.get("mean", MEAN if same else ""), False, "mean"))
+    if entry.get("time"):
+        name = names.get("minutes", "compression_time_min")
+        found.append(Metric("minutes", "Compression (min)", name, True, "minutes"))
+    found += [Metric(q, HEADINGS.get(q, q), q, q.endswith("_ppl"), "quoted") for q in entry.get("quoted") or []]
     keys = [metric.key for metric in found]
     if len(set(keys)) < len(keys):
-        raise ObrError(f"Entry {entry.get('title', '')!r} names a text or task twice: {', '.join(keys)}.")
+        raise ObrError(f"Entry {entry.get('title', '')!r} names a column twice: {', '.join(keys)}.")
     return found
 
 

@@ -72,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     stage("kernels", kernels, "Time matrix products on this device.", "entry", "out", "compute")
     stage("table", table, "Make a table.", "entry", "recipes", "models", "results", "published", "out")
-    stage("figure", figure, "Draw a figure.", "entry", "recipes", "models", "results", "published", "out")
+    stage(
+        "figure", figure, "Draw a figure.",
+        "entry", "recipes", "models", "results", "published", "shapes?", "out",
+    )  # fmt: skip
     stage("errata", errata, "List what is odd in the published tables.", "published", "out")
     return parser
 
@@ -113,6 +116,7 @@ OPTIONS = {
     "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
     "recipes": _json("recipes", "the config's recipes, resolved, as JSON"),
     "models": _json("models", "the config's models, as JSON"),
+    "shapes": _json("shapes", "the config's kernels, whose shapes a figure of kernels draws, as JSON"),
     "model": _path("model", "folder of a downloaded model"),
     "text": _path("text", "text file"),
     "task": _path("task", "folder of a downloaded task"),
@@ -264,10 +268,12 @@ def table(entry: dict, recipes: dict, models: dict, results: Path, published: Pa
     write(build(entry, recipes, models, results, published), out)
 
 
-def figure(entry: dict, recipes: dict, models: dict, results: Path, published: Path, out: Path) -> None:
+def figure(
+    entry: dict, recipes: dict, models: dict, results: Path, published: Path, shapes: dict | None, out: Path
+) -> None:
     from obr.figure import draw
 
-    draw(entry, recipes, models, results, published, out)
+    draw(entry, recipes, models, results, published, out, (shapes or {}).get("shapes"))
 
 
 def errata(published: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from obr import edition
 from obr.errors import ObrError
 from obr.recipe import EVALUATION_ONLY, Pattern, Recipe
 
@@ -24,7 +25,11 @@ class Config:
 
     def __init__(self, raw: dict):
         self.raw = raw
+        edition.transpose(raw)
+        edition.shrink(raw)
         self.results = raw["results"]
+        self._check_seeds()
+        edition.multiply(raw)
         self.recipes = {key: self._resolve(key) for key in raw["recipes"]}
         self.parsed = {key: Recipe.parse(entry, f"recipes.{key}") for key, entry in self.recipes.items()}
         for key, recipe in self.parsed.items():
@@ -42,6 +47,12 @@ class Config:
         for section in ("tables", "figures"):
             for key, entry in raw[section].items():
                 self._check_entry(f"{section}.{key}", entry)
+
+    def _check_seeds(self) -> None:
+        """What `seeds` of a table multiplies must be there before it is multiplied."""
+        for key, entry in self.raw["tables"].items():
+            if entry.get("seeds"):
+                self._check_entry(f"tables.{key}", entry)
 
     def _resolve(self, key: str) -> dict:
         """A recipe's entry with what it takes over from the recipe named by its `weights`."""
@@ -82,8 +93,8 @@ class Config:
     def _check_entry(self, where: str, entry: dict) -> None:
         for model in entry.get("models", []):
             self._defined("models", model, f"{where}.models")
-        for row in entry.get("rows", []):
-            self._defined("recipes", row if isinstance(row, str) else row["recipe"], f"{where}.rows")
+        for recipe in self.rows(entry):
+            self._defined("recipes", recipe, f"{where}.rows")
         texts = entry.get("perplexity", [])
         for name in [texts] if isinstance(texts, str) else texts:
             self._defined("perplexity", name, f"{where}.perplexity")
@@ -105,7 +116,14 @@ class Config:
         return json.dumps(entry, sort_keys=True)
 
     def rows(self, entry: dict) -> list[str]:
-        return [row if isinstance(row, str) else row["recipe"] for row in entry.get("rows", [])]
+        """The recipes of an entry's rows, with those of all seeds; rows that only quote have none."""
+        found = []
+        for row in entry.get("rows", []):
+            if isinstance(row, str):
+                found.append(row)
+            elif "recipe" in row:
+                found += row.get("variants") or [row["recipe"]]
+        return found
 
     def recipes_of(self, model: str) -> list[str]:
         """Recipes whose checkpoints some table or figure asks of the model, each once."""
@@ -125,7 +143,7 @@ class Config:
                 for task in entry.get("zero_shot", []):
                     yield f"zero_shot/{model}/{row}/{task}.json"
                 yield f"compressed/{model}/{self.checkpoint_of(row)}/manifest.json"
-                if entry.get("kind") == "layer_error":
+                if entry.get("kind") in ("layer_error", "natural_sparsity"):
                     yield f"compressed/{model}/{self.checkpoint_of(row)}/layers.csv"
 
     def check_widths(self, model: str, config: Path) -> None:

@@ -107,6 +107,19 @@ def remarks(quoted: list[tuple[str, pd.DataFrame]]) -> list[str]:
     return sentences
 
 
+def mentions(frame: pd.DataFrame, filters: list[dict]) -> list[str]:
+    """Published numbers that have no cell, as sentences.
+
+    filters: each finds one number, or several of one kind.
+    """
+    sentences = []
+    for one in filters:
+        for row in select(frame, **one).itertuples():
+            about = f" ({row.note})" if row.note else ""
+            sentences.append(f"Printed in {row.table}: {row.model}, {row.method}: {row.metric} {row.printed}{about}.")
+    return list(dict.fromkeys(sentences))
+
+
 class Quotes:
     """The published numbers that belong to a table's or figure's rows.
 
@@ -151,6 +164,18 @@ class Quotes:
         chosen = printed[printed["metric"] == metric]
         _single(chosen, self._filters(model, row) | {"metric": metric})
         return chosen
+
+    def any(self, model: str, row) -> bool:
+        """Whether anything is published for a row."""
+        printed = self.printed.get((model, row.key))
+        return printed is not None and not printed.empty
+
+    def setting(self, model: str, row) -> dict:
+        """The bits and the sparsity that are published for a row, as a table's frame holds them."""
+        first = self.printed[model, row.key].iloc[0]
+        bits = f"W{first['w_bits']}A{first['a_bits']}KV{first['kv_bits']}" if first["w_bits"] else ""
+        sparsity = first["sparsity"]
+        return {"setting": bits, "sparsity": sparsity if ":" in sparsity else float(sparsity or 0)}
 
     def value(self, model: str, row, metric: str) -> float:
         """One published number, NaN where nothing (or nan) is printed."""

@@ -70,10 +70,18 @@ def _metric_columns(frame: pd.DataFrame, metric: Metric) -> list[Column]:
     """Ours alone, or paper, ours and delta where anything is published."""
     key, heading = metric.key, f"{metric.heading} {'↓' if metric.lower_is_better else '↑'}"
     errors = frame.get(f"{key}_stderr", pd.Series(float("nan"), index=frame.index))
-    cells = [_score(v) + (f" ± {e:.2f}" if pd.notna(e) else "") for v, e in zip(frame[f"{key}_ours"], errors)]
+    empty = EMPTY if metric.kind in ("minutes", "quoted") else _score(float("nan"))
+    absent = frame["method"] == ""  # rows that only quote
+    cells = [
+        (EMPTY if gone else empty) if pd.isna(v) else _score(v) + (f" ± {e:.2f}" if pd.notna(e) else "")
+        for v, e, gone in zip(frame[f"{key}_ours"], errors, absent)
+    ]
     ours = Column("", heading, cells, _best(frame, f"{key}_ours", metric))
     if frame[f"{key}_paper"].isna().all():
         return [ours]
+    if metric.kind == "quoted":
+        printed = [EMPTY if pd.isna(v) else _score(v) for v in frame[f"{key}_paper"]]
+        return [Column(heading, "paper", printed, _best(frame, f"{key}_paper", metric))]
     ours.group, ours.heading = heading, "ours"
     paper = [EMPTY if pd.isna(v) else _score(v) for v in frame[f"{key}_paper"]]
     delta = [EMPTY if pd.isna(v) else f"{v:+.2f}".replace("-", "−") for v in frame[f"{key}_delta"]]

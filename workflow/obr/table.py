@@ -47,7 +47,7 @@ class Evidence:
 def build(entry: dict, recipes: dict, models: dict, results: Path, published: Path) -> Table:
     """Gather one table of the config.
 
-    The frame holds, for each (model, recipe): `model, model_label, recipe, label, method, setting, sparsity`
+    The frame holds, for each (model, row): `model, model_label, recipe, label, method, setting, sparsity`
     (as asked for: a fraction or a pattern), then `{metric}_paper, {metric}_ours, {metric}_stderr` (zero-shot
     only) and `{metric}_delta` (ours - paper) for each text, task and `mean`, then the details asked for.
 
@@ -66,43 +66,66 @@ def build(entry: dict, recipes: dict, models: dict, results: Path, published: Pa
     records = []
     for model, label in labels.items():
         for row in rows:
-            record = _head(model, label, row)
-            record |= _measured(metrics, results, model, label, row, evidence)
+            if row.recipe is None and not quotes.any(model, row):
+                continue
+            record = _head(model, label, row, quotes)
+            record |= _averaged([_measured(metrics, results, model, label, each, evidence) for each in row.seeds])
             record |= _quoted(metrics, quotes, model, label, row, evidence, record)
-            if details or row.recipe.method != "dense":
-                manifest = read_manifest(results, model, row)
-                evidence.manifests[label, row.label] = manifest
-                record |= _details(details, manifest)
+            if row.recipe is None:
+                record |= _details(details, {})
+            elif details or row.recipe.method != "dense":
+                manifests = [read_manifest(results, model, each) for each in row.seeds]
+                evidence.manifests[label, row.label] = manifests[0]
+                record |= pd.DataFrame([_details(details, manifest) for manifest in manifests]).mean().to_dict()
             records.append(record)
-    notes = _notes(entry, metrics, evidence, quotes.frame)
+    if not records:
+        raise ObrError(f"Table {entry.get('title', '')!r} has nothing to show; give it rows with recipes.")
+    notes = _notes(entry, metrics, evidence, quotes.frame, published)
     return Table(_ordered(records, metrics), notes, entry.get("title", ""), metrics, details)
 
 
-def _head(model: str, label: str, row: Row) -> dict:
-    recipe = row.recipe
+def _head(model: str, label: str, row: Row, quotes: papers.Quotes) -> dict:
     names = {"model": model, "model_label": label, "recipe": row.key, "label": row.label}
-    asked = recipe.pattern or recipe.sparsity
-    return names | {"method": recipe.method, "setting": recipe.setting, "sparsity": asked}
+    if row.recipe is None:
+        return names | {"method": "", **quotes.setting(model, row)}
+    asked = row.recipe.pattern or row.recipe.sparsity
+    return names | {"method": row.recipe.method, "setting": row.recipe.setting, "sparsity": asked}
 
 
 def _measured(metrics, results, model, label, row, evidence: Evidence) -> dict:
     """`{metric}_ours` and `{metric}_stderr` of one (model, recipe); accuracies in percent."""
     record, scores = {}, []
     for metric in metrics:
-        if metric.lower_is_better:
-            artefact = read_perplexity(results, model, row, metric.key)
-            evidence.perplexity.append((label, metric.key, artefact))
-            record[f"{metric.key}_ours"] = number(artefact["value"])
-        elif metric.key != "mean":
-            artefact = read_zero_shot(results, model, row, metric.key)
-            evidence.zero_shot.append((metric.key, artefact))
+        key = metric.key
+        if row.recipe is None or metric.kind == "quoted":
+            record[f"{key}_ours"] = float("nan")
+        elif metric.kind == "perplexity":
+            artefact = read_perplexity(results, model, row, key)
+            evidence.perplexity.append((label, key, artefact))
+            record[f"{key}_ours"] = number(artefact["value"])
+        elif metric.kind == "minutes":
+            seconds = None if row.recipe.method == "dense" else read_manifest(results, model, row).get("seconds")
+            record["minutes_ours"] = number(seconds) / 60
+        elif metric.kind == "zero_shot":
+            artefact = read_zero_shot(results, model, row, key)
+            evidence.zero_shot.append((key, artefact))
             scores.append((100 * number(artefact["value"]), 100 * number(artefact.get("stderr"))))
-            record[f"{metric.key}_ours"], record[f"{metric.key}_stderr"] = scores[-1]
-        else:  # comes last, when all its tasks are read; NaN if one of them is
+            record[f"{key}_ours"], record[f"{key}_stderr"] = scores[-1]
+        else:  # the mean comes last, when all its tasks are read; NaN if one of them is
             values, errors = zip(*scores)
             record["mean_ours"] = sum(values) / len(values)
             record["mean_stderr"] = sum(e**2 for e in errors) ** 0.5 / len(errors)
     return record
+
+
+def _averaged(records: list[dict]) -> dict:
+    """Means over seeds, with their standard deviation in place of each run's own error; one seed as it is."""
+    if len(records) == 1:
+        return records[0]
+    frame = pd.DataFrame(records)
+    ours = frame[[column for column in frame if column.endswith("_ours")]]
+    spread = ours.std(ddof=1).rename(lambda column: column.replace("_ours", "_stderr"))
+    return ours.mean().to_dict() | spread.to_dict()
 
 
 def _quoted(metrics, quotes, model, label, row, evidence: Evidence, measured: dict) -> dict:
@@ -153,8 +176,16 @@ def write(table: Table, out_stem: Path) -> None:
 # --- Notes ----------------------------------------------------------------------------------------
 
 
-def _notes(entry: dict, metrics: list[Metric], evidence: Evidence, frame: pd.DataFrame | None) -> list[str]:
+def _notes(
+    entry: dict, metrics: list[Metric], evidence: Evidence, frame: pd.DataFrame | None, published: Path
+) -> list[str]:
     notes = [entry["note"]] if entry.get("note") else []
+    seeds = entry.get("seeds") or []
+    if len(seeds) > 1:
+        notes.append(
+            f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))}) of calibration "
+            "windows, drawn rotations and random masks; rows that none of these touch have one value."
+        )
     notes += _perplexity_notes(evidence) + _zero_shot_notes(evidence)
     mean = next((m for m in metrics if m.key == "mean"), None)
     if mean:
@@ -169,9 +200,19 @@ def _notes(entry: dict, metrics: list[Metric], evidence: Evidence, frame: pd.Dat
     }
     notes += [text for detail, text in meanings.items() if detail in (entry.get("details") or [])]
     notes += _compression_notes(evidence) + _origin_notes(evidence)
+    if any(metric.kind == "minutes" for metric in metrics):
+        notes.append(_time_note(evidence))
     if frame is not None:
         notes += errata.notes(frame, evidence.quoted)
-    return notes + papers.remarks(evidence.quoted)
+    notes += papers.remarks(evidence.quoted)
+    return notes + (papers.mentions(papers.load(published), entry["mentions"]) if entry.get("mentions") else [])
+
+
+def _time_note(evidence: Evidence) -> str:
+    devices = " and ".join(sorted({str(m.get("device")) for m in evidence.manifests.values()}))
+    cached = any(m["recipe"].get("hessian") == "cached" for m in evidence.manifests.values())
+    apart = "; cached Hessians, collected once for all recipes, are not in it" if cached else ""
+    return f"Compression: wall-clock of a recipe's compression as its run recorded it, here on {devices}{apart}."
 
 
 def _perplexity_notes(evidence: Evidence) -> list[str]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -150,11 +151,34 @@ def used(section, of):
     return entries
 
 
+def kernel_entry(wildcards):
+    """JSON of the benchmark on this device: the shapes that are for it, and what a product is."""
+    shapes = [s for s in config["kernels"]["shapes"] if s.get("device", wildcards.device) == wildcards.device]
+    shapes = [{k: v for k, v in shape.items() if k not in ("device", "published")} for shape in shapes]
+    return json.dumps({**config["kernels"], "shapes": shapes}, sort_keys=True)
+
+
+def figure_shapes(wildcards):
+    """The shapes of the benchmark that a figure of kernels draws."""
+    if config["figures"][wildcards.figure]["kind"] != "kernels":
+        return ""
+    return f"--shapes {shlex.quote(json.dumps({'shapes': config['kernels']['shapes']}, sort_keys=True))}"
+
+
+def drawn_here():
+    """Figures without those of a GPU's kernels where the workflow runs on a CPU."""
+    return {
+        name: entry
+        for name, entry in config["figures"].items()
+        if not (entry.get("device") == "cuda" and config["device"] == "cpu")
+    }
+
+
 def everything(wildcards):
     """Tables and figures, and what they are made of, so that a lost result is rebuilt."""
     targets = [f"{RESULTS}/tables/{name}.csv" for name in config["tables"]]
-    targets += [f"{RESULTS}/figures/{name}.pdf" for name in config["figures"]]
-    for entry in [*config["tables"].values(), *config["figures"].values()]:
+    targets += [f"{RESULTS}/figures/{name}.pdf" for name in drawn_here()]
+    for entry in [*config["tables"].values(), *drawn_here().values()]:
         targets += [f"{RESULTS}/{path}" for path in CONFIG.artefacts(entry)]
     if any(entry.get("published") for entry in config["tables"].values()):
         targets.append(f"{RESULTS}/errata.md")

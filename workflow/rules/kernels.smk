@@ -19,7 +19,7 @@ rule kernel_benchmark:
         runtime=60,
         gpu=lambda wildcards: int(wildcards.device == "cuda"),
     params:
-        entry=json.dumps(config["kernels"], sort_keys=True),
+        entry=kernel_entry,
         code=code_of("kernels"),
     shell:
         "obr kernels --entry {params.entry:q} --out {output} --device {wildcards.device} --threads {threads} "

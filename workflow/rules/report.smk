@@ -69,11 +69,12 @@ rule figure:
         entry=entry_of("figures"),
         recipes=used("figures", "recipes"),
         models=used("figures", "models"),
+        shapes=figure_shapes,
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".pdf"),
         code=code_of("figure"),
     shell:
-        "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
+        "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} {params.shapes} "
         "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
 
 

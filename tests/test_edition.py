@@ -1,0 +1,132 @@
+"""One configuration made of another: other models, less data, several seeds; and the paper's own, complete."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonschema.validators import Draft202012Validator
+
+from obr import published
+from obr.config import Config
+from obr.errors import ObrError
+from replaced import replaced
+from test_config import RAW
+
+ROOT = Path(__file__).parents[1]
+
+
+def merged(*names: str, **changes) -> dict:
+    """Configs laid over one another, as Snakemake lays them, with the schema's defaults of what is used here."""
+    config: dict = {}
+    for name in names:
+        _lay(config, yaml.safe_load((ROOT / name).read_text()))
+    config |= changes
+    schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
+    errors = list(Draft202012Validator(schema).iter_errors(config))
+    assert not errors, errors[0].message
+    for section in ("rotations", "calibrations", "perplexity", "zero_shot", "figures"):
+        config.setdefault(section, {})
+    return config
+
+
+def _lay(under: dict, over: dict) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            _lay(under[key], value)
+        else:
+            under[key] = value
+
+
+def seeded(**changes) -> Config:
+    table = {**RAW["tables"]["t"], "seeds": [0, 1]}
+    return Config(replaced(RAW, tables__t=table, **changes))
+
+
+def test_seeds_become_recipes_with_their_own_windows_and_rotations():
+    config = seeded()
+    rows = config.raw["tables"]["t"]["rows"]
+    assert rows[0]["variants"] == ["dense"]
+    assert rows[1]["variants"] == ["obr_a4", "obr_a4-seed1"]
+    assert config.checkpoint_of("obr_a4-seed1") == "obr-seed1"
+    other = config.parsed["obr-seed1"]
+    assert (other.calibration, other.rotation) == ("c-seed1", "quarot-seed1")
+    assert config.raw["calibrations"]["c-seed1"] == {"text": "train", "seed": 1}
+    assert config.raw["rotations"]["quarot-seed1"]["seed"] == 1
+    assert config.parsed["obr_a4-seed1"].activations.bits == 4
+    made = list(config.artefacts(config.raw["tables"]["t"]))
+    assert "compressed/small/obr-seed1/manifest.json" in made and "perplexity/large/obr_a4-seed1/wiki.json" in made
+    assert "obr-seed1" in config.recipes_of("small")
+
+
+def test_random_masks_have_the_seed_and_files_of_rotations_do_not():
+    config = seeded(
+        recipes__obr={**RAW["recipes"]["obr"], "mask": "random"},
+        rotations__quarot={"kind": "file", "source": {"source": "path", "path": "x"}},
+    )
+    assert config.parsed["obr-seed1"].seed == 1 and config.parsed["obr-seed1"].rotation == "quarot"
+
+
+def test_seeds_of_an_unknown_recipe_are_refused_in_a_sentence():
+    with pytest.raises(ObrError, match=r"tables.t.rows is 'gone', which recipes does not define"):
+        Config(replaced(RAW, tables__t={**RAW["tables"]["t"], "rows": ["gone"], "seeds": [0, 1]}))
+
+
+def test_quick_caps_what_there_is_in_a_folder_of_its_own():
+    config = Config(replaced(RAW, quick="true", calibrations__c={"text": "train", "nsamples": 4, "seqlen": 2048}))
+    assert config.results == config.raw["results"] == "results-quick"
+    assert config.raw["calibrations"]["c"] == {"text": "train", "nsamples": 4, "seqlen": 256}
+    assert config.raw["perplexity"]["wiki"]["tokens"] == 2048 and config.raw["zero_shot"]["piqa"]["limit"] == 24
+    assert Config(replaced(RAW, quick="false")).results == "results"
+
+
+PAPER = {f"table{n}" for n in (1, 2, 4, 5, 6, 7, 8, 9)} | {"time", "hessians", "seeds", "ostquant"}
+
+
+def test_the_paper_is_complete_and_every_filter_finds_its_numbers():
+    config = Config(merged("config.yaml"))
+    assert set(config.raw["tables"]) >= PAPER and set(config.raw["figures"]) >= {
+        "fig1a",
+        "fig1b",
+        "fig4",
+        "fig5",
+        "fig7",
+    }
+    numbers = published.load(ROOT / "workflow" / "published" / "results.csv")
+    quoted = 0
+    for entry in [*config.raw["tables"].values(), *config.raw["figures"].values()]:
+        for row in entry.get("rows", []):
+            filters = (
+                {**(entry.get("published") or {}), **(row.get("published") or {})} if isinstance(row, dict) else {}
+            )
+            if isinstance(row, dict) and row.get("published"):
+                quoted += len(published.select(numbers, **filters))
+        for filters in entry.get("mentions", []):
+            assert len(published.select(numbers, **filters))
+    assert quoted > 800
+
+
+def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
+    """Of equal storage, dense 3 bits by GPTQ; and, except where time is the matter, dense 4 bits."""
+    config = Config(merged("config.yaml"))
+    for name, entry in config.raw["tables"].items():
+        rows = [config.parsed[row] for row in config.rows(entry)]
+        if any(r.bits == 4 and r.sparsity == 0.5 for r in rows):
+            settings = {r.setting[2:] for r in rows if r.bits == 4 and r.sparsity == 0.5}
+            for setting in settings:
+                assert any(r.method == "gptq" and r.setting == f"W3{setting}" for r in rows), (name, setting)
+            assert name in ("time", "table9") or any(r.method == "gptq" and r.bits == 4 for r in rows), name
+        assert entry["details"] if name != "ostquant" else True
+
+
+def test_the_small_edition_has_every_table_and_quotes_nothing():
+    small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
+    assert set(small.raw["tables"]) == set(Config(merged("config.yaml")).raw["tables"])
+    assert set(small.raw["figures"]) >= {"fig1a", "fig5", "fig7"}
+    for entry in [*small.raw["tables"].values(), *small.raw["figures"].values()]:
+        assert entry.get("models", ["smollm2-135m"]) == ["smollm2-135m"] and "mentions" not in entry
+    assert "published" not in small.raw["models"]["smollm2-135m"]
+    made = {p for e in small.raw["tables"].values() for p in small.artefacts(e)}
+    assert not any("wikitext2" in path or "piqa" in path for path in made)
+    assert {small.parsed[r].calibration for e in small.raw["tables"].values() for r in small.rows(e)} <= {
+        None, "sotu_20th", "sotu_19th", "sotu_20th-seed1", "sotu_20th-seed2",
+    }  # fmt: skip

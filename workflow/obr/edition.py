@@ -1,0 +1,95 @@
+"""What one configuration makes of another: the paper's tables on other models, with less data, over several seeds.
+
+Each function changes a validated config in place.
+"""
+
+# What `quick: true` leaves of every calibration, text and task.
+QUICK = {"nsamples": 8, "seqlen": 256, "tokens": 2048, "limit": 24}
+
+
+def transpose(raw: dict) -> None:
+    """Put every table and figure on the models and data that `edition` names.
+
+    Published numbers of the original models are not quoted beside other models: those have no published name.
+    """
+    edition = raw.get("edition")
+    if not edition:
+        return
+    for recipe in raw["recipes"].values():
+        if recipe.get("calibration"):
+            recipe["calibration"] = edition["calibrations"].get(recipe["calibration"], recipe["calibration"])
+    for section in ("tables", "figures"):
+        for entry in raw[section].values():
+            if "models" in entry:
+                entry["models"] = list(edition["models"])
+            texts = entry.get("perplexity")
+            if texts:
+                entry["perplexity"] = edition["perplexity"][0] if isinstance(texts, str) else edition["perplexity"]
+            if entry.get("zero_shot"):
+                entry["zero_shot"] = edition["zero_shot"]
+                entry["mean"] = entry.get("mean", False) and len(edition["zero_shot"]) > 1
+            for key in ("mentions", "quoted"):
+                entry.pop(key, None)
+    for name in edition.get("without", []):
+        raw["tables"].pop(name, None)
+        raw["figures"].pop(name, None)
+
+
+def shrink(raw: dict) -> None:
+    """With `quick`, cap every calibration, text and task at QUICK, in a results folder of its own."""
+    if str(raw.get("quick")).lower() != "true":
+        return
+    raw["results"] += "-quick"
+    for section, keys in (
+        ("calibrations", ("nsamples", "seqlen")),
+        ("perplexity", ("seqlen", "tokens")),
+        ("zero_shot", ("limit",)),
+    ):
+        for entry in raw[section].values():
+            for key in keys:
+                entry[key] = min(entry.get(key) or QUICK[key], QUICK[key])
+
+
+def multiply(raw: dict) -> None:
+    """Give the rows of every table with `seeds` one recipe a seed, listed as the row's `variants`.
+
+    A seed is that of the calibration windows, of a rotation that is drawn and of random masks, together; the
+    recipe of the seed that a row has already is the row's own.
+    """
+    for table in raw["tables"].values():
+        if table.get("seeds"):
+            rows = [{"recipe": row} if isinstance(row, str) else dict(row) for row in table["rows"]]
+            for row in rows:
+                if "recipe" in row:
+                    variants = [_seeded(raw, row["recipe"], seed) for seed in table["seeds"]]
+                    row["variants"] = list(dict.fromkeys(variants))
+            table["rows"] = rows
+
+
+def _seeded(raw: dict, key: str, seed: int) -> str:
+    """The recipe `key` with another seed, entered into the config; `key` itself if that is its seed already."""
+    recipe = dict(raw["recipes"][key])
+    before = dict(recipe)
+    if recipe.get("weights"):
+        recipe["weights"] = _seeded(raw, recipe["weights"], seed)
+    else:
+        if recipe.get("calibration"):
+            recipe["calibration"] = _with_seed(raw["calibrations"], recipe["calibration"], seed)
+        rotation = raw["rotations"].get(recipe.get("rotation", "none"))
+        if rotation and "source" not in rotation:
+            recipe["rotation"] = _with_seed(raw["rotations"], recipe["rotation"], seed)
+        if recipe.get("mask") == "random" and recipe.get("seed", 0) != seed:
+            recipe["seed"] = seed
+    if recipe == before:
+        return key
+    name = f"{key}-seed{seed}"
+    raw["recipes"][name] = recipe
+    return name
+
+
+def _with_seed(section: dict, name: str, seed: int) -> str:
+    """The entry with this seed, made if there is none."""
+    if section.get(name, {}).get("seed", 0) == seed:
+        return name
+    section.setdefault(f"{name}-seed{seed}", {**section[name], "seed": seed})
+    return f"{name}-seed{seed}"
