@@ -1,111 +1,108 @@
-"""OBR_GPTQ of whole layers: all rows at once against the published algorithm's loop over rows, in one run.
+"""The solver of whole layers against the published loop over rows, in one run.
 
-    python benchmarks/restoration.py --results results/demo --out results/benchmarks
-
-Two real layers of SmolLM2-135M, rotated, with the Hessians that `make demo` cached, and a 4096 x 4096 layer whose
-Hessian has the eigenvalues 1/i. Same threads, same mask and scale for both, and their relative errors are compared.
-The loop is timed on 32 rows and scaled where it would take more than a few minutes. Ratios are of medians.
+Timed on both sides: from the undamped Hessian, the weight, the mask and the grid to the compressed weight. That holds
+damping and all factorisations, and leaves out the choice of mask and grid and the evaluation of the error, which are
+the same work for both. Calls alternate; the loop over rows of a layer for which it would take too long is timed on
+evenly spaced rows and scaled, while what it does once a layer (factors, GPTQ's sweep) is timed in full.
 """
 
-import argparse
-import platform
-import statistics
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import torch
+from torch import Tensor
 
-from obr import hessian as hessians
-from obr.model import block_file
+import row_loop
+from layers import made_layer, real_layer
+from obr.errors import ObrError
 from obr.quantize import Grid
-from obr.restoration import Hessian, restore
-from row_loop import obr_gptq_rows
+from obr.restoration import METHODS, Hessian, restore
+from timing import alternately, machine, median, summary, timed
 
-LOOP_ROWS = 32  # timed of layers whose loop takes too long as a whole
-
-
-def real_layer(results: Path, block: int, name: str, group: str):
-    model = results / "models" / "smollm2-135m"
-    rotation = results / "rotations" / "quarot" / "smollm2-135m.safetensors"
-    blocks = hessians.open_blocks(model, rotation, device="cpu")
-    folder = results / "hessians" / "smollm2-135m" / "quarot" / "sotu"
-    matrix = hessians.load(folder / block_file(block))[group]
-    return blocks.load(block).get_submodule(name).weight.detach(), matrix
+TIMED = ("obr_gptq", "obr_rtn")
+LOOP_ROWS = 32  # timed of a layer whose loop takes too long as a whole
+LONG_LOOP = 4e12  # r n³, above which it does
+EQUAL = 1e-3  # by how much the two errors may differ: a ratio of times means nothing if the results are not the same
 
 
-def made_layer(rows: int, columns: int):
-    """A Hessian with eigenvalues 1/i in a random basis, as those of real inputs fall off."""
-    generator = torch.Generator().manual_seed(0)
-    basis, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator))
-    matrix = (basis / torch.arange(1, columns + 1)) @ basis.T
-    return torch.randn(rows, columns, generator=generator) / columns**0.5, (matrix + matrix.T) * columns
+def measure(results: Path | None, repeats: int, large: int, threads: tuple[int, ...]) -> list[dict]:
+    """One row for each layer, method and number of threads.
+
+    results: of `make demo`, for the real layers; None leaves them out. large: width of the made layer.
+    """
+    layers = {f"made, {large}": lambda: made_layer(large, large)}
+    if results is not None:
+        layers = {
+            "down_proj": lambda: real_layer(results, 15, "mlp.down_proj", "down"),
+            "up_proj": lambda: real_layer(results, 15, "mlp.up_proj", "up_gate"),
+            **layers,
+        }
+    rows, before = [], torch.get_num_threads()
+    for name, load in layers.items():
+        weight, matrix = load()
+        for count in threads:
+            torch.set_num_threads(count)
+            rows += [{"layer": name, **compare(weight, matrix, method, repeats)} for method in TIMED]
+    torch.set_num_threads(before)
+    return rows
 
 
-def timed(function, repeats: int) -> tuple[list[float], object]:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-    return seconds, result
+def solver(weight: Tensor, matrix: Tensor, method: str) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
+    """The library's call that is timed, and the mask (r, n) and scale (r, 1) it is given."""
+    first = restore(weight, matrix, method)  # also warms up
+
+    def solve() -> Tensor:
+        grid = Grid(first.scale, 4)
+        return METHODS[method](weight.clone(), Hessian(matrix), first.mask.clone(), grid, alpha=0.5)
+
+    return solve, first.mask, first.scale
 
 
-def compare(what: str, weight, matrix, repeats: int) -> dict:
-    """One row of the table: medians and spread of both, and how their results differ."""
+@torch.no_grad()
+def compare(weight: Tensor, matrix: Tensor, method: str, repeats: int) -> dict:
+    """Medians and spread of both sides, and how far their results' errors are apart."""
     rows, columns = weight.shape
-    ours, restored = timed(lambda: restore(weight, matrix, "obr_gptq"), repeats)
-    sample = slice(None) if rows * columns**2 < 2e9 else slice(0, LOOP_ROWS)
-
-    def loop():
-        shared = Hessian(matrix)
-        grid = Grid.fit(weight[sample], 4)
-        return shared, obr_gptq_rows(weight[sample], shared, restored.mask[sample], grid)
-
-    shared_seconds = 0.0
-    if sample != slice(None):  # what the loop does once a layer must not be scaled with the rows
-        start = time.perf_counter()
-        shared = Hessian(matrix)
-        _ = shared.inverse_factor
-        shared_seconds = time.perf_counter() - start
-    theirs, (shared, plain) = timed(loop, 1 if sample == slice(None) else min(repeats, 2))
-    scale = rows / len(plain)
-    loop_seconds = [shared_seconds + (s - shared_seconds) * scale for s in theirs]
+    ours, mask, scale = solver(weight, matrix, method)
+    if rows * columns**3 < LONG_LOOP:
+        sample = torch.arange(rows)
+        sides = {"ours": ours, "loop": lambda: getattr(row_loop, method)(weight, matrix, mask, scale)}
+        seconds, result = alternately(sides, repeats)
+    else:
+        sample = torch.arange(0, rows, max(1, rows // LOOP_ROWS))[:LOOP_ROWS]
+        seconds, result = alternately({"ours": ours}, max(1, repeats // 2))
+        seconds["loop"], result["loop"] = _scaled_loop(weight, matrix, mask, scale, sample, method)
+    # Rows do not depend on each other: of a sample, the errors of the same rows are compared.
+    hessian = Hessian(matrix)
     dense = weight[sample]
-    error = [shared.loss(dense - w) / shared.loss(dense) for w in (restored.weight[sample], plain)]
-    ours_median, loop_median = statistics.median(ours), statistics.median(loop_seconds)
+    changes = (dense, dense - result["ours"][sample], dense - result["loop"])
+    loss, ours_loss, loop_loss = (hessian.loss(change) for change in changes)
+    if abs(ours_loss / loop_loss - 1) > EQUAL:
+        raise ObrError(
+            f"{method}, {rows} x {columns}: relative error {ours_loss / loss:.6f} here and {loop_loss / loss:.6f} by "
+            "the row loop; they must be equal before times are compared, so one of the two is wrong."
+        )
     return {
-        "layer": what, "rows": rows, "columns": columns,
-        "ours_s": ours_median, "ours_min_s": min(ours), "ours_max_s": max(ours),
-        "loop_s": loop_median, "loop_rows_timed": len(plain), "ratio": loop_median / ours_median,
-        "relative_error": error[0], "loop_relative_error": error[1], "error_ratio": error[0] / error[1],
+        "method": method, "rows": rows, "columns": columns, **machine(),
+        **summary("ours", seconds["ours"]), **summary("loop", seconds["loop"]), "loop_rows_timed": len(sample),
+        "ratio": median(seconds["loop"]) / median(seconds["ours"]),
+        "relative_error": ours_loss / loss, "loop_relative_error": loop_loss / loss,
+        "error_ratio": ours_loss / loop_loss,
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results/demo"), help="results of `make demo`")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--large", type=int, default=4096, help="width of the made layer, 0 for none")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    layers = [
-        ("down_proj, real", *real_layer(arguments.results, 15, "mlp.down_proj", "down")),
-        ("up_proj, real", *real_layer(arguments.results, 15, "mlp.up_proj", "up_gate")),
-    ]
-    rows = [compare(what, weight, matrix, arguments.repeats) for what, weight, matrix in layers]
-    if arguments.large:
-        rows.append(compare("made, spectrum 1/i", *made_layer(arguments.large, arguments.large), 1))
-    frame = pd.DataFrame(rows).assign(
-        threads=torch.get_num_threads(), machine=platform.processor() or platform.machine()
+def _scaled_loop(weight, matrix, mask, scale, sample: Tensor, method: str) -> tuple[list[float], Tensor]:
+    """Seconds the whole loop would take, and its result on the sampled rows."""
+    rows, cut = len(weight), weight.shape[1] // 2
+    (once,), hessian = timed(lambda: row_loop.damped(matrix), 1)
+    (looped,), restored = timed(
+        lambda: row_loop.restored_rows(weight[sample], hessian, mask[sample], scale[sample]), 1
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(arguments.out / "restoration.csv", index=False)
-    print(frame.to_string(index=False, float_format="{:.4g}".format))
-
-
-if __name__ == "__main__":
-    main()
+    total = once + looped * rows / len(sample)
+    if method == "obr_rtn":
+        return [total], row_loop.rounded(restored, scale[sample])
+    (factored,), factor = timed(lambda: row_loop.inverse_factor(hessian), 1)
+    filled = weight * mask  # of the other rows: the sweep's cost does not depend on values
+    filled[sample] = restored
+    (sweeping,), right = timed(lambda: row_loop.swept(filled, factor, mask, scale, cut), 1)
+    left = row_loop.rounded(restored[:, :cut], scale[sample])
+    return [total + factored + sweeping], torch.cat([left, right[sample]], dim=1)

@@ -1,0 +1,134 @@
+"""Figures for print of the measurements, as PDF and PNG."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from obr.files import whole
+from obr.sheet import COLOURS, MARKERS, PAGE, STYLE
+from timing import counted
+
+STAGES = {
+    "passes": "Rotation and forward passes",
+    "Hessians": "Rotation, forward passes, Hessians",
+    "restoration": "Restoration, cached Hessians",
+    "sequential": "Raw model to checkpoint, sequential",
+}
+NAMES = {"obr_gptq": "OBR_GPTQ", "obr_rtn": "OBR_RTN"}
+
+
+def draw(name: str, frame: pd.DataFrame, stem: Path) -> None:
+    """Draw one measurement to `stem`.pdf and .png (300 dpi)."""
+    with matplotlib.rc_context(STYLE):
+        figure = PLOTS[name](frame)
+        for suffix in ("pdf", "png"):
+            with whole(stem.with_suffix(f".{suffix}")) as partial:
+                figure.savefig(partial, format=suffix, dpi=300)
+
+
+def _figure(height: float, columns: int = 1, width: float = PAGE, **options) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
+
+
+def ratio(frame: pd.DataFrame) -> Figure:
+    """How many times as long the loop over rows takes, one group of bars a shape."""
+    kinds = list(frame.groupby(["method", "threads"]).groups)
+    shapes = frame[["layer", "rows", "columns"]].drop_duplicates()
+    figure, (axes,) = _figure(2.6)
+    width = 0.8 / len(kinds)
+    for i, (method, threads) in enumerate(kinds):
+        part = shapes.merge(frame[(frame["method"] == method) & (frame["threads"] == threads)])
+        places = np.arange(len(shapes)) + (i - (len(kinds) - 1) / 2) * width
+        colour = COLOURS[list(NAMES).index(method)]
+        low = part["loop_min_s"] / part["ours_max_s"]
+        high = part["loop_max_s"] / part["ours_min_s"]
+        spread = [(part["ratio"] - low).clip(lower=0), (high - part["ratio"]).clip(lower=0)]
+        bars = axes.bar(
+            places, part["ratio"], width * 0.92, color=colour, alpha=0.55 if threads == 1 else 1, yerr=spread,
+            error_kw={"linewidth": 0.7, "capsize": 1.5, "alpha": 0.7},
+            label=f"{NAMES[method]}, {counted(threads, 'thread')}",
+        )  # fmt: skip
+        axes.bar_label(bars, [f"{value:.0f}×" for value in part["ratio"]], padding=2, label_type="edge")
+    labels = [f"{s['layer']}\n{s['rows']} × {s['columns']}" for _, s in shapes.iterrows()]
+    axes.set_xticks(range(len(shapes)), labels)
+    axes.set_ylabel("Time of the loop over rows ÷ ours")
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def stages(frame: pd.DataFrame) -> Figure:
+    """Seconds of each stage."""
+    figure, (axes,) = _figure(1.9)
+    frame = frame.iloc[::-1]
+    spread = [frame["time_s"] - frame["time_min_s"], frame["time_max_s"] - frame["time_s"]]
+    bars = axes.barh([STAGES[s] for s in frame["stage"]], frame["time_s"], 0.65, color=COLOURS[0], xerr=spread,
+                     error_kw={"linewidth": 0.8, "capsize": 2})  # fmt: skip
+    axes.bar_label(bars, [f"{value:.3g} s" for value in frame["time_s"]], padding=4)
+    axes.set_xlabel(f"Seconds for {frame['layers'].iloc[0]} layers and {frame['tokens'].iloc[0]:,} tokens")
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.1)
+    return figure
+
+
+def memory(frame: pd.DataFrame) -> Figure:
+    """Peak memory of each stage against depth, from zero, so that flat looks flat."""
+    figure, (axes,) = _figure(2.6)
+    for i, (stage, part) in enumerate(frame.groupby("stage", sort=False)):
+        axes.plot(part["blocks"], part["peak_mb"], marker=MARKERS[i], color=COLOURS[i], label=stage)
+    axes.set_ylim(0, frame["peak_mb"].max() * 1.15)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(frame["blocks"].unique())))
+    axes.set_xlabel("Blocks of the model")
+    axes.set_ylabel("Peak resident memory (MB)")
+    axes.legend(frameon=False, loc="lower left")
+    return figure
+
+
+REFERENCES = {"rows": 1, "columns": 2, "tokens": 1}
+
+
+def scaling(frame: pd.DataFrame) -> Figure:
+    """Seconds against size, both logarithmic, with a line of the slope that products of matrices would have."""
+    groups = list(frame.groupby("varied", sort=False))
+    figure, panels = _figure(2.5, len(groups))
+    for axes, (varied, part), colour in zip(panels, groups, COLOURS, strict=False):
+        spread = [part["time_s"] - part["time_min_s"], part["time_max_s"] - part["time_s"]]
+        axes.errorbar(part["size"], part["time_s"], spread, marker="o", color=colour, capsize=2)
+        last, slope = part.iloc[-1], REFERENCES[varied]
+        line = last["time_s"] * (part["size"] / last["size"]) ** slope
+        axes.plot(part["size"], line, "--", color="0.4", linewidth=0.9, label=f"slope {slope}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(part["size"].tolist()))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+        axes.tick_params(axis="x", rotation=45)
+        axes.set_xlabel(varied.capitalize())
+        axes.set_title(subject(last))
+        axes.legend(frameon=False)
+    panels[0].set_ylabel("Seconds")
+    return figure
+
+
+def subject(row: pd.Series) -> str:
+    """What a row of the scaling table times: the solver at a fixed width or height, or a Hessian."""
+    if row["varied"] == "tokens":
+        return f"Hessian, {row['columns']} columns"
+    fixed = f"{row['columns']} columns" if row["varied"] == "rows" else f"{row['rows']} rows"
+    return f"{NAMES[row['of']]}, {fixed}"
+
+
+PLOTS: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    "restoration": ratio,
+    "stages": stages,
+    "memory": memory,
+    "scaling": scaling,
+}

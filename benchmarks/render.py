@@ -1,0 +1,117 @@
+"""The Markdown page of the measurements, from the CSV files of a folder; figures beside it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import plots
+from obr.files import write_text
+from timing import counted
+
+SPREAD = "Seconds are medians, the least and the most in brackets."
+
+
+def render(out: Path) -> str:
+    """Write `benchmarks.md` and the figures of every CSV file that is there; returns the page."""
+    frames = {name: pd.read_csv(out / f"{name}.csv") for name in TABLES if (out / f"{name}.csv").exists()}
+    parts = ["# Benchmarks", SPREAD]
+    for name, frame in frames.items():
+        title, table = TABLES[name]
+        parts += [f"## {title}", _machine(frame), table(frame)]
+        if name in plots.PLOTS:
+            plots.draw(name, frame, out / name)
+            parts.append(f"![{title}]({name}.png)")
+    page = "\n\n".join(parts) + "\n"
+    write_text(page, out / "benchmarks.md")
+    return page
+
+
+def _machine(frame: pd.DataFrame) -> str:
+    *fewer, most = sorted(frame["threads"].unique())
+    threads = " and ".join([*map(str, fewer), counted(most, "thread")])
+    first = frame.iloc[0]
+    return f"{first['cpu']}, {counted(first['cores'], 'core')}, {threads}, torch {first['torch']}."
+
+
+def _markdown(rows: list[dict]) -> str:
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " :-- |" + " --: |" * (len(names) - 1)]
+    lines += ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _seconds(row: pd.Series, name: str) -> str:
+    value, low, high = (row[f"{name}{part}_s"] for part in ("", "_min", "_max"))
+    return f"{value:.3g}" if low == high else f"{value:.3g} ({low:.3g}–{high:.3g})"
+
+
+def _restoration(frame: pd.DataFrame) -> str:
+    rows = [
+        {
+            "Layer": row["layer"], "Rows × columns": f"{row['rows']} × {row['columns']}",
+            "Method": plots.NAMES[row["method"]], "Threads": row["threads"],
+            "Loop over rows (s)": _seconds(row, "loop") + ("*" if row["loop_rows_timed"] < row["rows"] else ""),
+            "All rows at once (s)": _seconds(row, "ours"), "Ratio": f"{row['ratio']:.1f}",
+            "Relative error": f"{row['relative_error']:.4f}", "Error to the loop's": f"{row['error_ratio']:.5f}",
+        }
+        for _, row in frame.iterrows()
+    ]  # fmt: skip
+    note = ""
+    if (frame["loop_rows_timed"] < frame["rows"]).any():
+        note = f"\n\n\\* {frame['loop_rows_timed'].min()} rows timed and scaled; factors and GPTQ's sweep in full."
+    return _markdown(rows) + note
+
+
+def _stages(frame: pd.DataFrame) -> str:
+    rows = [{"Stage": plots.STAGES[row["stage"]], "Seconds": _seconds(row, "time")} for _, row in frame.iterrows()]
+    seconds = frame.set_index("stage")["time_s"]
+    return (
+        f"{frame['model'].iloc[0]}, {frame['tokens'].iloc[0]:,} tokens, {frame['layers'].iloc[0]} layers.\n\n{_markdown(rows)}\n\n"
+        f"Restoration takes {seconds['restoration'] / seconds['passes']:.2f} times the forward passes."
+    )
+
+
+def _memory(frame: pd.DataFrame) -> str:
+    rows = []
+    for stage, part in frame.groupby("stage", sort=False):
+        peaks = part.set_index("blocks")["peak_mb"]
+        rows.append(
+            {"Stage": stage, **{f"{counted(blocks, 'block')} (MB)": f"{peak:.0f}" for blocks, peak in peaks.items()},
+             "Most to least": f"{peaks.max() / peaks.min():.3f}"}
+        )  # fmt: skip
+    return _markdown(rows)
+
+
+def _scaling(frame: pd.DataFrame) -> str:
+    rows = []
+    for varied, part in frame.groupby("varied", sort=False):
+        slopes = [np.nan, *(np.diff(np.log(part["time_s"])) / np.diff(np.log(part["size"])))]
+        for (_, row), slope in zip(part.iterrows(), slopes, strict=True):
+            rows.append(
+                {"Varied": varied, "Of": plots.subject(row), "Size": row["size"], "Seconds": _seconds(row, "time"),
+                 "Slope": "" if np.isnan(slope) else f"{slope:.2f}"}
+            )  # fmt: skip
+    return _markdown(rows)
+
+
+def _large(frame: pd.DataFrame) -> str:
+    rows = [
+        {
+            "Stage": row["stage"],
+            "Peak (GiB)": f"{row['peak_mb'] * 1e6 / 2**30:.2f}",
+            "Seconds": f"{row['seconds']:.0f}",
+        }
+        for _, row in frame.iterrows()
+    ]
+    return f"{counted(frame['blocks'].iloc[0], 'block')}, {frame['model_gb'].iloc[0]:.1f} GB.\n\n{_markdown(rows)}"
+
+
+TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
+    "restoration": ("Solver against the loop over rows", _restoration),
+    "stages": ("Time by stage", _stages),
+    "memory": ("Peak resident memory against depth", _memory),
+    "scaling": ("How the time grows", _scaling),
+    "large": ("A model of Llama-2-7B's shape", _large),
+}
