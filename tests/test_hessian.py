@@ -1,0 +1,139 @@
+"""The Hessian stage: symmetric sums, hidden states in memory or in a file, resumption, progress."""
+
+import resource
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from obr import hessian
+from obr.activations import Activations, Room
+from obr.compression import compress_stage
+from obr.errors import ObrError
+from obr.evaluate import perplexity
+from obr.model import StreamedBlocks
+from obr.progress import Progress
+from obr.recipe import Recipe
+from obr.rotations.source import make
+
+FILE = 0  # megabytes of memory: everything goes to the file
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_folder, tmp_path_factory):
+    """Model, rotation and tokens, as the stage's arguments."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make({"kind": "quarot", "seed": 0}, tiny_folder / "model", folder / "rotation.safetensors")
+    tokens = torch.randint(0, 512, (6, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
+    return tiny_folder / "model", folder / "rotation.safetensors", folder / "tokens.safetensors"
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("columns", [5, hessian.TILE, hessian.TILE + 300])
+def test_sums_and_triangles_are_whole(columns, tmp_path):
+    generator = torch.Generator().manual_seed(columns)
+    inputs = [torch.randn(1, 7, columns, generator=generator) for _ in range(3)]
+    accumulator = hessian.Accumulator(columns, len(inputs), torch.device("cpu"))
+    for x in inputs:
+        accumulator(x)
+    matrix = accumulator.matrix()
+    wanted = 2 / 3 * sum(x[0].double().T @ x[0].double() for x in inputs)
+    assert torch.allclose(matrix.double(), wanted, atol=1e-4) and torch.equal(matrix, matrix.T)
+    hessian.save({"qkv": matrix, "o": 2 * matrix}, tmp_path / "block.safetensors")
+    assert torch.equal(hessian.load(tmp_path / "block.safetensors", groups=["o"])["o"], 2 * matrix)
+    assert hessian.load(tmp_path / "block.safetensors").keys() == {"qkv", "o"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_kept_in_a_file_as_in_memory(dtype, tmp_path):
+    states = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for megabytes in (1, FILE):
+        kept = Activations(3, (5, 8), dtype, torch.device("cpu"), Room(megabytes, tmp_path))
+        assert (kept.file is None) == (megabytes == 1)
+        for index in (2, 0, 1):
+            kept[index] = states[index][None]
+        kept[1] = kept[1] * 2
+        assert torch.equal(torch.cat(list(kept)), torch.stack([states[0], states[1] * 2, states[2]]))
+    assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_a_full_disk_is_told_in_one_sentence(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ObrError, match=r"hidden states cannot be written to .* free that space, or give more"):
+            Activations(3, (50, 8), torch.float32, torch.device("cpu"), Room(FILE, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_results_do_not_depend_on_where_states_lie(inputs, tmp_path):
+    model, rotation, tokens = inputs
+    recipe = Recipe.parse({"method": "obr_gptq", "rotation": "quarot", "calibration": "x"})
+    for name, megabytes in (("memory", 100), ("file", FILE)):
+        hessian.hessian(model, rotation, tokens, tmp_path / name / "h", device="cpu", megabytes=megabytes)
+        out = tmp_path / name / "c"
+        compress_stage(model, recipe, out, rotation=rotation, tokens=tokens, device="cpu", megabytes=megabytes)
+    assert files_of(tmp_path / "memory" / "h") == files_of(tmp_path / "file" / "h")
+    for path in (tmp_path / "memory" / "c").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "file" / "c" / path.name).read_bytes(), path.name
+    windows = torch.randint(0, 512, (3, 64), generator=torch.Generator().manual_seed(1))
+    values = [perplexity(StreamedBlocks(model, device="cpu"), windows, room=Room(mb, tmp_path)) for mb in (100, FILE)]
+    assert values[0] == values[1]
+
+
+class Plug(Exception):
+    """Pulled."""
+
+
+def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
+    model, rotation, tokens = inputs
+    hessian.hessian(model, rotation, tokens, tmp_path / "undisturbed", device="cpu")
+    save, saved = hessian.save, []
+
+    def pulled(matrices, path):
+        saved.append(path.name)
+        if len(saved) == 2:
+            raise Plug
+        save(matrices, path)
+
+    monkeypatch.setattr(hessian, "save", pulled)
+    with pytest.raises(Plug):
+        hessian.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
+    assert not list((tmp_path / "out").iterdir())
+
+    with pytest.raises(
+        ObrError, match=r"out.unfinished holds blocks of another run \(its rotation differs\); go back"
+    ):
+        hessian.hessian(model, None, tokens, tmp_path / "out", device="cpu")
+    with pytest.raises(ObrError, match=r"its dtype differs.*or delete the folder to start anew"):
+        hessian.hessian(model, rotation, tokens, tmp_path / "out", dtype=torch.bfloat16, device="cpu")
+
+    hessian.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
+    assert saved == ["block_000.safetensors", "block_001.safetensors", "block_001.safetensors"]
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_what_is_left_is_reckoned_without_resumed_blocks(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Progress("obr_gptq", 10) as shown:
+        for _ in range(4):
+            now[0] += 1
+            shown.resume()
+        for _ in range(2):
+            now[0] += 30
+            shown.layer("group 1/4, qkv")
+            shown.block()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "obr_gptq: going on with an interrupted run"
+    assert lines[1:] == [
+        "obr_gptq: block 5 of 10, 00:30 elapsed, 02:30 left",
+        "obr_gptq: block 6 of 10, 01:00 elapsed, 02:00 left",
+    ]

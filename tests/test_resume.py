@@ -1,0 +1,111 @@
+"""Runs that are killed (SIGKILL) at random moments go on, and end with the same bytes as undisturbed ones."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from obr.rotations.source import make
+
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Folder with a random model of six blocks, its rotation and tokens to calibrate on."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
+    tokens = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def obr_command():
+    """(arguments, out, kill) -> (exit status, seconds of work), in a forked process with everything imported."""
+    command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+
+        def run(arguments, out, kill=None):
+            arguments = [str(a) for a in [*arguments, "--out", out]]
+            sign = f"{out}.unfinished/run.json"
+            request = {"arguments": arguments, "log": str(out.parent / "log"), "sign": sign, "kill": kill}
+            print(json.dumps(request), file=server.stdin, flush=True)
+            answer = json.loads(server.stdout.readline())
+            return answer["status"], answer["seconds"]
+
+        yield run
+        server.stdin.close()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file, of the two that tell seconds without those."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        if path.name == "layers.csv":
+            content = pd.read_csv(path).drop(columns="seconds").to_csv().encode()
+        if path.name == "manifest.json":
+            content = json.dumps(json.loads(content) | {"seconds": None}).encode()
+        found[path.name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def kills_of(kind: str, out: Path, seconds: float, draw: random.Random) -> list[dict]:
+    """Moments for one kind of run: anywhere, about a block's or a note's renaming, among the last moves."""
+    unfinished = str(out) + ".unfinished"
+    moments = [
+        {"seconds": draw.uniform(0.1, 0.5) * seconds},
+        {"renames": draw.randint(2, 7)},  # the first is the note of whose run it is
+        {"moves": draw.randint(2, BLOCKS + 1), "folder": str(out)},
+    ]
+    if kind == "sequential":
+        moments.append({"removals": draw.randint(1, BLOCKS + 1), "folder": unfinished})
+    return moments
+
+
+@pytest.mark.parametrize("kind", ["hessian", "cached", "sequential"])
+def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command, tmp_path):
+    common = ["--model", inputs / "model", "--rotation", inputs / "rotation.safetensors"]
+    tokens = ["--tokens", inputs / "tokens.safetensors"]
+    if kind == "cached":
+        assert obr_command(["hessian", *common, *tokens], tmp_path / "h")[0] == 0
+        tokens = ["--hessians", tmp_path / "h"]
+    if kind == "hessian":
+        stage = ["hessian", *common, *tokens]
+    else:
+        entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random", "hessian": kind}
+        stage = ["compress", "--entry", json.dumps(entry), *common, *tokens]
+
+    status, seconds = obr_command(stage, tmp_path / "undisturbed")
+    assert status == 0, (tmp_path / "log").read_text()
+    out, progress = tmp_path / "killed", []
+    for kill in kills_of(kind, out, seconds, random.Random(f"3 {kind}")):
+        status, _ = obr_command(stage, out, kill)
+        assert status == -signal.SIGKILL, (kill, (tmp_path / "log").read_text())
+        progress.append(len(list(out.with_name("killed.unfinished").glob("block_*.json"))))
+        if "removals" not in kill:
+            assert not (out / "manifest.json").exists() and not (out / "hessian.json").exists()
+    assert progress[0] < BLOCKS and len(set(progress)) > 1, progress  # the kills fell in different blocks
+    assert obr_command(stage, out)[0] == 0
+    assert digests(out) == digests(tmp_path / "undisturbed")
+    assert not list(tmp_path.glob("*.unfinished"))
