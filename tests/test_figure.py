@@ -149,7 +149,10 @@ def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"kind": "pie"}, "'pie' is unknown; choose one of perplexity_bits, sweep, layer_error, natural_sparsity, kernels"),
+        (
+            {"kind": "pie"},
+            "'pie' is unknown; choose one of perplexity_bits, sweep, layer_error, natural_sparsity, kernels",
+        ),
         ({**ALPHA, "x": "damp"}, "Sweep over 'damp'"),
         ({**ALPHA, "group_by": "colour"}, "no field 'colour'"),
         ({**ALPHA, "models": []}, "no models"),

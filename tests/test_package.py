@@ -19,9 +19,9 @@ PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
     ["errors", "files"],
-    ["fetch"],
+    ["fetch", "native"],
     ["recipe", "edition", "config", "digest", "device"],
-    ["quantize", "prune", "hadamard"],
+    ["quantize", "prune", "hadamard", "solver"],
     ["online"],
     ["restoration", "packing"],
     ["layout", "activations", "progress", "provenance"],
@@ -40,6 +40,9 @@ LAYERS = [
     ["sheet"],
     ["figure_layers", "figure_kernels"],
     ["table", "figure"],
+    ["jobs", "costs"],
+    ["timings"],
+    ["plan"],
     ["cli"],
 ]
 HEIGHT = {name: i for i, names in enumerate(LAYERS) for name in names}
@@ -116,7 +119,8 @@ def test_editing_restoration_touches_compression_but_not_hessians():
 def test_every_stage_has_a_rule_with_its_digest():
     rules = "\n".join(p.read_text() for p in (ROOT / "workflow" / "rules").glob("*.smk"))
     stages = set(_parser()._subparsers._group_actions[0].choices)
-    assert {re.sub("-", "_", s) for s in stages} <= {
+    by_hand = {"plan"}
+    assert {re.sub("-", "_", s) for s in stages - by_hand} <= {
         re.sub("-", "_", s) for s in re.findall(r"obr ([a-z-]+) --", rules)
     }
     for block in rules.split("\nrule ")[1:]:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obr import native
 from obr.quantize import Grid, fake_quantize
 from obr.recipe import QuantizerSettings
 
@@ -64,3 +65,26 @@ def test_sixteen_bits_change_nothing_and_clipping_shrinks_the_range():
     assert fake_quantize(x, QuantizerSettings()) is x
     assert fake_quantize(x, QuantizerSettings(4, clip_ratio=0.5)).abs().max() < x.abs().max() * 0.6
     assert torch.equal(fake_quantize(torch.zeros(2, 4), QuantizerSettings(4)), torch.zeros(2, 4))
+
+
+def test_the_compiled_clip_search_finds_the_same_scales(monkeypatch):
+    if native.library() is None:
+        pytest.skip("there is no C++ compiler")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 700, generator=generator) * torch.rand(40, 1, generator=generator).exp()
+    weight[:10] *= (torch.rand(10, 700, generator=generator) > 0.99) * 20 + 1  # rows with outliers
+    weight[10:12] = weight[10:12].round()  # many equal errors
+    weight[12] = 0
+    compiled = {bits: Grid.fit(weight, bits).scale for bits in (2, 3, 4, 8)}
+    monkeypatch.setattr(native, "library", lambda: None)
+    for bits, scale in compiled.items():
+        assert torch.equal(scale, Grid.fit(weight, bits).scale)
+
+
+def test_without_a_compiler_there_is_a_warning_and_no_more(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("OBR_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be built"):
+        assert native.library() is None
+    native.library.cache_clear()

@@ -8,8 +8,8 @@ import torch
 
 import obr
 from obr.errors import ObrError
-from obr.restoration import METHODS, Hessian, restore, restore_pruned, solve_on_support
-from row_loop import damped, restore_rows
+from obr.restoration import METHODS, Hessian, restore, restore_pruned, restore_together
+from row_loop import restore_rows
 
 RUNS = {
     "obr_gptq_50": {"method": "obr_gptq"},
@@ -147,18 +147,6 @@ def test_more_bits_less_error(bits):
     )
 
 
-def test_the_sequence_of_solves():
-    generator = torch.Generator().manual_seed(0)
-    weight, hessian = layer(12, 48)
-    matrix = torch.linalg.inv(damped(hessian, 0.01)).float()
-    support = torch.rand(12, 48, generator=generator) > 0.5
-    support[3], support[4] = False, True  # nothing to solve, and everything
-    solution = solve_on_support(matrix, weight, support, tolerance=1e-6)
-    assert not solution[~support].any()
-    residual = ((solution @ matrix - weight) * support).abs().max()
-    assert residual < 1e-4 * weight.abs().max()
-
-
 def test_dead_columns_are_zeroed_and_told():
     weight, hessian = layer(4, 32)
     hessian[:, 7] = hessian[7] = 0
@@ -219,3 +207,23 @@ def test_broken_input_is_refused():
     ):
         with pytest.raises(ObrError, match=sentence):
             restore(*broken)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "dense"])
+def test_layers_of_one_input_may_be_restored_together(method):
+    (q, hessian), (k, _) = layer(12, 64), layer(6, 64, seed=1)
+    shared = Hessian(hessian)
+    together = restore_together({"q": q, "k": k}, shared, method)
+    for name, weight in (("q", q), ("k", k)):
+        alone = restore(weight, shared, method)
+        assert torch.equal(together[name].mask, alone.mask)
+        assert together[name].relative_error == pytest.approx(alone.relative_error, rel=5e-3)
+        assert together[name].scale is None or torch.equal(together[name].scale, alone.scale)
+
+
+def test_each_of_them_has_its_own_random_mask():
+    weight, hessian = layer(8, 64)
+    options = {"method": "obr_rtn", "mask": "random"}
+    together = restore_together({"q": weight, "k": weight}, hessian, **options, seed={"q": 1, "k": 2})
+    assert torch.equal(together["q"].mask, restore(weight, hessian, **options, seed=1).mask)
+    assert torch.equal(together["k"].mask, restore(weight, hessian, **options, seed=2).mask)

@@ -20,7 +20,7 @@ from obr.modules import QuantLinear, set_quantizers
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
-from obr.restoration import Hessian, restore
+from obr.restoration import Hessian, Restored, restore_together
 
 
 def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *, progress: bool = True) -> nn.Module:
@@ -216,35 +216,47 @@ def _compress_block(
 def compress_group(
     block: nn.Module, layout: Layout, group: str, matrix: Tensor | None, report: Report, index: int
 ) -> list[LayerReport]:
-    """Compress the linear layers of a group, which share one Hessian and its factors."""
-    rows = []
+    """Compress the linear layers of a group, which share one Hessian and its solves.
+
+    The report's seconds are the group's, shared out by size.
+    """
+    started = time.monotonic()
     factors = Hessian(matrix, report.recipe.damp, f"block {index} {group}") if matrix is not None else None
-    for name in layout.groups[group]:
-        started = time.monotonic()
-        full_name = f"block {index} {name}"
-        linear: QuantLinear = block.get_submodule(name)
-        recipe = _recipe_of(report.recipe, layout, name)
-        clip = "minmax" if recipe.clip == "learned" else recipe.clip  # learned bounds are in the weights already
-        restored = restore(
-            linear.weight, factors, recipe.method,
-            bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask,
-            alpha=recipe.alpha, damp=recipe.damp, clip=clip, name=full_name,
-            seed=crc32(f"{recipe.seed} {full_name}".encode()),  # another random mask for every layer
-        )  # fmt: skip
-        store(linear, restored, report.dtype)
-        rows.append(
-            LayerReport(
-                block=index, layer=name, rows=linear.weight.shape[0], columns=linear.weight.shape[1],
-                bits=restored.bits, pattern=recipe.pattern or "", sparsity=restored.sparsity,
-                zeros=float((restored.weight == 0).float().mean()), relative_error=restored.relative_error,
-                damp=restored.damp, seconds=round(time.monotonic() - started, 4),
-                packed_bytes=linear.packed.bytes, flags="; ".join(restored.flags),
-            )
-        )  # fmt: skip
-    return rows
+    linears: dict[str, QuantLinear] = {name: block.get_submodule(name) for name in layout.groups[group]}
+    recipe = _recipe_of(report.recipe, layout, group)
+    restored = restore_together(
+        {_full(index, name): linear.weight for name, linear in linears.items()}, factors, recipe.method,
+        bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask, alpha=recipe.alpha,
+        damp=recipe.damp,
+        clip="minmax" if recipe.clip == "learned" else recipe.clip,  # learned bounds are in the weights already
+        # another random mask for every layer
+        seed={_full(index, name): crc32(f"{recipe.seed} {_full(index, name)}".encode()) for name in linears},
+    )  # fmt: skip
+    for name, linear in linears.items():
+        store(linear, restored[_full(index, name)], report.dtype)
+    seconds = time.monotonic() - started
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return [
+        _row(index, name, linear, restored[_full(index, name)], seconds * linear.weight.numel() / weights)
+        for name, linear in linears.items()
+    ]
 
 
-def _recipe_of(recipe: Recipe, layout: Layout, name: str) -> Recipe:
-    if recipe.int8_down_proj and name in layout.groups["down"] and recipe.bits < 8:
+def _full(index: int, name: str) -> str:
+    return f"block {index} {name}"
+
+
+def _row(index: int, name: str, linear: QuantLinear, restored: Restored, seconds: float) -> LayerReport:
+    return LayerReport(
+        block=index, layer=name, rows=linear.weight.shape[0], columns=linear.weight.shape[1],
+        bits=restored.bits, pattern=str(restored.pattern or ""), sparsity=restored.sparsity,
+        zeros=float((restored.weight == 0).float().mean()), relative_error=restored.relative_error,
+        damp=restored.damp, seconds=round(seconds, 4),
+        packed_bytes=linear.packed.bytes, flags="; ".join(restored.flags),
+    )  # fmt: skip
+
+
+def _recipe_of(recipe: Recipe, layout: Layout, group: str) -> Recipe:
+    if recipe.int8_down_proj and group == "down" and recipe.bits < 8:
         return replace(recipe, bits=8)
     return recipe

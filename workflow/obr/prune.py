@@ -51,8 +51,7 @@ def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern | None = 
     """
     rows, columns = scores.shape
     if pattern is None:
-        pruned = scores.sort(dim=1, stable=True).indices[:, : int(columns * sparsity)]
-        return torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)
+        return _keep_all_but(scores, int(columns * sparsity))
     pattern.check_width(columns, "the layer")
     kept, units = pattern.units
     grouped = scores.reshape(rows, -1, pattern.group)
@@ -63,6 +62,18 @@ def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern | None = 
     if pattern.paired:
         mask = mask.repeat_interleave(2, dim=-1)
     return mask.reshape(rows, columns)
+
+
+def _keep_all_but(scores: Tensor, pruned: int) -> Tensor:
+    if pruned == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.topk(pruned, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    mask = scores > threshold
+    tied = (mask.sum(1) != scores.shape[1] - pruned).nonzero()[:, 0]
+    if len(tied):  # more scores equal the threshold than may go
+        order = scores[tied].sort(dim=1, stable=True).indices[:, :pruned]
+        mask[tied] = torch.ones_like(scores[tied], dtype=torch.bool).scatter_(1, order, False)
+    return mask
 
 
 def check_mask(mask: Tensor, sparsity: float, pattern: Pattern | None, what: str) -> None:

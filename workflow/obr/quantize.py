@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obr import native
 from obr.recipe import QuantizerSettings
 
 # The clip search of GPTQ: shrink factors 1.00, 0.99 … 0.21 and an exponent between L2 and L3.
 SHRINK_STEPS = 80
 ERROR_EXPONENT = 2.4
+CANDIDATE_MARGIN = 1.0001  # the compiled search finds errors to 1e-5: what comes as near as this is looked at exactly
 # Rows are searched in chunks: on a CPU such as stay in its cache, on a GPU such as keep it busy.
 _SEARCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
@@ -34,6 +36,11 @@ class Grid:
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros: any scale will do
         grid = cls(scale, bits)
         return grid._clip_search(weight) if clip == "mse" else grid
+
+    @classmethod
+    def stack(cls, grids: "list[Grid]") -> "Grid":
+        """The grid of matrices stacked row on row, all of the same bits."""
+        return grids[0] if grids[0].scale is None else cls(torch.cat([grid.scale for grid in grids]), grids[0].bits)
 
     @property
     def low(self) -> int:
@@ -65,29 +72,36 @@ class Grid:
         return self.scale is None or bool(torch.allclose(self.round(weight), weight, rtol=1e-5, atol=0))
 
     def _clip_search(self, weight: Tensor) -> "Grid":
-        scale = self.scale.clone()
-        step = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // weight.shape[1])
-        for start in range(0, len(weight), step):
-            part = slice(start, start + step)
-            scale[part] = self._clip_search_rows(weight[part], self.scale[part])
+        errors = native.clip_errors(weight, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)
+        if errors is None:
+            worth = torch.ones(len(weight), SHRINK_STEPS, dtype=torch.bool, device=weight.device)
+        else:
+            worth = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
+        scale = self.scale * _shrink(self.scale.device)[worth.int().argmax(1, keepdim=True)]
+        open_rows = (worth.sum(1) > 1).nonzero()[:, 0]
+        chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // weight.shape[1])
+        for part in open_rows.split(chunk):
+            scale[part] = self._best_of(weight[part], self.scale[part], worth[part])
         return Grid(scale, self.bits)
 
-    def _clip_search_rows(self, rows: Tensor, full: Tensor) -> Tensor:
-        scale, best = full, torch.full_like(full, torch.inf)
-        largest = rows.abs().topk(min(64, rows.shape[1]), dim=1).values
+    def _best_of(self, rows: Tensor, full: Tensor, worth: Tensor) -> Tensor:
+        """Of the shrunk scales that are `worth` a look (r, steps), each row's best, the first of equal ones."""
+        scale, best = full.clone(), torch.full_like(full, torch.inf)
         for i in range(SHRINK_STEPS):
-            trial = full * (1 - i / 100)
-            # What the largest weights lose beyond the range only grows from here on: once that alone is more
-            # than the best error, no later factor can win.
-            beyond = (largest + self.low * trial).clamp_min_(0).pow_(ERROR_EXPONENT).sum(1, keepdim=True)
-            if (beyond > best).all():
-                break
-            error = (rows / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(rows)
+            of = worth[:, i].nonzero()[:, 0]
+            if not len(of):
+                continue
+            trial, looked = full[of] * _shrink(full.device)[i], rows[of]
+            error = (looked / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(looked)
             error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale = torch.where(better, trial, scale)
+            better = error < best[of]
+            best[of] = torch.where(better, error, best[of])
+            scale[of] = torch.where(better, trial, scale[of])
         return scale
+
+
+def _shrink(device: torch.device) -> Tensor:
+    return torch.tensor([1 - i / 100 for i in range(SHRINK_STEPS)], device=device)
 
 
 def fake_quantize(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:

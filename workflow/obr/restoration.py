@@ -8,7 +8,7 @@ GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,9 +18,9 @@ from obr.errors import ObrError
 from obr.prune import SCORES, check_mask, mask_from_scores
 from obr.quantize import Grid
 from obr.recipe import PRUNING, Pattern, Recipe
+from obr.solver import images_on_support
 
 BLOCK = 128  # columns of a GPTQ block
-TOLERANCE = 1e-4  # of the conjugate gradients' residual; 1e-3 already leaves the loss optimal to 1e-6
 DAMP_RETRIES = 3
 
 
@@ -102,50 +102,6 @@ class Hessian:
         return float(((change @ self.matrix) * change).sum(dtype=torch.float64))
 
 
-def solve_on_support(
-    matrix: Tensor, target: Tensor, support: Tensor, tolerance: float = TOLERANCE, max_iterations: int = 500
-) -> Tensor:
-    """For every row the v with v = 0 off `support` and `(v @ matrix) = target` on it.
-
-    Conjugate gradients over all rows at once with a diagonal preconditioner; rows leave the product as they
-    converge (their residual falls below `tolerance` times that of the target).
-
-    Args:
-        matrix: (n, n), symmetric positive definite.
-        target: (r, n). support: (r, n) bool.
-
-    Raises:
-        ObrError: some row has not converged after `max_iterations`.
-    """
-    scale = matrix.diagonal().rsqrt()
-    matrix = matrix * scale * scale[:, None]  # a unit diagonal preconditions all rows alike
-    support = support.to(matrix.dtype)
-    residual = target * scale * support
-    solution = torch.zeros_like(residual)
-    goal = residual.square().sum(1) * tolerance**2
-    rows = torch.arange(len(target), device=target.device)
-    direction, power = residual, residual.square().sum(1)
-    current = torch.zeros_like(residual)
-    for _ in range(max_iterations):
-        active = power > goal[rows]
-        if not active.all():
-            solution[rows[~active]] = current[~active]
-            if not active.any():
-                return solution * scale
-            rows, support, current = rows[active], support[active], current[active]
-            residual, direction, power = residual[active], direction[active], power[active]
-        image = (direction @ matrix).mul_(support)
-        step = (power / (direction * image).sum(1)).unsqueeze(1)
-        current = torch.addcmul(current, step, direction)
-        residual = torch.addcmul(residual, step, image, value=-1)
-        previous, power = power, residual.square().sum(1)
-        direction = torch.addcmul(residual, direction, (power / previous).unsqueeze(1))
-    raise ObrError(
-        f"The restoration has not converged in {max_iterations} iterations; use a larger damp or more "
-        "calibration tokens."
-    )
-
-
 def restore_pruned(weight: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
     """Prune `weight (r, n)` and let the kept weights absorb the change: w_R += H_RR⁻¹ H_RE w_E (OBR, eq. 9).
 
@@ -154,8 +110,7 @@ def restore_pruned(weight: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
     """
     if mask.all():
         return weight
-    dual = solve_on_support(hessian.inverse, weight, ~mask)
-    return (weight - dual @ hessian.inverse).mul_(mask)
+    return (weight - images_on_support(hessian.inverse, weight, ~mask)).mul_(mask)
 
 
 def restore_rounded(weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
@@ -173,7 +128,7 @@ def restore_rounded(weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Ten
     inverse = hessian.tail_inverse(cut)
     change = (error @ hessian.damped[:cut, cut:]) @ inverse
     if not kept.all():
-        change = change - solve_on_support(inverse, change, ~kept) @ inverse
+        change -= images_on_support(inverse, change, ~kept)
     return (right + change).mul_(kept)
 
 
@@ -300,9 +255,28 @@ class Restored:
         return 1 - float(self.mask.float().mean())
 
 
-@torch.no_grad()
 def restore(
-    weight: Tensor,
+    weight: Tensor, hessian: "Tensor | Hessian | None", method: str = "obr_gptq", *, name: str = "layer", **options
+) -> Restored:
+    """Prune and quantise one linear layer and restore what that broke.
+
+    Args:
+        weight: (r, n), rows are output channels.
+        hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
+            calls (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
+        method: a key of METHODS, or "dense".
+        options: bits, sparsity, pattern, mask, alpha, damp, clip and seed of `restore_together`.
+
+    Raises:
+        ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
+            that is not finite, not on the grid, or does not have the mask.
+    """
+    return restore_together({name: weight}, hessian, method, **options)[name]
+
+
+@torch.no_grad()
+def restore_together(
+    weights: dict[str, Tensor],
     hessian: "Tensor | Hessian | None",
     method: str = "obr_gptq",
     *,
@@ -313,52 +287,76 @@ def restore(
     alpha: float = 0.5,
     damp: float = 0.01,
     clip: str = "mse",
-    seed: int = 0,
-    name: str = "layer",
-) -> Restored:
-    """Prune and quantise one linear layer and restore what that broke.
+    seed: "int | dict[str, int]" = 0,
+) -> dict[str, Restored]:
+    """`restore` for layers that read the same input, such as q, k and v: their rows are solved as one layer's.
 
     Args:
-        weight: (r, n), rows are output channels.
-        hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
-            layers (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
-        method: a key of METHODS, or "dense".
+        weights: (r, n) each, by name. hessian, method: as for `restore`.
         bits: 2 to 8, or 16 for pruning only.
         sparsity: fraction to remove; ignored by methods that do not prune ("dense", "rtn", "gptq").
         pattern: "2:4", "4:8", "8:16", "paired 4:8" …; overrides `sparsity`.
-        mask: a key of SCORES, or the mask itself, (r, n) bool, True = kept.
+        mask: a key of SCORES, or, for a single layer, the mask itself, (r, n) bool, True = kept.
         alpha: the cut, as a fraction of the columns. damp, clip: as in `Recipe`.
+        seed: of random masks; a dictionary gives each layer its own.
 
     Raises:
-        ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
-            that is not finite, not on the grid, or does not have the mask.
+        ObrError: as `restore`, with the layer's name.
     """
     pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
-    score = mask if isinstance(mask, str) else "wanda"
     recipe = Recipe.parse(
         {
             "method": method, "bits": bits, "sparsity": sparsity, "pattern": str(pattern) if pattern else None,
-            "mask": score, "alpha": alpha, "damp": damp, "clip": clip, "seed": seed, "calibration": "given",
+            "mask": mask if isinstance(mask, str) else "wanda", "alpha": alpha, "damp": damp, "clip": clip,
+            "calibration": "given",
         },
-        name,
+        ", ".join(weights),
     )  # fmt: skip
     pattern = pattern if recipe.prunes else None
-    hessian = _checked_hessian(weight, hessian, recipe, name)
-    dense = weight.float()
-    if pattern is not None:
-        pattern.check_width(dense.shape[1], name)
+    for name, weight in weights.items():
+        hessian = _checked_hessian(weight, hessian, recipe, name)
+        if pattern is not None:
+            pattern.check_width(weight.shape[1], name)
+    dense = {name: weight.float() for name, weight in weights.items()}
     if method == "dense":
-        return Restored(dense, None, None, torch.ones_like(dense, dtype=torch.bool), 0.0, 16)
+        return {n: Restored(w, None, None, torch.ones_like(w, dtype=torch.bool), 0.0, 16) for n, w in dense.items()}
 
-    grid = Grid.fit(dense, bits, clip)
-    work = dense.clone()
+    grids = {name: Grid.fit(weight, bits, clip) for name, weight in dense.items()}
+    works = {name: weight.clone() for name, weight in dense.items()}
     if hessian is not None:
-        work[:, hessian.dead] = 0  # an input that is always zero; the grid is still that of the dense row
-    kept = _choose_mask(work, hessian, recipe, mask, pattern)
-    result = METHODS[method](work, hessian, kept, grid, alpha=alpha, sparsity=recipe.sparsity, pattern=pattern)
+        for work in works.values():
+            work[:, hessian.dead] = 0  # an input that is always zero; the grid is still that of the dense row
+    seeds = seed if isinstance(seed, dict) else dict.fromkeys(weights, seed)
+    masks = {
+        n: _choose_mask(work, hessian, replace(recipe, seed=seeds[n]), mask, pattern) for n, work in works.items()
+    }
+    options = {"alpha": alpha, "sparsity": recipe.sparsity, "pattern": pattern}
+    results = _run(method, works, hessian, masks, grids, options)
+    return {
+        name: _restored(name, dense[name], *results[name], grids[name], hessian, recipe, mask, pattern)
+        for name in dense
+    }
+
+
+def _run(method: str, works: dict, hessian: Hessian | None, masks: dict, grids: dict, options: dict) -> dict:
+    """{name: (weight, mask)}, rows stacked but for the method whose thresholds are over all rows of a layer."""
+    coupled = method == "sparsegpt_gptq" and options["pattern"] is None
+    results = {}
+    for names in [[name] for name in works] if coupled else [list(works)]:
+        kept, grid = torch.cat([masks[name] for name in names]), Grid.stack([grids[name] for name in names])
+        sizes = [len(works[name]) for name in names]
+        stacked = torch.cat([works.pop(name) for name in names])
+        stacked = METHODS[method](stacked, hessian, kept, grid, **options)
+        results |= {n: (w, m) for n, w, m in zip(names, stacked.split(sizes), kept.split(sizes), strict=True)}
+    return results
+
+
+def _restored(
+    name: str, dense: Tensor, result: Tensor, kept: Tensor, grid: Grid, hessian, recipe: Recipe, mask, pattern
+) -> Restored:
     restored = Restored(
-        result, None if bits == 16 else grid.codes(result), grid.scale, kept,
-        _relative_error(dense, result, hessian), bits, pattern,
+        result, None if recipe.bits == 16 else grid.codes(result), grid.scale, kept,
+        _relative_error(dense, result, hessian), recipe.bits, pattern,
         hessian.damp if hessian is not None else 0.0, list(hessian.flags) if hessian is not None else [],
     )  # fmt: skip
     _assert_sound(restored, grid, recipe, mask, name)

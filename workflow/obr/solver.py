@@ -1,0 +1,111 @@
+"""The linear systems of the restoration, one a row, solved for all rows at once."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from obr.errors import ObrError
+
+TOLERANCE = 2e-3  # of each row's residual: leaves the loss optimal to about 1e-5, since it is quadratic in it
+RENEW = 0.05  # the residual, in units of the target, at which bfloat16's rounding so far is taken out
+LOW_ITERATIONS = 30  # in bfloat16, to RENEW and from there to the tolerance; real layers need 9 each
+MAX_ITERATIONS = 500
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of the right-hand sides that are worked on at a time
+
+
+@cache
+def product_dtype(device: str) -> torch.dtype:
+    """The dtype of the large products on a device ("cpu", "cuda"): bfloat16 where it is native, else float32.
+
+    Measured on a CPU with AVX512_BF16: 2.1 times as fast as float32 at 576 x 1536, 2.3 times at 512 x 4096.
+    """
+    if device == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def images_on_support(matrix: Tensor, target: Tensor, support: Tensor, tolerance: float = TOLERANCE) -> Tensor:
+    """`v @ matrix` (r, n) for the v that is zero off `support` and for which `v @ matrix` is `target` on it.
+
+    Conjugate gradients over all rows of a chunk at once, with a diagonal preconditioner. The products are taken
+    in `product_dtype`. bfloat16 carries 8 bits, so at a residual of RENEW the image is computed once in float32:
+    only what is added after that is rounded, and the result is as good as float32's. Where that image shows that
+    the matrix is too badly conditioned for bfloat16, or it has not come so far in LOW_ITERATIONS, the chunk goes
+    on in float32.
+
+    Args:
+        matrix: (n, n), symmetric positive definite.
+        target: (r, n). support: (r, n) bool.
+        tolerance: of each row's residual, in units of its target.
+
+    Raises:
+        ObrError: some row has not converged after MAX_ITERATIONS.
+    """
+    scale = matrix.diagonal().rsqrt()
+    unit = matrix * scale * scale[:, None]  # a unit diagonal preconditions all rows alike
+    low = unit.to(product_dtype(matrix.device.type))
+    chunk = max(1, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))
+    images = []
+    for part, on in zip(target.split(chunk), support.split(chunk), strict=True):
+        rows = _Rows(unit, part * scale, on)
+        if low.dtype != unit.dtype:
+            converged = rows.iterate(low, RENEW, LOW_ITERATIONS)
+            exact = rows.renew() <= 1.2 * RENEW
+            if converged and exact and rows.iterate(low, tolerance, LOW_ITERATIONS):
+                images.append(rows.image)
+                continue
+            rows.restart()
+        if not rows.iterate(unit, tolerance, MAX_ITERATIONS):
+            raise ObrError(
+                f"The restoration has not converged in {MAX_ITERATIONS} iterations; use a larger damp or more "
+                "calibration tokens."
+            )
+        images.append(rows.image)
+    return torch.cat(images).div_(scale)
+
+
+class _Rows:
+    """Conjugate gradients on some rows; all tensors are (r, n) but the powers, squared norms (r,)."""
+
+    def __init__(self, matrix: Tensor, target: Tensor, on: Tensor):
+        self.matrix, self.target, self.on = matrix, target, on
+        self.solution, self.image = torch.zeros_like(target), torch.zeros_like(target)
+        self.residual = target * on
+        self.direction, self.along = self.residual.clone(), torch.empty_like(target)
+        self.whole = self.power = self.residual.square().sum(1)
+
+    def renew(self) -> float:
+        """Compute image and residual from the solution, in the matrix's own dtype; the largest residual."""
+        torch.mm(self.solution, self.matrix, out=self.image)
+        self.residual = (self.target - self.image).mul_(self.on)
+        self.power = self.residual.square().sum(1)
+        return float((self.power / self.whole.clamp_min(torch.finfo(self.whole.dtype).tiny)).max().sqrt())
+
+    def restart(self) -> None:
+        """Forget the search directions, and the solutions of rows that are no better than none."""
+        self.renew()
+        self.solution[~(self.power < self.whole)] = 0
+        self.renew()
+        self.direction = self.residual.clone()
+
+    def iterate(self, products: Tensor, tolerance: float, iterations: int) -> bool:
+        """Go on until every row's residual is `tolerance` of its target; whether that was reached."""
+        goal = tolerance**2 * self.whole
+        direction_low, image_low = (torch.empty_like(self.along, dtype=products.dtype) for _ in range(2))
+        for _ in range(iterations):
+            if bool((self.power <= goal).all()):
+                return True
+            torch.mm(direction_low.copy_(self.direction), products, out=image_low)
+            self.along.copy_(image_low)
+            curvature = torch.mul(self.direction, self.along).sum(1)
+            step = torch.where(curvature > 0, self.power / curvature, 0).unsqueeze(1)  # 0: a row of zeros
+            self.solution.addcmul_(step, self.direction)
+            self.image.addcmul_(step, self.along)
+            self.residual.addcmul_(step, self.along.mul_(self.on), value=-1)
+            previous, self.power = self.power, self.residual.square().sum(1)
+            ratio = torch.where(previous > 0, self.power / previous, 0).unsqueeze(1)
+            self.direction.mul_(ratio).add_(self.residual)
+        return bool((self.power <= goal).all())
