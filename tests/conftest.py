@@ -28,3 +28,11 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("OBR_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache/wheels").mkdir(parents=True)
     return tmp_path / "cache/wheels"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of SmolLM2-135M, or of another small model."""
+    if "OBR_MODEL" not in os.environ:
+        pytest.skip("OBR_MODEL names no folder with a downloaded model, such as results/demo/models/smollm2-135m")
+    return Path(os.environ["OBR_MODEL"])

@@ -77,7 +77,9 @@ class Kronecker(nn.Module):
 
     def held_in(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Kronecker":
         """A copy whose factors and signs are of this dtype, on this device."""
-        copied = partial(torch.Tensor.to, device=device, dtype=dtype, copy=True)
+        copied = partial(
+            torch.Tensor.to, device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
+        )
         return self._with(copied, None if self.signs is None else copied(self.signs))
 
     @classmethod

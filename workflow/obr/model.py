@@ -67,9 +67,10 @@ class Blocks:
         return block
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(b, s, d) out of the last block -> (b, s, v)."""
+        """(b, s, d) out of the last block -> (b, s, v), divided as Granite divides its own."""
         norm, head = (self.model.get_submodule(n) for n in (self.layout.final_norm, self.layout.head))
-        return F.linear(norm(hidden), head.weight.to(hidden.dtype), head.bias)
+        logits = F.linear(norm(hidden), head.weight.to(hidden.dtype), head.bias)
+        return logits / getattr(self.config, "logits_scaling", 1.0)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, room: Room | None = None) -> tuple[Activations, list[dict]]:
@@ -169,6 +170,10 @@ def empty_model(config) -> nn.Module:
         for name, child in module.named_children():
             if any(True for _ in child.buffers(recurse=False)) and not list(child.parameters()):
                 setattr(module, name, type(child)(config))
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # beside weights, as the scale of Gemma's embeddings is
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+                model._init_weights(module)
     return model.eval().requires_grad_(False)
 
 

@@ -75,6 +75,7 @@ class FlatQuant(Rotation):
             keys=keys,
             queries=None if keys is None else keys.dual(),
             clips=pairs(self, index, "clip"),
+            clip_first=True,
             ranges=pairs(self, index, "range"),
         )
 

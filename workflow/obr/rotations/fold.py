@@ -32,7 +32,8 @@ class Changes:
     inputs: by group, transforms online in front of its layers, whose weights take the dual.
     keys, queries: (m) online after RoPE, on each head; queries None means an orthogonal `keys` for both.
     clips: by role (q … down), logits (low, high) of shape (r, groups): how far LWC shrinks a row's range.
-    limits: by role, (r, groups): the largest |weight| that AWQ's clipping leaves.
+    limits: by role, (r, groups): the largest |weight| that AWQ's clipping leaves. clip_first: both act before
+    the outputs of a layer are transformed, and not after.
     ranges: by role, or "keys" and "values", logits (low, high) of shape (1,), of activation quantisers.
 
     Clips, limits and ranges are no equivalences: the first two act if folds are asked to clip, the last if
@@ -51,6 +52,7 @@ class Changes:
     queries: Kronecker | None = None
     clips: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     limits: dict[str, Tensor] = field(default_factory=dict)
+    clip_first: bool = False
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def folded_parts(self) -> list[str]:
@@ -119,13 +121,13 @@ def fold_linear(
     clip: bool = False,
     scale_keys: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (r, n) and bias (r,) of the layer with this role: its inputs, then clipping, then its outputs.
+    """Weight (r, n) and bias (r,) of the layer with this role: its inputs, then its outputs.
 
     gain: (n,) of the norm in front, if that is to be folded. scale_keys: whether key scales go into the rows
     of q and k.
     """
     weight, bias = _fold_inputs(role, weight, bias, changes, gain)
-    if clip:
+    if clip and changes.clip_first:
         weight = clipped(weight, changes.clips.get(role), changes.limits.get(role))
     if changes.residual is not None and GROUP_OF[role] in WRITES_RESIDUAL:
         weight, bias = _outputs(weight, bias, changes.residual)
@@ -139,6 +141,8 @@ def fold_linear(
     if role in ("q", "k") and changes.key_scale is not None and scale_keys:
         scale = changes.key_scale if role == "k" else 1 / changes.key_scale
         weight, bias = _outputs(weight, bias, lambda x: scaled_heads(x, scale))
+    if clip and not changes.clip_first:
+        weight = clipped(weight, changes.clips.get(role), changes.limits.get(role))
     return weight, bias
 
 

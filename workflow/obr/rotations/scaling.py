@@ -3,8 +3,10 @@ OmniQuant's learned equivalent transformation (2308.13137), whose shifts of a no
 """
 
 import torch
+from torch import Tensor
 
-from obr.layout import Dimensions
+from obr.errors import ObrError
+from obr.layout import GROUP_OF, Dimensions
 from obr.rotations.flatquant import random_scale
 from obr.rotations.fold import Changes
 from obr.rotations.ostquant import tied_key_scale
@@ -51,6 +53,17 @@ class Scaling(Rotation):
     def expected(self) -> dict[str, Parameter]:
         return self.present(self.everything())
 
+    def check(self, what: str) -> None:
+        super().check(what)
+        columns = self.dimensions.columns()
+        for name, tensor in self.parameters.items():
+            role, _, part = name.split(".", 2)[2].partition(".")
+            if part in ("clip_low", "clip_high", "limit") and columns[GROUP_OF[role]] % tensor.shape[1]:
+                raise ObrError(
+                    f"{what}: {name} has {tensor.shape[1]} groups, which do not divide the "
+                    f"{columns[GROUP_OF[role]]} columns of the layer; it was made for another model."
+                )
+
     def changes(self, index: int) -> Changes:
         get = lambda name: self.parameter(index, name)  # noqa: E731
         norms = {g: 1 / get(f"{g}.scale") for g in ("qkv", "up_gate") if get(f"{g}.scale") is not None}
@@ -67,3 +80,13 @@ class Scaling(Rotation):
             clips=pairs(self, index, "clip"),
             limits={role: limit for role, limit in limits.items() if limit is not None},
         )
+
+
+def smoothing_scale(largest: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
+    """SmoothQuant's s (n,) = max|X|^alpha / max|W|^(1 - alpha), which divides the inputs (arXiv 2211.10438, eq. 4).
+
+    largest: (n,) of |input|, channel by channel. weights: (r, n) of all layers that read the input.
+    """
+    heaviest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+    scale = largest.float().pow(alpha) / heaviest.clamp(min=1e-5).pow(1 - alpha)
+    return scale.clamp(min=1e-5)

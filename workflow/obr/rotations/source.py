@@ -5,15 +5,16 @@ from pathlib import Path
 from obr import fetch
 from obr.errors import ObrError
 from obr.layout import Dimensions
-from obr.rotations import draw, load, save
+from obr.rotations import draw, load, published, save
 
 
 def make(entry: dict, model: Path, out: Path) -> None:
     """The stage: the rotation of a downloaded model, from a config entry, written to `out`.
 
-    entry: {"kind": "quarot", "seed"} draws it; {"kind": "file", "source"} takes one that `save` wrote, from
-    {"source": "path", "path", "sha256"?} or {"source": "hub", "repo", "revision", "file", "sha256"?}, where
-    `{model}` stands for the model's name.
+    entry: {"kind": a name of KINDS, "seed"} draws it; {"kind": "file", "source", "format"?} takes one that
+    `save` wrote or, by its format, one that another project published, from {"source": "path", "path",
+    "sha256"?} or {"source": "hub", "repo", "revision", "file", "sha256"?}, where `{model}` stands for the
+    model's name.
 
     Raises:
         ObrError: the file cannot be had, is not what its sha256 says, or was made for another model.
@@ -22,15 +23,21 @@ def make(entry: dict, model: Path, out: Path) -> None:
 
     dimensions = Dimensions.of(AutoConfig.from_pretrained(model))
     if entry["kind"] == "file":
-        rotation = load(_fetch(entry["source"], model.name), dimensions)
+        name = entry.get("format", "obr")
+        path = _fetch(entry["source"], model.name, name)
+        if name == "obr":
+            rotation = load(path, dimensions)
+        else:
+            rotation = published.read(name, path, dimensions, model, entry)
+            rotation.options["sha256"] = fetch.sha256_of(path)
     else:
         rotation = draw(entry["kind"], dimensions, entry.get("seed", 0))
     save(rotation, out)
 
 
-def _fetch(source: dict, model: str) -> Path:
+def _fetch(source: dict, model: str, name: str) -> Path:
     if source["source"] == "path":
-        path = fetch.local_path(source["path"].replace("{model}", model))
+        path = _local(source["path"].replace("{model}", model), name)
     else:
         path = _from_hub(source, source["file"].replace("{model}", model))
     expected = source.get("sha256")
@@ -38,6 +45,15 @@ def _fetch(source: dict, model: str) -> Path:
     if actual != expected:
         raise ObrError(f"{path} has sha256 {actual}, not {expected}: correct the config if you trust the file.")
     return path
+
+
+def _local(path: str, name: str) -> Path:
+    try:
+        return fetch.local_path(path)
+    except ObrError as error:
+        if name in published.WHERE:
+            raise ObrError(f"{str(error).removesuffix('.')}; {published.WHERE[name]}.") from error
+        raise
 
 
 def _from_hub(source: dict, file: str) -> Path:

@@ -1,0 +1,117 @@
+"""Random tiny models of every family, and by how much a rotation changes what they compute."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from obr.layout import layout_of
+
+FAMILIES = {
+    "llama": LlamaConfig(hidden_size=96, intermediate_size=344, num_attention_heads=6, num_key_value_heads=2),
+    "llama, tied, 9 heads": LlamaConfig(
+        hidden_size=144,
+        intermediate_size=192,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+    "llama 3, biases everywhere": LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama, all heads apart": LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=4
+    ),
+    "mistral": MistralConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
+    "qwen2, 14 heads": Qwen2Config(
+        hidden_size=112, intermediate_size=296, num_attention_heads=14, num_key_value_heads=2
+    ),
+    "qwen3, head_dim apart": Qwen3Config(
+        hidden_size=96, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    ),
+    "gemma": GemmaConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=1, head_dim=32
+    ),
+    "granite": GraniteConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        logits_scaling=2.0,
+    ),
+    "smollm3": SmolLM3Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0
+    ),
+}
+
+
+def random_model(config, dtype=torch.float64):
+    """A model with norms away from one and biases away from zero, so that a wrong fold shows."""
+    torch.manual_seed(0)
+    options = {**config.to_dict(), "vocab_size": 64, "num_hidden_layers": 2}
+    options.pop("layer_types", None)
+    config = type(config)(**options)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.rand_like(parameter) + 0.5)
+        elif "bias" in name:
+            parameter.copy_(torch.randn_like(parameter))
+        else:
+            parameter.mul_(5)
+    return model
+
+
+TOKENS = torch.arange(1, 41).view(2, 20)  # without padding, whose embedding is zero
+
+
+class ExactNorm(torch.nn.Module):
+    """A model's RMSNorm in the dtype of its input; transformers' own are float32 inside."""
+
+    def __init__(self, norm, offset):
+        super().__init__()
+        self.weight, self.offset = norm.weight, offset
+        self.eps = getattr(norm, "variance_epsilon", None) or norm.eps
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (self.weight + self.offset)
+
+
+def exact_model(config):
+    """A random model that computes in float64 throughout."""
+    model = random_model(config)
+    offset = layout_of(model.config).norm_offset
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            model.set_submodule(name, ExactNorm(module, offset))
+    return model
+
+
+def change(model, rotate) -> float:
+    """Largest change of the logits, over the largest logit."""
+    before = model(TOKENS).logits
+    rotate(model)
+    return float((model(TOKENS).logits - before).abs().max() / before.abs().max())
