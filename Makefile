@@ -1,4 +1,5 @@
 # make demo    everything from nothing: a real model compressed, evaluated, set out in a table and figures
+# make plan    what the paper's tables would cost, before anything starts (PLAN="--configfile ..." for others)
 # make test    everything from nothing: all tests
 # make smoke   the whole workflow on a tiny model, trained first
 # make lint    ruff, snakefmt, snakemake --lint
@@ -9,7 +10,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: demo demo-wikitext smoke test lint clean
+.PHONY: plan demo demo-wikitext smoke test lint clean
 .DEFAULT_GOAL := demo
 
 # One pip call with torch pinned by name: on a machine without a GPU build of it nothing pulls CUDA packages.
@@ -30,6 +31,9 @@ demo: $(READY)
 demo-wikitext: $(READY)
 	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml workflow/configs/demo-wikitext.yaml
 	@cat results/demo-wikitext/tables/demo.md
+
+plan: $(READY)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/obr plan $(PLAN)
 
 smoke: $(READY)
 	$(BIN)/python tests/tiny.py results/tiny

@@ -77,7 +77,23 @@ def _parser() -> argparse.ArgumentParser:
         "entry", "recipes", "models", "results", "published", "shapes?", "out",
     )  # fmt: skip
     stage("errata", errata, "List what is odd in the published tables.", "published", "out")
+    _plan_options(stages.add_parser("plan", help=PLAN, description=PLAN))
     return parser
+
+
+PLAN = "Price a run before it starts: jobs, hours, memory, disk, downloads, licences."
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(stage=plan)
+    parser.add_argument("targets", nargs="*", help="files or rules; default: everything")
+    parser.add_argument("--snakefile", type=Path, default=Path("Snakefile"))
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="as Snakemake's")
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="as Snakemake's")
+    parser.add_argument("--cores", type=int, default=None, help="default: all of this machine")
+    parser.add_argument("--gpus", type=int, default=1, help="jobs on GPUs at a time; default: 1")
+    parser.add_argument("--bandwidth", type=float, default=20.0, help="of downloads, MB/s; default: 20")
+    parser.add_argument("--json", type=Path, default=None, help="write the plan there, too")
 
 
 def _path(name: str, text: str):
@@ -274,6 +290,27 @@ def figure(
     from obr.figure import draw
 
     draw(entry, recipes, models, results, published, out, (shapes or {}).get("shapes"))
+
+
+def plan(
+    targets: list[str],
+    snakefile: Path,
+    configfile: list[Path],
+    config: list[str],
+    cores: int | None,
+    gpus: int,
+    bandwidth: float,
+    json: Path | None,
+) -> None:
+    from obr.files import write_text
+    from obr.plan import as_json, make, overrides_of, spell
+
+    found = make(
+        snakefile, configfile, overrides_of(config), targets, cores or os.cpu_count() or 1, gpus, bandwidth
+    )  # fmt: skip
+    if json:
+        write_text(as_json(found), json)
+    print(spell(found), end="")
 
 
 def errata(published: Path, out: Path) -> None:

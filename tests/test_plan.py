@@ -1,0 +1,154 @@
+"""Plans: the jobs are Snakemake's, the times come near those of finished runs, and what was timed corrects them."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from obr import costs, timings
+from obr.errors import ObrError
+from obr.jobs import Job, pending
+from obr.plan import Prices, make, overrides_of, schedule, spell
+from test_workflow import CONFIG, ROOT, snakemake
+
+DEMO = ROOT / "workflow" / "configs" / "demo.yaml"
+SNAKEFILE = ROOT / "Snakefile"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[dict, list[Job]]:
+    """The demo's configuration and jobs, from nothing."""
+    results = tmp_path_factory.mktemp("demo") / "results"
+    return pending(SNAKEFILE, [DEMO], {"results": str(results)}, [], 2)
+
+
+@pytest.fixture(scope="module")
+def timed() -> dict[str, float]:
+    """Seconds of the jobs of a finished demo, by rule and names, on two cores of an AMD EPYC server."""
+    with open(ROOT / "tests" / "data" / "demo_timings.csv", newline="") as file:
+        return {row["job"]: float(row["seconds"]) for row in csv.DictReader(file)}
+
+
+def name(job: Job) -> str:
+    order = {"hessian": "model rotation calibration", "download_rotation": "rotation model"}
+    order |= {"calibrate": "calibration model", "kernel_benchmark": "device"}
+    keys = order.get(job.rule, "model recipe text task table figure").split()
+    return "/".join([job.rule, *(job.wildcards[k] for k in keys if k in job.wildcards)])
+
+
+def test_the_jobs_are_those_of_a_dry_run(demo, tmp_path):
+    config, jobs = demo
+    assert config["threads"]["compress"] == 1 and config["device"] == "cpu"
+    raw = {**yaml.safe_load(DEMO.read_text()), "results": str(tmp_path / "none")}
+    listed = snakemake(tmp_path, raw, "--dry-run").stdout
+    counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", listed, re.M) if rule not in ("all", "total")}
+    mine: dict[str, int] = defaultdict(int)
+    for job in jobs:
+        mine[job.rule] += 1
+    assert mine == counts
+    table = next(job for job in jobs if job.rule == "table")
+    assert {jobs[n].rule for n in table.after} >= {"perplexity", "zero_shot", "compress"}
+
+
+def test_one_target_is_priced_alone(tmp_path):
+    _, jobs = pending(SNAKEFILE, [DEMO], {"results": str(tmp_path)}, [f"{tmp_path}/tables/demo.csv"], 2)
+    assert {"compress", "table"} <= {job.rule for job in jobs} and "figure" not in {job.rule for job in jobs}
+
+
+def test_the_demo_takes_what_it_was_said_to_take(demo, timed):
+    """From counted work alone, every stage and the whole within a factor of 1.5."""
+    config, jobs = demo
+    prices = Prices(config)
+    planned, measured = defaultdict(float), defaultdict(float)
+    for job in jobs:
+        planned[job.rule] += prices.price(job).seconds
+        measured[job.rule] += timed[name(job)]
+    for rule in ("compress", "perplexity", "zero_shot", "hessian"):
+        assert 1 / 1.5 < planned[rule] / measured[rule] < 1.5, (rule, planned[rule], measured[rule])
+    assert 1 / 1.5 < sum(planned.values()) / sum(measured.values()) < 1.5
+
+
+def test_a_plan_of_the_demo_reads_well(demo):
+    config, _ = demo
+    plan = make(SNAKEFILE, [DEMO], {"results": config["results"]}, [], 2, 1)
+    assert plan.jobs == 49 and 10 * 60 < plan.wall < 33 * 60 and not plan.gated and plan.gpu == 0
+    assert 0.08 < plan.fetched < 0.3 and plan.disk < 4 and 1 < plan.host < 4
+    text = spell(plan)
+    assert "49 jobs, about" in text and "on 2 cores" in text and "a server's core" in text
+
+
+def test_the_paper_is_priced_with_its_licences(tmp_path):
+    plan = make(SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path)}, [], 16, 1)
+    assert plan.jobs > 900 and plan.gpu > 100 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
+    assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
+    assert "Gated" in spell(plan) and "larger GPU" in spell(plan)
+    few = make(
+        SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path), "only_models": ["llama-2-7b"]}, [], 16, 1
+    )
+    assert few.busy < plan.busy / 2 and set(few.by_model) == {"llama-2-7b"}
+
+
+def fabricated(results: Path, seconds: float) -> None:
+    """One timed perplexity of a small model."""
+    (results / "models/m").mkdir(parents=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (results / "models/m/config.json").write_text(json.dumps({**sizes, "vocab_size": 500}))
+    (results / "perplexity/m/r").mkdir(parents=True)
+    about = {"device": "cpu", "tokens": 4096, "seqlen": 1024}
+    (results / "perplexity/m/r/t.json").write_text(json.dumps(about))
+    (results / "benchmarks/perplexity/m/r").mkdir(parents=True)
+    (results / "benchmarks/perplexity/m/r/t.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
+
+
+def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
+    config, jobs = demo
+    job = next(job for job in jobs if job.rule == "perplexity")
+    fabricated(tmp_path, 100.0)
+    known = timings.found_under(tmp_path)
+    assert [t.stage for t in known] == ["perplexity"] and known[0].memory == 0.8
+    factor = timings.factors(known, "cpu", {})["perplexity"]
+    assert factor == pytest.approx(100 / known[0].work.seconds(costs.SPEEDS["cpu"]))
+    assert Prices(config, known=known).price(job).seconds > 3 * Prices(config).price(job).seconds
+    assert timings.factors(known, "cuda", {}) == {}
+
+
+def test_timings_whose_artefact_is_gone_are_passed_over(tmp_path):
+    fabricated(tmp_path, 1.0)
+    shutil.rmtree(tmp_path / "perplexity")
+    assert timings.found_under(tmp_path) == []
+
+
+def test_the_schedule_waits_for_inputs_cores_and_gpus():
+    jobs = [Job("a", {}, 1, ()), Job("a", {}, 1, ()), Job("b", {}, 2, (), (0, 1)), Job("c", {}, 1, (), (0,))]
+    times = [4.0, 2.0, 3.0, 1.0]
+    assert schedule(jobs, times, [False] * 4, 2, 1) == 8.0  # 4, then 3 on both cores, then 1 (or 1 first)
+    assert schedule(jobs[:2], times[:2], [True, True], 2, 1) == 6.0
+    assert schedule(jobs[:2], times[:2], [True, True], 2, 2) == 4.0
+
+
+def test_work_grows_as_it_should():
+    small, large = costs.Sizes.guessed(1), costs.Sizes.guessed(8)
+    assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
+    assert costs.Sizes.guessed(6.7).hidden == pytest.approx(4096, rel=0.05)
+    work = [costs.zero_shot(small, "piqa", None, 1).runs, costs.zero_shot(small, "piqa", None, 8).runs]
+    assert work[0] == 8 * work[1]
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path):
+    with pytest.raises(ObrError, match=r"There is no .*; run this in the folder of the workflow"):
+        pending(tmp_path / "Snakefile", [], {}, [], 1)
+    with pytest.raises(ObrError, match="quick is not of the form KEY=VALUE"):
+        overrides_of(["quick"])
+    assert overrides_of(["only_models=[a,b]", "quick=true"]) == {"only_models": ["a", "b"], "quick": True}
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump({**CONFIG, "nonsense": 1}))
+    command = [sys.executable, "-m", "obr.cli", "plan", "--snakefile", str(SNAKEFILE), "--configfile", str(bad)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "nonsense" in run.stderr and "Traceback" not in run.stderr

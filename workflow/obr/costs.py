@@ -1,0 +1,249 @@
+"""What a job costs: its work, counted, over the speed of a device.
+
+Work is counted in operations, from the sizes of the model and the settings of the recipe; SPEEDS turns it into
+seconds. The speeds of a CPU are those of one core of an AMD EPYC server, the speeds of a GPU an A100's by its
+specification; timings of finished jobs correct them (see `plan`).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from obr.recipe import Recipe
+
+CLIP_STEPS = 80  # of the search for a row's scale
+OBR_PASSES = 9  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
+GROUPS = 4  # of a block, each with a run of the calibration through it
+# Of lm-eval's tasks: examples, choices, and tokens of a choice with its question.
+TASKS = {
+    "piqa": (1838, 2, 35),
+    "boolq": (3270, 2, 140),
+    "hellaswag": (10042, 4, 90),
+    "arc_easy": (2376, 4, 35),
+    "arc_challenge": (1172, 4, 40),
+    "winogrande": (1267, 2, 25),
+}
+OTHER_TASK = (200, 4, 35)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model's: hidden d, intermediate f, width of queries and of keys, blocks, vocabulary."""
+
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    blocks: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: dict) -> "Sizes":
+        """From a transformers config.json."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        keys = (config.get("num_key_value_heads") or heads) * head
+        blocks, vocabulary = config["num_hidden_layers"], config["vocab_size"]
+        return cls(hidden, config["intermediate_size"], heads * head, keys, blocks, vocabulary)
+
+    @classmethod
+    def told(cls, sizes: dict) -> "Sizes":
+        """From the `sizes` of a model in the workflow's config."""
+        head = sizes["hidden"] // sizes["heads"]
+        queries, keys = sizes["heads"] * head, sizes["kv_heads"] * head
+        return cls(sizes["hidden"], sizes["intermediate"], queries, keys, sizes["blocks"], sizes["vocabulary"])
+
+    @classmethod
+    def guessed(cls, billions: float) -> "Sizes":
+        """A Llama of this size: d = 128 times the blocks, f = 2.7 d, 12 d² weights a block."""
+        hidden = max(64, 64 * round((128 * billions * 1e9 / 12) ** (1 / 3) / 64))
+        return cls(hidden, int(2.7 * hidden), hidden, hidden, max(1, hidden // 128), 32000)
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(rows, columns) of a block's linear layers."""
+        d, f, q, k = self.hidden, self.intermediate, self.queries, self.keys
+        return [(q, d), (k, d), (k, d), (d, q), (f, d), (f, d), (d, f)]
+
+    @property
+    def inputs(self) -> list[int]:
+        """Columns of the four groups that share a Hessian."""
+        return [self.hidden, self.queries, self.hidden, self.intermediate]
+
+    @property
+    def block(self) -> int:
+        """Weights of a block's linear layers."""
+        return sum(rows * columns for rows, columns in self.layers)
+
+    @property
+    def ends(self) -> int:
+        """Weights of embeddings and head."""
+        return 2 * self.vocabulary * self.hidden
+
+    def forward(self, tokens: int, length: int) -> float:
+        """Operations of the blocks for so many tokens, in sequences of this length."""
+        return self.blocks * tokens * (2 * self.block + 4 * length * self.queries)
+
+    def logits(self, tokens: int) -> float:
+        """Operations of the head."""
+        return 2.0 * tokens * self.hidden * self.vocabulary
+
+    def hessians(self, tokens: int) -> float:
+        """Operations of all blocks' Hessians."""
+        return 2.0 * tokens * self.blocks * sum(n**2 for n in self.inputs)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does: products in the model's dtype, products of inputs with themselves in float32, factors and
+    solves in float32, elements passed over, bytes read, blocks run (each a handful of small kernels), and a
+    constant for its start."""
+
+    products: float = 0
+    grams: float = 0
+    exact: float = 0
+    elements: float = 0
+    read: float = 0
+    runs: float = 0
+    start: float = 0
+
+    def seconds(self, speeds: dict, threads: int = 1) -> float:
+        """At these speeds, the products and elements on so many cores."""
+        shared = (
+            self.products / speeds["products"] + self.exact / speeds["exact"] + self.elements / speeds["elements"]
+        )
+        alone = self.read / speeds["read"] + self.runs / speeds["runs"] + self.start * speeds["start"]
+        return shared / threads + alone
+
+
+# Operations, elements, bytes and blocks a second; `start` multiplies the constants, which are a CPU's.
+SPEEDS = {
+    "cpu": {
+        "products": 5e10,
+        "grams": 5e10,
+        "exact": 2.2e10,
+        "elements": 1.8e8,
+        "read": 3e8,
+        "runs": 1e4,
+        "start": 1.0,
+    },
+    "cuda": {
+        "products": 1e14,
+        "grams": 1.6e13,
+        "exact": 1.2e13,
+        "elements": 2.5e10,
+        "read": 1e9,
+        "runs": 1.2e3,
+        "start": 1.5,
+    },
+}
+
+
+def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
+    """Compressing a model by a recipe, calibrated on `tokens` tokens in windows of `length`."""
+    weights, blocks = sizes.block * sizes.blocks, sizes.blocks
+    products, grams, exact, elements = 0.0, 0.0, 0.0, 2.0 * weights
+    if recipe.bits < 16 and recipe.method != "dense":
+        elements += weights * (CLIP_STEPS if recipe.clip == "mse" else 2)
+    quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
+    cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
+    if recipe.method in ("gptq", "sparsegpt_gptq"):
+        exact += 4 / 3 * cubic + quadratic
+    if recipe.method in ("obr_rtn", "obr_gptq"):
+        steps = (recipe.sparsity > 0) + (recipe.bits < 16)
+        exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
+    if recipe.needs_hessian and recipe.hessian == "sequential":
+        products += (GROUPS + 1) * sizes.forward(tokens, length)
+        grams = sizes.hessians(tokens)
+    runs = (GROUPS + 1) * blocks * tokens / length if products else 0.0
+    if recipe.method in ("gptq", "sparsegpt_gptq", "obr_gptq"):  # column by column, each some small kernels
+        runs += 0.1 * blocks * sum(columns for _, columns in sizes.layers)
+    return Work(products, grams, exact, elements, 2.0 * (weights + sizes.ends), runs, 9)
+
+
+def hessian(sizes: Sizes, tokens: int, length: int) -> Work:
+    """Collecting cached Hessians."""
+    products, runs = sizes.forward(tokens, length), sizes.blocks * tokens / length
+    return Work(products, sizes.hessians(tokens), 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 10)
+
+
+def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
+    """A perplexity; every token passes through the quantisers of each layer."""
+    elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.intermediate)
+    products = sizes.forward(tokens, length) + sizes.logits(tokens)
+    runs = sizes.blocks * tokens / length
+    return Work(products, 0, 0, elements, 2.0 * sizes.block * sizes.blocks, runs, 10)
+
+
+def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
+    """A zero-shot task."""
+    examples, choices, length = TASKS.get(task, OTHER_TASK)
+    examples = min(examples, limit or examples)
+    requests = examples * choices
+    tokens = requests * length
+    products = sizes.forward(tokens, length) + sizes.logits(tokens)
+    return Work(products, 0, 0, 0, 2.0 * sizes.block * sizes.blocks, sizes.blocks * requests / batch, 30)
+
+
+# Seconds of the stages that do not depend on a model's size, on a CPU; downloads come on top.
+CONSTANT = {
+    "calibrate": 20.0,
+    "check_model": 0.5,
+    "download_rotation": 7.0,
+    "download_text": 3.0,
+    "download_task": 5.0,
+    "download_model": 12.0,
+    "download_released": 12.0,
+    "table": 2.0,
+    "figure": 4.0,
+    "errata": 5.0,
+}
+
+
+def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> tuple[float, float]:
+    """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32."""
+    element = 2 if on_gpu else 4
+    ends, block = element * sizes.ends, element * sizes.block
+    largest = 4.0 * max(sizes.inputs) ** 2
+    all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
+    if rule == "compress":
+        model = (
+            ends
+            + 3 * block
+            + 3 * largest
+            + 12.0 * max(r * c for r, c in sizes.layers)
+            + element * tokens * sizes.hidden
+        )
+        base = 0.9
+    elif rule == "hessian":
+        model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden
+        base = 0.8
+    elif rule == "perplexity":
+        model = ends + 3 * block + element * tokens * sizes.hidden + 8.0 * length * sizes.vocabulary
+        base = 0.5
+    elif rule == "zero_shot":
+        model = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary
+        base = 1.2
+    else:
+        return (1.8 if rule == "calibrate" else 0.6), 0.0
+    host = base + model / 1e9
+    return (base + 1.5 + block / 1e9, model / 1e9) if on_gpu else (host, 0.0)
+
+
+def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:
+    """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits."""
+    weights, rows = sizes.block * sizes.blocks, sizes.blocks * sum(r for r, _ in sizes.layers)
+    untied = 1.0 if recipe.rotation != "none" else 0.5
+    scales = 4.0 * rows if recipe.bits < 16 else 0.0
+    return weights * recipe.bits_per_weight / 8 + scales + 2 * untied * sizes.ends
+
+
+def hessian_bytes(sizes: Sizes) -> float:
+    """Of the cached Hessians of a model: one triangle in float32."""
+    return 2.0 * sizes.blocks * sum(n * (n + 1) for n in sizes.inputs)
+
+
+def sizes_in(folder: Path) -> Sizes | None:
+    """The sizes of a downloaded model, if it is there."""
+    path = Path(folder) / "config.json"
+    return Sizes.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

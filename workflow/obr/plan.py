@@ -1,0 +1,321 @@
+"""What a run will cost before it starts: jobs, hours, memory, disk, downloads and licences.
+
+The jobs are those of Snakemake's dry run; their times come from counted work (`costs`), corrected by the timings of
+jobs that have finished here (`timings`); the wall-clock from dealing the jobs out to cores and GPUs.
+"""
+
+import heapq
+import json
+import os
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from obr import costs, timings
+from obr.errors import ObrError
+from obr.jobs import Job, pending
+from obr.recipe import Recipe
+
+# Downloads in GB where the config does not tell: rough sizes of what the hub sends.
+TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
+OVERHEAD = 1.0  # seconds that Snakemake spends on a job
+TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
+TIMED = ("compress", "hessian", "perplexity", "zero_shot")
+
+
+@dataclass
+class Price:
+    """Of one job: seconds, peak GB on host and GPU, GB written and fetched."""
+
+    seconds: float
+    host: float = 0.6
+    gpu: float = 0.0
+    disk: float = 0.0
+    fetched: float = 0.0
+
+
+@dataclass
+class Plan:
+    """A priced run. Times in seconds, sizes in GB; `measured` says how many timings stand behind a stage."""
+
+    device: str
+    cores: int
+    gpus: int
+    jobs: int
+    wall: float
+    busy: float
+    by_rule: dict[str, dict] = field(default_factory=dict)
+    by_model: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
+    gpu: float = 0.0
+    disk: float = 0.0
+    fetched: float = 0.0
+    gated: list[str] = field(default_factory=list)
+    measured: dict[str, int] = field(default_factory=dict)
+    checked: list[dict] = field(default_factory=list)  # model, method, published and planned minutes
+
+
+class Prices:
+    """Prices the jobs of one configuration.
+
+    config: as Snakemake validated it, recipes still to be resolved. bandwidth: of downloads, MB a second.
+    """
+
+    def __init__(self, config: dict, bandwidth: float = 20.0, known: list[timings.Timing] | None = None):
+        self.config, self.bandwidth = config, bandwidth
+        self.device = config["device"]
+        self.threads = {"hessian": config["threads"]["hessian"], "compress": config["threads"]["compress"]}
+        self.threads |= dict.fromkeys(("perplexity", "zero_shot"), config["threads"]["evaluate"])
+        self.known = known if known is not None else []
+        self.factors = timings.factors(self.known, self.device, self.threads)
+
+    def sizes(self, model: str) -> costs.Sizes:
+        """A model's, from its folder, its source, its entry, or its number of parameters."""
+        entry = self.config["models"][model]
+        folders = [Path(self.config["results"]) / "models" / model]
+        if entry["source"]["source"] == "path":
+            folders.append(Path(os.path.expandvars(entry["source"]["path"])).expanduser())
+        for folder in folders:
+            if sizes := costs.sizes_in(folder):
+                return sizes
+        return costs.Sizes.told(entry["sizes"]) if entry.get("sizes") else costs.Sizes.guessed(entry["parameters"])
+
+    def recipe(self, key: str) -> Recipe:
+        """A recipe as the workflow resolves it."""
+        entry = self.config["recipes"][key]
+        base = self.config["recipes"][entry["weights"]] if entry.get("weights") else {}
+        return Recipe.parse({k: v for k, v in {**base, **entry}.items() if k != "source"}, key)
+
+    def calibration(self, key: str | None) -> tuple[int, int]:
+        """(tokens, tokens of a window)."""
+        entry = self.config["calibrations"].get(key) if key else None
+        return (entry["nsamples"] * entry["seqlen"], entry["seqlen"]) if entry else (0, 1)
+
+    def price(self, job: Job) -> Price:
+        """Of one job of the dry run."""
+        if job.rule in TIMED:
+            return self._timed(job)
+        if job.rule == "kernel_benchmark":
+            return Price(self._kernels(job.wildcards["device"]), 1.0 + self._largest_product(job.wildcards["device"]))
+        constant = costs.CONSTANT.get(job.rule, 5.0)
+        fetched, disk = self._downloads(job)
+        host, _ = costs.memory(job.rule, costs.Sizes.guessed(0.1), 0, 1, False)
+        return Price(constant + OVERHEAD + 1000 * fetched / self.bandwidth, host, 0.0, disk, fetched)
+
+    def _timed(self, job: Job) -> Price:
+        sizes = self.sizes(job.wildcards["model"])
+        recipe = self.recipe(job.wildcards["recipe"]) if "recipe" in job.wildcards else None
+        disk, tokens, length = 1e-4, 2048, 2048
+        if job.rule == "compress":
+            tokens, length = self.calibration(recipe.calibration if recipe.hessian == "sequential" else None)
+            work, disk = costs.compress(sizes, recipe, tokens, length), costs.checkpoint_bytes(sizes, recipe) / 1e9
+        elif job.rule == "hessian":
+            tokens, length = self.calibration(job.wildcards["calibration"])
+            work, disk = costs.hessian(sizes, tokens, length), costs.hessian_bytes(sizes) / 1e9
+        elif job.rule == "perplexity":
+            entry = self.config["perplexity"][job.wildcards["text"]]
+            length, tokens = entry["seqlen"], entry.get("tokens") or 340_000
+            work = costs.perplexity(sizes, tokens, length)
+        else:
+            entry = self.config["zero_shot"][job.wildcards["task"]]
+            tokens, length = 0, 256
+            work = costs.zero_shot(sizes, job.wildcards["task"], entry.get("limit"), entry["batch_size"])
+        expected = work.seconds(costs.SPEEDS[self.device], job.threads)
+        seconds = expected * self.factors.get(timings.stage_of(job.rule, recipe), 1.0) + OVERHEAD
+        host, gpu = costs.memory(job.rule, sizes, tokens, length, self.device == "cuda")
+        return Price(seconds, host, gpu, disk)
+
+    def _downloads(self, job: Job) -> tuple[float, float]:
+        """(GB fetched, GB written) by a job."""
+        if job.rule in ("download_model", "download_released"):
+            model = job.wildcards["model"]
+            sizes, source = self.sizes(model), self.config["models"][model]["source"]["source"]
+            size = 2.0 * (sizes.block * sizes.blocks + sizes.ends) / 1e9
+            return {"path": 0.0, "pypi": WHEEL_GB}.get(source, size), size
+        if job.rule == "download_text":
+            entry = self.config["texts"][job.wildcards["text"]]
+            size = C4_SHARD_GB if "c4" in entry.get("repo", "") else TEXT_GB
+            return (0.0 if entry["source"] == "path" else size), size
+        if job.rule == "download_task":
+            source = self.config["zero_shot"][job.wildcards["task"]]["source"]["source"]
+            return (TASK_GB if source == "hub" else 0.0), TASK_GB
+        return 0.0, 1e-3
+
+    def _shapes(self, device: str) -> list[dict]:
+        return [shape for shape in self.config["kernels"]["shapes"] if shape.get("device", device) == device]
+
+    def _kernels(self, device: str) -> float:
+        """Every kernel is run about thirty times, and checked in float64 once."""
+        entry, speeds = self.config["kernels"], costs.SPEEDS[device]
+        runs = 4 * (entry["repeats"] + entry["warmup"]) + 8
+        work = sum(2.0 * s["tokens"] * s["columns"] * s["rows"] for s in self._shapes(device))
+        return 8 * speeds["start"] + runs * work / speeds["products"] + 9 * work / speeds["exact"]
+
+    def _largest_product(self, device: str) -> float:
+        return max((8e-9 * 3 * s["tokens"] * max(s["columns"], s["rows"]) for s in self._shapes(device)), default=0)
+
+
+def make(
+    snakefile: Path,
+    configfiles: list[Path],
+    overrides: dict,
+    targets: list[str],
+    cores: int,
+    gpus: int,
+    bandwidth: float = 20.0,
+) -> Plan:
+    """The priced dry run of a configuration, or of some of its targets.
+
+    Timings are taken from `benchmarks` below the results folder and the folders beside it.
+
+    Raises:
+        ObrError: the workflow refuses the configuration or a target.
+    """
+    config, jobs = pending(snakefile, configfiles, overrides, targets, cores)
+    results = Path(config["results"])
+    beside = [results, *sorted(p for p in results.parent.glob("*") if p.is_dir() and p != results)]
+    known = [timing for folder in beside for timing in timings.found_under(folder)]
+    prices = Prices(config, bandwidth, known)
+    each = [prices.price(job) for job in jobs]
+    plan = total(config, jobs, each, prices, cores, gpus)
+    plan.checked = published_times(Path(snakefile).parent / "workflow/published/results.csv", jobs, each, prices)
+    return plan
+
+
+def published_times(path: Path, jobs: list[Job], each: list[Price], prices: Prices) -> list[dict]:
+    """Compressions that the paper timed on an A100, beside what they are priced at here; none on a CPU."""
+    if prices.device != "cuda" or not path.is_file():
+        return []
+    from obr.published import load, lookup, select
+
+    printed = select(load(path), source="obr", metric="compression_time_min")
+    found = []
+    for job, price in zip(jobs, each):
+        recipe = prices.recipe(job.wildcards["recipe"]) if job.rule == "compress" else None
+        if recipe and recipe.method in TIMED_IN_THE_PAPER and job.wildcards["recipe"] == f"{recipe.method}_w":
+            method, model = TIMED_IN_THE_PAPER[recipe.method], prices.config["models"][job.wildcards["model"]]
+            if model.get("published") in set(printed["model"]):
+                minutes = lookup(printed, model=model["published"], method=method)
+                row = {"model": job.wildcards["model"], "method": method, "published": minutes}
+                found.append({**row, "planned": price.seconds / 60})
+    return sorted(found, key=lambda row: (row["method"], row["published"]))
+
+
+def overrides_of(pairs: list[str]) -> dict:
+    """`KEY=VALUE` pairs as Snakemake's --config reads them: the values are YAML.
+
+    Raises:
+        ObrError: one has no equals sign.
+    """
+    import yaml
+
+    odd = [pair for pair in pairs if "=" not in pair]
+    if odd:
+        raise ObrError(f"--config {odd[0]} is not of the form KEY=VALUE; write it as {odd[0]}=VALUE.")
+    return {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def total(config: dict, jobs: list[Job], each: list[Price], prices: Prices, cores: int, gpus: int) -> Plan:
+    """The sums over priced jobs."""
+    plan = Plan(prices.device, cores, gpus if prices.device == "cuda" else 0, len(jobs), 0.0, 0.0)
+    devices = ["cuda" if job.rule in TIMED and prices.device == "cuda" else "cpu" for job in jobs]
+    on_gpu = [device == "cuda" or job.wildcards.get("device") == "cuda" for job, device in zip(jobs, devices)]
+    plan.wall = schedule(jobs, [price.seconds for price in each], on_gpu, cores, max(1, gpus))
+    by_model: dict[str, float] = defaultdict(float)
+    for job, price in zip(jobs, each):
+        rule = plan.by_rule.setdefault(job.rule, {"jobs": 0, "seconds": 0.0, "longest": 0.0, "host": 0.0, "gpu": 0.0})
+        rule["jobs"] += 1
+        rule["seconds"] += price.seconds
+        for key, value in (("longest", price.seconds), ("host", price.host), ("gpu", price.gpu)):
+            rule[key] = max(rule[key], value)
+        if job.rule in TIMED:
+            plan.busy += price.seconds
+            by_model[job.wildcards["model"]] += price.seconds
+        plan.disk, plan.fetched = plan.disk + price.disk, plan.fetched + price.fetched
+        plan.host, plan.gpu = max(plan.host, price.host), max(plan.gpu, price.gpu)
+        if job.rule == "download_model" and config["models"][job.wildcards["model"]].get("gated"):
+            plan.gated.append(config["models"][job.wildcards["model"]]["source"]["repo"])
+    plan.by_model = dict(sorted(by_model.items(), key=lambda pair: -pair[1]))
+    counts: dict[str, int] = defaultdict(int)
+    for timing in timings._of(prices.known, prices.device):
+        counts[timing.stage.split()[0]] += 1
+    plan.measured = {rule: counts[rule] for rule in plan.by_rule if rule in TIMED}
+    return plan
+
+
+def schedule(jobs: list[Job], seconds: list[float], on_gpu: list[bool], cores: int, gpus: int) -> float:
+    """Seconds until all jobs are done, if each begins as soon as its inputs, cores and a GPU are there."""
+    waiting = [len(job.after) for job in jobs]
+    next_of: dict[int, list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        for before in job.after:
+            next_of[before].append(number)
+    ready = [number for number in range(len(jobs)) if not waiting[number]]
+    running: list[tuple[float, int]] = []
+    now, free, devices = 0.0, cores, gpus
+    while ready or running:
+        for number in sorted(ready, key=lambda n: -seconds[n]):
+            if jobs[number].threads <= free and (devices or not on_gpu[number]):
+                ready.remove(number)
+                free, devices = free - jobs[number].threads, devices - on_gpu[number]
+                heapq.heappush(running, (now + seconds[number], number))
+        now, number = heapq.heappop(running)
+        free, devices = free + jobs[number].threads, devices + on_gpu[number]
+        for other in next_of[number]:
+            waiting[other] -= 1
+            if not waiting[other]:
+                ready.append(other)
+    return now
+
+
+# --- Words --------------------------------------------------------------------------------------------
+
+
+def spell(plan: Plan) -> str:
+    """The plan for people to read."""
+    if not plan.jobs:
+        return "Nothing to be done: every result is there.\n"
+    gpus = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} and " if plan.gpus else ""
+    lines = [f"{plan.jobs} jobs, about {span(plan.wall)} on {gpus}{plan.cores} cores.", ""]
+    lines.append(f"{'stage':<18}{'jobs':>6}{'hours':>9}{'longest':>10}{'host GB':>9}{'GPU GB':>8}  timed before")
+    for rule, sums in sorted(plan.by_rule.items(), key=lambda pair: -pair[1]["seconds"]):
+        timed = f"{plan.measured[rule]} jobs" if plan.measured.get(rule) else "no" if rule in plan.measured else ""
+        lines.append(
+            f"{rule:<18}{sums['jobs']:>6}{sums['seconds'] / 3600:>9.2f}{span(sums['longest']):>10}"
+            f"{sums['host']:>9.1f}{sums['gpu']:>8.1f}  {timed}".rstrip()
+        )
+    if plan.by_model:
+        hours = ", ".join(f"{model} {seconds / 3600:.2f}" for model, seconds in plan.by_model.items())
+        lines += ["", f"Device hours by model: {hours}; {plan.busy / 3600:.1f} in all."]
+    device = f", {plan.gpu:.0f} GB of a GPU" if plan.gpu else ""
+    lines.append(f"Peak memory of a job: {plan.host:.1f} GB of the host{device}.")
+    if plan.gpu > 80:
+        lines.append("Jobs above 80 GB need a larger GPU: zero-shot evaluation loads the whole model on one.")
+    lines.append(f"Disk: {plan.disk:.1f} GB. Downloads: {plan.fetched:.1f} GB.")
+    if plan.gated:
+        lines.append(f"Gated, accept the licence on the hub first: {', '.join(sorted(plan.gated))}.")
+    if any(not count for count in plan.measured.values()):
+        lines.append(f"Stages not timed before are priced by counted work at the speed of {DEVICES[plan.device]}.")
+    if plan.checked:
+        lines += ["", "Compression in minutes, the paper's on one A100 and as planned here:"]
+        lines += [
+            f"  {r['model']:<14}{r['method']:<16}{r['published']:>7.0f}{r['planned']:>7.0f}" for r in plan.checked
+        ]
+    return "\n".join(lines) + "\n"
+
+
+DEVICES = {"cpu": "a server's core", "cuda": "an A100"}
+
+
+def span(seconds: float) -> str:
+    """A time in two units at most."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def as_json(plan: Plan) -> str:
+    """The plan for programs to read."""
+    return json.dumps(asdict(plan), indent=2) + "\n"

@@ -1,0 +1,84 @@
+"""Timings of finished jobs, as Snakemake's benchmark files keep them, beside the work that each job was."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from obr import costs
+from obr.artefacts import read_artefact
+from obr.errors import ObrError
+from obr.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One finished job: its stage (with the method, for compressions), seconds and peak memory in GB."""
+
+    stage: str
+    device: str
+    work: costs.Work
+    seconds: float
+    memory: float
+
+
+def stage_of(rule: str, recipe: Recipe | None) -> str:
+    """What timings are compared by: the rule, and for compressions the method too."""
+    return f"{rule} {recipe.method}" if rule == "compress" and recipe else rule
+
+
+def found_under(results: Path) -> list[Timing]:
+    """All timings of a results folder whose artefacts still tell what was done; others are passed over."""
+    folder = Path(results) / "benchmarks"
+    timings = []
+    for path in sorted(folder.glob("*/**/*.tsv")):
+        try:
+            timing = _timing(Path(results), *path.relative_to(folder).with_suffix("").parts)
+        except (ObrError, KeyError, TypeError, ValueError):
+            continue
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                if timing and row.get("s"):
+                    timings.append(Timing(*timing, float(row["s"]), float(row["max_rss"] or 0) / 1000))
+    return timings
+
+
+def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, costs.Work] | None:
+    """(stage, device, work) of the job whose benchmark is called so; None for stages that are priced flat."""
+    if rule not in ("compress", "hessian", "perplexity", "zero_shot"):
+        return None
+    sizes = costs.sizes_in(results / "models" / names[0])
+    if sizes is None:
+        return None
+    if rule == "compress":
+        manifest = read_artefact(results / "compressed" / names[0] / names[1] / "manifest.json")
+        recipe, calibration = Recipe.parse(manifest["recipe"]), manifest["calibration"] or {"tokens": 0, "seqlen": 1}
+        work = costs.compress(sizes, recipe, calibration["tokens"], calibration["seqlen"])
+        return stage_of(rule, recipe), manifest["device"], work
+    artefact = read_artefact(results / rule / Path(*names).with_suffix(".json")) if rule != "hessian" else None
+    if rule == "perplexity":
+        return rule, artefact["device"], costs.perplexity(sizes, artefact["tokens"], artefact["seqlen"])
+    if rule == "zero_shot":
+        work = costs.zero_shot(sizes, names[2], artefact["n"], artefact["batch_size"])
+        return rule, artefact["device"], work
+    made = read_artefact(results / "hessians" / Path(*names) / "hessian.json")
+    calibration = made["calibration"]
+    return rule, made.get("device", "cpu"), costs.hessian(sizes, calibration["tokens"], calibration["seqlen"])
+
+
+def factors(timings: list[Timing], device: str, threads: dict[str, int]) -> dict[str, float]:
+    """Measured over expected seconds by stage: the median over the jobs of this device.
+
+    threads: of each rule. Stages never timed on the device are not there.
+    """
+    ratios = defaultdict(list)
+    for timing in _of(timings, device):
+        expected = timing.work.seconds(costs.SPEEDS[device], threads.get(timing.stage.split()[0], 1))
+        ratios[timing.stage].append(timing.seconds / expected)
+    return {stage: median(values) for stage, values in ratios.items()}
+
+
+def _of(timings: list[Timing], device: str) -> Iterator[Timing]:
+    return (timing for timing in timings if timing.device.split(":")[0] == device)
