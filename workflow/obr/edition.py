@@ -25,6 +25,7 @@ def transpose(raw: dict) -> None:
             texts = entry.get("perplexity")
             if texts:
                 entry["perplexity"] = edition["perplexity"][0] if isinstance(texts, str) else edition["perplexity"]
+                entry.pop("published_metrics", None)
             if entry.get("zero_shot"):
                 entry["zero_shot"] = edition["zero_shot"]
                 entry["mean"] = entry.get("mean", False) and len(edition["zero_shot"]) > 1
@@ -76,7 +77,7 @@ def _seeded(raw: dict, key: str, seed: int) -> str:
         if recipe.get("calibration"):
             recipe["calibration"] = _with_seed(raw["calibrations"], recipe["calibration"], seed)
         rotation = raw["rotations"].get(recipe.get("rotation", "none"))
-        if rotation and "source" not in rotation:
+        if rotation and rotation["kind"] != "file":
             recipe["rotation"] = _with_seed(raw["rotations"], recipe["rotation"], seed)
         if recipe.get("mask") == "random" and recipe.get("seed", 0) != seed:
             recipe["seed"] = seed
