@@ -46,6 +46,7 @@ class Hessian:
             )
         self.matrix = matrix.float()
         self.damp, self.name, self.flags = damp, name, []
+        self._tails: dict[int, tuple[Tensor, Tensor]] = {}
         self.diagonal = self.matrix.diagonal().clone()
         self.dead = self.diagonal == 0
         if self.dead.any():
@@ -84,18 +85,29 @@ class Hessian:
         """(n, n) inverse of the damped Hessian."""
         return torch.cholesky_inverse(self._factor)
 
-    @cached_property
-    def inverse_factor(self) -> Tensor:
-        """(n, n) upper U with UᵀU = H⁻¹; its trailing block from column c factors (H[c:, c:])⁻¹."""
-        factor, info = torch.linalg.cholesky_ex(self.inverse, upper=True)
-        if info.any():
-            raise ObrError(f"{self.name}: the inverse Hessian is not positive definite; use a larger damp.")
-        return factor
+    def tail(self, start: int) -> tuple[Tensor, Tensor]:
+        """Inverse of the damped Hessian's trailing block H[start:, start:], and its upper factor U.
 
-    def tail_inverse(self, start: int) -> Tensor:
-        """((n - start), (n - start)) inverse of the damped Hessian's trailing block."""
-        factor = self.inverse_factor[start:, start:]
-        return factor.T @ factor
+        Both are (n - start, n - start), with UᵀU the inverse; the U of a trailing block is also that of H's
+        inverse from `start` on.
+
+        Raises:
+            ObrError: the inverse cannot be factored.
+        """
+        if start not in self._tails:
+            inverse = self.inverse
+            if start:
+                inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped[start:, start:]))
+            factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
+            if info.any():
+                raise ObrError(f"{self.name}: the inverse Hessian is not positive definite; use a larger damp.")
+            self._tails[start] = inverse, factor
+        return self._tails[start]
+
+    @property
+    def inverse_factor(self) -> Tensor:
+        """(n, n) upper U with UᵀU = H⁻¹."""
+        return self.tail(0)[1]
 
     def loss(self, change: Tensor) -> float:
         """tr(D H Dᵀ) of `change (r, n)`, undamped H."""
@@ -125,7 +137,7 @@ def restore_rounded(weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Ten
     if not 0 < cut < weight.shape[1]:
         return right
     error = weight[:, :cut] - rounded
-    inverse = hessian.tail_inverse(cut)
+    inverse, _ = hessian.tail(cut)
     change = (error @ hessian.damped[:cut, cut:]) @ inverse
     if not kept.all():
         change -= images_on_support(inverse, change, ~kept)
@@ -147,10 +159,9 @@ def gptq_sweep(
     choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
     Returns (r, n - start) on the grid. The first block of 128 starts at the cut, so no column is lost.
     """
-    factor = hessian.inverse_factor
+    _, factor = hessian.tail(start)
     # Transposed: a column of the layer is then contiguous, and so is all that follows it.
     work, kept = weight.T[start:].contiguous(), mask.T[start:].contiguous()
-    factor = factor[start:, start:]
     width = len(work)
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)

@@ -11,7 +11,7 @@ TOLERANCE = 2e-3  # of each row's residual: leaves the loss optimal to about 1e-
 RENEW = 0.05  # the residual, in units of the target, at which bfloat16's rounding so far is taken out
 LOW_ITERATIONS = 30  # in bfloat16, to RENEW and from there to the tolerance; real layers need 9 each
 MAX_ITERATIONS = 500
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # of the right-hand sides that are worked on at a time
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # of the right-hand sides that are worked on at a time
 
 
 @cache
@@ -74,14 +74,18 @@ class _Rows:
         self.matrix, self.target, self.on = matrix, target, on
         self.solution, self.image = torch.zeros_like(target), torch.zeros_like(target)
         self.residual = target * on
-        self.direction, self.along = self.residual.clone(), torch.empty_like(target)
-        self.whole = self.power = self.residual.square().sum(1)
+        self.direction = self.residual.clone()
+        self.along, self.scratch = torch.empty_like(target), torch.empty_like(target)
+        self.whole = self.power = self._squares()
+
+    def _squares(self) -> Tensor:
+        return torch.linalg.vector_norm(self.residual, dim=1).square_()
 
     def renew(self) -> float:
         """Compute image and residual from the solution, in the matrix's own dtype; the largest residual."""
         torch.mm(self.solution, self.matrix, out=self.image)
-        self.residual = (self.target - self.image).mul_(self.on)
-        self.power = self.residual.square().sum(1)
+        torch.sub(self.target, self.image, out=self.residual).mul_(self.on)
+        self.power = self._squares()
         return float((self.power / self.whole.clamp_min(torch.finfo(self.whole.dtype).tiny)).max().sqrt())
 
     def restart(self) -> None:
@@ -100,12 +104,12 @@ class _Rows:
                 return True
             torch.mm(direction_low.copy_(self.direction), products, out=image_low)
             self.along.copy_(image_low)
-            curvature = torch.mul(self.direction, self.along).sum(1)
+            curvature = torch.mul(self.direction, self.along, out=self.scratch).sum(1)
             step = torch.where(curvature > 0, self.power / curvature, 0).unsqueeze(1)  # 0: a row of zeros
             self.solution.addcmul_(step, self.direction)
             self.image.addcmul_(step, self.along)
             self.residual.addcmul_(step, self.along.mul_(self.on), value=-1)
-            previous, self.power = self.power, self.residual.square().sum(1)
+            previous, self.power = self.power, self._squares()
             ratio = torch.where(previous > 0, self.power / previous, 0).unsqueeze(1)
             self.direction.mul_(ratio).add_(self.residual)
         return bool((self.power <= goal).all())
