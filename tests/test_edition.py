@@ -110,7 +110,7 @@ def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
     config = Config(merged("config.yaml"))
     for name, entry in config.raw["tables"].items():
         rows = [config.parsed[row] for row in config.rows(entry)]
-        if any(r.bits == 4 and r.sparsity == 0.5 for r in rows):
+        if any(r.bits == 4 and r.sparsity == 0.5 for r in rows) and not name.startswith("released"):
             settings = {r.setting[2:] for r in rows if r.bits == 4 and r.sparsity == 0.5}
             for setting in settings:
                 assert any(r.method == "gptq" and r.setting == f"W3{setting}" for r in rows), (name, setting)
@@ -120,7 +120,8 @@ def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
 
 def test_the_small_edition_has_every_table_and_quotes_nothing():
     small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
-    assert set(small.raw["tables"]) == set(Config(merged("config.yaml")).raw["tables"])
+    released = {"released_7b", "released_70b"}
+    assert set(small.raw["tables"]) == set(Config(merged("config.yaml")).raw["tables"]) - released
     assert set(small.raw["figures"]) >= {"fig1a", "fig5", "fig7"}
     for entry in [*small.raw["tables"].values(), *small.raw["figures"].values()]:
         assert entry.get("models", ["smollm2-135m"]) == ["smollm2-135m"] and "mentions" not in entry

@@ -32,7 +32,7 @@ LAYERS = [
     ["download", "texts", "tasks"],
     ["hessian"],
     ["checkpoint"],
-    ["compression"],
+    ["compression", "released"],
     ["evaluate", "zero_shot", "kernels"],
     ["published"],
     ["artefacts", "errata"],

@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         "compress", compress, "Compress a model by a recipe.",
         "entry", "model", "rotation?", "tokens?", "hessians?", "out", "activations", "compute",
     )  # fmt: skip
+    stage("download-released", download_released, "Fetch a checkpoint of the authors.", "entry", "out")
+    stage(
+        "released", released, "Verify a checkpoint of the authors and take it over.",
+        "entry", "model", "released", "out",
+    )  # fmt: skip
     stage(
         "perplexity", perplexity, "Perplexity of a checkpoint.",
         "entry", "checkpoint", "recipe?", "text", "out", "activations", "compute",
@@ -135,6 +140,7 @@ OPTIONS = {
     "shapes": _json("shapes", "the config's kernels, whose shapes a figure of kernels draws, as JSON"),
     "model": _path("model", "folder of a downloaded model"),
     "text": _path("text", "text file"),
+    "released": _path("released", "folder of a downloaded checkpoint of the authors"),
     "task": _path("task", "folder of a downloaded task"),
     "rotation": _path("rotation", "rotation file; without it the model is not rotated"),
     "tokens": _path("tokens", "file of calibration windows"),
@@ -230,6 +236,19 @@ def compress(
         rotation=rotation, tokens=tokens, hessians=hessians, dtype=dtype, device=device,
         megabytes=activations_memory,
     )  # fmt: skip
+
+
+def download_released(entry: dict, out: Path) -> None:
+    from obr.released import download_released
+
+    download_released(entry, out)
+
+
+def released(entry: dict, model: Path, released: Path, out: Path) -> None:
+    from obr.recipe import Recipe
+    from obr.released import adopt, spell
+
+    print(spell(adopt(model, released, Recipe.parse(entry), out)))
 
 
 def perplexity(

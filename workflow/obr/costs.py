@@ -194,6 +194,7 @@ CONSTANT = {
     "download_task": 5.0,
     "download_model": 12.0,
     "download_released": 12.0,
+    "released": 120.0,
     "table": 2.0,
     "figure": 4.0,
     "errata": 5.0,

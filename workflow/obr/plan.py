@@ -129,7 +129,8 @@ class Prices:
         """(GB fetched, GB written) by a job."""
         if job.rule in ("download_model", "download_released"):
             model = job.wildcards["model"]
-            sizes, source = self.sizes(model), self.config["models"][model]["source"]["source"]
+            recipe = self.config["recipes"].get(job.wildcards.get("recipe"), {})
+            sizes, source = self.sizes(model), (recipe or self.config["models"][model])["source"]["source"]
             size = 2.0 * (sizes.block * sizes.blocks + sizes.ends) / 1e9
             return {"path": 0.0, "pypi": WHEEL_GB}.get(source, size), size
         if job.rule == "download_text":

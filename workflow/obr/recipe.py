@@ -17,11 +17,12 @@ PRUNING = {
     "sparsegpt_gptq": "sparsegpt",
     "obr_rtn": None,
     "obr_gptq": None,
+    "released": None,  # nothing is computed: a checkpoint that others pruned and quantised
 }
 METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
 MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
 # Methods whose weights do not depend on calibration data.
-DATA_FREE = ("dense", "rtn", "magnitude")
+DATA_FREE = ("dense", "rtn", "magnitude", "released")
 # Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
 QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
 EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
@@ -159,6 +160,7 @@ class Recipe:
             return entry
         entry = {k: v for k, v in entry.items() if v is not None}
         entry.pop("weights", None)
+        entry.pop("source", None)  # of a released checkpoint; what it holds is checked when it is read
         for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = _build(cls, entry, name)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -24,6 +25,9 @@ except ObrError as error:
 
 RESULTS = CONFIG.results
 PUBLISHED = f"{workflow.basedir}/workflow/published/results.csv"
+
+# A pattern of the recipes that are released checkpoints; one that matches nothing where there are none.
+RELEASED = "|".join(re.escape(key) for key, r in CONFIG.parsed.items() if r.method == "released") or "(?!)"
 
 
 wildcard_constraints:

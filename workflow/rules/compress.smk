@@ -63,3 +63,59 @@ rule compress:
     shell:
         "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {params.out} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
+
+
+rule download_released:
+    output:
+        f"{RESULTS}/released/{{model}}/{{recipe}}/source.json",
+    log:
+        f"{RESULTS}/logs/download_released/{{model}}/{{recipe}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_released/{{model}}/{{recipe}}.tsv"
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=minutes(30, 10),
+    params:
+        entry=lambda wildcards: json.dumps(config["recipes"][wildcards.recipe]["source"], sort_keys=True),
+        out=subpath(output[0], parent=True),
+        code=code_of("released"),
+    shell:
+        "obr download-released --entry {params.entry:q} --out {params.out} >{log} 2>&1"
+
+
+# Recipes of the method `released` are taken over instead of computed.
+ruleorder: released > compress
+
+
+rule released:
+    input:
+        model=f"{RESULTS}/models/{{model}}/source.json",
+        released=f"{RESULTS}/released/{{model}}/{{recipe}}/source.json",
+    output:
+        manifest=f"{RESULTS}/compressed/{{model}}/{{recipe}}/manifest.json",
+        layers=f"{RESULTS}/compressed/{{model}}/{{recipe}}/layers.csv",
+    log:
+        f"{RESULTS}/logs/released/{{model}}/{{recipe}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/released/{{model}}/{{recipe}}.tsv"
+    wildcard_constraints:
+        recipe=RELEASED,
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["compress"]
+    resources:
+        mem_mb=memory(4, 3),
+        runtime=minutes(30, 10),
+    params:
+        entry=lambda wildcards: CONFIG.weight_entry(wildcards.recipe),
+        model=subpath(input.model, parent=True),
+        released=subpath(input.released, parent=True),
+        out=subpath(output.manifest, parent=True),
+        code=code_of("released"),
+    shell:
+        "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
+        "--out {params.out} >{log} 2>&1"
