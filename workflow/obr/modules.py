@@ -24,8 +24,10 @@ class QuantLinear(nn.Module):
 
     range: learned bounds of the quantiser, used where its settings ask for them. observer: called with each
     transformed input (..., n), before it is quantised or, if observes_quantised, after; Hessians are collected
-    there, behind the transform, where the weight is.
+    there, behind the transform, where the weight is. quantize: learning puts one with a gradient in its place.
     """
+
+    quantize = staticmethod(fake_quantize)
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -43,7 +45,7 @@ class QuantLinear(nn.Module):
             x = self.shift(x)
         if self.transform is not None:
             x = self.transform(x)
-        quantised = fake_quantize(x, self.activations, self.range)
+        quantised = self.quantize(x, self.activations, self.range)
         if self.observer is not None:
             self.observer(quantised if self.observes_quantised else x)
         return F.linear(quantised, self.weight, self.bias)
@@ -57,8 +59,10 @@ class KeyValueQuantizer(nn.Module):
 
     transform: (head dim), applied to keys after RoPE, and to queries unless they have their own in
     query_transform, the dual of one that is not orthogonal; scores are unchanged. key_range, value_range:
-    learned bounds of the quantisers, used where their settings ask for them.
+    learned bounds of the quantisers, used where their settings ask for them. quantize: as of QuantLinear.
     """
+
+    quantize = staticmethod(fake_quantize)
 
     def __init__(self):
         super().__init__()
@@ -75,16 +79,15 @@ class KeyValueQuantizer(nn.Module):
         if self.transform is not None:
             query = (self.query_transform or self.transform)(query)
             key = self.transform(key)
-        query = _quantize_heads(query, self.queries, None)
-        key = _quantize_heads(key, self.keys, self.key_range)
-        return query, key, _quantize_heads(value, self.values, self.value_range)
+        query = self._quantized(query, self.queries, None)
+        key = self._quantized(key, self.keys, self.key_range)
+        return query, key, self._quantized(value, self.values, self.value_range)
 
-
-def _quantize_heads(x: Tensor, settings: QuantizerSettings, bounds: Range | None) -> Tensor:
-    if settings.bits == 16:
-        return x
-    tokens = x.transpose(1, 2)
-    return fake_quantize(tokens.flatten(2), settings, bounds).view_as(tokens).transpose(1, 2)
+    def _quantized(self, heads: Tensor, settings: QuantizerSettings, bounds: Range | None) -> Tensor:
+        if settings.bits == 16:
+            return heads
+        tokens = heads.transpose(1, 2)
+        return self.quantize(tokens.flatten(2), settings, bounds).view_as(tokens).transpose(1, 2)
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):

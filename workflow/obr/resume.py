@@ -28,18 +28,7 @@ class Unfinished:
         self.out = Path(out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.folder = self.out.with_name(self.out.name + ".unfinished")
-        noted = self.folder / "run.json"
-        if noted.exists() and (there := read_json(noted)) != run:
-            differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))
-            raise ObrError(
-                f"{self.folder} holds blocks of another run (its {differing[0]} differs); "
-                "go back to those settings to finish it, or delete the folder to start anew."
-            )
-        if not noted.exists():  # nobody's: a run notes who it is before it leaves anything else
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(exist_ok=True)
-        if run is not None:
-            write_json(run, noted)
+        claim(self.folder, run)
 
     def note(self, index: int) -> dict | None:
         """What was noted of block `index` when it was finished; None if it was not."""
@@ -76,3 +65,25 @@ class Unfinished:
 
     def _note(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.json"
+
+
+def claim(folder: Path, run: dict | None, what: str = "blocks") -> None:
+    """Make `folder` this run's own, or leave what is in it if an unfinished run that equals it wrote that.
+
+    what: it holds, for messages.
+
+    Raises:
+        ObrError: it holds what another run has left.
+    """
+    noted = folder / "run.json"
+    if noted.exists() and (there := read_json(noted)) != run:
+        differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))
+        raise ObrError(
+            f"{folder} holds {what} of another run (its {differing[0]} differs); "
+            "go back to those settings to finish it, or delete the folder to start anew."
+        )
+    if not noted.exists():  # nobody's: a run notes who it is before it leaves anything else
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if run is not None:
+        write_json(run, noted)
