@@ -83,7 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     stage("errata", errata, "List what is odd in the published tables.", "published", "out")
     _plan_options(stages.add_parser("plan", help=PLAN, description=PLAN))
+    _push_options(stages.add_parser("push", help=PUSH, description=PUSH))
     return parser
+
+
+PUSH = "Publish a compressed model on the hub, with a model card."
+
+
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(stage=push)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a packed checkpoint")
+    parser.add_argument("--repo", required=True, help="owner/name on the hub")
+    parser.add_argument("--dry-run", type=Path, default=None, metavar="FOLDER", help="write it there, upload nothing")
+    parser.add_argument("--licence", default=None, help="of the base model, where the checkpoint does not record it")
+    parser.add_argument("--private", action="store_true", help="not to be seen by others")
 
 
 PLAN = "Price a run before it starts: jobs, hours, memory, disk, downloads, licences."
@@ -309,6 +322,12 @@ def figure(
     from obr.figure import draw
 
     draw(entry, recipes, models, results, published, out, (shapes or {}).get("shapes"))
+
+
+def push(checkpoint: Path, repo: str, dry_run: Path | None, licence: str | None, private: bool) -> None:
+    from obr.push import push
+
+    print(push(checkpoint, repo, dry_run, licence, private))
 
 
 def plan(

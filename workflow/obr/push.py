@@ -1,0 +1,196 @@
+"""Publishing a packed checkpoint on the hub, with a model card that says what it is, how good it is and how it was
+made."""
+
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+from obr import fetch
+from obr.artefacts import HEADINGS, number, read_artefact
+from obr.errors import ObrError
+from obr.files import become, whole_folder, write_text
+from obr.recipe import Recipe
+
+# The hub's names of licences that the models' own records spell otherwise.
+LICENCES = {"apache-2.0": "apache-2.0", "mit": "mit", "llama2": "llama2", "llama3": "llama3", "llama3.1": "llama3.1"}
+LEFT_OUT = ("*.tmp", ".*")
+
+
+def push(
+    checkpoint: Path,
+    repo: str,
+    folder: Path | None = None,
+    licence: str | None = None,
+    private: bool = False,
+) -> str:
+    """Assemble a checkpoint with its card and upload it; returns its address, with the commit.
+
+    checkpoint: `results/compressed/{model}/{recipe}`; evaluations beside it in the results folder go into the card.
+    folder: write exactly what would be uploaded there, and upload nothing; the address is then that folder.
+    licence: instead of the one recorded when the base model was fetched. HF_ENDPOINT names another hub.
+
+    Raises:
+        ObrError: no whole checkpoint, no licence known, a name that is none, or a hub that refuses.
+    """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ObrError(f"--repo {repo!r} is not the name of a hub repository; write it as owner/name.")
+    manifest = read_artefact(Path(checkpoint) / "manifest.json")
+    card = model_card(Path(checkpoint), manifest, repo, licence)
+    if folder is not None:
+        assemble(Path(checkpoint), card, folder)
+        return str(folder)
+    with whole_folder(Path(checkpoint).with_name(Path(checkpoint).name + ".push")) as temporary:
+        _fill(Path(checkpoint), card, temporary)
+        return _upload(temporary, repo, private)
+
+
+def assemble(checkpoint: Path, card: str, folder: Path) -> None:
+    """The checkpoint's files and its card in a folder of their own; large files are linked where that is possible."""
+    with whole_folder(Path(folder)) as temporary:
+        _fill(checkpoint, card, temporary)
+        become(temporary, Path(folder))
+
+
+def _fill(checkpoint: Path, card: str, folder: Path) -> None:
+    hidden = {path for pattern in LEFT_OUT for path in checkpoint.glob(pattern)}
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path not in hidden:
+            try:
+                os.link(path, folder / path.name)
+            except OSError:
+                shutil.copy2(path, folder / path.name)
+    write_text(card, folder / "README.md")
+
+
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Checkpoint and card, by obr push")
+    except fetch.hub_exceptions() as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise ObrError(
+                f"The hub does not let you write to {repo}; log in with `hf auth login` and a token that may write."
+            ) from error
+        raise fetch.hub_error(error, repo, None) from error
+    return f"{api.endpoint}/{repo} ({done.oid[:12]})"
+
+
+# --- The card -----------------------------------------------------------------------------------------
+
+
+def model_card(checkpoint: Path, manifest: dict, repo: str, licence: str | None = None) -> str:
+    """The card of a checkpoint, Markdown with the hub's metadata on top.
+
+    Raises:
+        ObrError: nothing recorded the base model's licence, and none is given.
+    """
+    recipe = Recipe.parse(manifest["recipe"])
+    source = manifest.get("source") or {}
+    licence = licence or source.get("licence")
+    if not licence:
+        raise ObrError(
+            f"{checkpoint} does not record its base model's licence; give it with --licence, such as llama2."
+        )
+    base = (source.get("source") or {}).get("repo") or (source.get("source") or {}).get("package")
+    name = repo.split("/")[1]
+    parts = [
+        _metadata(licence, base),
+        f"# {name}",
+        _what(recipe, manifest, base),
+        "## Measured\n\n" + _measured(checkpoint, manifest),
+        "## Use\n\n```python\nfrom huggingface_hub import snapshot_download\nimport obr\n\n"
+        f'model = obr.load(snapshot_download("{repo}"))  # a transformers model, weights unpacked\n```',
+        "## Recipe\n\n```json\n" + json.dumps(_told(recipe), indent=2) + "\n```\n\n" + _commands(recipe),
+        "## Licence\n\n"
+        f"The weights derive from {base or 'the base model'} and stay under its licence, {licence}; its terms on use "
+        "and naming apply to this checkpoint too.",
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(recipe, manifest)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(licence: str, base: str | None) -> str:
+    known = LICENCES.get(licence.lower())
+    lines = ["---", f"license: {known or 'other'}"]
+    lines += [] if known else [f"license_name: {json.dumps(licence)}"]
+    lines += [f"base_model: {base}", "base_model_relation: quantized"] if base and "/" in base else []
+    return "\n".join([*lines, "library_name: obr", "tags: [obr, pruning, quantization]", "---"])
+
+
+def _what(recipe: Recipe, manifest: dict, base: str | None) -> str:
+    sparsity = f"{recipe.pattern} sparsity" if recipe.pattern else f"{100 * recipe.sparsity:g} % sparsity"
+    bits, rotation = manifest["bits_per_weight"], recipe.rotation
+    calibrated = manifest.get("calibration")
+    data = f", calibrated on {calibrated['tokens']:,} tokens of {calibrated['text']}" if calibrated else ""
+    pruned = f" at {sparsity}" if recipe.sparsity else ""
+    turned = f"rotated by {rotation}" if rotation != "none" else "not rotated"
+    return (
+        f"{base or 'A model'} compressed by {recipe.method} to {recipe.setting}{pruned}, {turned}{data}. Its linear "
+        f"layers take {bits['theoretical']:.2f} bits a weight in theory and {bits['file']:.2f} in these files, which "
+        f"hold {manifest['file_bytes'] / 1e6:,.0f} MB with the 16-bit embeddings."
+    )
+
+
+def _measured(checkpoint: Path, manifest: dict) -> str:
+    """One row of what is known: every evaluation of this checkpoint in its results folder, and of the dense model."""
+    results, model, key = checkpoint.parents[2], checkpoint.parent.name, checkpoint.name
+    rows = {}
+    for label, recipe in (("dense", "dense"), (key, key)):
+        row = {}
+        for path in sorted((results / "perplexity" / model / recipe).glob("*.json")):
+            row[f"{HEADINGS.get(path.stem, path.stem)} perplexity"] = f"{number(read_artefact(path)['value']):.2f}"
+        for path in sorted((results / "zero_shot" / model / recipe).glob("*.json")):
+            score = read_artefact(path)
+            row[f"{HEADINGS.get(path.stem, path.stem)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"
+        if row:
+            rows[label] = row
+    error = manifest.get("relative_error")
+    told = (
+        f"Mean relative error of the layers' outputs on the calibration data: {error:.4f}."
+        if error is not None
+        else ""
+    )
+    if key not in rows:
+        return f"No evaluation of this checkpoint was found beside it. {told}".strip()
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [f"| | {' | '.join(columns)} |", f"| :-- |{' --: |' * len(columns)}"]
+    lines += [
+        f"| {label} | {' | '.join(row.get(column, '–') for column in columns)} |" for label, row in rows.items()
+    ]
+    return "\n".join([*lines, "", told]).strip()
+
+
+def _told(recipe: Recipe) -> dict:
+    """The recipe without what it does not set."""
+    return {
+        k: v for k, v in recipe.to_dict().items() if v is not None and not (isinstance(v, dict) and v["bits"] == 16)
+    }
+
+
+def _commands(recipe: Recipe) -> str:
+    entry = shlex.quote(json.dumps(_told(recipe), sort_keys=True))
+    flags = " --rotation ROTATION.safetensors" if recipe.rotation != "none" else ""
+    if recipe.needs_hessian:
+        flags += " --hessians HESSIANS" if recipe.hessian == "cached" else " --tokens TOKENS.safetensors"
+    return f"Made by\n\n```sh\nobr compress --entry {entry} --model MODEL{flags} --out CHECKPOINT\n```"
+
+
+def _limits(recipe: Recipe, manifest: dict) -> list[str]:
+    limits = [
+        "Weights are unpacked when they are loaded: what is saved is disk, not memory or time.",
+        "It was not aligned, filtered or tested for safety after compression; it may be worse than its base model in "
+        "ways that these numbers do not show.",
+    ]
+    if recipe.activations.bits < 16 or recipe.keys.bits < 16:
+        limits.append("Activations, keys and values are quantised in simulation, in the arithmetic of the model.")
+    if recipe.rotation != "none":
+        limits.append("Part of the rotation is computed online, so that other loaders give nonsense: use obr.load.")
+    if manifest.get("flagged_layers"):
+        limits.append(f"{manifest['flagged_layers']} layers did not go as asked; layers.csv has the reasons.")
+    return limits
