@@ -87,6 +87,11 @@ def test_results_do_not_depend_on_where_states_lie(inputs, tmp_path):
     assert values[0] == values[1]
 
 
+def test_tokens_of_another_model_are_refused(inputs):
+    with pytest.raises(ObrError, match=r"Token 512 is none of the model's 512; tokenise"):
+        perplexity(StreamedBlocks(inputs[0], device="cpu"), torch.tensor([[3, 512, 5]]))
+
+
 class Plug(Exception):
     """Pulled."""
 

@@ -79,7 +79,14 @@ class Blocks:
         tokens: (b, s). room: for what is returned. Returns the states of b windows (1, s, d) and one dictionary
         of keyword arguments a block, good for any window: the model's own forward is run over recorders in place
         of its blocks, so that position embeddings and masks are what the family makes them.
+
+        Raises:
+            ObrError: tokens that the model does not have, or no room for the states.
         """
+        if int(tokens.max()) >= (known := self.model.get_submodule(self.layout.embed).weight.shape[0]):
+            raise ObrError(
+                f"Token {int(tokens.max())} is none of the model's {known}; tokenise the text with its own tokenizer."
+            )
         parent = self.model.get_submodule(self.layout.blocks.rpartition(".")[0])
         attribute = self.layout.blocks.rpartition(".")[2]
         originals = getattr(parent, attribute)
