@@ -74,7 +74,7 @@ def random_model(config, dtype=torch.float64):
     options = {**config.to_dict(), "vocab_size": 64, "num_hidden_layers": 2}
     options.pop("layer_types", None)
     config = type(config)(**options)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.copy_(torch.rand_like(parameter) + 0.5)
@@ -82,7 +82,7 @@ def random_model(config, dtype=torch.float64):
             parameter.copy_(torch.randn_like(parameter))
         else:
             parameter.mul_(5)
-    return model
+    return model.to(dtype)
 
 
 TOKENS = torch.arange(1, 41).view(2, 20)  # without padding, whose embedding is zero

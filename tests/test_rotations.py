@@ -1,7 +1,10 @@
 """Rotations: orthogonal, and invisible at 16 bits in every family."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from transformers import MixtralConfig
 
 import obr
@@ -11,7 +14,7 @@ from obr.errors import ObrError
 from obr.hadamard import Kronecker, hadamard, known_hadamard
 from obr.layout import Dimensions, layout_of
 from obr.modules import ATTENTION, QuantLinear, wrap_block
-from obr.rotations import fold
+from obr.rotations import fold, published
 from obr.rotations.source import make
 
 
@@ -169,3 +172,10 @@ def test_a_rotation_can_be_a_file(tiny_folder, tmp_path):
         make({"kind": "file", "source": {**source, "sha256": "0" * 64}}, model, tmp_path / "no")
     with pytest.raises(ObrError, match=r"gone\.safetensors"):
         make({"kind": "file", "source": {"source": "path", "path": "gone.safetensors"}}, model, tmp_path)
+
+
+def test_the_schema_knows_all_kinds_and_formats():
+    path = Path(__file__).parents[1] / "workflow/schemas/config.schema.yaml"
+    entry = yaml.safe_load(path.read_text())["properties"]["rotations"]["additionalProperties"]["properties"]
+    assert set(rotations.KINDS) | {"file"} <= set(entry["kind"]["enum"])
+    assert set(entry["format"]["enum"]) == {"obr", *published.READERS}

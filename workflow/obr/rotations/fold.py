@@ -139,7 +139,8 @@ def fold_linear(
     if role == "up" and changes.product is not None:
         weight, bias = _outputs(weight, bias, lambda x: x * changes.product.to(x))
     if role in ("q", "k") and changes.key_scale is not None and scale_keys:
-        scale = changes.key_scale if role == "k" else 1 / changes.key_scale
+        scale = changes.key_scale.to(weight)
+        scale = scale if role == "k" else 1 / scale
         weight, bias = _outputs(weight, bias, lambda x: scaled_heads(x, scale))
     if clip and not changes.clip_first:
         weight = clipped(weight, changes.clips.get(role), changes.limits.get(role))

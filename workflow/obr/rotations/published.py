@@ -7,6 +7,7 @@ opened as data, and one that would run code is refused.
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,13 +106,14 @@ def _contents(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) and "GLOBAL" not in str(error):
+        wanted = re.search(r"GLOBAL (\S+)|reduce for unrecognized function (\S+)", str(error))
+        if wanted is None:
             raise ObrError(f"{path} is not a file that torch.save wrote; fetch it again.") from error
         raise ObrError(
-            f"{path} is refused, since it is not data alone and would run code when opened; where you trust it, "
-            "save its tensors again as a plain dictionary."
+            f"{path} is refused: it is not data alone but asks for {wanted[1] or wanted[2]}, which could run code "
+            "when it is opened; if you trust it, save its tensors again as a plain dictionary."
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, struct.error) as error:
         raise ObrError(
             f"{path} is not a file that torch.save wrote ({first_line(error)}); fetch it again."
         ) from error
@@ -248,7 +250,7 @@ def _omniquant(file: _File) -> Scaling:
     for index, layer in file.layers().items():
         for name, tensor in file.renamed(layer, names).items():
             role, _, part = name.partition(".")
-            if role in ("key", "o"):
+            if name in ("key.scale", "o.scale", "o.shift"):
                 tensor = file.by_head(tensor, f"layer {index} {name}")
             elif part.startswith("clip"):
                 if tensor.numel() % rows[role]:
