@@ -60,13 +60,6 @@ class Grid:
             return weight
         return (weight / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
 
-    def round_column(self, column: Tensor) -> Tensor:
-        """Nearest values for one column (r,) of the matrix."""
-        if self.scale is None:
-            return column
-        scale = self.scale[:, 0]
-        return (column / scale).round_().clamp_(self.low, self.high).mul_(scale)
-
     def contains(self, weight: Tensor) -> bool:
         """Whether every value of `weight (r, n)` lies on the grid (to fp32 rounding)."""
         return self.scale is None or bool(torch.allclose(self.round(weight), weight, rtol=1e-5, atol=0))

@@ -18,10 +18,11 @@ from obr.errors import ObrError
 from obr.prune import SCORES, check_mask, mask_from_scores
 from obr.quantize import Grid
 from obr.recipe import PRUNING, Pattern, Recipe
-from obr.solver import images_on_support
+from obr.solver import TOLERANCE, images_on_support
 
 BLOCK = 128  # columns of a GPTQ block
 DAMP_RETRIES = 3
+SWEPT_TOLERANCE = 1e-3  # of the solver where a GPTQ sweep follows: a fifth faster, relative errors equal to 3e-4
 
 
 class Hessian:
@@ -114,7 +115,7 @@ class Hessian:
         return float(((change @ self.matrix) * change).sum(dtype=torch.float64))
 
 
-def restore_pruned(weight: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
+def restore_pruned(weight: Tensor, hessian: Hessian, mask: Tensor, tolerance: float = TOLERANCE) -> Tensor:
     """Prune `weight (r, n)` and let the kept weights absorb the change: w_R += H_RR⁻¹ H_RE w_E (OBR, eq. 9).
 
     Solved in the dual, which is well conditioned since damping bounds the inverse: with G = H⁻¹ and E pruned,
@@ -122,10 +123,12 @@ def restore_pruned(weight: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
     """
     if mask.all():
         return weight
-    return (weight - images_on_support(hessian.inverse, weight, ~mask)).mul_(mask)
+    return (weight - images_on_support(hessian.inverse, weight, ~mask, tolerance)).mul_(mask)
 
 
-def restore_rounded(weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Tensor) -> Tensor:
+def restore_rounded(
+    weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Tensor, tolerance: float = TOLERANCE
+) -> Tensor:
     """Let the kept weights right of the cut absorb the rounding error left of it (OBR, eq. 10).
 
     weight: (r, n), pruned. rounded: (r, c), final values of the first c columns. mask: (r, n).
@@ -140,7 +143,7 @@ def restore_rounded(weight: Tensor, rounded: Tensor, hessian: Hessian, mask: Ten
     inverse, _ = hessian.tail(cut)
     change = (error @ hessian.damped[:cut, cut:]) @ inverse
     if not kept.all():
-        change -= images_on_support(inverse, change, ~kept)
+        change -= images_on_support(inverse, change, ~kept, tolerance)
     return (right + change).mul_(kept)
 
 
@@ -160,8 +163,11 @@ def gptq_sweep(
     Returns (r, n - start) on the grid. The first block of 128 starts at the cut, so no column is lost.
     """
     _, factor = hessian.tail(start)
-    # Transposed: a column of the layer is then contiguous, and so is all that follows it.
-    work, kept = weight.T[start:].contiguous(), mask.T[start:].contiguous()
+    factor = factor / factor.diagonal()[:, None]  # a column's error, divided by the diagonal, times its row
+    scale = grid.scale if grid.scale is not None else torch.ones_like(weight[:, :1])
+    # Transposed: a column of the layer is then contiguous, and so is all that follows it. In units of the scale:
+    # rounding is then to integers, and the carrying on of errors is linear in each row.
+    work, kept = (weight / scale).T[start:].contiguous(), mask.T[start:].to(weight.dtype).contiguous()
     width = len(work)
     for first in range(0, width, BLOCK):
         last = min(first + BLOCK, width)
@@ -170,15 +176,17 @@ def gptq_sweep(
         for i in range(last - first):
             if choose is not None and (first + i) % choose_every == 0:
                 span = slice(first + i, min(first + i + choose_every, last))
-                kept[span] = choose(work[span].T, start + first + i).T
-            column = block[i].clone()
-            block[i] = grid.round_column(column) * kept[first + i]
-            errors[i] = (column - block[i]) / local[i, i]
+                kept[span] = choose(work[span].T * scale, start + first + i).T.to(kept.dtype)
+            errors[i] = block[i]
+            if grid.scale is not None:
+                block[i].round_().clamp_(grid.low, grid.high)
+            block[i].mul_(kept[first + i])
+            errors[i].sub_(block[i])
             block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
         work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
     if choose is not None:
-        mask[:, start:] = kept.T
-    return work.T.contiguous()
+        mask[:, start:] = kept.T.bool()
+    return work.T * scale
 
 
 def round_to_nearest(weight, hessian, mask, grid, **_):
@@ -202,10 +210,10 @@ def obr_rtn(weight, hessian, mask, grid, *, alpha=0.5, **_):
 
 def obr_gptq(weight, hessian, mask, grid, *, alpha=0.5, **_):
     """OBR with a GPTQ sweep right of the cut."""
-    weight = restore_pruned(weight, hessian, mask)
+    weight = restore_pruned(weight, hessian, mask, SWEPT_TOLERANCE)
     cut = int(alpha * weight.shape[1])
     left = grid.round(weight[:, :cut]) * mask[:, :cut]
-    right = restore_rounded(weight, left, hessian, mask)
+    right = restore_rounded(weight, left, hessian, mask, SWEPT_TOLERANCE)
     swept = gptq_sweep(torch.cat([left, right], dim=1), hessian, grid, mask, start=cut)
     return torch.cat([left, swept], dim=1)
 
