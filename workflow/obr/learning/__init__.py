@@ -9,10 +9,14 @@ from pathlib import Path
 
 from obr import rotations
 from obr.errors import ObrError
+from obr.learning import ostquant, spinquant
 from obr.learning.task import Task
 from obr.rotations import Rotation
 
-LEARNERS: dict[str, Callable[[Task], tuple[Rotation, list[dict]]]] = {}
+LEARNERS: dict[str, Callable[[Task], tuple[Rotation, list[dict]]]] = {
+    "spinquant": spinquant.learn,
+    "ostquant": ostquant.learn,
+}
 
 
 def learn_rotation(
@@ -35,7 +39,7 @@ def learn_rotation(
         raise ObrError(f"Rotation {entry['kind']!r} is not learned; those that are: {', '.join(LEARNERS)}.")
     task = Task.of(entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32)
     rotation, curve = LEARNERS[entry["kind"]](task)
-    rotation.options["learned"] = {**entry["learn"], "windows": list(task.windows.shape), "text": task.about}
+    rotation.options["learned"] = {**entry["learn"], "seed": task.seed, "calibration": task.about}
     rotation.check("what was learned")
     write(curve, Path(out).with_suffix(".csv"))
     rotations.save(rotation, Path(out))

@@ -1,0 +1,95 @@
+"""OSTQuant (Hu et al., arXiv 2501.13987): rotations and scales that keep the quantised model's likeliest tokens."""
+
+import torch
+from torch import Tensor
+
+from obr.activations import Room
+from obr.layout import Dimensions
+from obr.learning import straight_through
+from obr.learning.stiefel import RiemannianAdam
+from obr.learning.task import Task
+from obr.learning.whole_model import Descent, Network, Objective, polished
+from obr.rotations.ostquant import OSTQuant
+
+
+def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
+    """R_res, R_ov from random Hadamard matrices, all scales from one, by RiemannianAdam on the KL-Top loss.
+
+    Own settings: steps, batch, every, keep_every, recompute as SpinQuant's; lr (of rotations) and lr_scales,
+    cosine to 0; top (k of KL-Top); renormalised (probabilities over the top k only); online_query_key (a Hadamard
+    transform of queries and keys). Key scales are one within each RoPE pair, so that the 16-bit model stays what
+    it was.
+    """
+    settings = task.settings(
+        steps=100, batch=8, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False, online_query_key=False,
+        every=10, keep_every=10, recompute=False,
+    )  # fmt: skip
+    rotation = OSTQuant.draw(task.dimensions, task.seed)
+    if not settings.online_query_key:
+        del rotation.transforms["query_key"]
+    rotation.to(task.device)
+    leaves = {name: leaf.requires_grad_() for name, leaf in _leaves(rotation).items()}
+    network = Network(task, straight_through.flowing, settings.recompute)
+    teacher = network.teach(torch.cat([task.windows, task.held_out]), Room(folder=task.kept.folder))
+    descent = Descent(
+        task,
+        network,
+        rotation,
+        Objective(
+            lambda logits, states: kl_top(logits, network.logits(states), settings.top, settings.renormalised),
+            lambda windows, places: torch.cat([teacher[int(place)] for place in places]),
+        ),
+        leaves,
+        _optimizer(leaves, settings.lr, settings.lr_scales),
+        steps=settings.steps,
+        batch=settings.batch,
+        every=settings.every,
+        keep_every=settings.keep_every,
+        place=lambda values: _placed(values, task.dimensions),
+    )
+    curve = descent.run()
+    rotation.seed = None
+    return polished(rotation), curve
+
+
+def kl_top(logits: Tensor, teacher: Tensor, top: int, renormalised: bool = False) -> Tensor:
+    """KL-Top of logits (t, v) to a teacher's (t, v): Σ_i p_i (log p_i - log q_i) over its k likeliest, summed over t.
+
+    renormalised: p and q are of these k alone; otherwise of the whole vocabulary, and the sum is no divergence
+    unless k is v.
+    """
+    best = teacher.detach().topk(min(top, teacher.shape[-1]), dim=-1)
+    if renormalised:
+        p, q = best.values.log_softmax(-1), logits.gather(-1, best.indices).log_softmax(-1)
+    else:
+        p, q = (_log_probabilities(x, best.indices) for x in (teacher.detach(), logits))
+    return (p.exp() * (p - q)).sum()
+
+
+def _log_probabilities(logits: Tensor, indices: Tensor) -> Tensor:
+    return logits.gather(-1, indices) - logits.logsumexp(-1, keepdim=True)
+
+
+def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:
+    """What is learned, by name: rotations as drawn, scales of one; of S_qk (k, m) only what RoPE pairs share."""
+    leaves = {}
+    for name, tensor in rotation.parameters.items():
+        if name.endswith("S_qk"):
+            heads = 1 if rotation.dimensions.normed_heads else len(tensor)
+            tensor = tensor[:heads, : tensor.shape[1] // 2]
+        leaves[name] = torch.ones_like(tensor, dtype=torch.float32) if ".S_" in name else tensor.float()
+    return leaves
+
+
+def _placed(leaves: dict[str, Tensor], dimensions: Dimensions) -> dict[str, Tensor]:
+    """The rotation's parameters of what is learned: key scales (k, m) repeated over heads and RoPE pairs."""
+    return {
+        name: leaf.repeat(1, 2).expand(dimensions.kv_heads, -1) if name.endswith("S_qk") else leaf
+        for name, leaf in leaves.items()
+    }
+
+
+def _optimizer(leaves: dict[str, Tensor], lr: float, lr_scales: float) -> RiemannianAdam:
+    turned = [leaf for name, leaf in leaves.items() if ".S_" not in name]
+    scales = [leaf for name, leaf in leaves.items() if ".S_" in name]
+    return RiemannianAdam([{"params": turned}, {"params": scales, "lr": lr_scales, "flat": True}], lr)

@@ -1,0 +1,232 @@
+"""Learning over a whole model: its outputs as a function of a rotation, and the loop that descends."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from obr.activations import Activations, Room
+from obr.hadamard import Kronecker
+from obr.learning import straight_through
+from obr.learning.stiefel import nearest
+from obr.learning.task import Task
+from obr.model import StreamedBlocks, advance
+from obr.modules import set_quantizers
+from obr.rotations import Rotation, fold
+
+TOKENS = 512  # whose logits, a vocabulary wide each, exist at a time
+
+# Logits (t, v) of some tokens and what they should be (t, …) -> sum of the loss over the tokens.
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class Network:
+    """A model whose blocks are folded and quantised anew in every pass, with gradients on the rotation's parameters.
+
+    quantise: `straight_through.passed` or `.flowing`. recompute: keep only what enters each block, and compute
+    it again on the way back. Weights, folds and hidden states are float32; products are of `task.dtype`.
+    """
+
+    def __init__(self, task: Task, quantise: Callable, recompute: bool = False):
+        self.task, self.recompute = task, recompute
+        self.source = StreamedBlocks(task.model, None, torch.float32, task.device)
+        self.layout = self.source.layout
+        self.blocks = [self.source.load(index) for index in range(len(self.source))]
+        self.plain = [{n: p.detach() for n, p in block.named_parameters()} for block in self.blocks]
+        self.quantise = quantise
+
+    def teach(self, windows: Tensor, room: Room | None = None) -> Activations:
+        """Last hidden states, b of (1, s, d), of the 16-bit model; to be had before the first rotated pass."""
+        with torch.no_grad(), self._products():
+            hidden, arguments = self.source.embed(windows, room)
+            for block, own in zip(self.blocks, arguments, strict=True):
+                advance(block, hidden, own)
+        return hidden
+
+    def __call__(self, rotation: Rotation, windows: Tensor) -> Tensor:
+        """Last hidden states (b, s, d) of the rotated and quantised model, turned back; windows: (b, s) tokens."""
+        embedded, arguments = self.source.embed(windows)
+        states, residual = torch.cat(list(embedded)).float(), rotation.residual()
+        if residual is not None:
+            states = residual(states)
+        for index in range(len(self.blocks)):
+            if self.recompute and torch.is_grad_enabled():
+                states = checkpoint(self._block, index, rotation, states, arguments[index], use_reentrant=False)
+            else:
+                states = self._block(index, rotation, states, arguments[index])
+        return states if residual is None else Kronecker.right(residual.factors())(states)
+
+    def _block(self, index: int, rotation: Rotation, states: Tensor, arguments: dict) -> Tensor:
+        block, recipe = self.blocks[index], self.task.recipe
+        changes = rotation.changes(index)
+        new = fold.fold_block(self.plain[index], changes, self.layout, dtype=torch.float32)
+        fold.attach(block, changes, self.layout)
+        set_quantizers(block, self.layout, recipe)
+        straight_through.swap(block, self.quantise)
+        for path in self.layout.linears:
+            new[f"{path}.weight"] = self._weight(new[f"{path}.weight"])
+        with self._products():
+            out = functional_call(block, new, (states,), arguments)
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        if self.quantise is straight_through.flowing:
+            return straight_through.flowing_weight(weight, self.task.recipe.bits)
+        return straight_through.passed_weight(weight, self.task.recipe.bits, self.task.recipe.clip)
+
+    def _products(self):
+        """Products of matrices in the task's dtype."""
+        return torch.autocast(self.source.device.type, self.task.dtype, enabled=self.task.dtype != torch.float32)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(t, v) in float32, from last hidden states (t, d)."""
+        with self._products():
+            return self.source.logits(states).float()
+
+    def loss(self, states: Tensor, aims: Tensor, criterion: Criterion, backward: bool = False) -> float:
+        """Mean loss over tokens whose last hidden states are (t, d); aims (t, …): what belongs to each.
+
+        backward: pass gradients on too; those of the logits exist for TOKENS tokens at a time.
+        """
+        leaf, total = states.detach().requires_grad_(backward), 0.0
+        for part, aim in zip(leaf.split(TOKENS), aims.split(TOKENS), strict=True):
+            with torch.set_grad_enabled(backward):
+                loss = criterion(self.logits(part), aim) / len(states)
+            if backward:
+                loss.backward()
+            total += float(loss.detach())
+        if backward:
+            states.backward(leaf.grad)
+        return total
+
+
+@dataclass
+class Objective:
+    """What a network is to do: after tokens of windows, say what `aims` tells of them, as `criterion` measures it.
+
+    aims: (the windows' tokens (b, s), their places among all windows, those learned from first) -> (b, t, …) for
+    the first t ≤ s tokens of each.
+    """
+
+    criterion: Criterion
+    aims: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Descent:
+    """The loop: batches of windows, a step of the optimiser for each, and from time to time a look at `held_out`.
+
+    leaves: what is learned. place: makes the rotation's parameters of them. steps, batch (windows), every (steps
+    between looks), keep_every (steps between states kept for a restart): counts. factor: of the learning rates,
+    by step.
+    """
+
+    task: Task
+    network: Network
+    rotation: Rotation
+    objective: Objective
+    leaves: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    steps: int
+    batch: int
+    every: int
+    keep_every: int
+    generator: torch.Generator | None = None
+    place: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    factor: Callable[[float], float] = lambda done: 0.5 * (1 + cos(pi * done))
+
+    def run(self) -> list[dict]:
+        """All steps, those that an interrupted run has taken left out; returns the curve."""
+        step, curve, recent = self._resume()
+        rates, started, resumed = [group["lr"] for group in self.optimizer.param_groups], time.monotonic(), step
+        if not curve:
+            curve.append(self._look(0, None))
+        while step < self.steps:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * self.factor(step / self.steps)
+            recent.append(self._step(step))
+            step += 1
+            if step % self.every == 0 or step == self.steps:
+                curve.append(self._look(step, sum(recent) / len(recent)))
+                recent.clear()
+                left = (time.monotonic() - started) / (step - resumed) * (self.steps - step)
+                print(f"{self.steps - step} steps left, about {left:.0f} s", file=sys.stderr, flush=True)
+            if step % self.keep_every == 0 or step == self.steps:
+                self._keep(step, curve, recent)
+        self.rotation.parameters = {name: p.detach() for name, p in self.place(self.leaves).items()}
+        return curve
+
+    def _step(self, step: int) -> float:
+        chosen = drawn(len(self.task.windows), self.batch, step, self.task.seed)
+        self.optimizer.zero_grad()
+        loss = self._loss(self.task.windows[chosen], chosen, backward=True)
+        self.optimizer.step()
+        return loss
+
+    def _loss(self, windows: Tensor, places: Tensor, backward: bool = False) -> float:
+        aims = self.objective.aims(windows, places).to(self.network.source.device)
+        with torch.set_grad_enabled(backward):
+            self.rotation.parameters = self.place(self.leaves)
+            states = self.network(self.rotation, windows)[:, : aims.shape[1]]
+            return self.network.loss(states.flatten(0, 1), aims.flatten(0, 1), self.objective.criterion, backward)
+
+    def _look(self, step: int, loss: float | None) -> dict:
+        """A line of the curve, with the mean loss over the held-out windows."""
+        held_out, first = self.task.held_out, len(self.task.windows)
+        places = torch.arange(first, first + len(held_out))
+        parts = zip(held_out.split(self.batch), places.split(self.batch), strict=True)
+        total = sum(self._loss(windows, where) * len(windows) for windows, where in parts)
+        row = {"step": step, "loss": loss, "held_out": total / len(held_out)}
+        row = {name: value for name, value in row.items() if value is not None}
+        self.task.report(row)
+        return row
+
+    def _keep(self, step: int, curve: list[dict], recent: list[float]) -> None:
+        tensors = {f"leaf.{name}": leaf for name, leaf in self.leaves.items()}
+        for index, leaf in enumerate(self.leaves.values()):
+            state = self.optimizer.state.get(leaf, {})
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        if self.generator is not None:
+            tensors["generator"] = self.generator.get_state()
+        self.task.kept.write(tensors, {"step": step, "curve": curve, "recent": recent})
+
+    @torch.no_grad()
+    def _resume(self) -> tuple[int, list[dict], list[float]]:
+        """(steps taken, curve, losses since its last line) of an interrupted run, its state put in place."""
+        found = self.task.kept.read()
+        if found is None:
+            return 0, [], []
+        tensors, note = found
+        for index, (name, leaf) in enumerate(self.leaves.items()):
+            leaf.copy_(tensors[f"leaf.{name}"])
+            prefix = f"optimizer.{index}."
+            for key in (key for key in tensors if key.startswith(prefix)):
+                self.optimizer.state[leaf][key.removeprefix(prefix)] = tensors[key].to(leaf.device)
+        if self.generator is not None:
+            self.generator.set_state(tensors["generator"])
+        return note["step"], note["curve"], note["recent"]
+
+
+def drawn(count: int, batch: int, step: int, seed: int) -> Tensor:
+    """Places (batch,) of the windows of a step, out of `count`: all in random order, then all in another."""
+    places = range(step * batch, (step + 1) * batch)
+    orders = {epoch: _order(count, epoch, seed) for epoch in {place // count for place in places}}
+    return torch.stack([orders[place // count][place % count] for place in places])
+
+
+def _order(count: int, epoch: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(100_003 * seed + epoch))
+
+
+def polished(rotation: Rotation) -> Rotation:
+    """The rotation with its orthogonal parameters made so to float32, whatever error steps have left."""
+    for name, parameter in rotation.expected().items():
+        if parameter.must == "orthogonal":
+            rotation.parameters[name] = nearest(rotation.parameters[name].double()).float()
+    return rotation
