@@ -55,13 +55,13 @@ def _measure(folder: Path, sizes: dict, blocks: int, windows: int, seqlen: int) 
     threads = ["--threads", machine()["threads"]]
     model = ["--model", inputs.model]
     stages = {
-        "rotation": ["download-rotation", "--entry", {"kind": "quarot"}, *model, "--out", inputs.rotation],
-        "calibration": ["calibrate", "--entry", spec, *model, "--text", inputs.text, "--out", inputs.tokens],
-        f"compression of {counted(blocks, 'block')}, sequential": [
+        "Rotation": ["download-rotation", "--entry", {"kind": "quarot"}, *model, "--out", inputs.rotation],
+        "Calibration windows": ["calibrate", "--entry", spec, *model, "--text", inputs.text, "--out", inputs.tokens],
+        f"Compression of {counted(blocks, 'block')}, sequential": [
             "compress", "--entry", entry, *model, "--rotation", inputs.rotation, "--tokens", inputs.tokens,
             "--out", out, *threads,
         ],
-        "perplexity": [
+        "Perplexity": [
             "perplexity", "--entry", evaluated, "--checkpoint", out, "--text", inputs.text,
             "--out", folder / "perplexity.json", *threads,
         ],

@@ -34,14 +34,14 @@ def measure_model(folder: Path, sizes: dict, windows: int, seqlen: int) -> list[
     evaluated = {"seqlen": seqlen, "tokens": windows * seqlen}
     stages = {
         "Hessians": ["hessian", *rotated, "--tokens", inputs.tokens, "--out", hessians],
-        "compression, cached": [
+        "Compression, cached": [
             "compress", "--entry", {**RECIPE, "hessian": "cached"}, *rotated, "--hessians", hessians, "--out", cached,
         ],
-        "compression, sequential": [
+        "Compression, sequential": [
             "compress", "--entry", {**RECIPE, "hessian": "sequential"}, *rotated, "--tokens", inputs.tokens,
             "--out", sequential,
         ],
-        "perplexity": [
+        "Perplexity": [
             "perplexity", "--entry", evaluated, "--checkpoint", sequential, "--text", inputs.text,
             "--out", folder / "perplexity.json",
         ],

@@ -24,7 +24,7 @@ NAMES = {"obr_gptq": "OBR_GPTQ", "obr_rtn": "OBR_RTN"}
 
 def draw(name: str, frame: pd.DataFrame, stem: Path) -> None:
     """Draw one measurement to `stem`.pdf and .png (300 dpi)."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "axes.axisbelow": True}):
         figure = PLOTS[name](frame)
         for suffix in ("pdf", "png"):
             with whole(stem.with_suffix(f".{suffix}")) as partial:
@@ -40,7 +40,7 @@ def ratio(frame: pd.DataFrame) -> Figure:
     """How many times as long the loop over rows takes, one group of bars a shape."""
     kinds = list(frame.groupby(["method", "threads"]).groups)
     shapes = frame[["layer", "rows", "columns"]].drop_duplicates()
-    figure, (axes,) = _figure(2.6)
+    figure, (axes,) = _figure(2.8)
     width = 0.8 / len(kinds)
     for i, (method, threads) in enumerate(kinds):
         part = shapes.merge(frame[(frame["method"] == method) & (frame["threads"] == threads)])
@@ -60,7 +60,7 @@ def ratio(frame: pd.DataFrame) -> Figure:
     axes.set_ylabel("Time of the loop over rows ÷ ours")
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
-    axes.legend(frameon=False, loc="upper left")
+    figure.legend(loc="outside upper center", ncols=len(kinds), frameon=False)
     return figure
 
 
@@ -88,7 +88,7 @@ def memory(frame: pd.DataFrame) -> Figure:
     axes.xaxis.set_major_locator(FixedLocator(sorted(frame["blocks"].unique())))
     axes.set_xlabel("Blocks of the model")
     axes.set_ylabel("Peak resident memory (MB)")
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="lower center", ncols=2)
     return figure
 
 
@@ -101,7 +101,7 @@ def scaling(frame: pd.DataFrame) -> Figure:
     figure, panels = _figure(2.5, len(groups))
     for axes, (varied, part), colour in zip(panels, groups, COLOURS, strict=False):
         spread = [part["time_s"] - part["time_min_s"], part["time_max_s"] - part["time_s"]]
-        axes.errorbar(part["size"], part["time_s"], spread, marker="o", color=colour, capsize=2)
+        axes.errorbar(part["size"], part["time_s"], spread, marker="o", markersize=3.5, color=colour, capsize=1.5)
         last, slope = part.iloc[-1], REFERENCES[varied]
         line = last["time_s"] * (part["size"] / last["size"]) ** slope
         axes.plot(part["size"], line, "--", color="0.4", linewidth=0.9, label=f"slope {slope}")
@@ -109,8 +109,7 @@ def scaling(frame: pd.DataFrame) -> Figure:
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(part["size"].tolist()))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
-        axes.tick_params(axis="x", rotation=45)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
         axes.set_xlabel(varied.capitalize())
         axes.set_title(subject(last))
         axes.legend(frameon=False)

@@ -43,8 +43,12 @@ def _markdown(rows: list[dict]) -> str:
 
 
 def _seconds(row: pd.Series, name: str) -> str:
-    value, low, high = (row[f"{name}{part}_s"] for part in ("", "_min", "_max"))
-    return f"{value:.3g}" if low == high else f"{value:.3g} ({low:.3g}–{high:.3g})"
+    value, low, high = (_three_figures(row[f"{name}{part}_s"]) for part in ("", "_min", "_max"))
+    return value if low == high else f"{value} ({low}–{high})"
+
+
+def _three_figures(seconds: float) -> str:
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"
 
 
 def _restoration(frame: pd.DataFrame) -> str:
@@ -67,8 +71,9 @@ def _restoration(frame: pd.DataFrame) -> str:
 def _stages(frame: pd.DataFrame) -> str:
     rows = [{"Stage": plots.STAGES[row["stage"]], "Seconds": _seconds(row, "time")} for _, row in frame.iterrows()]
     seconds = frame.set_index("stage")["time_s"]
+    first = frame.iloc[0]
     return (
-        f"{frame['model'].iloc[0]}, {frame['tokens'].iloc[0]:,} tokens, {frame['layers'].iloc[0]} layers.\n\n{_markdown(rows)}\n\n"
+        f"{first['model']}, {first['tokens']:,} tokens, {first['layers']} layers.\n\n{_markdown(rows)}\n\n"
         f"Restoration takes {seconds['restoration'] / seconds['passes']:.2f} times the forward passes."
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import row_loop
+import published_loop
 from layers import made_layer, real_layer
 from obr.errors import ObrError
 from obr.quantize import Grid
@@ -30,7 +30,7 @@ def measure(results: Path | None, repeats: int, large: int, threads: tuple[int, 
 
     results: of `make demo`, for the real layers; None leaves them out. large: width of the made layer.
     """
-    layers = {f"made, {large}": lambda: made_layer(large, large)}
+    layers = {"made, spectrum 1/i": lambda: made_layer(large, large)}
     if results is not None:
         layers = {
             "down_proj": lambda: real_layer(results, 15, "mlp.down_proj", "down"),
@@ -65,7 +65,7 @@ def compare(weight: Tensor, matrix: Tensor, method: str, repeats: int) -> dict:
     ours, mask, scale = solver(weight, matrix, method)
     if rows * columns**3 < LONG_LOOP:
         sample = torch.arange(rows)
-        sides = {"ours": ours, "loop": lambda: getattr(row_loop, method)(weight, matrix, mask, scale)}
+        sides = {"ours": ours, "loop": lambda: getattr(published_loop, method)(weight, matrix, mask, scale)}
         seconds, result = alternately(sides, repeats)
     else:
         sample = torch.arange(0, rows, max(1, rows // LOOP_ROWS))[:LOOP_ROWS]
@@ -93,16 +93,16 @@ def compare(weight: Tensor, matrix: Tensor, method: str, repeats: int) -> dict:
 def _scaled_loop(weight, matrix, mask, scale, sample: Tensor, method: str) -> tuple[list[float], Tensor]:
     """Seconds the whole loop would take, and its result on the sampled rows."""
     rows, cut = len(weight), weight.shape[1] // 2
-    (once,), hessian = timed(lambda: row_loop.damped(matrix), 1)
+    (once,), hessian = timed(lambda: published_loop.damped(matrix), 1)
     (looped,), restored = timed(
-        lambda: row_loop.restored_rows(weight[sample], hessian, mask[sample], scale[sample]), 1
+        lambda: published_loop.restored_rows(weight[sample], hessian, mask[sample], scale[sample]), 1
     )
     total = once + looped * rows / len(sample)
     if method == "obr_rtn":
-        return [total], row_loop.rounded(restored, scale[sample])
-    (factored,), factor = timed(lambda: row_loop.inverse_factor(hessian), 1)
+        return [total], published_loop.rounded(restored, scale[sample])
+    (factored,), factor = timed(lambda: published_loop.inverse_factor(hessian), 1)
     filled = weight * mask  # of the other rows: the sweep's cost does not depend on values
     filled[sample] = restored
-    (sweeping,), right = timed(lambda: row_loop.swept(filled, factor, mask, scale, cut), 1)
-    left = row_loop.rounded(restored[:, :cut], scale[sample])
+    (sweeping,), right = timed(lambda: published_loop.swept(filled, factor, mask, scale, cut), 1)
+    left = published_loop.rounded(restored[:, :cut], scale[sample])
     return [total + factored + sweeping], torch.cat([left, right[sample]], dim=1)

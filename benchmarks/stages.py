@@ -44,8 +44,10 @@ def measure(model: Path, rotation: Path, tokens: Path, scratch: Path, repeats: i
     seconds["restoration"] = [sum(taken) for taken in layers]
     seconds["sequential"] = [_sequential(model, rotation, tokens, scratch) for _ in range(max(1, repeats // 2))]
     return [
-        {"model": model.name, "stage": name, **summary("time", taken), "repeats": len(taken), "tokens": windows.numel(),
-         "layers": len(layers[0]), **machine()}
+        {
+            "model": model.name, "stage": name, **summary("time", taken), "repeats": len(taken),
+            "tokens": windows.numel(), "layers": len(layers[0]), **machine(),
+        }
         for name, taken in seconds.items()
     ]  # fmt: skip
 

@@ -1,0 +1,101 @@
+"""The benchmark command: every part runs, at sizes that take seconds; what it says of equality and memory is true."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from obr.errors import ObrError
+from obr.restoration import restore
+from test_restoration import layer
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+PARTS = ["restoration", "scaling", "stages", "memory", "large"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """Results of the quick run of everything."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    command = [sys.executable, FOLDER / "run.py", "--quick", "--threads", "1", "--out", folder]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of the benchmarks by name; they import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_every_part_leaves_a_table_and_figures(out):
+    page = (out / "benchmarks.md").read_text()
+    for part in PARTS:
+        frame = pd.read_csv(out / f"{part}.csv")
+        assert len(frame) and frame["cpu"].notna().all() and (frame["threads"] == 1).all(), part
+        assert not frame.drop(columns="layer", errors="ignore").isna().any(axis=None), part
+    for part in ("restoration", "scaling", "stages", "memory"):
+        assert (out / f"{part}.pdf").read_bytes().startswith(b"%PDF") and f"({part}.png)" in page
+        assert (out / f"{part}.png").stat().st_size > 10_000
+    assert not [path for path in out.iterdir() if path.is_dir()], "models made on the way stay behind"
+
+
+def test_times_and_peaks_are_of_this_world(out):
+    for part, column in (("restoration", "ours_s"), ("scaling", "time_s"), ("stages", "time_s")):
+        assert (pd.read_csv(out / f"{part}.csv")[column] > 0).all(), part
+    peaks = pd.concat([pd.read_csv(out / f"{part}.csv")["peak_mb"] for part in ("memory", "large")])
+    assert peaks.between(100, 4000).all()  # torch alone takes more than the least
+
+
+@pytest.mark.parametrize("method", ["obr_gptq", "obr_rtn"])
+@pytest.mark.parametrize("columns", [96, 320])
+def test_the_timed_loop_gives_what_the_library_gives(module, method, columns):
+    weight, matrix = layer(8, columns)
+    ours = restore(weight, matrix, method)
+    loop = getattr(module("published_loop"), method)(weight, matrix, ours.mask, ours.scale)
+    assert torch.isclose(loop, ours.weight, atol=1e-6).float().mean() > 0.99
+
+
+def test_a_loop_timed_on_some_rows_gives_these_rows(module, monkeypatch):
+    restoration = module("restoration")
+    weight, matrix = module("layers").made_layer(64, 128)
+    whole = restoration.compare(weight, matrix, "obr_gptq", 1)
+    monkeypatch.setattr(restoration, "LONG_LOOP", 0)
+    sampled = restoration.compare(weight, matrix, "obr_gptq", 1)
+    assert (whole["loop_rows_timed"], sampled["loop_rows_timed"]) == (64, 32)
+    assert sampled["error_ratio"] == pytest.approx(1, abs=1e-3)
+
+
+def test_unequal_results_are_not_compared(module, monkeypatch):
+    restoration = module("restoration")
+    monkeypatch.setitem(restoration.METHODS, "obr_gptq", restoration.METHODS["wanda"])
+    with pytest.raises(ObrError, match="must be equal"):
+        restoration.compare(*layer(8, 96), "obr_gptq", 1)
+
+
+def test_a_peak_is_the_stages_own(module):
+    """Not that of the process that started it, which holds 800 MB here."""
+    held = torch.ones(200_000_000)
+    peak = module("peak").run_stage("--help")["peak_mb"]
+    assert held.sum() > 0 and 5 < peak < 300
+
+
+def test_a_stage_that_fails_says_why(module):
+    with pytest.raises(ObrError, match="nosuch"):
+        module("peak").run_stage("calibrate", "--entry", {}, "--model", "nosuch", "--text", "nosuch", "--out", "x")
+
+
+def test_a_large_model_is_refused_where_there_is_no_room(module, monkeypatch, tmp_path):
+    large = module("large")
+    monkeypatch.setattr(large.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
+    with pytest.raises(ObrError, match=r"31 GB at .* 1 GB are free"):
+        large.measure(tmp_path)
+    assert not list(tmp_path.iterdir())
