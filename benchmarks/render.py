@@ -74,7 +74,8 @@ def _stages(frame: pd.DataFrame) -> str:
     first = frame.iloc[0]
     return (
         f"{first['model']}, {first['tokens']:,} tokens, {first['layers']} layers.\n\n{_markdown(rows)}\n\n"
-        f"Restoration takes {seconds['restoration'] / seconds['passes']:.2f} times the forward passes."
+        f"Restoration takes {seconds['restoration'] / seconds['passes']:.2f} times the forward passes; "
+        f"the sequential run peaks at {first['sequential_peak_mb']:.0f} MB of resident memory."
     )
 
 

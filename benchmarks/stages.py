@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from obr import data, hessian
 from obr.model import advance, block_file
@@ -40,34 +41,42 @@ def measure(model: Path, rotation: Path, tokens: Path, scratch: Path, repeats: i
             matrices.clear()
 
     seconds = {"passes": timed(passes, repeats)[0], "Hessians": timed(collected, repeats)[0]}
-    layers = [_restoration(model, rotation, cached) for _ in range(repeats)]
-    seconds["restoration"] = [sum(taken) for taken in layers]
-    seconds["sequential"] = [_sequential(model, rotation, tokens, scratch) for _ in range(max(1, repeats // 2))]
+    restored = [_restoration(model, rotation, cached) for _ in range(repeats)]
+    seconds["restoration"] = [taken for taken, _ in restored]
+    whole = [_sequential(model, rotation, tokens, scratch) for _ in range(max(1, repeats // 2))]
+    seconds["sequential"] = [run["seconds"] for run in whole]
+    about = {
+        "tokens": windows.numel(), "layers": restored[0][1],
+        "sequential_peak_mb": max(run["peak_mb"] for run in whole), **machine(),
+    }  # fmt: skip
     return [
-        {
-            "model": model.name, "stage": name, **summary("time", taken), "repeats": len(taken),
-            "tokens": windows.numel(), "layers": len(layers[0]), **machine(),
-        }
+        {"model": model.name, "stage": name, **summary("time", taken), "repeats": len(taken), **about}
         for name, taken in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
-def _restoration(model: Path, rotation: Path, cached: Path) -> list[float]:
-    """Seconds in `restore` for every layer of the model."""
+def _restoration(model: Path, rotation: Path, cached: Path) -> tuple[float, int]:
+    """Seconds in `restore` for all layers of the model, and how many these are."""
     recipe = Recipe.parse({"method": "obr_gptq", "calibration": "given"})
     blocks = hessian.open_blocks(model, rotation, device="cpu")
-    seconds = []
+    seconds, layers = 0.0, 0
     for index in range(len(blocks)):
         block, matrices = blocks.load(index), hessian.load(cached / block_file(index))
         for group, names in blocks.layout.groups.items():
-            factors = Hessian(matrices[group], recipe.damp)  # as in compression, the layers of a group share them
-            for name in names:
-                weight = block.get_submodule(name).weight
-                seconds += timed(lambda w=weight, f=factors: restore(w, f, recipe.method), 1)[0]
-    return seconds
+            weights = [block.get_submodule(name).weight for name in names]
+            (taken,), _ = timed(lambda w=weights, m=matrices[group]: _restore_group(w, m, recipe), 1)
+            seconds, layers = seconds + taken, layers + len(names)
+    return seconds, layers
 
 
-def _sequential(model: Path, rotation: Path, tokens: Path, scratch: Path) -> float:
+def _restore_group(weights: list[Tensor], matrix: Tensor, recipe: Recipe) -> None:
+    """As in compression, the layers of a group share one Hessian and its factors."""
+    factors = Hessian(matrix, recipe.damp)
+    for weight in weights:
+        restore(weight, factors, recipe.method)
+
+
+def _sequential(model: Path, rotation: Path, tokens: Path, scratch: Path) -> dict[str, float]:
     out = scratch / "sequential"
     entry = {"method": "obr_gptq", "calibration": "given", "rotation": "quarot", "hessian": "sequential"}
     found = run_stage(
@@ -75,4 +84,4 @@ def _sequential(model: Path, rotation: Path, tokens: Path, scratch: Path) -> flo
         "--threads", machine()["threads"],
     )  # fmt: skip
     shutil.rmtree(out)
-    return found["seconds"]
+    return found
