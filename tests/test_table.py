@@ -357,7 +357,7 @@ def test_report_captions_render(path):
         "errata": "printed numbers",
         "layers": "obr",
         "kernels": "cpu",
-        "workflow": "llama",
+        "workflow": "Optimal Brain Restoration",
     }
     assert expected[path.stem] in html
     assert "{{" not in html and "None" not in html

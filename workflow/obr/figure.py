@@ -70,7 +70,7 @@ def draw(
     with matplotlib.rc_context(STYLE):
         source = Source(entry, models, Path(results), rows, quotes, numbers, shapes or [])
         sheet = KINDS[kind](source)
-        sheet.remarks += mentions(numbers, told) if told else []
+        sheet.remarks += mentions(numbers, told, notes=False) if told else []
         if entry.get("title"):
             sheet.figure.suptitle(textwrap.fill(entry["title"], int(sheet.figure.get_figwidth() * 12)))
         add_legend(sheet)
@@ -116,7 +116,7 @@ def _theoretical_bits(source: Source, model: str, row: Row) -> float:
 
 def _apart(sizes: list[float], groups: list[str]) -> list[float]:
     """Sizes moved a little: by the group that each belongs to, and within it where several are the same."""
-    names, span = list(dict.fromkeys(groups)), max(1.0, max(sizes, default=0) - min(sizes, default=0))
+    names, span = list(dict.fromkeys(groups)), max(1.0, min(1.5, max(sizes, default=0) - min(sizes, default=0)))
     places, seen = [], []
     for size, group in zip(sizes, groups):
         among, before = list(zip(sizes, groups)).count((size, group)), seen.count((size, group))
@@ -127,11 +127,11 @@ def _apart(sizes: list[float], groups: list[str]) -> list[float]:
 
 
 def _marks(rows: list[Row]) -> dict[str, tuple[str, str]]:
-    """(name, marker) by recipe: its method's, or its own where that is taken within its colour."""
+    """(name, marker) by recipe: its method's, or its own where that is taken for its bits, sparsity and colour."""
     spare = cycle(m for m in MARKERS if m not in {METHODS[row.recipe.method][1] for row in rows})
     taken, marks = set(), {}
     for row in rows:
-        place = (row.recipe.method, activations(row))
+        place = (row.recipe.method, activations(row), row.recipe.bits, row.recipe.sparsity)
         marks[row.key] = METHODS[row.recipe.method] if place not in taken else (row.label, next(spare))
         taken.add(place)
     return marks

@@ -107,16 +107,17 @@ def remarks(quoted: list[tuple[str, pd.DataFrame]]) -> list[str]:
     return sentences
 
 
-def mentions(frame: pd.DataFrame, filters: list[dict]) -> list[str]:
+def mentions(frame: pd.DataFrame, filters: list[dict], notes: bool = True) -> list[str]:
     """Published numbers that have no cell, as sentences.
 
-    filters: each finds one number, or several of one kind.
+    filters: each finds one number, or several of one kind. notes: say what one must know about them, too.
     """
     sentences = []
     for one in filters:
         for row in select(frame, **one).itertuples():
-            about = f" ({row.note})" if row.note else ""
-            sentences.append(f"Printed in {row.table}: {row.model}, {row.method}: {row.metric} {row.printed}{about}.")
+            about = f" ({row.note})" if row.note and notes else ""
+            what = row.metric.replace("_", " ")
+            sentences.append(f"Printed in {row.table}: {row.model}, {row.method}: {what} {row.printed}{about}.")
     return list(dict.fromkeys(sentences))
 
 

@@ -1,6 +1,7 @@
-"""Tables as they are printed: rounded, the best compressed value in bold, in Markdown and LaTeX."""
+"""Tables as they are printed: rounded, the best compressed value in bold, in Markdown, HTML and LaTeX."""
 
 from dataclasses import dataclass, field
+from html import escape
 from itertools import groupby
 
 import pandas as pd
@@ -127,6 +128,50 @@ def markdown(table: Table) -> str:
     notes = "\n".join(f"- {note}" for note in table.notes)
     title = f"**{table.title}**\n\n" if table.title else ""
     return f"{title}{body}\n\n{notes}\n"
+
+
+STYLE = """
+body { font: 13px/1.5 system-ui, sans-serif; color: #222; margin: 1.5em; }
+table { border-collapse: collapse; border-top: 2px solid; border-bottom: 2px solid; }
+caption { text-align: left; font-weight: 600; font-size: 16px; padding-bottom: .6em; }
+th, td { padding: .2em .45em; text-align: right; white-space: nowrap; font-weight: normal; }
+.left { text-align: left; } thead th { font-weight: 600; } .first td { border-top: 1px solid #999; }
+.span { border-bottom: 1px solid #999; text-align: center; } .best { font-weight: 700; } .paper { color: #777; }
+div { overflow-x: auto; } ul { max-width: 70em; color: #444; font-size: 13px; padding-left: 1.2em; }
+"""
+
+
+def html(table: Table) -> str:
+    """The table and its notes as a page of its own, for the report."""
+    columns, models = _columns(table), list(table.frame["model"])
+    rows = []
+    for i, model in enumerate(models):
+        cells = [_html_cell(c, c.cells[i], bool(c.bold and c.bold[i])) for c in columns]
+        first = ' class="first"' if i == 0 or model != models[i - 1] else ""
+        rows.append(f"<tr{first}>{''.join(cells)}</tr>")
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{escape(table.title)}</title><style>{STYLE}</style>'
+        f"<div><table><caption>{escape(table.title)}</caption><thead>{_html_head(columns)}</thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div><ul>{notes}</ul>\n"
+    )
+
+
+def _html_cell(column: Column, text: str, best: bool) -> str:
+    kinds = [("left", column.left), ("best", best), ("paper", column.heading == "paper")]
+    names = " ".join(name for name, given in kinds if given)
+    return f"<td{f' class={chr(34)}{names}{chr(34)}' if names else ''}>{escape(text)}</td>"
+
+
+def _html_head(columns: list[Column]) -> str:
+    """One heading line, or two where metrics have sub-columns."""
+    below = "".join(f'<th class="{"left" if c.left else ""}">{escape(c.heading)}</th>' for c in columns)
+    if not any(c.group for c in columns):
+        return f"<tr>{below}</tr>"
+    above = ""
+    for name, group in groupby(columns, key=lambda c: c.group):
+        above += f'<th colspan="{len(list(group))}"{" class=span" if name else ""}>{escape(name)}</th>'
+    return f"<tr>{above}</tr><tr>{below}</tr>"
 
 
 def latex(table: Table, name: str) -> str:

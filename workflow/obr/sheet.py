@@ -86,7 +86,8 @@ def new_sheet(count: int, across: int = 3, height: float = 2.2, sharey: bool = F
     """`count` panels, row by row: one column wide if there is one panel, else a page."""
     across = min(count, across)
     down = -(-count // across)
-    figure = Figure(figsize=(COLUMN if count == 1 else PAGE, height * down + 0.8), layout="constrained")
+    width, below = (COLUMN, 1.1) if count == 1 else (PAGE, 0.8)  # room for the legend
+    figure = Figure(figsize=(width, height * down + below), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharey=sharey).flatten()
     for spare in axes[count:]:
         spare.set_axis_off()
@@ -149,7 +150,7 @@ def place_ticks(panel: Axes, values: list[float]) -> None:
     if len(values) == 1:
         panel.set_xlim(values[0] - 0.5, values[0] + 0.5)
     span = values[-1] - values[0]
-    if len(values) <= 8 and all(b - a > span / 15 for a, b in pairwise(values)):
+    if len(values) <= 8 and all(b - a > span / 10 for a, b in pairwise(values)):
         panel.set_xticks(values, [f"{value:g}" for value in values])
     panel.margins(x=0.12)
 

@@ -25,7 +25,7 @@ from obr.artefacts import (
 )
 from obr.errors import ObrError
 from obr.files import write_text
-from obr.render import Table, detail_columns, latex, markdown
+from obr.render import Table, detail_columns, html, latex, markdown
 
 DETAILS = ("bits_per_weight", "file_mb", "seconds", "relative_error", "sparsity")
 HESSIANS = {
@@ -163,13 +163,14 @@ def _ordered(records: list[dict], metrics: list[Metric]) -> pd.DataFrame:
 
 
 def write(table: Table, out_stem: Path) -> None:
-    """Write `out_stem` + .csv (all digits), .md and .tex (rounded, best compressed value in bold).
+    """Write `out_stem` + .csv (all digits), .md, .html and .tex (rounded, best compressed value in bold).
 
     The LaTeX file is a whole table environment; it needs the packages booktabs and graphicx.
     """
     stem = Path(out_stem)
     write_text(table.frame.to_csv(index=False), stem.with_name(stem.name + ".csv"))
     write_text(markdown(table), stem.with_name(stem.name + ".md"))
+    write_text(html(table), stem.with_name(stem.name + ".html"))
     write_text(latex(table, stem.name), stem.with_name(stem.name + ".tex"))
 
 

@@ -3,6 +3,12 @@ rule table:
         parts_of("tables"),
         published=PUBLISHED,
     output:
+        html=report(
+            f"{RESULTS}/tables/{{table}}.html",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{table}", "format": "to read"},
+        ),
         csv=report(
             f"{RESULTS}/tables/{{table}}.csv",
             caption="../report/table.rst",

@@ -1,0 +1,151 @@
+"""Every table and figure of config.yaml is built, from fabricated artefacts: filters, seeds, rows that only quote."""
+
+import json
+import math
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from obr import figure, published, table
+from obr.config import Config
+from test_edition import merged
+
+PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
+LAYERS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]
+
+
+def chance(name: str) -> float:
+    """A number in [0, 1) that belongs to the name."""
+    return crc32(name.encode()) / 2**32
+
+
+def fabricate(config: Config, results: Path) -> Path:
+    """Every artefact that some table or figure of the config is made of."""
+    entries = [*config.raw["tables"].values(), *config.raw["figures"].values()]
+    for path in sorted({path for entry in entries for path in config.artefacts(entry)}):
+        (results / path).parent.mkdir(parents=True, exist_ok=True)
+        stage, *names = path.split("/")
+        if stage == "kernels":
+            _kernels(config, names[0].removesuffix(".csv"), results / path)
+        elif names[-1] == "layers.csv":
+            _layers(config, names[1], results / path)
+        else:
+            (results / path).write_text(json.dumps(_content(config, stage, names)))
+    return results
+
+
+def _content(config: Config, stage: str, names: list[str]) -> dict:
+    recipe, about = config.parsed[names[1]], {"device": "cuda", "versions": {"torch": "2.13.0"}}
+    worse = (16 - min(recipe.bits, 8)) / 16 + recipe.sparsity + (16 - recipe.activations.bits) / 24
+    if stage == "perplexity":
+        value = 5 * math.exp(worse + 0.1 * chance("".join(names)))
+        return about | {"value": value, "definition": "made up", "windows": 141, "seqlen": 2048, "tokens": 288768}
+    if stage == "zero_shot":
+        return about | {"value": 0.8 - worse / 6, "stderr": 0.01, "metric": "acc", "n": 1000, "limit": None}
+    manifest = {"recipe": recipe.to_dict(), "seconds": 600 * (1 + chance(names[1])), "relative_error": 0.02}
+    manifest |= {"bits_per_weight": {"theoretical": recipe.bits_per_weight, "file": recipe.bits_per_weight + 0.05}}
+    calibration = {"tokens": 262144} if recipe.calibration else None
+    return about | manifest | {"file_bytes": 3.2e9, "sparsity": recipe.sparsity, "calibration": calibration}
+
+
+def _layers(config: Config, recipe: str, path: Path) -> None:
+    rows = []
+    for block in range(32):
+        for i, layer in enumerate(LAYERS):
+            error = 0.01 * (1 + i) * (1 + block / 8) * (1 + chance(recipe))
+            zeros = config.parsed[recipe].sparsity + 0.12 + 0.01 * i + 0.001 * block
+            sizes = {"rows": 4096, "columns": 11008 if "down" in layer else 4096}
+            rows.append({"block": block, "layer": layer, **sizes, "relative_error": error, "zeros": zeros})
+            rows[-1]["sparsity"] = config.parsed[recipe].sparsity
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def _kernels(config: Config, device: str, path: Path) -> None:
+    names = {"fp16": 1.0, "int8": 1.8, "fp16 2:4": 1.6, "int8 2:4": 2.9, "int4 2:4": None}
+    rows = []
+    for shape in config.raw["kernels"]["shapes"]:
+        if shape.get("device", device) == device:
+            dense = 2 * shape["tokens"] * shape["columns"] * shape["rows"] / 6e14 * 1000
+            for kernel, speed in names.items():
+                ms = math.nan if speed is None else dense / speed + 0.01
+                row = {"shape": shape["name"], "kernel": kernel, "median_ms": ms, "p25_ms": ms, "p75_ms": 1.1 * ms}
+                row |= {"status": "this build has no such kernel" if speed is None else "ok"}
+                rows.append(row | {"tops_dense": 2 * shape["tokens"] * shape["columns"] * shape["rows"] / ms / 1e9})
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory) -> tuple[Config, Path]:
+    config = Config(merged("config.yaml"))
+    return config, fabricate(config, tmp_path_factory.mktemp("paper"))
+
+
+def built(paper, name: str) -> table.Table:
+    config, results = paper
+    entry = config.raw["tables"][name]
+    return table.build(entry, config.recipes, config.raw["models"], results, PUBLISHED)
+
+
+@pytest.mark.parametrize("name", merged("config.yaml")["tables"])
+def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, name):
+    made = built(paper, name)
+    columns = [column for column in made.frame if column.endswith("_paper")]
+    quoting = name not in ("hessians",)
+    assert made.frame[columns].notna().any().any() == quoting
+    table.write(made, tmp_path / name)
+    text, page = ((tmp_path / f"{name}.{form}").read_text() for form in ("md", "html"))
+    lines = page.split("<tbody>")[1].split("</tbody>")[0].split("</tr>")[:-1]
+    assert len(lines) == len(made.frame) and len({line.count("<td") for line in lines}) == 1
+    assert text.count("\n| ") >= len(made.frame) and "| nan |" not in text
+    assert ("The paper's equations 9 and 10" in text) == (
+        name not in ("table7", "hessians", "ostquant") or "OBR+RTN" in text
+    )
+
+
+@pytest.mark.parametrize("name", merged("config.yaml")["figures"])
+def test_every_figure_is_drawn(paper, tmp_path, name):
+    config, results = paper
+    entry, shapes = config.raw["figures"][name], config.raw["kernels"]["shapes"]
+    figure.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / name, shapes)
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_seeds_are_averaged_with_their_spread(paper):
+    _, results = paper
+    frame = built(paper, "seeds").frame.set_index("recipe")
+    keys = ["obr_gptq", "obr_gptq-seed1", "obr_gptq-seed2"]
+    found = [json.loads((results / f"perplexity/llama-2-7b/{k}/wikitext2.json").read_text())["value"] for k in keys]
+    assert frame.loc["obr_gptq", "wikitext2_ours"] == pytest.approx(np.mean(found))
+    assert frame.loc["obr_gptq", "wikitext2_stderr"] == pytest.approx(np.std(found, ddof=1))
+    assert math.isnan(frame.loc["dense", "wikitext2_stderr"])
+    assert any("over 3 seeds (0, 1, 2)" in note for note in built(paper, "seeds").notes)
+
+
+def test_rows_that_only_quote_have_no_ours(paper):
+    frame = built(paper, "ostquant").frame
+    row = frame[(frame["label"] == "OSTQuant") & (frame["model"] == "llama-2-7b")].iloc[-1]
+    assert (
+        row["wikitext2_paper"] == 5.91 and row["zeroshot9_avg_paper"] == 63.18 and math.isnan(row["wikitext2_ours"])
+    )
+    assert row["setting"] == "W4A4KV4"
+    bitnet = built(paper, "table8").frame.query("label == 'BitNet b1.58 2B4T'")
+    assert list(bitnet["wikitext2_paper"]) == [13.67, 13.67] and list(bitnet["setting"]) == ["W1.58A8KV16"] * 2
+
+
+def test_times_stand_in_minutes_beside_the_papers(paper, tmp_path):
+    frame = built(paper, "time").frame.set_index(["model", "recipe"])
+    assert frame.loc[("llama-2-7b", "obr_gptq_w"), "minutes_paper"] == 138
+    assert 10 <= frame.loc[("llama-2-7b", "obr_gptq_w"), "minutes_ours"] < 20
+    assert any("Compression: wall-clock" in note and "on cuda" in note for note in built(paper, "time").notes)
+
+
+def test_mentions_are_told(paper):
+    numbers = published.load(PUBLISHED)
+    told = published.mentions(numbers, [{"source": "obr", "metric": "wikitext2_ppl_improvement"}])
+    assert (
+        told[0].startswith("Printed in OBR Sec. 5.3 text (Fig. 5): Llama-2-7B, Wanda+OBR vs Wanda")
+        and "0.53" in told[0]
+    )
