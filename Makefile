@@ -2,8 +2,8 @@
 # make plan    what the paper's tables would cost, before anything starts (PLAN="--configfile ..." for others)
 # make test    everything from nothing: all tests
 # make smoke   the whole workflow on a tiny model, trained first
-# make benchmark      speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
-# make benchmark-7b   the same of a model of Llama-2-7B's shape: 32 GB of disk
+# make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
+# make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
 # make lint    ruff, snakefmt, snakemake --lint
 # make clean   remove what the demo and the tests made; results/ of other runs stay
 
@@ -12,7 +12,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test benchmark benchmark-7b lint clean
+.PHONY: plan demo demo-wikitext smoke test benchmark benchmark-large lint clean
 .DEFAULT_GOAL := demo
 
 # One pip call with torch pinned by name: on a machine without a GPU build of it nothing pulls CUDA packages.
@@ -48,7 +48,7 @@ test: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/run.py
 
-benchmark-7b: $(READY)
+benchmark-large: $(READY)
 	$(BIN)/python benchmarks/run.py --only large
 
 lint: $(READY)
