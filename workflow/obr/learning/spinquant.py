@@ -1,4 +1,4 @@
-"""SpinQuant (Liu et al., arXiv 2405.16406): R1 and one R2 a block, by Cayley SGD on the quantised model's own loss."""
+"""SpinQuant (Liu et al., arXiv 2405.16406): R1 and R2 of each block, by Cayley SGD on the quantised model's loss."""
 
 import torch
 from torch.nn import functional as F

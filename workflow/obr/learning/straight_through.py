@@ -40,7 +40,7 @@ def passed(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
 
 
 def flowing(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
-    """`fake_quantize` of x (..., c) with gradients through scale, clamp and zero point, and to learned bounds (1,)."""
+    """`fake_quantize` of x (..., c) with gradients through scale, clamp and zero point, to learned bounds too."""
     if settings.bits == 16:
         return x
     values = x.float().unflatten(-1, (-1, settings.group_size or x.shape[-1]))

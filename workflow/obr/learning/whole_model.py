@@ -3,21 +3,23 @@
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from obr.activations import Activations, Room
 from obr.hadamard import Kronecker
+from obr.layout import GROUP_OF
 from obr.learning import straight_through
 from obr.learning.stiefel import nearest
 from obr.learning.task import Task
 from obr.model import StreamedBlocks, advance
 from obr.modules import set_quantizers
+from obr.recipe import QuantizerSettings
 from obr.rotations import Rotation, fold
 
 TOKENS = 512  # whose logits, a vocabulary wide each, exist at a time
@@ -27,19 +29,22 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class Network:
-    """A model whose blocks are folded and quantised anew in every pass, with gradients on the rotation's parameters.
+    """A model rotated and quantised anew in every pass, with gradients on the rotation's parameters.
 
     quantise: `straight_through.passed` or `.flowing`. recompute: keep only what enters each block, and compute
-    it again on the way back. Weights, folds and hidden states are float32; products are of `task.dtype`.
+    it again on the way back. Folds and hidden states are float32; products are of `task.dtype`.
+
+    Where weights are quantised, all is folded into them. Where they are not, the residual stream's rotation R is
+    not: quantised inputs are turned back by Rᵀ and outputs by R, which is the same and takes fewer operations,
+    since weights then need no gradients.
     """
 
     def __init__(self, task: Task, quantise: Callable, recompute: bool = False):
-        self.task, self.recompute = task, recompute
+        self.task, self.quantise, self.recompute = task, quantise, recompute
         self.source = StreamedBlocks(task.model, None, torch.float32, task.device)
         self.layout = self.source.layout
         self.blocks = [self.source.load(index) for index in range(len(self.source))]
         self.plain = [{n: p.detach() for n, p in block.named_parameters()} for block in self.blocks]
-        self.quantise = quantise
 
     def teach(self, windows: Tensor, room: Room | None = None) -> Activations:
         """Last hidden states, b of (1, s, d), of the 16-bit model; to be had before the first rotated pass."""
@@ -63,14 +68,43 @@ class Network:
         return states if residual is None else Kronecker.right(residual.factors())(states)
 
     def _block(self, index: int, rotation: Rotation, states: Tensor, arguments: dict) -> Tensor:
-        block, recipe = self.blocks[index], self.task.recipe
-        changes = rotation.changes(index)
-        new = fold.fold_block(self.plain[index], changes, self.layout, dtype=torch.float32)
+        block, changes = self.blocks[index], rotation.changes(index)
         fold.attach(block, changes, self.layout)
-        set_quantizers(block, self.layout, recipe)
+        set_quantizers(block, self.layout, self.task.recipe)
         straight_through.swap(block, self.quantise)
-        for path in self.layout.linears:
-            new[f"{path}.weight"] = self._weight(new[f"{path}.weight"])
+        if self.task.recipe.bits < 16 or changes.residual is None:
+            new = fold.fold_block(self.plain[index], changes, self.layout, dtype=torch.float32)
+            for path in self.layout.linears:
+                new[f"{path}.weight"] = self._weight(new[f"{path}.weight"])
+            return self._run(block, new, states, arguments)
+        turns = {group: _Turned(self.quantise, changes, group) for group in fold.READS_RESIDUAL}
+        for group, turn in turns.items():
+            for path in self.layout.groups[group]:
+                block.get_submodule(path).quantize = turn
+        writers = [block.get_submodule(p) for g in fold.WRITES_RESIDUAL for p in self.layout.groups[g]]
+        hooks = [writer.register_forward_hook(lambda _, __, out: changes.residual(out)) for writer in writers]
+        try:
+            return self._run(block, self._unfolded(index, changes), states, arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _unfolded(self, index: int, changes: fold.Changes) -> dict[str, Tensor]:
+        """Weights and norms of a block with all changes but those of the residual stream, which `_Turned` makes."""
+        plain, offset = self.plain[index], self.layout.norm_offset
+        inner = replace(changes, residual=None, norms={})
+        gains = {group: plain[f"{norm}.weight"].float() + offset for group, norm in self.layout.norms.items()}
+        gained = dict(plain)
+        for role, path in self.layout.roles.items():
+            if (gain := gains.get(GROUP_OF[role])) is not None:
+                gained[f"{path}.weight"] = plain[f"{path}.weight"] * gain
+        new = fold.fold_block(gained, inner, self.layout, dtype=torch.float32)
+        for group, norm in self.layout.norms.items():
+            ones = torch.ones_like(gains[group])
+            new[f"{norm}.weight"] = changes.norms.get(group, ones).to(ones) - offset
+        return new
+
+    def _run(self, block: nn.Module, new: dict[str, Tensor], states: Tensor, arguments: dict) -> Tensor:
         with self._products():
             out = functional_call(block, new, (states,), arguments)
         return (out[0] if isinstance(out, tuple) else out).float()
@@ -104,6 +138,25 @@ class Network:
         if backward:
             states.backward(leaf.grad)
         return total
+
+
+class _Turned:
+    """Quantises what a group's layers read of the residual stream, then turns it back for their own weights.
+
+    The layers of a group are called with the same input, and share the product.
+    """
+
+    def __init__(self, quantise: Callable, changes: fold.Changes, group: str):
+        self.quantise, self.factors = quantise, changes.norms.get(group)
+        self.back = Kronecker.right(changes.residual.factors())  # the transpose
+        self.input = self.output = None
+
+    def __call__(self, x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
+        if x is not self.input:
+            quantised = self.quantise(x, settings, bounds)
+            self.input = x
+            self.output = self.back(quantised if self.factors is None else quantised / self.factors.to(quantised))
+        return self.output
 
 
 @dataclass
