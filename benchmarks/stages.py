@@ -11,12 +11,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from obr import data, hessian
 from obr.model import advance, block_file
 from obr.recipe import Recipe
-from obr.restoration import Hessian, restore
+from obr.restoration import restore_together
 from peak import run_stage
 from timing import machine, summary, timed
 
@@ -56,24 +55,17 @@ def measure(model: Path, rotation: Path, tokens: Path, scratch: Path, repeats: i
 
 
 def _restoration(model: Path, rotation: Path, cached: Path) -> tuple[float, int]:
-    """Seconds in `restore` for all layers of the model, and how many these are."""
+    """Seconds in `restore_together` for all layers of the model, and how many these are."""
     recipe = Recipe.parse({"method": "obr_gptq", "calibration": "given"})
     blocks = hessian.open_blocks(model, rotation, device="cpu")
     seconds, layers = 0.0, 0
     for index in range(len(blocks)):
         block, matrices = blocks.load(index), hessian.load(cached / block_file(index))
         for group, names in blocks.layout.groups.items():
-            weights = [block.get_submodule(name).weight for name in names]
-            (taken,), _ = timed(lambda w=weights, m=matrices[group]: _restore_group(w, m, recipe), 1)
+            weights = {name: block.get_submodule(name).weight for name in names}
+            (taken,), _ = timed(lambda w=weights, m=matrices[group]: restore_together(w, m, recipe.method), 1)
             seconds, layers = seconds + taken, layers + len(names)
     return seconds, layers
-
-
-def _restore_group(weights: list[Tensor], matrix: Tensor, recipe: Recipe) -> None:
-    """As in compression, the layers of a group share one Hessian and its factors."""
-    factors = Hessian(matrix, recipe.damp)
-    for weight in weights:
-        restore(weight, factors, recipe.method)
 
 
 def _sequential(model: Path, rotation: Path, tokens: Path, scratch: Path) -> dict[str, float]:

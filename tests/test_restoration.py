@@ -120,8 +120,8 @@ def test_restoration_is_the_optimum():
     weight, hessian = layer(8, 64)
     factors = Hessian(hessian)
     mask = torch.rand(8, 64, generator=torch.Generator().manual_seed(5)) > 0.4
-    gradient = (weight - restore_pruned(weight.clone(), factors, mask)) @ factors.damped
-    assert gradient[mask].abs().max() < 1e-3 * (weight @ factors.damped).abs().max()
+    gradient = (weight - restore_pruned(weight.clone(), factors, mask)) @ factors.damped()
+    assert gradient[mask].abs().max() < 1e-3 * (weight @ factors.damped()).abs().max()
 
 
 def test_quantisation_only_obr_is_better_than_rtn():

@@ -53,38 +53,31 @@ class Hessian:
         if self.dead.any():
             self.flags.append(f"{int(self.dead.sum())} dead columns")
 
-    @cached_property
-    def damped(self) -> Tensor:
-        """(n, n): dead columns get a unit diagonal, then damp * mean(diagonal) is added."""
-        self._factor  # noqa: B018  settles the damping
-        return self._damped_by(self.damp)
+    def damped(self, start: int = 0) -> Tensor:
+        """The trailing block from column `start` on, a copy: dead columns get a unit diagonal, then damping is added.
 
-    def _damped_by(self, damp: float) -> Tensor:
-        damped = self.matrix.clone()
-        diagonal = damped.diagonal()
-        diagonal[self.dead] = 1
-        diagonal += damp * diagonal.mean()
+        Its size is `damp` times the mean of the whole diagonal. Before `inverse` it is the damping asked for.
+        """
+        damped = self.matrix[start:, start:].clone()
+        diagonal = torch.where(self.dead, 1, self.diagonal)
+        damped.diagonal().copy_((diagonal + self.damp * diagonal.mean())[start:])
         return damped
 
     @cached_property
-    def _factor(self) -> Tensor:
+    def inverse(self) -> Tensor:
+        """(n, n) inverse of the damped Hessian; settles the damping."""
         asked = self.damp
         for _ in range(DAMP_RETRIES + 1):
-            factor, info = torch.linalg.cholesky_ex(self._damped_by(self.damp))
+            factor, info = torch.linalg.cholesky_ex(self.damped())
             if not info.any():
                 if self.damp != asked:
                     self.flags.append(f"damp raised from {asked:g} to {self.damp:g}")
-                return factor
+                return torch.cholesky_inverse(factor)
             self.damp = max(10 * self.damp, 1e-3)
         raise ObrError(
             f"{self.name}: the Hessian cannot be factored, even with damp {self.damp / 10:g}; use more "
             "calibration tokens than the layer has columns, or a larger damp."
         )
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """(n, n) inverse of the damped Hessian."""
-        return torch.cholesky_inverse(self._factor)
 
     def tail(self, start: int) -> tuple[Tensor, Tensor]:
         """Inverse of the damped Hessian's trailing block H[start:, start:], and its upper factor U.
@@ -98,7 +91,7 @@ class Hessian:
         if start not in self._tails:
             inverse = self.inverse
             if start:
-                inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped[start:, start:]))
+                inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped(start)))
             factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if info.any():
                 raise ObrError(f"{self.name}: the inverse Hessian is not positive definite; use a larger damp.")
@@ -141,7 +134,7 @@ def restore_rounded(
         return right
     error = weight[:, :cut] - rounded
     inverse, _ = hessian.tail(cut)
-    change = (error @ hessian.damped[:cut, cut:]) @ inverse
+    change = (error @ hessian.matrix[:cut, cut:]) @ inverse
     if not kept.all():
         change -= images_on_support(inverse, change, ~kept, tolerance)
     return (right + change).mul_(kept)

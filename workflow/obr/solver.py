@@ -44,34 +44,54 @@ def images_on_support(matrix: Tensor, target: Tensor, support: Tensor, tolerance
     Raises:
         ObrError: some row has not converged after MAX_ITERATIONS.
     """
-    scale = matrix.diagonal().rsqrt()
-    unit = matrix * scale * scale[:, None]  # a unit diagonal preconditions all rows alike
-    low = unit.to(product_dtype(matrix.device.type))
+    scale = matrix.diagonal().rsqrt()  # to a unit diagonal, which preconditions all rows alike
+    low = _scaled(matrix, scale, product_dtype(matrix.device.type))
+    images = torch.empty_like(target)
     chunk = max(1, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))
-    images = []
-    for part, on in zip(target.split(chunk), support.split(chunk), strict=True):
-        rows = _Rows(unit, part * scale, on)
-        if low.dtype != unit.dtype:
-            converged = rows.iterate(low, RENEW, LOW_ITERATIONS)
-            exact = rows.renew() <= 1.2 * RENEW
-            if converged and exact and rows.iterate(low, tolerance, LOW_ITERATIONS):
-                images.append(rows.image)
-                continue
-            rows.restart()
-        if not rows.iterate(unit, tolerance, MAX_ITERATIONS):
+    for first in range(0, len(target), chunk):
+        part = slice(first, first + chunk)
+        rows = _Rows(matrix, scale, target[part] * scale, support[part])
+        if low.dtype == matrix.dtype:
+            solved = rows.iterate(low, tolerance, MAX_ITERATIONS)
+        else:
+            solved = _in_low_precision(rows, low, tolerance) or _in_full(rows, tolerance)
+        if not solved:
             raise ObrError(
                 f"The restoration has not converged in {MAX_ITERATIONS} iterations; use a larger damp or more "
                 "calibration tokens."
             )
-        images.append(rows.image)
-    return torch.cat(images).div_(scale)
+        torch.div(rows.image, scale, out=images[part])
+    return images
+
+
+def _scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`matrix (n, n)` with rows and columns scaled, made in `dtype` without a copy in the matrix's own."""
+    scaled = torch.empty_like(matrix, dtype=dtype)
+    for first in range(0, len(matrix), 1024):
+        part = slice(first, first + 1024)
+        scaled[part] = matrix[part] * scale * scale[part, None]
+    return scaled
+
+
+def _in_low_precision(rows: "_Rows", low: Tensor, tolerance: float) -> bool:
+    converged = rows.iterate(low, RENEW, LOW_ITERATIONS)
+    exact = rows.renew() <= 1.2 * RENEW
+    return converged and exact and rows.iterate(low, tolerance, LOW_ITERATIONS)
+
+
+def _in_full(rows: "_Rows", tolerance: float) -> bool:
+    rows.restart()
+    return rows.iterate(_scaled(rows.matrix, rows.scale, rows.matrix.dtype), tolerance, MAX_ITERATIONS)
 
 
 class _Rows:
-    """Conjugate gradients on some rows; all tensors are (r, n) but the powers, squared norms (r,)."""
+    """Conjugate gradients on some rows; all tensors are (r, n) but the powers, squared norms (r,).
 
-    def __init__(self, matrix: Tensor, target: Tensor, on: Tensor):
-        self.matrix, self.target, self.on = matrix, target, on.to(target.dtype)
+    The system is that of `matrix (n, n)` with rows and columns multiplied by `scale (n,)`.
+    """
+
+    def __init__(self, matrix: Tensor, scale: Tensor, target: Tensor, on: Tensor):
+        self.matrix, self.scale, self.target, self.on = matrix, scale, target, on.to(target.dtype)
         self.solution, self.image = torch.zeros_like(target), torch.zeros_like(target)
         self.residual = target * self.on
         self.direction = self.residual.clone()
@@ -83,7 +103,8 @@ class _Rows:
 
     def renew(self) -> float:
         """Compute image and residual from the solution, in the matrix's own dtype; the largest residual."""
-        torch.mm(self.solution, self.matrix, out=self.image)
+        torch.mm(torch.mul(self.solution, self.scale, out=self.scratch), self.matrix, out=self.image)
+        self.image.mul_(self.scale)
         torch.sub(self.target, self.image, out=self.residual).mul_(self.on)
         self.power = self._squares()
         return float((self.power / self.whole.clamp_min(torch.finfo(self.whole.dtype).tiny)).max().sqrt())
