@@ -9,13 +9,17 @@ from pathlib import Path
 
 from obr import rotations
 from obr.errors import ObrError
-from obr.learning import ostquant, spinquant
+from obr.learning import awq, flatquant, omniquant, ostquant, smoothquant, spinquant
 from obr.learning.task import Task
 from obr.rotations import Rotation
 
 LEARNERS: dict[str, Callable[[Task], tuple[Rotation, list[dict]]]] = {
     "spinquant": spinquant.learn,
     "ostquant": ostquant.learn,
+    "flatquant": flatquant.learn,
+    "omniquant": omniquant.learn,
+    "smoothquant": smoothquant.learn,
+    "awq": awq.learn,
 }
 
 
