@@ -59,7 +59,7 @@ def test_tighter_tolerance_comes_closer():
 def test_rows_are_independent_of_their_chunk(monkeypatch):
     matrix, target, support = problem()
     whole = solver.images_on_support(matrix, target, support)
-    monkeypatch.setitem(solver.CHUNK_ELEMENTS, "cpu", 7 * COLUMNS)
+    monkeypatch.setitem(solver.CHUNK, "cpu", (1, 7))
     assert (whole - solver.images_on_support(matrix, target, support)).norm() < 5e-3 * whole.norm()
 
 

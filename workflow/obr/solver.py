@@ -11,7 +11,9 @@ TOLERANCE = 5e-4  # of each row's residual: leaves the loss optimal to 1e-6, as 
 RENEW = 0.05  # the residual, in units of the target, at which bfloat16's rounding so far is taken out
 LOW_ITERATIONS = 30  # in bfloat16, to RENEW and from there to the tolerance; real layers need 10 each
 MAX_ITERATIONS = 500
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # of the right-hand sides that are worked on at a time
+# Right-hand sides are solved in chunks whose nine arrays stay in a CPU's cache, or keep a GPU busy, but not of so
+# few rows that the products become slow: (elements, least rows).
+CHUNK = {"cpu": (1 << 18, 192), "cuda": (1 << 27, 192)}
 
 
 @cache
@@ -47,7 +49,8 @@ def images_on_support(matrix: Tensor, target: Tensor, support: Tensor, tolerance
     scale = matrix.diagonal().rsqrt()  # to a unit diagonal, which preconditions all rows alike
     low = _scaled(matrix, scale, product_dtype(matrix.device.type))
     images = torch.empty_like(target)
-    chunk = max(1, CHUNK_ELEMENTS[matrix.device.type] // len(matrix))
+    elements, least = CHUNK[matrix.device.type]
+    chunk = max(least, elements // len(matrix))
     for first in range(0, len(target), chunk):
         part = slice(first, first + chunk)
         rows = _Rows(matrix, scale, target[part] * scale, support[part])
