@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     stage("download-text", download_text, "Fetch a text into a file.", "entry", "out")
     stage("download-task", download_task, "Fetch a zero-shot task.", "entry", "text?", "out")
     stage("download-rotation", download_rotation, "Make a model's rotation.", "entry", "model", "out")
+    stage(
+        "learn-rotation", learn_rotation, "Learn a model's rotation.",
+        "entry", "model", "tokens", "out", "compute",
+    )  # fmt: skip
     stage("calibrate", calibrate, "Choose calibration windows.", "entry", "model", "text", "out")
     stage(
         "hessian", hessian, "Collect the Hessians of a model's layer inputs.",
@@ -196,6 +200,13 @@ def download_rotation(entry: dict, model: Path, out: Path) -> None:
     from obr.rotations.source import make
 
     make(entry, model, out)
+
+
+def learn_rotation(entry: dict, model: Path, tokens: Path, out: Path, device: str, dtype: str | None) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.learning import learn_rotation
+
+    learn_rotation(entry, model, tokens, out, device, dtype)
 
 
 def calibrate(entry: dict, model: Path, text: Path, out: Path) -> None:

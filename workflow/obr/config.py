@@ -37,6 +37,9 @@ class Config:
                 self._defined("rotations", recipe.rotation, f"recipes.{key}.rotation")
             if recipe.calibration:
                 self._defined("calibrations", recipe.calibration, f"recipes.{key}.calibration")
+        for key, entry in raw["rotations"].items():
+            if "learn" in entry:
+                self._defined("calibrations", entry["learn"]["calibration"], f"rotations.{key}.learn.calibration")
         for section in ("calibrations", "perplexity"):
             for key, entry in raw[section].items():
                 self._defined("texts", entry["text"], f"{section}.{key}.text")
@@ -100,6 +103,10 @@ class Config:
             self._defined("perplexity", name, f"{where}.perplexity")
         for name in entry.get("zero_shot", []):
             self._defined("zero_shot", name, f"{where}.zero_shot")
+        for name in entry.get("rotations", []):
+            self._defined("rotations", name, f"{where}.rotations")
+            if "learn" not in self.raw["rotations"][name]:
+                raise ObrError(f"{where}.rotations names {name!r}, which is not learned here; it has no curve.")
 
     def checkpoint_of(self, recipe: str) -> str:
         """The recipe whose folder holds the weights of this one."""
@@ -137,6 +144,8 @@ class Config:
             yield f"kernels/{entry['device']}.csv"
         texts = entry.get("perplexity", [])
         for model in entry.get("models", []):
+            for rotation in entry.get("rotations", []):
+                yield f"rotations/{rotation}/{model}.csv"
             for row in self.rows(entry):
                 for text in [texts] if isinstance(texts, str) else texts:
                     yield f"perplexity/{model}/{row}/{text}.json"

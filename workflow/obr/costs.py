@@ -190,6 +190,7 @@ CONSTANT = {
     "calibrate": 20.0,
     "check_model": 0.5,
     "download_rotation": 7.0,
+    "learn_rotation": 1800.0,
     "download_text": 3.0,
     "download_task": 5.0,
     "download_model": 12.0,

@@ -18,6 +18,9 @@ def transpose(raw: dict) -> None:
     for recipe in raw["recipes"].values():
         if recipe.get("calibration"):
             recipe["calibration"] = edition["calibrations"].get(recipe["calibration"], recipe["calibration"])
+    for rotation in raw.get("rotations", {}).values():
+        if learn := rotation.get("learn"):
+            learn["calibration"] = edition["calibrations"].get(learn["calibration"], learn["calibration"])
     for section in ("tables", "figures"):
         for entry in raw[section].values():
             if "models" in entry:

@@ -15,6 +15,7 @@ from obr.artefacts import Row, model_label, read_manifest, resolve_rows
 from obr.errors import ObrError
 from obr.figure_kernels import kernels
 from obr.figure_layers import layer_error, natural_sparsity
+from obr.figure_learning import learning_curve
 from obr.published import Quotes, load, mentions
 from obr.sheet import (
     COLOURS,
@@ -61,7 +62,7 @@ def draw(
     kind = entry.get("kind")
     if kind not in KINDS:
         raise ObrError(f"Figure kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    rows = [] if kind == "kernels" else resolve_rows(entry, recipes)
+    rows = [] if kind in ("kernels", "learning_curve") else resolve_rows(entry, recipes)
     for model in entry.get("models") or []:
         model_label(models, model)
     quotes = Quotes(entry, models, rows, published) if rows else None
@@ -188,4 +189,5 @@ KINDS: dict[str, Callable[[Source], Sheet]] = {
     "layer_error": layer_error,
     "natural_sparsity": natural_sparsity,
     "kernels": kernels,
+    "learning_curve": learning_curve,
 }

@@ -29,6 +29,9 @@ PUBLISHED = f"{workflow.basedir}/workflow/published/results.csv"
 # A pattern of the recipes that are released checkpoints; one that matches nothing where there are none.
 RELEASED = "|".join(re.escape(key) for key, r in CONFIG.parsed.items() if r.method == "released") or "(?!)"
 
+# Rotations that are learned here.
+LEARNED = "|".join(re.escape(key) for key, r in config["rotations"].items() if "learn" in r) or "(?!)"
+
 
 wildcard_constraints:
     model="[^/]+",
@@ -99,6 +102,17 @@ def recipe_flags(wildcards, input):
         if path:
             flags.append(f"--{name} {Path(path).parent if name == 'hessians' else path}")
     return " ".join(flags)
+
+
+def learning_tokens(wildcards):
+    """The windows that a rotation is learned from."""
+    calibration = config["rotations"][wildcards.rotation]["learn"]["calibration"]
+    return f"{RESULTS}/calibration/{calibration}/{wildcards.model}.safetensors"
+
+
+def learner_of(wildcards):
+    """The digest of the learner's code."""
+    return code_of(f"learning.{config['rotations'][wildcards.rotation]['kind']}")
 
 
 def hessian_inputs(wildcards):

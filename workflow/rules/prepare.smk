@@ -117,6 +117,40 @@ rule download_rotation:
         "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
 
 
+# Rotations with a `learn` are learned instead of drawn or downloaded.
+ruleorder: learn_rotation > download_rotation
+
+
+rule learn_rotation:
+    input:
+        model=f"{RESULTS}/models/{{model}}/source.json",
+        tokens=learning_tokens,
+    output:
+        rotation=f"{RESULTS}/rotations/{{rotation}}/{{model}}.safetensors",
+        curve=f"{RESULTS}/rotations/{{rotation}}/{{model}}.csv",
+    log:
+        f"{RESULTS}/logs/learn_rotation/{{rotation}}/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/learn_rotation/{{rotation}}/{{model}}.tsv"
+    wildcard_constraints:
+        rotation=LEARNED,
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["learn"]
+    resources:
+        mem_mb=memory(8, 12),
+        runtime=minutes(240, 60),
+        gpu=GPU,
+    params:
+        entry=entry_of("rotations"),
+        model=subpath(input.model, parent=True),
+        compute=COMPUTE,
+        code=learner_of,
+    shell:
+        "obr learn-rotation --entry {params.entry:q} --model {params.model} --tokens {input.tokens} "
+        "--out {output.rotation} {params.compute} --threads {threads} >{log} 2>&1"
+
+
 rule calibrate:
     input:
         model=f"{RESULTS}/models/{{model}}/source.json",

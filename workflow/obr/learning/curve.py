@@ -4,7 +4,6 @@ import csv
 import io
 from pathlib import Path
 
-from obr.errors import ObrError
 from obr.files import write_text
 
 COLUMNS = ("block", "step", "loss", "held_out")
@@ -18,16 +17,6 @@ def write(curve: list[dict], path: Path) -> None:
     writer.writeheader()
     writer.writerows({name: _spelled(value) for name, value in row.items()} for row in curve)
     write_text(text.getvalue(), path)
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a curve, numbers as numbers, empty fields left out. Raises ObrError if there is no such file."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise ObrError(f"{path} is missing ({error.strerror}); learn the rotation with snakemake {path}.") from error
-    return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def _spelled(value) -> str:

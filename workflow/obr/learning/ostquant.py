@@ -8,7 +8,7 @@ from obr.layout import Dimensions
 from obr.learning import straight_through
 from obr.learning.stiefel import RiemannianAdam
 from obr.learning.task import Task
-from obr.learning.whole_model import Descent, Network, Objective, polished
+from obr.learning.whole_model import Descent, Network, Objective, Teacher, polished
 from obr.rotations.ostquant import OSTQuant
 
 
@@ -16,28 +16,31 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
     """R_res, R_ov from random Hadamard matrices, all scales from one, by RiemannianAdam on the KL-Top loss.
 
     Own settings: steps, batch, every, keep_every, recompute as SpinQuant's; lr (of rotations) and lr_scales,
-    cosine to 0; top (k of KL-Top); renormalised (probabilities over the top k only); online_query_key (a Hadamard
-    transform of queries and keys). Key scales are one within each RoPE pair, so that the 16-bit model stays what
-    it was.
+    cosine to 0; scales (false: rotations alone are learned); top (k of KL-Top); renormalised (probabilities over
+    the top k only); online_query_key (a Hadamard transform of queries and keys). Key scales are one within each
+    RoPE pair, so that the 16-bit model stays what it was.
     """
     settings = task.settings(
         steps=100, batch=8, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False, online_query_key=False,
-        every=10, keep_every=10, recompute=False,
+        scales=True, every=10, keep_every=10, recompute=False,
     )  # fmt: skip
     rotation = OSTQuant.draw(task.dimensions, task.seed)
     if not settings.online_query_key:
         del rotation.transforms["query_key"]
     rotation.to(task.device)
-    leaves = {name: leaf.requires_grad_() for name, leaf in _leaves(rotation).items()}
+    leaves = {
+        name: leaf.requires_grad_(settings.scales or ".S_" not in name) for name, leaf in _leaves(rotation).items()
+    }
     network = Network(task, straight_through.flowing, settings.recompute)
-    teacher = network.teach(torch.cat([task.windows, task.held_out]), Room(folder=task.kept.folder))
+    count, length = len(task.windows) + len(task.held_out), task.windows.shape[1]
+    teacher = Teacher(network, count, length, Room(folder=task.kept.folder))
     descent = Descent(
         task,
         network,
         rotation,
         Objective(
             lambda logits, states: kl_top(logits, network.logits(states), settings.top, settings.renormalised),
-            lambda windows, places: torch.cat([teacher[int(place)] for place in places]),
+            teacher,
         ),
         leaves,
         _optimizer(leaves, settings.lr, settings.lr_scales),

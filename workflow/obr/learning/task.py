@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,12 @@ class Kept:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def tell(row: dict) -> None:
+    """Print a line of a curve, such as "step 20, loss 3.21, held out 3.3"."""
+    spelled = (f"{name.replace('_', ' ')} {value:.5g}" for name, value in row.items())
+    print(", ".join(spelled), file=sys.stderr, flush=True)
+
+
 @dataclass
 class Task:
     """What a learner is given.
@@ -80,7 +87,7 @@ class Task:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     about: dict = field(default_factory=dict)
-    report: Callable[[dict], None] = print
+    report: Callable[[dict], None] = tell
 
     @classmethod
     def of(cls, entry: dict, model: Path, tokens: Path, out: Path, device: str, dtype: torch.dtype) -> "Task":

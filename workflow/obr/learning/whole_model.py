@@ -1,5 +1,6 @@
 """Learning over a whole model: its outputs as a function of a rotation, and the loop that descends."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable
@@ -45,14 +46,6 @@ class Network:
         self.layout = self.source.layout
         self.blocks = [self.source.load(index) for index in range(len(self.source))]
         self.plain = [{n: p.detach() for n, p in block.named_parameters()} for block in self.blocks]
-
-    def teach(self, windows: Tensor, room: Room | None = None) -> Activations:
-        """Last hidden states, b of (1, s, d), of the 16-bit model; to be had before the first rotated pass."""
-        with torch.no_grad(), self._products():
-            hidden, arguments = self.source.embed(windows, room)
-            for block, own in zip(self.blocks, arguments, strict=True):
-                advance(block, hidden, own)
-        return hidden
 
     def __call__(self, rotation: Rotation, windows: Tensor) -> Tensor:
         """Last hidden states (b, s, d) of the rotated and quantised model, turned back; windows: (b, s) tokens."""
@@ -105,7 +98,7 @@ class Network:
         return new
 
     def _run(self, block: nn.Module, new: dict[str, Tensor], states: Tensor, arguments: dict) -> Tensor:
-        with self._products():
+        with self.products():
             out = functional_call(block, new, (states,), arguments)
         return (out[0] if isinstance(out, tuple) else out).float()
 
@@ -114,13 +107,13 @@ class Network:
             return straight_through.flowing_weight(weight, self.task.recipe.bits)
         return straight_through.passed_weight(weight, self.task.recipe.bits, self.task.recipe.clip)
 
-    def _products(self):
+    def products(self):
         """Products of matrices in the task's dtype."""
         return torch.autocast(self.source.device.type, self.task.dtype, enabled=self.task.dtype != torch.float32)
 
     def logits(self, states: Tensor) -> Tensor:
         """(t, v) in float32, from last hidden states (t, d)."""
-        with self._products():
+        with self.products():
             return self.source.logits(states).float()
 
     def loss(self, states: Tensor, aims: Tensor, criterion: Criterion, backward: bool = False) -> float:
@@ -138,6 +131,38 @@ class Network:
         if backward:
             states.backward(leaf.grad)
         return total
+
+
+class Teacher:
+    """Last hidden states of a network's 16-bit model, for each window computed when it is first asked for.
+
+    count: of all windows, of s tokens each. room: for the states, which are kept.
+    """
+
+    def __init__(self, network: Network, count: int, length: int, room: Room | None = None):
+        self.network, source = network, network.source
+        width = source.dimensions.hidden
+        self.states = Activations(count, (length, width), torch.float32, source.device, room)
+        self.known: set[int] = set()
+        # Blocks of its own, on the same weights: the network's get transforms and quantisers.
+        self.blocks = [copy.deepcopy(block, {id(p): p for p in block.parameters()}) for block in network.blocks]
+
+    def __call__(self, windows: Tensor, places: Tensor) -> Tensor:
+        """(b, s, d) for windows (b, s) that have these places (b,) among all."""
+        new = [i for i, place in enumerate(places.tolist()) if place not in self.known]
+        if new:
+            self._learn(windows[new], places[new].tolist())
+        return torch.cat([self.states[place] for place in places.tolist()])
+
+    @torch.no_grad()
+    def _learn(self, windows: Tensor, places: list[int]) -> None:
+        hidden, arguments = self.network.source.embed(windows)
+        with self.network.products():
+            for block, own in zip(self.blocks, arguments, strict=True):
+                advance(block, hidden, own)
+        for place, states in zip(places, hidden, strict=True):
+            self.states[place] = states
+        self.known |= set(places)
 
 
 class _Turned:
