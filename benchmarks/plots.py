@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -45,12 +46,13 @@ def ratio(frame: pd.DataFrame) -> Figure:
     for i, (method, threads) in enumerate(kinds):
         part = shapes.merge(frame[(frame["method"] == method) & (frame["threads"] == threads)])
         places = np.arange(len(shapes)) + (i - (len(kinds) - 1) / 2) * width
-        colour = COLOURS[list(NAMES).index(method)]
+        shade = 0.45 if threads < frame["threads"].max() else 0.0
+        colour = shade + (1 - shade) * np.array(to_rgb(COLOURS[list(NAMES).index(method)]))
         low = part["loop_min_s"] / part["ours_max_s"]
         high = part["loop_max_s"] / part["ours_min_s"]
         spread = [(part["ratio"] - low).clip(lower=0), (high - part["ratio"]).clip(lower=0)]
         bars = axes.bar(
-            places, part["ratio"], width * 0.92, color=colour, alpha=0.55 if threads == 1 else 1, yerr=spread,
+            places, part["ratio"], width * 0.92, color=colour, yerr=spread,
             error_kw={"linewidth": 0.7, "capsize": 1.5, "alpha": 0.7},
             label=f"{NAMES[method]}, {counted(threads, 'thread')}",
         )  # fmt: skip
@@ -82,7 +84,8 @@ def memory(frame: pd.DataFrame) -> Figure:
     """Peak memory of each stage against depth, from zero, so that flat looks flat."""
     figure, (axes,) = _figure(2.6)
     for i, (stage, part) in enumerate(frame.groupby("stage", sort=False)):
-        axes.plot(part["blocks"], part["peak_mb"], marker=MARKERS[i], color=COLOURS[i], label=stage)
+        look = {"marker": MARKERS[i], "markersize": 8 - 1.5 * i, "fillstyle": "none", "color": COLOURS[i]}
+        axes.plot(part["blocks"], part["peak_mb"], **look, label=stage)  # smaller on larger: stages may coincide
     axes.set_ylim(0, frame["peak_mb"].max() * 1.15)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(FixedLocator(sorted(frame["blocks"].unique())))
