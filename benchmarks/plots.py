@@ -95,19 +95,21 @@ def memory(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-REFERENCES = {"rows": 1, "columns": 2, "tokens": 1}
+# Slopes: products of matrices grow with rows and tokens, with the columns' square, factorisations with their cube.
+REFERENCES = {"rows": {1: "--"}, "columns": {2: "--", 3: ":"}, "tokens": {1: "--"}}
 
 
 def scaling(frame: pd.DataFrame) -> Figure:
-    """Seconds against size, both logarithmic, with a line of the slope that products of matrices would have."""
+    """Seconds against size, both logarithmic, with lines of the slopes to expect."""
     groups = list(frame.groupby("varied", sort=False))
     figure, panels = _figure(2.5, len(groups))
     for axes, (varied, part), colour in zip(panels, groups, COLOURS, strict=False):
         spread = [part["time_s"] - part["time_min_s"], part["time_max_s"] - part["time_s"]]
         axes.errorbar(part["size"], part["time_s"], spread, marker="o", markersize=3.5, color=colour, capsize=1.5)
-        last, slope = part.iloc[-1], REFERENCES[varied]
-        line = last["time_s"] * (part["size"] / last["size"]) ** slope
-        axes.plot(part["size"], line, "--", color="0.4", linewidth=0.9, label=f"slope {slope}")
+        last = part.iloc[-1]
+        for slope, dashes in REFERENCES[varied].items():
+            line = last["time_s"] * (part["size"] / last["size"]) ** slope
+            axes.plot(part["size"], line, dashes, color="0.4", linewidth=0.9, label=f"slope {slope}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(part["size"].tolist()))
