@@ -1,5 +1,6 @@
 """Rotations learned block by block: errors fall, nothing changes at 16 bits, killed runs end with the same bytes."""
 
+import csv
 import dataclasses
 import hashlib
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from obr import data, rotations
 from obr.errors import ObrError
 from obr.layout import Dimensions
-from obr.learning import awq, blockwise, curve, flatquant, learn_rotation, omniquant
+from obr.learning import awq, blockwise, flatquant, learn_rotation, omniquant
 from obr.learning.task import Kept, Task
 from obr.model import StreamedBlocks, run_block
 from obr.modules import set_quantizers
@@ -20,18 +21,18 @@ from obr.recipe import Recipe
 from obr.rotations import fold
 
 LEARNED = {"bits": 4, "symmetric": False, "group_size": "head", "clip_ratio": "learned"}
-PLAIN = {"bits": 4, "symmetric": False, "group_size": "head"}
+PLAIN = {"bits": 8, "symmetric": False, "group_size": "head"}
 ENTRIES = {
     "flatquant": {
-        "epochs": 5, "batch": 2, "start": "hadamard",
+        "epochs": 4, "batch": 2, "lr": 0.02, "lr_clips": 0.1,
         "quantise": {
             "bits": 4, "clip": "learned", "activations": {"bits": 4, "clip_ratio": "learned"},
             "keys": LEARNED, "values": LEARNED,
         },
     },
     "omniquant": {
-        "epochs": 5, "batch": 2, "alpha": 0.2, "shifts": True,
-        "quantise": {"bits": 4, "clip": "learned", "activations": {"bits": 4}, "keys": PLAIN, "values": PLAIN},
+        "epochs": 4, "batch": 2, "shifts": True, "lr_clips": 0.1,
+        "quantise": {"bits": 3, "clip": "learned", "activations": {"bits": 8}, "keys": PLAIN, "values": PLAIN},
     },
     "smoothquant": {"quantise": {"bits": 8, "clip": "minmax", "activations": {"bits": 4}}},
     "awq": {"quantise": {"bits": 3, "clip": "learned"}},
@@ -82,7 +83,8 @@ def learned(spiky, tokens, tmp_path_factory):
         if kind not in done:
             out = folder / f"{kind}.safetensors"
             learn_rotation(entry_of(kind), spiky, tokens, out, "cpu")
-            done[kind] = out, curve.read(out.with_suffix(".csv"))
+            with open(out.with_suffix(".csv"), newline="") as file:
+                done[kind] = out, [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         return done[kind]
 
     return of
@@ -101,9 +103,7 @@ def place(spiky, tokens, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    "kind, least", [("flatquant", 0.95), ("omniquant", 0.99), ("awq", 1.0), ("smoothquant", 1.0)]
-)
+@pytest.mark.parametrize("kind, least", [("flatquant", 0.9), ("omniquant", 0.97), ("awq", 1.0), ("smoothquant", 1.0)])
 def test_held_out_errors_of_blocks_fall(kind, least, learned):
     _, lines = learned(kind)
     for block in (0, 1):
@@ -163,8 +163,9 @@ def test_learned_weight_ranges_are_minmax_at_infinity_and_0_982_at_the_start(kin
     torch.testing.assert_close(start.amax(1), weight.amax(1) * 0.98201, rtol=1e-4, atol=0)
     torch.testing.assert_close(start.amin(1), weight.amin(1) * 0.98201, rtol=1e-4, atol=0)
     wide = fold.clipped(weight, (torch.full_like(low, torch.inf), torch.full_like(high, torch.inf)))
-    quantised = blockwise.quantised_weight(wide, here.task.recipe)
-    torch.testing.assert_close(quantised, Grid.fit(weight, 4, "minmax").round(weight))
+    recipe = here.task.recipe
+    quantised = blockwise.quantised_weight(wide, recipe)
+    torch.testing.assert_close(quantised, Grid.fit(weight, recipe.bits, "minmax").round(weight))
 
 
 def test_the_quantised_block_of_the_learner_is_that_of_the_evaluation(place, learned):
@@ -218,9 +219,10 @@ def test_flatquant_learns_only_what_the_quantisation_asks_for(place):
     assert set(flatquant.starting_clips(here.task)) == {"values.range_low", "values.range_high"}
 
 
-def test_awq_takes_the_best_ratio_of_the_grid(place):
+def test_awq_takes_the_best_ratio_of_the_grid(place, learned):
     here = place("awq")
     means, _ = awq.statistics(here, 512)
+    parameters = rotations.load(learned("awq")[0], here.task.dimensions).parameters
     windows = [here.inputs[i] for i in here.learned_from]
     for group, module in (("qkv", "self_attn"), ("up_gate", "mlp"), ("down", "mlp.down_proj")):
         chosen = awq.ratio_errors(here, group, means[group], 16)
@@ -228,8 +230,10 @@ def test_awq_takes_the_best_ratio_of_the_grid(place):
         for ratio in (0.0, 0.35, 0.5, 0.95, min(chosen, key=chosen.get)):
             errors[ratio] = by_hand(here, group, module, windows, means[group].pow(ratio))
             assert chosen[ratio] == pytest.approx(errors[ratio], rel=1e-3)
-        assert min(errors, key=errors.get) == min(chosen, key=chosen.get)
-        assert len(chosen) == 20
+        best = min(errors, key=errors.get)
+        assert best == min(chosen, key=chosen.get) and len(chosen) == 20
+        scale = means[group].pow(best)
+        torch.testing.assert_close(parameters[f"blocks.0.{group}.scale"], scale / (scale.max() * scale.min()).sqrt())
 
 
 def by_hand(here, group, module, windows, scale):
@@ -279,6 +283,22 @@ def test_key_scales_are_tied_within_rope_pairs(learned, place):
     first, second = scale.chunk(2, dim=1)
     assert torch.equal(first, second) and not torch.equal(scale, torch.ones_like(scale))
     assert "key_scale_untied" not in rotation.about()
+
+
+def test_quantised_blocks_read_what_those_before_them_put_out(place):
+    task = place("omniquant").task
+    source, parameters = StreamedBlocks(task.model, None, torch.float32, "cpu"), {}
+    places = blockwise._places(task, source, True, rotations.KINDS["scaling"], parameters)
+    first = next(places)
+    assert torch.equal(first.own[3], first.inputs[3])
+    found = {**omniquant.starting_clips(task), "qkv.scale": torch.full((96,), 2.0)}
+    parameters |= first.parameters(found)
+    rotation = rotations.KINDS["scaling"](task.dimensions, dict(parameters))
+    with torch.no_grad():
+        quantised, target = first(rotation, first.inputs[3]), first.targets[3].clone()
+    second = next(places)
+    assert torch.equal(second.own[3], quantised) and torch.equal(second.inputs[3], target)
+    assert not torch.equal(quantised, target)
 
 
 def test_scales_that_one_norm_gives_all_heads_are_one(place):

@@ -29,7 +29,9 @@ def learn(task: Task) -> tuple[Rotation, list[dict]]:
     thousandth, AdamW; alpha (of the scales' start max|W|^(1 - alpha) / max|X|^alpha); scales (whether there are
     any); parametrisation, "svd" (U diag(s) Vᵀ, U and V orthogonal by the Cayley map) or "direct" (any matrix);
     start, "orthogonal" (random, as the paper's) or "hadamard" (with random signs). The published runs took 15
-    epochs of 128 windows of 2,048 tokens, 4 a step.
+    epochs of 128 windows of 2,048 tokens, 4 a step. A model of 135 million parameters learns in half an hour of
+    two CPU cores, or less, by 4 epochs of 14 windows of 512 tokens, 2 a step, with lr 0.03 and lr_clips 0.15: few
+    steps need to be long.
     """
     settings = task.settings(
         epochs=15, batch=4, lr=5e-3, lr_clips=5e-2, alpha=0.3, scales=True, parametrisation="svd", start="orthogonal"
