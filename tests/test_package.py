@@ -38,7 +38,7 @@ LAYERS = [
     ["artefacts", "errata"],
     ["render"],
     ["sheet"],
-    ["figure_layers", "figure_kernels"],
+    ["figure_layers", "figure_kernels", "figure_learning"],
     ["table", "figure"],
     ["jobs", "costs"],
     ["timings"],
