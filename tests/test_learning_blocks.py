@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from families import FAMILIES, change, random_model
 from obr import data, rotations
 from obr.errors import ObrError
 from obr.layout import Dimensions
@@ -24,14 +25,14 @@ LEARNED = {"bits": 4, "symmetric": False, "group_size": "head", "clip_ratio": "l
 PLAIN = {"bits": 8, "symmetric": False, "group_size": "head"}
 ENTRIES = {
     "flatquant": {
-        "epochs": 4, "batch": 2, "lr": 0.02, "lr_clips": 0.1,
+        "epochs": 3, "batch": 2, "lr": 0.02, "lr_clips": 0.1,
         "quantise": {
             "bits": 4, "clip": "learned", "activations": {"bits": 4, "clip_ratio": "learned"},
             "keys": LEARNED, "values": LEARNED,
         },
     },
     "omniquant": {
-        "epochs": 4, "batch": 2, "shifts": True, "lr_clips": 0.1,
+        "epochs": 3, "batch": 2, "shifts": True, "lr_clips": 0.1,
         "quantise": {"bits": 3, "clip": "learned", "activations": {"bits": 8}, "keys": PLAIN, "values": PLAIN},
     },
     "smoothquant": {"quantise": {"bits": 8, "clip": "minmax", "activations": {"bits": 4}}},
@@ -126,6 +127,31 @@ def test_learned_folds_leave_logits_as_they_were(kind, learned, spiky):
         after = model(windows).logits
     assert float((after - before).abs().max() / before.abs().max()) < 2e-5
     assert rotation.options["learned"]["calibration"] == {}
+
+
+@pytest.mark.parametrize(
+    "kind, family, parts",
+    [
+        ("awq", "llama, all heads apart", {"value", "product", "qkv norm", "up_gate norm"}),
+        ("omniquant", "qwen3, head_dim apart", {"value", "value_shift", "key_scale", "qkv norm", "up_gate norm"}),
+        (
+            "omniquant",
+            "llama 3, biases everywhere",
+            {"value", "value_shift", "key_scale", "qkv norm", "up_gate norm"},
+        ),
+        ("flatquant", "gemma", {"value", "product", "qkv norm", "up_gate norm"}),
+    ],
+)
+def test_learned_folds_of_other_families_leave_logits_as_they_were(kind, family, parts, tmp_path):
+    model = random_model(FAMILIES[family], torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    windows = torch.randint(1, 64, (6, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": windows}, tmp_path / "tokens.safetensors", metadata={"calibration": "{}"})
+    changed = {} if kind == "awq" else {"epochs": 1}
+    entry = entry_of(kind, **changed)
+    rotation = learn_rotation(entry, tmp_path / "model", tmp_path / "tokens.safetensors", tmp_path / "r", "cpu")
+    assert set(rotation.changes(1).folded_parts()) == parts
+    assert change(model, lambda model: rotations.rotate(model, rotation)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["flatquant", "omniquant"])
