@@ -124,7 +124,7 @@ def learn_blocks(
     learned, note = task.kept.read() or ({}, {"block": 0, "curve": []})
     finished, curve = note["block"], note["curve"]
     if finished < len(source):
-        with Progress(f"learning {kind.kind}", len(source)) as shown:
+        with Progress("learning", len(source)) as shown:
             for place in _places(task, source, own_inputs, kind, learned):
                 if place.index < finished:
                     shown.resume()
