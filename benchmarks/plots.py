@@ -24,10 +24,10 @@ NAMES = {"obr_gptq": "OBR_GPTQ", "obr_rtn": "OBR_RTN"}
 
 
 def draw(name: str, frame: pd.DataFrame, stem: Path) -> None:
-    """Draw one measurement to `stem`.pdf and .png (300 dpi)."""
+    """Draw one measurement to `stem`.pdf, .svg and .png (300 dpi)."""
     with matplotlib.rc_context({**STYLE, "axes.axisbelow": True}):
         figure = PLOTS[name](frame)
-        for suffix in ("pdf", "png"):
+        for suffix in ("pdf", "png", "svg"):
             with whole(stem.with_suffix(f".{suffix}")) as partial:
                 figure.savefig(partial, format=suffix, dpi=300)
 
