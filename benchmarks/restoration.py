@@ -24,7 +24,7 @@ LOOP_ROWS = 32  # timed of a layer whose loop takes too long as a whole
 LONG_LOOP = 4e12  # r n³, above which it does
 # By how much the two errors may differ: a ratio of times means nothing if the results are not the same. Weights half
 # way between two values are rounded up by one side and down by the other, which alone makes up to 7e-4.
-EQUAL = 2e-3
+EQUAL = 1e-3
 
 
 def measure(results: Path | None, repeats: int, large: int, threads: tuple[int, ...]) -> list[dict]:
