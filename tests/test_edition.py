@@ -75,7 +75,9 @@ def test_quick_caps_what_there_is_in_a_folder_of_its_own():
     config = Config(replaced(RAW, quick="true", calibrations__c={"text": "train", "nsamples": 4, "seqlen": 2048}))
     assert config.results == config.raw["results"] == "results-quick"
     assert config.raw["calibrations"]["c"] == {"text": "train", "nsamples": 4, "seqlen": 256}
-    assert config.raw["perplexity"]["wiki"]["tokens"] == 2048 and config.raw["zero_shot"]["piqa"]["limit"] == 24
+    assert config.raw["perplexity"]["wiki"]["tokens"] == 2048 and config.raw["zero_shot"]["piqa"]["limit"] == 12
+    assert config.parsed["obr"].blocks == "0:6" and config.parsed["dense"].blocks is None
+    assert "first six blocks" in config.raw["tables"]["t"]["note"]
     assert Config(replaced(RAW, quick="false")).results == "results"
 
 
@@ -116,6 +118,17 @@ def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
                 assert any(r.method == "gptq" and r.setting == f"W3{setting}" for r in rows), (name, setting)
             assert name in ("time", "table9") or any(r.method == "gptq" and r.bits == 4 for r in rows), name
         assert entry["details"] if name != "ostquant" else True
+
+
+def test_quick_learns_in_two_steps():
+    rotation = {"kind": "ostquant", "learn": {"calibration": "c", "steps": 100}}
+    assert Config(replaced(RAW, quick="true", rotations__r=rotation)).raw["rotations"]["r"]["learn"]["steps"] == 2
+
+
+def test_an_edition_renames_rotations_of_recipes_and_figures():
+    small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
+    assert small.parsed["spinquant_learned_w"].rotation == "spinquant"
+    assert small.raw["figures"]["learning"]["rotations"] == ["spinquant", "ostquant"]
 
 
 def test_the_small_edition_has_every_table_and_quotes_nothing():

@@ -3,8 +3,15 @@
 Each function changes a validated config in place.
 """
 
-# What `quick: true` leaves of every calibration, text and task.
-QUICK = {"nsamples": 8, "seqlen": 256, "tokens": 2048, "limit": 24}
+# What `quick: true` leaves of every calibration, text and task, of a model's blocks, and of learning.
+QUICK = {"nsamples": 8, "seqlen": 256, "tokens": 2048, "limit": 12}
+QUICK_BLOCKS = "0:6"
+QUICK_LEARNING = {"steps": 2, "epochs": 1, "batch": 2}
+QUICK_NOTE = (
+    "Quick: only the first six blocks are compressed, with at most {nsamples} calibration windows of {seqlen} "
+    "tokens; scored on {tokens:,} tokens and {limit} questions; rotations are learned in two steps. "
+    "For the form, not the numbers."
+)
 
 
 def transpose(raw: dict) -> None:
@@ -16,8 +23,9 @@ def transpose(raw: dict) -> None:
     if not edition:
         return
     for recipe in raw["recipes"].values():
-        if recipe.get("calibration"):
-            recipe["calibration"] = edition["calibrations"].get(recipe["calibration"], recipe["calibration"])
+        for key in ("calibration", "rotation"):
+            if recipe.get(key):
+                recipe[key] = edition.get(f"{key}s", {}).get(recipe[key], recipe[key])
     for rotation in raw.get("rotations", {}).values():
         if learn := rotation.get("learn"):
             learn["calibration"] = edition["calibrations"].get(learn["calibration"], learn["calibration"])
@@ -32,6 +40,9 @@ def transpose(raw: dict) -> None:
             if entry.get("zero_shot"):
                 entry["zero_shot"] = edition["zero_shot"]
                 entry["mean"] = entry.get("mean", False) and len(edition["zero_shot"]) > 1
+            if "rotations" in entry:
+                renamed = [edition.get("rotations", {}).get(name, name) for name in entry["rotations"]]
+                entry["rotations"] = list(dict.fromkeys(renamed))
             for key in ("mentions", "quoted"):
                 entry.pop(key, None)
     for name in edition.get("without", []):
@@ -40,7 +51,7 @@ def transpose(raw: dict) -> None:
 
 
 def shrink(raw: dict) -> None:
-    """With `quick`, cap every calibration, text and task at QUICK, in a results folder of its own."""
+    """With `quick`, cap every calibration, text, task, recipe and learning, in a results folder of its own."""
     if str(raw.get("quick")).lower() != "true":
         return
     raw["results"] += "-quick"
@@ -52,6 +63,16 @@ def shrink(raw: dict) -> None:
         for entry in raw[section].values():
             for key in keys:
                 entry[key] = min(entry.get(key) or QUICK[key], QUICK[key])
+    for recipe in raw["recipes"].values():
+        if recipe.get("method", "dense") not in ("dense", "released"):
+            recipe.setdefault("blocks", QUICK_BLOCKS)
+    for rotation in raw["rotations"].values():
+        learn = rotation.get("learn", {})
+        for key, most in QUICK_LEARNING.items():
+            if key in learn:
+                learn[key] = min(learn[key], most)
+    for table in raw["tables"].values():
+        table["note"] = " ".join(filter(None, (table.get("note"), QUICK_NOTE.format(**QUICK))))
 
 
 def multiply(raw: dict) -> None:
