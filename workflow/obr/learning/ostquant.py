@@ -1,28 +1,32 @@
 """OSTQuant (Hu et al., arXiv 2501.13987): rotations and scales that keep the quantised model's likeliest tokens."""
 
 import torch
+from geoopt import CanonicalStiefel, ManifoldParameter
+from geoopt.optim import RiemannianAdam
 from torch import Tensor
 
 from obr.activations import Room
 from obr.layout import Dimensions
 from obr.learning import straight_through
-from obr.learning.stiefel import RiemannianAdam
 from obr.learning.task import Task
-from obr.learning.whole_model import Descent, Network, Objective, Teacher, polished
+from obr.learning.whole_model import Descent, Network, Objective, Teacher, polished, warmed
 from obr.rotations.ostquant import OSTQuant
 
 
 def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
     """R_res, R_ov from random Hadamard matrices, all scales from one, by RiemannianAdam on the KL-Top loss.
 
-    Own settings: steps, batch, every, keep_every, recompute as SpinQuant's; lr (of rotations) and lr_scales,
+    Without geoopt's `stabilize`, which doubles the momentum of square matrices each time: what orthogonality steps
+    lose, 1e-7 each, the end makes good.
+
+    Own settings: steps, batch, warmup, every, keep_every, recompute as SpinQuant's; lr (of rotations) and lr_scales,
     cosine to 0; scales (false: rotations alone are learned); top (k of KL-Top); renormalised (probabilities over
     the top k only); online_query_key (a Hadamard transform of queries and keys). Key scales are one within each
     RoPE pair, so that the 16-bit model stays what it was.
     """
     settings = task.settings(
         steps=100, batch=8, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False, online_query_key=False,
-        scales=True, every=10, keep_every=10, recompute=False,
+        scales=True, warmup=0, every=10, keep_every=10, recompute=False,
     )  # fmt: skip
     rotation = OSTQuant.draw(task.dimensions, task.seed)
     if not settings.online_query_key:
@@ -48,6 +52,7 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
         batch=settings.batch,
         every=settings.every,
         keep_every=settings.keep_every,
+        factor=warmed(settings.warmup / settings.steps),
         place=lambda values: _placed(values, task.dimensions),
     )
     curve = descent.run()
@@ -75,12 +80,13 @@ def _log_probabilities(logits: Tensor, indices: Tensor) -> Tensor:
 
 def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:
     """What is learned, by name: rotations as drawn, scales of one; of S_qk (k, m) only what RoPE pairs share."""
-    leaves = {}
+    leaves, manifold = {}, CanonicalStiefel()
     for name, tensor in rotation.parameters.items():
         if name.endswith("S_qk"):
             heads = 1 if rotation.dimensions.normed_heads else len(tensor)
             tensor = tensor[:heads, : tensor.shape[1] // 2]
-        leaves[name] = torch.ones_like(tensor, dtype=torch.float32) if ".S_" in name else tensor.float()
+        scale = ".S_" in name
+        leaves[name] = torch.ones_like(tensor) if scale else ManifoldParameter(tensor.float(), manifold=manifold)
     return leaves
 
 
@@ -95,4 +101,4 @@ def _placed(leaves: dict[str, Tensor], dimensions: Dimensions) -> dict[str, Tens
 def _optimizer(leaves: dict[str, Tensor], lr: float, lr_scales: float) -> RiemannianAdam:
     turned = [leaf for name, leaf in leaves.items() if ".S_" not in name]
     scales = [leaf for name, leaf in leaves.items() if ".S_" in name]
-    return RiemannianAdam([{"params": turned}, {"params": scales, "lr": lr_scales, "flat": True}], lr)
+    return RiemannianAdam([{"params": turned}, {"params": scales, "lr": lr_scales}], lr)

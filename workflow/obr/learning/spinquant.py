@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from obr.learning import straight_through
 from obr.learning.stiefel import CayleySGD
 from obr.learning.task import Task
-from obr.learning.whole_model import Descent, Network, Objective, polished
+from obr.learning.whole_model import Descent, Network, Objective, polished, warmed
 from obr.rotations.spinquant import SpinQuant
 
 
@@ -14,11 +14,14 @@ def learn(task: Task) -> tuple[SpinQuant, list[dict]]:
     """R1 and R2 from random Hadamard matrices: next-token cross-entropy, gradients straight through quantisers.
 
     Own settings: steps, batch (windows a step), lr (of Cayley steps, cosine to 0; the norm of the step bounds it),
-    momentum, every (steps between looks at held-out windows), keep_every (steps between states kept), recompute
-    (blocks' insides on the way back, to spare memory). The published runs took 100 steps of 8 windows of 2,048
-    tokens, asymmetric 4-bit activations, keys and values in groups of 128, weights at 16 bits for GPTQ.
+    warmup (steps over which lr grows to what it is), momentum, every (steps between looks at held-out windows),
+    keep_every (steps between states kept), recompute (blocks' insides on the way back, to spare memory). The
+    published runs took 100 steps of 8 windows of 2,048 tokens, asymmetric 4-bit activations, keys and values in
+    groups of 128, weights at 16 bits for GPTQ.
     """
-    settings = task.settings(steps=100, batch=8, lr=1.5, momentum=0.0, every=10, keep_every=10, recompute=False)
+    settings = task.settings(
+        steps=100, batch=8, lr=1.5, momentum=0.0, warmup=0, every=10, keep_every=10, recompute=False
+    )
     rotation = SpinQuant.draw(task.dimensions, task.seed)
     generator = torch.Generator().manual_seed(task.seed)
     rotation.to(task.device)
@@ -35,6 +38,7 @@ def learn(task: Task) -> tuple[SpinQuant, list[dict]]:
         every=settings.every,
         keep_every=settings.keep_every,
         generator=generator,
+        factor=warmed(settings.warmup / settings.steps),
     )
     curve = descent.run()
     rotation.seed = None

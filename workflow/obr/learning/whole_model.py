@@ -202,7 +202,7 @@ class Descent:
 
     leaves: what is learned. place: makes the rotation's parameters of them. steps, batch (windows), every (steps
     between looks), keep_every (steps between states kept for a restart): counts. factor: of the learning rates,
-    by step.
+    by the part of the steps that is done.
     """
 
     task: Task
@@ -215,9 +215,9 @@ class Descent:
     batch: int
     every: int
     keep_every: int
+    factor: Callable[[float], float]
     generator: torch.Generator | None = None
     place: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-    factor: Callable[[float], float] = lambda done: 0.5 * (1 + cos(pi * done))
 
     def run(self) -> list[dict]:
         """All steps, those that an interrupted run has taken left out; returns the curve."""
@@ -269,7 +269,7 @@ class Descent:
         tensors = {f"leaf.{name}": leaf for name, leaf in self.leaves.items()}
         for index, leaf in enumerate(self.leaves.values()):
             state = self.optimizer.state.get(leaf, {})
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         if self.generator is not None:
             tensors["generator"] = self.generator.get_state()
         self.task.kept.write(tensors, {"step": step, "curve": curve, "recent": recent})
@@ -285,10 +285,20 @@ class Descent:
             leaf.copy_(tensors[f"leaf.{name}"])
             prefix = f"optimizer.{index}."
             for key in (key for key in tensors if key.startswith(prefix)):
-                self.optimizer.state[leaf][key.removeprefix(prefix)] = tensors[key].to(leaf.device)
+                value = tensors[key]
+                count = value.ndim == 0 and not value.is_floating_point()  # of steps, which geoopt keeps as a number
+                self.optimizer.state[leaf][key.removeprefix(prefix)] = int(value) if count else value.to(leaf.device)
         if self.generator is not None:
             self.generator.set_state(tensors["generator"])
         return note["step"], note["curve"], note["recent"]
+
+
+def warmed(warmup: float) -> Callable[[float], float]:
+    """A factor of learning rates by the part of the steps that is done: cosine to 0, linear from 0 over `warmup`.
+
+    Adam's first steps are as long as it can make them, whatever the gradient's noise: without, they lose ground.
+    """
+    return lambda done: 0.5 * (1 + cos(pi * done)) * (min(1.0, done / warmup) if warmup else 1.0)
 
 
 def drawn(count: int, batch: int, step: int, seed: int) -> Tensor:
