@@ -128,7 +128,7 @@ def test_quick_learns_in_two_steps():
 def test_an_edition_renames_rotations_of_recipes_and_figures():
     small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
     assert small.parsed["spinquant_learned_w"].rotation == "spinquant"
-    assert small.raw["figures"]["learning"]["rotations"] == ["spinquant", "ostquant"]
+    assert small.raw["figures"]["learning"]["rotations"] == ["spinquant", "ostquant", "flatquant"]
 
 
 def test_the_small_edition_has_every_table_and_quotes_nothing():

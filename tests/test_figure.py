@@ -146,6 +146,22 @@ def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
     assert drawn.panels[0].get_yscale() == "log"
 
 
+def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    for name, text in {
+        "whole": "step,loss,held_out\n0,,2.0\n10,1.5,1.6\n20,1.2,1.4\n",
+        "blocks": "block,step,loss,held_out\n0,0,,0.5\n0,7,0.4,0.3\n0,14,0.2,0.2\n1,0,,0.9\n1,14,0.5,0.6\n",
+    }.items():
+        (copy / "rotations" / name).mkdir(parents=True)
+        (copy / "rotations" / name / "llama.csv").write_text(text)
+    entry = {"kind": "learning_curve", "models": ["llama"], "rotations": ["whole", "blocks"]}
+    drawn = sheet(entry, copy, monkeypatch, tmp_path)
+    assert [panel.get_title() for panel in drawn.panels] == ["Llama-2-7B: whole", "Llama-2-7B: blocks"]
+    assert points(drawn.panels[0]) == [(10, 1.5), (20, 1.2), (0, 2.0), (10, 1.6), (20, 1.4)]
+    assert points(drawn.panels[1]) == [(0, 0.5), (1, 0.9), (0, 0.2), (1, 0.6)]
+    assert labels(drawn) == ["learned from", "held out", "held out, before", "held out, after"]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -153,6 +169,7 @@ def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
             {"kind": "pie"},
             "'pie' is unknown; choose one of perplexity_bits, sweep, layer_error, natural_sparsity, kernels",
         ),
+        ({"kind": "learning_curve", "models": ["llama"]}, "has no rotations; list keys of learned ones"),
         ({**ALPHA, "x": "damp"}, "Sweep over 'damp'"),
         ({**ALPHA, "group_by": "colour"}, "no field 'colour'"),
         ({**ALPHA, "models": []}, "no models"),
