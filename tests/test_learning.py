@@ -59,6 +59,11 @@ def error_of(matrix):
     return float((matrix.mT @ matrix - torch.eye(matrix.shape[-1], dtype=matrix.dtype)).abs().max().detach())
 
 
+def test_products_may_have_a_dtype_of_their_own(folder, tmp_path):
+    assert task_of(folder, tmp_path, "ostquant", dtype="bfloat16").dtype == torch.bfloat16
+    assert task_of(folder, tmp_path / "2", "ostquant").dtype == torch.float32
+
+
 # --- Optimisers -------------------------------------------------------------------------------------------
 
 

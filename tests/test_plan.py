@@ -16,6 +16,7 @@ from obr import costs, timings
 from obr.errors import ObrError
 from obr.jobs import Job, pending
 from obr.plan import Prices, make, overrides_of, schedule, spell
+from obr.recipe import Recipe
 from test_workflow import CONFIG, ROOT, snakemake
 
 DEMO = ROOT / "workflow" / "configs" / "demo.yaml"
@@ -139,6 +140,30 @@ def test_work_grows_as_it_should():
     assert costs.Sizes.guessed(6.7).hidden == pytest.approx(4096, rel=0.05)
     work = [costs.zero_shot(small, "piqa", None, 1).runs, costs.zero_shot(small, "piqa", None, 8).runs]
     assert work[0] == 8 * work[1]
+
+
+def test_learning_is_priced_by_its_settings():
+    sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
+    flat = costs.learning(sizes, "flatquant", {"epochs": 4, "batch": 2, "held_out": 2}, 16, 512)
+    assert 600 < flat.seconds(costs.SPEEDS["cpu"]) < 1240  # 828 s measured on one core
+    spin = {"steps": 60, "batch": 1, "every": 100, "held_out": 4}
+    assert (
+        320 < costs.learning(sizes, "spinquant", spin, 136, 512).seconds(costs.SPEEDS["cpu"]) < 720
+    )  # measured: 480
+    twice = costs.learning(sizes, "spinquant", {**spin, "steps": 120}, 136, 512)
+    assert twice.products > 1.8 * costs.learning(sizes, "spinquant", spin, 136, 512).products
+    assert costs.memory("learn_rotation", sizes, 0, 512, False)[0] == pytest.approx(4.5, rel=0.5)
+
+
+def test_fewer_blocks_cost_less():
+    sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
+    whole = Recipe.parse({"method": "obr_gptq", "calibration": "c"})
+    part = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "0:6"})
+    all_blocks, six = (costs.compress(sizes, recipe, 8192, 512) for recipe in (whole, part))
+    assert six.exact == pytest.approx(all_blocks.exact / 5) and six.products == pytest.approx(all_blocks.products / 5)
+    end = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "29:30"})
+    last = costs.compress(sizes, end, 8192, 512)
+    assert six.products < last.products < all_blocks.products  # 29 blocks are passed once
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):

@@ -6,7 +6,7 @@ specification; timings of finished jobs correct them (see `plan`).
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from obr.recipe import Recipe
@@ -24,6 +24,16 @@ TASKS = {
     "winogrande": (1267, 2, 25),
 }
 OTHER_TASK = (200, 4, 35)
+FOLDED = 6  # passes over all weights in a step of learning a rotation
+# Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
+LEARNING = {
+    "spinquant": {"steps": 100, "batch": 8},
+    "ostquant": {"steps": 100, "batch": 8},
+    "flatquant": {"epochs": 15, "batch": 4},
+    "omniquant": {"epochs": 20, "batch": 1},
+    "smoothquant": {"epochs": 1},
+    "awq": {"epochs": 20},
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,8 @@ SPEEDS = {
 
 def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     """Compressing a model by a recipe, calibrated on `tokens` tokens in windows of `length`."""
+    chosen = recipe.chosen(sizes.blocks)
+    sizes, whole = replace(sizes, blocks=len(chosen)), sizes
     weights, blocks = sizes.block * sizes.blocks, sizes.blocks
     products, grams, exact, elements = 0.0, 0.0, 0.0, 2.0 * weights
     if recipe.bits < 16 and recipe.method != "dense":
@@ -153,18 +165,47 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         steps = (recipe.sparsity > 0) + (recipe.bits < 16)
         exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
     if recipe.needs_hessian and recipe.hessian == "sequential":
-        products += (GROUPS + 1) * sizes.forward(tokens, length)
+        passed = replace(sizes, blocks=chosen[-1] + 1)  # blocks before the first chosen are run once
+        products += GROUPS * sizes.forward(tokens, length) + passed.forward(tokens, length)
         grams = sizes.hessians(tokens)
     runs = (GROUPS + 1) * blocks * tokens / length if products else 0.0
     if recipe.method in ("gptq", "sparsegpt_gptq", "obr_gptq"):  # column by column, each some small kernels
         runs += 0.1 * blocks * sum(columns for _, columns in sizes.layers)
-    return Work(products, grams, exact, elements, 2.0 * (weights + sizes.ends), runs, 9)
+    return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 9)
 
 
 def hessian(sizes: Sizes, tokens: int, length: int) -> Work:
     """Collecting cached Hessians."""
     products, runs = sizes.forward(tokens, length), sizes.blocks * tokens / length
     return Work(products, sizes.hessians(tokens), 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 10)
+
+
+def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
+    """Learning a rotation by the `learn` of its entry, from all but the held-out ones of these windows.
+
+    Forward and backward take three times what forward takes; recomputing adds one. Where scales or affine
+    transforms are learned, every step folds and quantises all weights, and gradients pass through that, too.
+    """
+    default = LEARNING[kind]
+    steps, batch, epochs = (learn.get(key, default.get(key, 1)) for key in ("steps", "batch", "epochs"))
+    held_out = learn.get("held_out", 4)
+    weights = float(sizes.block * sizes.blocks)
+    if "steps" not in default:  # block by block
+        steps = epochs * max(1, (windows - held_out) // batch)
+    tokens = steps * batch * length
+    passes = 4 if learn.get("recompute") else 3
+    elements = passes * tokens * sizes.blocks * (4.0 * sizes.hidden + 2.0 * sizes.intermediate)
+    products = passes * sizes.forward(tokens, length)
+    if "steps" in default:
+        looks = (steps // learn.get("every", 10) + 1) * held_out * length
+        products += passes * sizes.logits(tokens) + sizes.forward(looks, length) + sizes.logits(looks)
+    else:
+        products += sizes.forward(2 * windows * length, length)
+    if kind == "ostquant":  # whose residual rotation is folded on both sides, with gradients; and its teacher
+        products += passes * 2.0 * steps * weights * sizes.hidden + sizes.logits(tokens)
+    if kind != "spinquant":  # which folds nothing anew
+        elements += FOLDED * steps * weights
+    return Work(products, 0, 0, elements, 2.0 * (weights + sizes.ends), 3 * sizes.blocks * steps, 12)
 
 
 def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
@@ -190,7 +231,6 @@ CONSTANT = {
     "calibrate": 20.0,
     "check_model": 0.5,
     "download_rotation": 7.0,
-    "learn_rotation": 1800.0,
     "download_text": 3.0,
     "download_task": 5.0,
     "download_model": 12.0,
@@ -203,7 +243,10 @@ CONSTANT = {
 
 
 def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> tuple[float, float]:
-    """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32."""
+    """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32.
+
+    `learn_rotation` is of learning over the whole model; block by block takes what compressing takes.
+    """
     element = 2 if on_gpu else 4
     ends, block = element * sizes.ends, element * sizes.block
     largest = 4.0 * max(sizes.inputs) ** 2
@@ -216,6 +259,10 @@ def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> t
             + 12.0 * max(r * c for r, c in sizes.layers)
             + element * tokens * sizes.hidden
         )
+        base = 0.9
+    elif rule == "learn_rotation":  # all blocks, their gradients, and a window's states on the way back
+        states = 4.0 * length * sizes.blocks * (20 * sizes.hidden + 6 * sizes.intermediate)
+        model = 2 * ends + 2 * element * sizes.block * sizes.blocks + states + 8.0 * length * sizes.vocabulary
         base = 0.9
     elif rule == "hessian":
         model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden

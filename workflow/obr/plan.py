@@ -20,7 +20,7 @@ from obr.recipe import Recipe
 TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
 OVERHEAD = 1.0  # seconds that Snakemake spends on a job
 TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
-TIMED = ("compress", "hessian", "perplexity", "zero_shot")
+TIMED = ("compress", "hessian", "learn_rotation", "perplexity", "zero_shot")
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Prices:
         return Price(constant + OVERHEAD + 1000 * fetched / self.bandwidth, host, 0.0, disk, fetched)
 
     def _timed(self, job: Job) -> Price:
-        sizes = self.sizes(job.wildcards["model"])
+        sizes, like = self.sizes(job.wildcards["model"]), job.rule
         recipe = self.recipe(job.wildcards["recipe"]) if "recipe" in job.wildcards else None
         disk, tokens, length = 1e-4, 2048, 2048
         if job.rule == "compress":
@@ -112,6 +112,11 @@ class Prices:
         elif job.rule == "hessian":
             tokens, length = self.calibration(job.wildcards["calibration"])
             work, disk = costs.hessian(sizes, tokens, length), costs.hessian_bytes(sizes) / 1e9
+        elif job.rule == "learn_rotation":
+            entry = self.config["rotations"][job.wildcards["rotation"]]
+            tokens, length = self.calibration(entry["learn"]["calibration"])
+            work = costs.learning(sizes, entry["kind"], entry["learn"], tokens // length, length)
+            like = job.rule if "steps" in costs.LEARNING[entry["kind"]] else "compress"
         elif job.rule == "perplexity":
             entry = self.config["perplexity"][job.wildcards["text"]]
             length, tokens = entry["seqlen"], entry.get("tokens") or 340_000
@@ -122,7 +127,7 @@ class Prices:
             work = costs.zero_shot(sizes, job.wildcards["task"], entry.get("limit"), entry["batch_size"])
         expected = work.seconds(costs.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(timings.stage_of(job.rule, recipe), 1.0) + OVERHEAD
-        host, gpu = costs.memory(job.rule, sizes, tokens, length, self.device == "cuda")
+        host, gpu = costs.memory(like, sizes, tokens, length, self.device == "cuda")
         return Price(seconds, host, gpu, disk)
 
     def _downloads(self, job: Job) -> tuple[float, float]:

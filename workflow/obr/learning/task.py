@@ -22,7 +22,7 @@ from obr.recipe import Recipe
 from obr.resume import claim
 
 # Keys of `learn` that are the same for every learner; the others are a learner's own, see `Task.settings`.
-COMMON = ("calibration", "held_out", "quantise")
+COMMON = ("calibration", "held_out", "quantise", "dtype")
 HELD_OUT = 4  # windows, unless the entry says how many
 
 
@@ -93,6 +93,8 @@ class Task:
     def of(cls, entry: dict, model: Path, tokens: Path, out: Path, device: str, dtype: torch.dtype) -> "Task":
         """The task of a config entry {"kind", "seed", "learn": {…}}, with calibration windows from a file.
 
+        dtype: of products, unless the entry's `learn` has one.
+
         Raises:
             ObrError: settings that cannot be, too few windows, or an unfinished run with others.
         """
@@ -101,6 +103,7 @@ class Task:
         learn = dict(entry["learn"])
         windows, about = data.load_tokens(tokens)
         learn.pop("calibration", None)
+        dtype = getattr(torch, learn.pop("dtype")) if "dtype" in learn else dtype
         held_out = learn.pop("held_out", HELD_OUT)
         if not 0 < held_out < len(windows):
             raise ObrError(
