@@ -23,7 +23,7 @@ LAYERS = [
     ["recipe", "edition", "config", "digest", "device"],
     ["quantize", "prune", "hadamard", "solver"],
     ["online"],
-    ["restoration", "packing"],
+    ["restoration", "packing", "int4"],
     ["layout", "activations", "progress", "provenance"],
     ["modules", "model"],
     ["resume"],

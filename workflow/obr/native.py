@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from obr.errors import ObrError
+
 SOURCE = Path(__file__).with_name("native.cpp")
 # Not -ffast-math: linked into a library, that would flush denormals to zero in the whole process.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno"]
@@ -22,37 +24,53 @@ FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffi
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None, with a warning, if they cannot be built: they change speed and no result."""
+    try:
+        return build([SOURCE], FLAGS)
+    except ObrError as error:
+        warnings.warn(f"Some loops run slower: {error}", stacklevel=2)
+        return None
+
+
+def build(sources: list[Path], flags: list[str]) -> ctypes.CDLL:
+    """The library compiled of the first of `sources`, which includes the others; built once and kept.
+
+    Raises:
+        ObrError: no compiler, or one that refuses.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        warnings.warn("No C++ compiler is found (g++, clang++ or $CXX); some loops run slower.", stacklevel=2)
-        return None
-    path = _folder() / f"{_key(compiler)}.so"
+        raise ObrError("No C++ compiler is found; install g++ or clang++, or name one in $CXX.")
+    path = _folder() / f"{_key(sources, flags, compiler)}.so"
     try:
         if not path.exists():
-            _build(compiler, path)
+            _compile(compiler, sources[0], flags, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", "") or str(error)
-        warnings.warn(f"{SOURCE.name} cannot be built ({reason.strip()[:300]}); some loops run slower.", stacklevel=2)
-        return None
+        reason = " ".join((getattr(error, "stderr", "") or str(error)).split())[:300]
+        raise ObrError(f"{sources[0].name} cannot be built by {compiler}; install another one ({reason}).") from error
 
 
 def _folder() -> Path:
     return Path(os.environ.get("OBR_CACHE") or "~/.cache/obr").expanduser() / "native"
 
 
-def _key(compiler: str) -> str:
+def _key(sources: list[Path], flags: list[str], compiler: str) -> str:
     """Differs with source, flags, compiler and processor, so that machines may share the folder."""
-    cpu = Path("/proc/cpuinfo")
-    flags = next((line for line in cpu.open() if line.startswith("flags")), "") if cpu.exists() else ""
-    parts = [SOURCE.read_text(), *FLAGS, compiler, platform.machine(), flags]
+    parts = [*(source.read_text() for source in sources), *flags, compiler, platform.machine(), *processor_flags()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _build(compiler: str, path: Path) -> None:
+def processor_flags() -> list[str]:
+    """What the processor and the system can do, as Linux names it; empty elsewhere."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    return next((line.split() for line in lines if line.startswith("flags")), [])
+
+
+def _compile(compiler: str, source: Path, flags: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}")  # jobs that start together each build their own
-    subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(partial)], check=True, capture_output=True, text=True)
+    subprocess.run([compiler, *flags, str(source), "-o", str(partial)], check=True, capture_output=True, text=True)
     os.replace(partial, path)
 
 
