@@ -20,7 +20,7 @@ from obr.files import let_go
 from obr.hadamard import random_orthogonal
 from obr.layout import Dimensions, layout_of
 from obr.learning import learn_rotation, straight_through, whole_model
-from obr.learning.ostquant import kl_top
+from obr.learning.imitation import kl_top
 from obr.learning.stiefel import CayleySGD
 from obr.learning.task import Kept, Task
 from obr.model import load_model

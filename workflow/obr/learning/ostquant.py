@@ -5,11 +5,11 @@ from geoopt import CanonicalStiefel, ManifoldParameter
 from geoopt.optim import RiemannianAdam
 from torch import Tensor
 
-from obr.activations import Room
 from obr.layout import Dimensions
 from obr.learning import straight_through
+from obr.learning.imitation import imitation
 from obr.learning.task import Task
-from obr.learning.whole_model import Descent, Network, Objective, Teacher, polished, warmed
+from obr.learning.whole_model import Descent, Network, polished, warmed
 from obr.rotations.ostquant import OSTQuant
 
 
@@ -36,16 +36,11 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
         name: leaf.requires_grad_(settings.scales or ".S_" not in name) for name, leaf in _leaves(rotation).items()
     }
     network = Network(task, straight_through.flowing, settings.recompute)
-    count, length = len(task.windows) + len(task.held_out), task.windows.shape[1]
-    teacher = Teacher(network, count, length, Room(folder=task.kept.folder))
     descent = Descent(
         task,
         network,
         rotation,
-        Objective(
-            lambda logits, states: kl_top(logits, network.logits(states), settings.top, settings.renormalised),
-            teacher,
-        ),
+        imitation(network, settings.top, settings.renormalised),
         leaves,
         _optimizer(leaves, settings.lr, settings.lr_scales),
         steps=settings.steps,
@@ -58,24 +53,6 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
     curve = descent.run()
     rotation.seed = None
     return polished(rotation), curve
-
-
-def kl_top(logits: Tensor, teacher: Tensor, top: int, renormalised: bool = False) -> Tensor:
-    """KL-Top of logits (t, v) to a teacher's (t, v): Σ_i p_i (log p_i - log q_i) over its k likeliest, summed over t.
-
-    renormalised: p and q are of these k alone; otherwise of the whole vocabulary, and the sum is no divergence
-    unless k is v.
-    """
-    best = teacher.detach().topk(min(top, teacher.shape[-1]), dim=-1)
-    if renormalised:
-        p, q = best.values.log_softmax(-1), logits.gather(-1, best.indices).log_softmax(-1)
-    else:
-        p, q = (_log_probabilities(x, best.indices) for x in (teacher.detach(), logits))
-    return (p.exp() * (p - q)).sum()
-
-
-def _log_probabilities(logits: Tensor, indices: Tensor) -> Tensor:
-    return logits.gather(-1, indices) - logits.logsumexp(-1, keepdim=True)
 
 
 def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:

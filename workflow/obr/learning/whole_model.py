@@ -1,6 +1,5 @@
 """Learning over a whole model: its outputs as a function of a rotation, and the loop that descends."""
 
-import copy
 import sys
 import time
 from collections.abc import Callable
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from obr.activations import Activations, Room
 from obr.hadamard import Kronecker
 from obr.layout import GROUP_OF
 from obr.learning import straight_through
 from obr.learning.stiefel import nearest
 from obr.learning.task import Task
-from obr.model import StreamedBlocks, advance
+from obr.model import StreamedBlocks
 from obr.modules import set_quantizers
 from obr.recipe import QuantizerSettings
 from obr.rotations import Rotation, fold
@@ -131,38 +129,6 @@ class Network:
         if backward:
             states.backward(leaf.grad)
         return total
-
-
-class Teacher:
-    """Last hidden states of a network's 16-bit model, for each window computed when it is first asked for.
-
-    count: of all windows, of s tokens each. room: for the states, which are kept.
-    """
-
-    def __init__(self, network: Network, count: int, length: int, room: Room | None = None):
-        self.network, source = network, network.source
-        width = source.dimensions.hidden
-        self.states = Activations(count, (length, width), torch.float32, source.device, room)
-        self.known: set[int] = set()
-        # Blocks of its own, on the same weights: the network's get transforms and quantisers.
-        self.blocks = [copy.deepcopy(block, {id(p): p for p in block.parameters()}) for block in network.blocks]
-
-    def __call__(self, windows: Tensor, places: Tensor) -> Tensor:
-        """(b, s, d) for windows (b, s) that have these places (b,) among all."""
-        new = [i for i, place in enumerate(places.tolist()) if place not in self.known]
-        if new:
-            self._learn(windows[new], places[new].tolist())
-        return torch.cat([self.states[place] for place in places.tolist()])
-
-    @torch.no_grad()
-    def _learn(self, windows: Tensor, places: list[int]) -> None:
-        hidden, arguments = self.network.source.embed(windows)
-        with self.network.products():
-            for block, own in zip(self.blocks, arguments, strict=True):
-                advance(block, hidden, own)
-        for place, states in zip(places, hidden, strict=True):
-            self.states[place] = states
-        self.known |= set(places)
 
 
 class _Turned:
