@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from obr import files
+from obr.errors import ObrError
 
 
 def test_a_file_replaces_an_older_one_only_when_it_is_whole(tmp_path):
@@ -47,3 +50,60 @@ def test_a_folder_replaces_an_older_one_only_when_it_is_whole(tmp_path):
         (folder / "a").write_text("half")
         raise RuntimeError
     assert (out / "a").read_text() == "new" and list(out.parent.iterdir()) == [out]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    (tmp_path / "a.safetensors.tmp").mkdir()
+    (tmp_path / "a.safetensors.tmp" / ".tmpXYZ").write_text("half a file of safetensors")
+    with files.whole(path) as partial:
+        save_file({"a": torch.zeros(1)}, partial)
+    (tmp_path / "b.tmp").write_text("of an older version")
+    files.write_text("b", tmp_path / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b"]
+
+
+HOLDER = "import sys, time; from obr import files; files.hold(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+
+
+def test_two_processes_do_not_write_one_thing(tmp_path):
+    path = tmp_path / "a"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for write in (lambda: files.write_text("x", path), lambda: files.whole_folder(path).__enter__()):
+            with pytest.raises(ObrError, match=rf"a is being written by process {holder.pid} on .*; wait for it or"):
+                write()
+        assert not path.exists()
+    finally:
+        holder.kill()
+        holder.wait()
+    files.write_text("x", path)  # a killed process holds nothing
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_older_folder_is_never_there_in_part(tmp_path, monkeypatch):
+    """Killed between the two renamings, the older folder lies aside, whole; the next one removes it."""
+    out = tmp_path / "out"
+    for text in ("old", "new"):
+        with files.whole_folder(out) as folder:
+            (folder / "a").write_text(text)
+            if text == "old":
+                files.become(folder, out)
+            else:
+                monkeypatch.setattr(os, "replace", lambda a, b: os.rename(a, b) if a == out else 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    files.become(folder, out)
+    assert not out.exists() and (tmp_path / "out.old" / "a").read_text() == "old"
+    monkeypatch.undo()
+    with files.whole_folder(out) as folder:
+        (folder / "a").write_text("newer")
+        files.become(folder, out)
+    assert list(tmp_path.iterdir()) == [out] and (out / "a").read_text() == "newer"
+
+
+def test_json_that_is_no_object_is_refused(tmp_path):
+    for text, words in (("[1]", "holds a JSON list, not an object"), ("[" * 100_000, "cannot be read as JSON")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ObrError, match=words):
+            files.read_json(tmp_path / "a.json")

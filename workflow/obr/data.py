@@ -146,9 +146,11 @@ def load_tokens(path: Path | str) -> tuple[torch.LongTensor, dict]:
     """
     from safetensors import SafetensorError, safe_open
 
-    # KeyError: a safetensors file, but none of ours.
-    with contextlib.suppress(OSError, SafetensorError, KeyError), safe_open(path, framework="pt") as file:
-        return file.get_tensor("tokens").long(), json.loads((file.metadata() or {})["calibration"])
+    # KeyError and ValueError: a safetensors file, but none of ours.
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError), safe_open(path, framework="pt") as file:
+        tokens, about = file.get_tensor("tokens"), json.loads((file.metadata() or {})["calibration"])
+        if tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point() and isinstance(about, dict):
+            return tokens.long(), about
     raise ObrError(
         f"{path} is missing or not a whole file of calibration tokens: delete it and run the stage calibrate."
     )

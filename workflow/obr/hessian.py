@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from obr import data, rotations
 from obr.activations import Activations, Room
-from obr.errors import BROKEN_FILE, ObrError
+from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import whole, write_json
-from obr.layout import Layout
-from obr.model import Blocks, StreamedBlocks, advance, run_block
+from obr.layout import Dimensions, Layout
+from obr.model import Blocks, StreamedBlocks, advance, config_of, run_block
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.resume import Unfinished
@@ -138,6 +138,7 @@ def hessian(
     for index, matrices in dense_hessians(blocks, windows, Room(megabytes, unfinished.folder), finished):
         unfinished.keep(index, partial(save, matrices), {})
         matrices.clear()  # before the next block's are made
+    (out / "hessian.json").unlink(missing_ok=True)  # of older ones, which go now
     unfinished.move(len(blocks))
     write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
     unfinished.remove()
@@ -145,11 +146,7 @@ def hessian(
 
 def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:
     """A downloaded model, rotated by the file `rotation` unless it is None."""
-    from transformers import AutoConfig
-
-    from obr.layout import Dimensions
-
-    loaded = rotations.load(rotation, Dimensions.of(AutoConfig.from_pretrained(model))) if rotation else None
+    loaded = rotations.load(rotation, Dimensions.of(config_of(model))) if rotation else None
     return StreamedBlocks(model, loaded, dtype, device)
 
 
@@ -179,8 +176,12 @@ def load(path: Path, device: torch.device | str = "cpu", groups: Iterable[str] |
         with safe_open(path, framework="pt") as file:
             sizes = json.loads(file.metadata()["sizes"])
             triangles = {name: file.get_tensor(name).to(device) for name in groups or sizes}
+            for name, triangle in triangles.items():
+                if triangle.shape != (sizes[name] * (sizes[name] + 1) // 2,) or not triangle.is_floating_point():
+                    raise ValueError(f"{name} is not the triangle of a matrix of size {sizes[name]}")
     except BROKEN_FILE as error:
-        raise ObrError(f"{path} is not a whole Hessian file ({error}); delete and rebuild it.") from error
+        why = first_line(error)
+        raise ObrError(f"{path} is not a whole Hessian file ({why}); delete and rebuild it.") from error
     return {name: _symmetric(triangle, sizes[name]) for name, triangle in triangles.items()}
 
 

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -22,9 +22,25 @@ def default_device() -> str:
 def load_tokenizer(directory: Path):
     """The tokenizer of a model folder."""
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
+
+
+def config_of(directory: Path):
+    """The transformers configuration of a model folder; code that the folder brings along is never run.
+
+    Raises:
+        ObrError: there is none, or it asks for code of its own.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ObrError(
+                f"{directory} brings code of its own, which is never run; choose a native model."
+            ) from error
+        raise ObrError(f"{directory} holds no model ({first_line(error)}).") from error
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
@@ -34,8 +50,10 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
         ObrError: the folder holds no model, or one of a family that `layout` does not know.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    except (OSError, ValueError) as error:
+        config = config_of(directory)
+        options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ObrError(f"{directory} cannot be loaded as a model: {first_line(error)}.") from error
     layout_of(model.config)
     return model.eval().requires_grad_(False).to(device or default_device())
@@ -83,9 +101,10 @@ class Blocks:
         Raises:
             ObrError: tokens that the model does not have, or no room for the states.
         """
-        if int(tokens.max()) >= (known := self.model.get_submodule(self.layout.embed).weight.shape[0]):
+        known = self.model.get_submodule(self.layout.embed).weight.shape[0]
+        if strange := [int(t) for t in (tokens.max(), tokens.min()) if not 0 <= int(t) < known]:
             raise ObrError(
-                f"Token {int(tokens.max())} is none of the model's {known}; tokenise the text with its own tokenizer."
+                f"Token {strange[0]} is none of the model's {known}; tokenise the text with its own tokenizer."
             )
         parent = self.model.get_submodule(self.layout.blocks.rpartition(".")[0])
         attribute = self.layout.blocks.rpartition(".")[2]
@@ -196,10 +215,7 @@ class StreamedBlocks(Blocks):
     """
 
     def __init__(self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None):
-        try:
-            config = AutoConfig.from_pretrained(directory)
-        except (OSError, ValueError) as error:
-            raise ObrError(f"{directory} holds no model ({first_line(error)}).") from error
+        config = config_of(directory)
         layout_of(config)
         self.directory, self.rotation = Path(directory), rotation
         self.target = torch.device(device or default_device())

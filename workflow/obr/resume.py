@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from obr.errors import ObrError
-from obr.files import read_json, write_json
+from obr.files import hold, let_go, read_json, write_json
 from obr.model import block_file
 
 
@@ -60,8 +60,9 @@ class Unfinished:
     def remove(self) -> None:
         """Tidy up, once `out` is whole; who the run was is forgotten last, so that this too may be interrupted."""
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "run.json"):
-            path.unlink()
+            path.unlink() if not path.is_dir() else shutil.rmtree(path)
         self.folder.rmdir()
+        let_go(self.folder)
 
     def _note(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.json"
@@ -70,11 +71,12 @@ class Unfinished:
 def claim(folder: Path, run: dict | None, what: str = "blocks") -> None:
     """Make `folder` this run's own, or leave what is in it if an unfinished run that equals it wrote that.
 
-    what: it holds, for messages.
+    what: it holds, for messages. The folder is held (see `files.hold`) until its owner lets it go.
 
     Raises:
-        ObrError: it holds what another run has left.
+        ObrError: it holds what another run has left, or another process is at work in it.
     """
+    hold(folder)
     noted = folder / "run.json"
     if noted.exists() and (there := read_json(noted)) != run:
         differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from obr import data
 from obr.errors import BROKEN_FILE, ObrError
-from obr.files import whole
+from obr.files import let_go, whole
 from obr.layout import Dimensions
+from obr.model import config_of
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
 from obr.resume import claim
@@ -58,6 +59,7 @@ class Kept:
     def remove(self) -> None:
         """Forget the run, once its result is whole."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        let_go(self.folder)
 
 
 def tell(row: dict) -> None:
@@ -98,8 +100,6 @@ class Task:
         Raises:
             ObrError: settings that cannot be, too few windows, or an unfinished run with others.
         """
-        from transformers import AutoConfig
-
         learn = dict(entry["learn"])
         windows, about = data.load_tokens(tokens)
         learn.pop("calibration", None)
@@ -115,7 +115,7 @@ class Task:
         run = fingerprint(f"learning.{entry['kind']}", model, {"tokens": tokens}, **decides)
         return cls(
             model=model,
-            dimensions=Dimensions.of(AutoConfig.from_pretrained(model)),
+            dimensions=Dimensions.of(config_of(model)),
             windows=windows[:-held_out],
             held_out=windows[-held_out:],
             recipe=recipe,

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from obr.errors import BROKEN_FILE, ObrError
+from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import whole
 from obr.hadamard import Kronecker
 from obr.layout import Dimensions
@@ -58,13 +58,14 @@ def load(path: Path, dimensions: Dimensions) -> Rotation:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["rotation"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except BROKEN_FILE as error:
-        raise ObrError(f"{path} is not a rotation of this project ({error}); delete and rebuild it.") from error
-    kind = _kind(header["kind"])
-    transforms = {name: Kronecker.from_spec(spec, tensors, f"{name}.") for name, spec in header["transforms"].items()}
+        kind, seed, specs = _kind(header["kind"]), header["seed"], header["transforms"]
+        transforms = {name: Kronecker.from_spec(spec, tensors, f"{name}.") for name, spec in specs.items()}
+    except (*BROKEN_FILE, AttributeError, IndexError) as error:
+        why = first_line(error)
+        raise ObrError(f"{path} is not a rotation of this project ({why}); delete and rebuild it.") from error
     own = {f"{name}.{part}" for name, transform in transforms.items() for part in transform.state_dict()}
     parameters = {name: tensor for name, tensor in tensors.items() if name not in own}
-    rotation = kind(dimensions, parameters, transforms, header["seed"], header.get("options"))
+    rotation = kind(dimensions, parameters, transforms, seed, header.get("options"))
     rotation.check(str(path))
     return rotation
 

@@ -19,9 +19,9 @@ def make(entry: dict, model: Path, out: Path) -> None:
     Raises:
         ObrError: the file cannot be had, is not what its sha256 says, or was made for another model.
     """
-    from transformers import AutoConfig
+    from obr.model import config_of
 
-    dimensions = Dimensions.of(AutoConfig.from_pretrained(model))
+    dimensions = Dimensions.of(config_of(model))
     if entry["kind"] == "file":
         name = entry.get("format", "obr")
         path = _fetch(entry["source"], model.name, name)
