@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import running
 import tiny
 
 
@@ -12,6 +13,16 @@ import tiny
 def tiny_folder(tmp_path_factory) -> Path:
     """Folder with model/, train.txt and heldout.txt."""
     return tiny.main(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_folder, tmp_path_factory) -> Path:
+    """A folder in which the whole workflow has run."""
+    os.environ["OBR_TINY"] = str(tiny_folder)
+    folder = tmp_path_factory.mktemp("workflow")
+    run = running.snakemake(folder, running.CONFIG)
+    assert run.returncode == 0, run.stdout[-5000:]
+    return folder
 
 
 @pytest.fixture(scope="session")

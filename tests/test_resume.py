@@ -1,6 +1,5 @@
 """Runs that are killed (SIGKILL) at random moments go on, and end with the same bytes as undisturbed ones."""
 
-import hashlib
 import json
 import os
 import random
@@ -9,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from obr.rotations.source import make
+from running import digests
 
 BLOCKS = 6
 
@@ -55,19 +54,6 @@ def obr_command():
 
         yield run
         server.stdin.close()
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file, of the two that tell seconds without those."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        content = path.read_bytes()
-        if path.name == "layers.csv":
-            content = pd.read_csv(path).drop(columns="seconds").to_csv().encode()
-        if path.name == "manifest.json":
-            content = json.dumps(json.loads(content) | {"seconds": None}).encode()
-        found[path.name] = hashlib.sha256(content).hexdigest()
-    return found
 
 
 def kills_of(kind: str, out: Path, seconds: float, draw: random.Random) -> list[dict]:

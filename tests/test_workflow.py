@@ -12,33 +12,7 @@ import pytest
 import yaml
 
 from replaced import replaced
-
-ROOT = Path(__file__).parents[1]
-CONFIG = yaml.safe_load((ROOT / "tests" / "config.yaml").read_text())
-SMOKE = Path("results/smoke")
-
-
-def snakemake(folder: Path, config: dict, *arguments: str, source: Path = ROOT, **environment: str):
-    """Run Snakemake in a folder; returns the finished process, output and errors together."""
-    (folder / "config.test.yaml").write_text(yaml.safe_dump(config))
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(source / "Snakefile"),
-        "--directory",
-        str(folder),
-    ]
-    command += ["--configfile", str(folder / "config.test.yaml"), "--cores", "2", *arguments]
-    binaries = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "PATH": f"{binaries}:{os.environ['PATH']}",
-        "PYTHONPATH": str(source / "workflow"),
-        **environment,
-    }
-    return subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+from running import CONFIG, ROOT, SMOKE, snakemake
 
 
 def jobs(folder: Path, config: dict, *arguments: str, **options) -> dict[str, int]:
@@ -53,16 +27,6 @@ def jobs(folder: Path, config: dict, *arguments: str, **options) -> dict[str, in
 def changed(**changes) -> dict:
     """The config with some values replaced, their places written with double underscores."""
     return replaced(CONFIG, **changes)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory) -> Path:
-    """A folder in which the whole workflow has run."""
-    os.environ["OBR_TINY"] = str(tiny_folder)
-    folder = tmp_path_factory.mktemp("workflow")
-    run = snakemake(folder, CONFIG)
-    assert run.returncode == 0, run.stdout[-5000:]
-    return folder
 
 
 def test_everything_is_made_and_a_second_run_does_nothing(finished):

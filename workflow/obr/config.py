@@ -94,6 +94,8 @@ class Config:
                         del self.raw[section][key]
 
     def _check_entry(self, where: str, entry: dict) -> None:
+        if entry.get("kind") == "kernels" and not entry.get("device"):
+            raise ObrError(f"{where} draws kernels but names no device; add device: cpu or cuda.")
         for model in entry.get("models", []):
             self._defined("models", model, f"{where}.models")
         for recipe in self.rows(entry):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from obr.errors import ObrError
-from obr.recipe import Pattern
+from obr.errors import ObrError, first_line
+from obr.recipe import WEIGHT_BITS, Pattern
 from obr.restoration import Restored
 
 
@@ -37,7 +37,9 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of `pack_bits`, uint32 (count,). Raises ObrError if the stream is not of that length."""
+    """The inverse of `pack_bits`, uint32 (count,). Raises ObrError if the stream is not of that length or type."""
+    if stream.dtype != np.uint8 or stream.ndim != 1:
+        raise ObrError(f"A packed stream is {stream.dtype} {stream.shape}, not a row of bytes; the file is broken.")
     if stream.size != -(-count * bits // 8):
         raise ObrError(
             f"A packed stream has {stream.size} bytes, not those of {count} numbers of {bits} bits; "
@@ -77,24 +79,50 @@ def unpack(packed: Packed) -> Restored:
         ObrError: parts whose sizes contradict each other.
     """
     about, tensors = packed.about, packed.tensors
-    rows, columns = about["shape"]
-    pattern = Pattern.parse(about["pattern"]) if about["pattern"] else None
-    mask = torch.ones(rows, columns, dtype=torch.bool)
-    if about["masked"]:
-        mask = torch.from_numpy(_unpack_mask(tensors["mask"].numpy(), rows, columns, pattern))
-    weight = torch.zeros(rows, columns)
-    kept = int(mask.sum())
     try:
+        rows, columns = about["shape"]
+        pattern = Pattern.parse(about["pattern"]) if about["pattern"] else None
+        _check_room(about, tensors, pattern)
+        mask = torch.ones(rows, columns, dtype=torch.bool)
+        if about["masked"]:
+            mask = torch.from_numpy(_unpack_mask(tensors["mask"].numpy(), rows, columns, pattern))
+        weight = torch.zeros(rows, columns)
         if about["bits"] == 16:
-            weight[mask] = tensors["values"].float()
+            weight[mask] = _finite(tensors["values"].float(), "values")
             return Restored(weight, None, None, mask, float("nan"), 16, pattern)
         codes = torch.zeros(rows, columns, dtype=torch.int8)
-        stream = unpack_bits(tensors["codes"].numpy(), about["bits"], kept).astype(np.int32)
+        stream = unpack_bits(tensors["codes"].numpy(), about["bits"], int(mask.sum())).astype(np.int32)
         codes[mask] = torch.from_numpy((stream - 2 ** (about["bits"] - 1)).astype(np.int8))
-    except (ValueError, RuntimeError) as error:
-        raise ObrError(f"A packed layer of {rows} x {columns} contradicts itself ({error}).") from error
-    scale = tensors["scale"][:, None]
+        scale = _finite(tensors["scale"].float() * 2 ** (about["bits"] - 1), "scales").reshape(rows, 1)
+        scale = scale / 2 ** (about["bits"] - 1)  # a power of two: as it was
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ObrError(f"A packed layer contradicts itself ({first_line(error)}); its file is broken.") from error
     return Restored(codes * scale, codes, scale, mask, float("nan"), about["bits"], pattern)
+
+
+def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None) -> None:
+    """Raise ObrError before anything is allocated that the layer's own bytes do not call for, roughly."""
+    rows, columns = about["shape"]
+    if not all(type(n) is int and n > 0 for n in (rows, columns)) or about["bits"] not in WEIGHT_BITS:
+        raise ObrError(f"A packed layer has shape {about['shape']} and {about['bits']!r} bits; its file is broken.")
+    if pattern is not None:
+        pattern.check_width(columns, "a packed layer")
+    if about["masked"]:
+        have, bits = tensors["mask"].numel(), pattern.index_bits if pattern else 1
+        weights = 8 * have * (pattern.group if pattern else 1) // bits
+    elif about["bits"] == 16:
+        have = weights = tensors["values"].numel()
+    else:
+        have = tensors["codes"].numel()
+        weights = 8 * have // about["bits"]
+    if rows * columns > 2 * (weights + 64):
+        raise ObrError(f"A packed layer of {rows} x {columns} weights has {have} bytes for them; its file is broken.")
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise ObrError(f"A packed layer has {what} that are not finite; its file is broken, compress again.")
+    return values
 
 
 def _pack_mask(mask: np.ndarray, pattern: Pattern | None) -> np.ndarray:

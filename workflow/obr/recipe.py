@@ -28,6 +28,9 @@ QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
 EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
 
 
+MOST_UNITS = 20  # of a group: a table of all its masks, 2^20 of them, is kept to number them
+
+
 @dataclass(frozen=True)
 class Pattern:
     """N:M sparsity: of every `group` consecutive weights of a row, `kept` stay.
@@ -51,6 +54,11 @@ class Pattern:
             raise ObrError(f"Pattern {text!r} must keep at least one and fewer than all of its weights.")
         if pattern.paired and (pattern.kept % 2 or pattern.group % 2):
             raise ObrError(f"Pattern {text!r} is paired: both of its numbers must be even.")
+        if pattern.units[1] > MOST_UNITS:
+            raise ObrError(
+                f"Pattern {text!r} has too many masks a group to number them; choose an M of at most {MOST_UNITS}, "
+                f"or {2 * MOST_UNITS} paired."
+            )
         return pattern
 
     @property

@@ -1,0 +1,292 @@
+"""Files from strangers, and input that no one meant: what the user is told, and that nothing of it is run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import obr
+from obr import cli, hessian, rotations
+from obr.data import load_tokens
+from obr.download import dequantise, download_model
+from obr.errors import ObrError
+from obr.layout import Dimensions
+from obr.model import config_of, load_model
+from obr.recipe import METHOD_NAMES, Pattern
+from obr.restoration import restore
+from obr.rotations.source import make
+from test_download import gguf  # noqa: F401  a fixture, asked for by name
+from test_restoration import layer
+
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder with a random model of two blocks."""
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def told(capsys, *arguments) -> str:
+    """The one sentence of a command that must fail."""
+    assert cli.main([str(a) for a in arguments]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("obr: ") and "\n" not in error, error
+    return error
+
+
+def copied(model: Path, folder: Path, **config) -> Path:
+    """A copy of the model with some keys of config.json changed."""
+    copy = Path(shutil.copytree(model, folder / "copy"))
+    known = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(known | config))
+    return copy
+
+
+# --- Code -------------------------------------------------------------------------------------------------
+
+CODE = """
+from pathlib import Path
+Path("ran").touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+"""
+AUTO = {"AutoConfig": "code.LlamaConfig", "AutoModelForCausalLM": "code.LlamaForCausalLM"}
+
+
+def test_code_that_a_native_model_brings_along_is_left_alone(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = copied(model, tmp_path, auto_map=AUTO)
+    (copy / "code.py").write_text(CODE)
+    load_model(copy, device="cpu")
+    download_model({"source": "path", "path": str(copy)}, tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and not list((tmp_path / "out").glob("*.py"))
+
+
+def test_a_model_that_needs_its_own_code_is_refused_without_a_question(model, tmp_path, monkeypatch, capsys):
+    """transformers would ask on the terminal, and wait."""
+    monkeypatch.chdir(tmp_path)
+    copy = copied(model, tmp_path, auto_map=AUTO, model_type="secret")
+    (copy / "code.py").write_text(CODE)
+    for read in (config_of, load_model):
+        with pytest.raises(ObrError, match="copy brings code of its own, which is never run; choose a native model"):
+            read(copy)
+    entry = json.dumps({"source": {"source": "path", "path": str(copy)}})
+    error = told(capsys, "download-model", "--entry", entry, "--out", tmp_path / "out")
+    assert "model_type 'secret' of path source" in error and "needs the repository's own code" in error
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_needs_its_own_code_is_refused(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    copy = copied(model, tmp_path)
+    settings = {"tokenizer_class": "Secret", "auto_map": {"AutoTokenizer": ["code.Secret", None]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    (copy / "code.py").write_text(CODE)
+    (tmp_path / "t.txt").write_text("text")
+    calibrate = ("calibrate", "--entry", '{"seqlen": 4}', "--model", copy, "--text", tmp_path / "t.txt")
+    error = told(capsys, *calibrate, "--out", tmp_path / "t.safetensors")
+    assert "has no tokenizer that transformers can load" in error
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "t.safetensors").exists()
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_a_pickle_in_place_of_safetensors_is_not_opened(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = copied(model, tmp_path)
+    torch.save({"a": Code()}, copy / "model.safetensors")
+    with pytest.raises(ObrError, match=r"model\.safetensors of path source .* is missing or cut short"):
+        download_model({"source": "path", "path": str(copy)}, tmp_path / "out")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ObrError, match=r"is not a folder with config\.json and model\*\.safetensors"):
+        download_model({"source": "path", "path": str(copy)}, tmp_path / "out")
+    with pytest.raises(ObrError, match="cannot be loaded as a model"):
+        load_model(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+# --- Broken files -----------------------------------------------------------------------------------------
+
+
+def spoilt(content: bytes, draw: np.random.Generator) -> bytes:
+    """Cut short, or with some bits flipped, mostly near the beginning, where a file says what it holds."""
+    if draw.random() < 0.3:
+        return content[: int(draw.integers(len(content)))]
+    spoilt = bytearray(content)
+    reach = len(content) if draw.random() < 0.3 else min(len(content), 4096)
+    for place in draw.integers(reach, size=int(draw.integers(1, 9))):
+        spoilt[place] ^= 1 << int(draw.integers(8))
+    return bytes(spoilt)
+
+
+def test_a_spoilt_gguf_is_refused_or_read(gguf, tmp_path):  # noqa: F811  the fixture
+    """Data that is merely other data cannot be told apart; whatever else happens, happens in one sentence."""
+    whole, draw, refused = gguf.read_bytes(), np.random.default_rng(0), 0
+    for trial in range(30):
+        path = tmp_path / f"{trial}.gguf"
+        path.write_bytes(spoilt(whole, draw))
+        try:
+            dequantise(path, tmp_path / "model", "float32")
+        except ObrError as error:
+            refused += 1
+            assert str(path.name) in str(error) and "\n" not in str(error)
+    assert refused > 10
+
+
+READERS = {
+    "model": lambda path, sizes: load_model(path.parent, device="cpu"),
+    "tokens": lambda path, sizes: load_tokens(path),
+    "hessian": lambda path, sizes: hessian.load(path),
+    "rotation": lambda path, sizes: rotations.load(path, sizes),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_spoilt_safetensors_file_is_refused_or_read(kind, model, tmp_path):
+    path = copied(model, tmp_path) / "model.safetensors"
+    if kind == "tokens":
+        tokens = torch.randint(0, VOCABULARY, (4, 16))
+        save_file({"tokens": tokens}, path, metadata={"calibration": json.dumps({"nsamples": 4})})
+    if kind == "hessian":
+        hessian.save({"qkv": torch.eye(16), "o": torch.eye(16)}, path)
+    if kind == "rotation":
+        make({"kind": "quarot"}, model, path)
+    sizes, read = Dimensions.of(config_of(model)), READERS[kind]
+    whole, draw, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(12 if kind == "model" else 60):
+        path.write_bytes(spoilt(whole, draw))
+        try:
+            read(path, sizes)
+        except ObrError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 5
+
+
+def test_files_of_other_shapes_are_named(model, tmp_path):
+    path = tmp_path / "a.safetensors"
+    about = {"calibration": "{}"}
+    for tokens in (torch.zeros(4), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 4)):
+        save_file({"tokens": tokens}, path, metadata=about)
+        with pytest.raises(ObrError, match="not a whole file of calibration tokens"):
+            load_tokens(path)
+    for size in (10**9, 3, -4, "4"):
+        save_file({"o": torch.zeros(10)}, path, metadata={"sizes": json.dumps({"o": size})})
+        with pytest.raises(ObrError, match="is not a whole Hessian file"):
+            hessian.load(path)
+
+
+# --- Tokens -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_tokens_of_another_tokenizer_are_told(model, tmp_path, capsys, token):
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    tokens[1, 3] = token
+    save_file({"tokens": tokens}, tmp_path / "t.safetensors", metadata={"calibration": "{}"})
+    error = told(
+        capsys, "hessian", "--model", model, "--tokens", tmp_path / "t.safetensors", "--out", tmp_path / "out"
+    )
+    assert f"Token {token} is none of the model's 64; tokenise the text with its own tokenizer" in error
+
+
+# --- Activations ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES[:-1])
+@pytest.mark.parametrize("inputs", ["zero", "constant", "one channel"])
+def test_inputs_that_say_little_leave_sound_weights(method, inputs):
+    """All columns dead, all inputs the same, all columns but one dead: finite weights, and a flag for the dead."""
+    weight, _ = layer(4, 32)
+    x = torch.ones(64, 32) if inputs == "constant" else torch.zeros(64, 32)
+    if inputs == "one channel":
+        x[:, 3] = torch.arange(64.0)
+    result = restore(weight, x.T @ x, method)
+    assert result.weight.isfinite().all()
+    dead = {"zero": 32, "constant": 0, "one channel": 31}[inputs]
+    assert result.flags == ([f"{dead} dead columns"] if dead and method != "dense" else [])
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        ("embeddings", r"block 0 qkv: the Hessian has NaN or infinite values; check the calibration activations"),
+        ("norm", r"block 1 qkv: the Hessian has NaN or infinite values"),
+        ("weights", r"block 1 mlp.down_proj: the weight has NaN or infinite values; the model's file is broken"),
+    ],
+)
+def test_nan_is_told_where_it_comes_up(model, spoil, sentence):
+    broken = load_model(model, device="cpu")
+    if spoil == "embeddings":
+        broken.model.embed_tokens.weight.data[:] = float("nan")
+    elif spoil == "norm":
+        broken.model.layers[1].input_layernorm.weight.data[0] = float("inf")
+    else:
+        broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    tokens = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ObrError, match=sentence):
+        obr.compress(broken, tokens, {"method": "obr_gptq"}, progress=False)
+
+
+def test_a_model_of_zeros_is_compressed_with_flags(model, tmp_path):
+    """Nothing comes through its blocks: every column of o_proj and down_proj is dead, on record."""
+    zero = load_model(model, device="cpu")
+    for name, parameter in zero.named_parameters():
+        if "v_proj" in name or "up_proj" in name:
+            parameter.data.zero_()
+    tokens = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    obr.compress(zero, tokens, {"method": "obr_gptq"}, progress=False)
+    flags = {row.layer: row.flags for row in zero.obr_report.layers}
+    assert "32 dead columns" in flags["self_attn.o_proj"] and "64 dead columns" in flags["mlp.down_proj"]
+
+
+# --- Settings ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["16:32", "1:1000000000000", "paired 32:64"])
+def test_patterns_beyond_counting_are_refused(text):
+    with pytest.raises(ObrError, match="has too many masks a group to number them; choose an M of at most 20"):
+        Pattern.parse(text)
+
+
+def test_a_plain_tensor_file_is_no_checkpoint(tmp_path, capsys):
+    save_file({"a": torch.zeros(2)}, tmp_path / "block_000.safetensors")
+    assert "manifest.json cannot be read as JSON" in told(
+        capsys, "perplexity", "--entry", '{"seqlen": 8}', "--checkpoint", tmp_path, "--text", tmp_path / "t",
+        "--out", tmp_path / "o",
+    )  # fmt: skip
+
+
+def test_an_unreadable_entry_is_refused():
+    run = [sys.executable, "-m", "obr.cli", "table", "--entry"]
+    for entry in ("[" * 100_000, "[1]", "\x01"):
+        done = subprocess.run([*run, entry], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "not JSON" in done.stderr or "not a JSON object" in done.stderr
+
+
+def test_weights_beside_the_named_ones_do_not_matter(model, tmp_path):
+    """A shard that config and index do not ask for is no part of what is compressed."""
+    copy = copied(model, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    save_file({"extra": torch.zeros(3)}, copy / "model-extra.safetensors")
+    assert download_model({"source": "path", "path": str(copy)}, tmp_path / "out") is None
+    assert load_model(tmp_path / "out", device="cpu").num_parameters() == sum(t.numel() for t in tensors.values())
