@@ -75,9 +75,9 @@ def test_quick_caps_what_there_is_in_a_folder_of_its_own():
     config = Config(replaced(RAW, quick="true", calibrations__c={"text": "train", "nsamples": 4, "seqlen": 2048}))
     assert config.results == config.raw["results"] == "results-quick"
     assert config.raw["calibrations"]["c"] == {"text": "train", "nsamples": 4, "seqlen": 256}
-    assert config.raw["perplexity"]["wiki"]["tokens"] == 2048 and config.raw["zero_shot"]["piqa"]["limit"] == 12
-    assert config.parsed["obr"].blocks == "0:6" and config.parsed["dense"].blocks is None
-    assert "first six blocks" in config.raw["tables"]["t"]["note"]
+    assert config.raw["perplexity"]["wiki"]["tokens"] == 2048 and config.raw["zero_shot"]["piqa"]["limit"] == 8
+    assert config.parsed["obr"].blocks == "0:4" and config.parsed["dense"].blocks is None
+    assert "first four blocks" in config.raw["tables"]["t"]["note"]
     assert Config(replaced(RAW, quick="false")).results == "results"
 
 
