@@ -26,6 +26,7 @@ LAYERS = [
     ["restoration", "packing", "int4"],
     ["layout", "activations", "progress", "provenance"],
     ["modules", "model"],
+    ["packed"],
     ["resume"],
     ["rotations"],
     ["data", "cloze"],

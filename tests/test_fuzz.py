@@ -1,0 +1,261 @@
+"""Broken packed layers, block files and configs, drawn at random: refused in a sentence or taken, never a crash, a
+hang, or memory that the input does not call for. OBR_EXAMPLES says how many of each, `make test-faults` 10^5."""
+
+import copy
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from obr.checkpoint import load_block, save_block, store
+from obr.config import Config
+from obr.errors import ObrError
+from obr.model import StreamedBlocks
+from obr.packing import Packed, pack, unpack
+from obr.restoration import restore
+from test_restoration import layer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = int(os.environ.get("OBR_EXAMPLES", "120"))
+QUICK = settings(
+    max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+SECONDS = 5  # of CPU time for one example; a hang is longer
+SLACK, FACTOR = 64 << 20, 100  # bytes of address space in all cases, and times the input's size
+
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6),
+    st.sampled_from([0, -1, 1, 2, 3, 16, 64, 10**6, 10**12, 2**63]),
+    st.sampled_from(["..", "../x", "/", "2:4", "16:32", "none", "a\n", ""]),
+)  # fmt: skip
+names = st.sampled_from(["..", "../x", "a/b", "a\n", "bits"])
+values = st.recursive(
+    leaves, lambda c: st.lists(c, max_size=3) | st.dictionaries(st.text(max_size=4), c, max_size=3), max_leaves=4
+)
+
+
+def places(value, path=()) -> list[tuple]:
+    """The paths of everything inside a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, part in inside for found in ((*path, key), *places(part, (*path, key)))]
+
+
+@st.composite
+def mutated(draw, value):
+    """A JSON value with one to three of its parts replaced, removed, renamed or put in another's place."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        found = places(value)
+        if not found:
+            break
+        *parents, last = draw(st.sampled_from(found))
+        node = value
+        for key in parents:
+            node = node[key]
+        action = draw(st.sampled_from(["replace", "replace", "remove", "rename", "move"]))
+        if action == "replace":
+            node[last] = draw(values)
+        elif action == "move":
+            node[last] = copy.deepcopy(at(value, draw(st.sampled_from(found))))
+        else:
+            part = node.pop(last)
+            if action == "rename" and isinstance(node, dict):
+                node[draw(st.one_of(st.text(max_size=6), st.sampled_from(["..", "../x", "a/b", "a\n", "bits"])))] = (
+                    part
+                )
+    return value
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def peak() -> int:
+    """Bytes of address space that this process has had at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmPeak:")[1].split()[0])
+
+
+@contextmanager
+def harmless(size: int):
+    """What happens inside may raise ObrError, and must take little time, and memory as `size` bytes call for."""
+    before, started = peak(), time.process_time()
+    try:
+        yield
+    except ObrError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000, error
+    assert time.process_time() - started < SECONDS
+    assert peak() - before < SLACK + FACTOR * size
+
+
+# --- One layer --------------------------------------------------------------------------------------------
+
+
+def layers() -> list[Packed]:
+    weight, hessian = layer(8, 64)
+    found = [
+        pack(restore(weight, hessian, method, bits=bits, pattern=pattern), torch.float16)
+        for method, bits, pattern in (
+            ("obr_gptq", 4, None), ("obr_gptq", 3, "2:4"), ("wanda", 8, "paired 4:8"), ("gptq", 4, None),
+            ("magnitude", 16, None), ("dense", 16, None), ("wanda", 2, "8:16"),
+        )
+    ]  # fmt: skip
+    return found
+
+
+LAYERS = layers()
+DTYPES = [torch.uint8, torch.int8, torch.int64, torch.float32, torch.float16, torch.bfloat16, torch.bool]
+
+
+@st.composite
+def other_tensors(draw, tensors: dict) -> dict:
+    """Some left out, cut, of another type or shape, with other bytes, or in each other's place."""
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for _ in range(draw(st.integers(0, 2))):
+        name = draw(st.sampled_from([*tensors, "values", "codes", "scale", "mask"]))
+        tensor = tensors.get(name, torch.zeros(4, dtype=torch.uint8))
+        change = draw(st.sampled_from(["drop", "cut", "type", "shape", "bytes", "nan", "swap"]))
+        if change == "drop":
+            tensors.pop(name, None)
+        elif change == "cut":
+            tensors[name] = tensor.flatten()[: draw(st.integers(0, 300))].clone()
+        elif change == "type":
+            tensors[name] = tensor.to(draw(st.sampled_from(DTYPES)))
+        elif change == "shape":
+            tensors[name] = torch.zeros(draw(st.lists(st.integers(0, 9), max_size=3)), dtype=tensor.dtype)
+        elif change == "bytes" and tensor.numel():
+            generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+            noise = torch.randint(0, 256, (tensor.numel() * tensor.element_size(),), generator=generator)
+            tensors[name] = noise.to(torch.uint8).view(tensor.dtype).reshape(tensor.shape)
+        elif change == "nan" and tensor.is_floating_point() and tensor.numel():
+            tensor.view(-1)[0] = float("nan")
+        elif change == "swap":
+            tensors[name] = tensors.get(draw(st.sampled_from([*tensors, name])), tensor)
+    return tensors
+
+
+@QUICK
+@given(st.data())
+def test_packed_layers(data):
+    base = data.draw(st.sampled_from(LAYERS))
+    about = data.draw(st.one_of(st.just(base.about), mutated(base.about)))
+    packed = Packed(about, data.draw(other_tensors(base.tensors)))
+    with harmless(packed.bytes):
+        restored = unpack(packed)
+        assert restored.weight.isfinite().all() and list(restored.weight.shape) == about["shape"]
+        assert restored.mask.shape == restored.weight.shape
+
+
+# --- Files of blocks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory) -> StreamedBlocks:
+    """A random model of one block, with a block file beside it."""
+    folder = tmp_path_factory.mktemp("fuzz") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    blocks = StreamedBlocks(folder, device="cpu")
+    block = blocks.load(0)
+    for name in blocks.layout.linears:
+        linear = block.get_submodule(name)
+        store(linear, restore(linear.weight, None, "magnitude", bits=4), torch.float16)
+    save_block(block, blocks.layout, folder / "block", torch.float16)
+    return blocks
+
+
+@st.composite
+def other_bytes(draw, content: bytes) -> bytes:
+    """Cut short, with bits flipped in header or data, or with another header of the same or another length."""
+    change = draw(st.sampled_from(["cut", "flip", "flip", "header", "metadata", "metadata"]))
+    length = int.from_bytes(content[:8], "little")
+    if change == "cut":
+        return content[: draw(st.integers(0, len(content)))]
+    if change == "flip":
+        spoilt = bytearray(content)
+        reach = draw(st.sampled_from([8, 8 + length, len(content)]))
+        for place in draw(st.lists(st.integers(0, reach - 1), min_size=1, max_size=4)):
+            spoilt[place] ^= 1 << draw(st.integers(0, 7))
+        return bytes(spoilt)
+    header = json.loads(content[8 : 8 + length])
+    if change == "header":
+        header = draw(mutated(header))
+    else:
+        header["__metadata__"]["block"] = json.dumps(draw(mutated(json.loads(header["__metadata__"]["block"]))))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+@QUICK
+@given(st.data())
+def test_files_of_blocks(blocks, data):
+    whole = (blocks.directory / "block").read_bytes()
+    content = data.draw(other_bytes(whole))
+    path = blocks.directory / "spoilt"
+    path.write_bytes(content)
+    with harmless(len(content)):
+        block = load_block(blocks, 0, path)
+        assert all(parameter.is_floating_point() for parameter in block.parameters())
+
+
+def test_the_fuzzer_sees_what_it_should(blocks, tmp_path):
+    """A reader that believed what a file says of its size would be caught."""
+    with pytest.raises(AssertionError), harmless(100):
+        _ = torch.empty(1 << 15, 1 << 15)
+    with pytest.raises(KeyError), harmless(100):
+        {}["crash"]
+    save_file({"a": torch.zeros(1)}, tmp_path / "a", metadata={"block": "[]"})
+    with pytest.raises(ObrError, match="is not a block of this model"):
+        load_block(blocks, 0, tmp_path / "a")
+
+
+# --- Configs ----------------------------------------------------------------------------------------------
+
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+CONFIGS = [yaml.safe_load((ROOT / path).read_text()) for path in ("tests/config.yaml", "workflow/configs/demo.yaml")]
+
+
+def _with_defaults(validator, properties, instance, schema):
+    if isinstance(instance, dict):
+        for name, part in properties.items():
+            if "default" in part:
+                instance.setdefault(name, copy.deepcopy(part["default"]))
+    yield from jsonschema.Draft202012Validator.VALIDATORS["properties"](validator, properties, instance, schema)
+
+
+VALIDATOR = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"properties": _with_defaults})(SCHEMA)
+
+
+@QUICK
+@given(st.data())
+def test_configs(data):
+    raw = data.draw(mutated(data.draw(st.sampled_from(CONFIGS))))
+    with harmless(len(json.dumps(raw))):
+        if next(VALIDATOR.iter_errors(raw), None) is None:
+            config = Config(raw)
+            entries = [*config.raw["tables"].values(), *config.raw["figures"].values()]
+            for path in [*raw["texts"], *(path for entry in entries for path in config.artefacts(entry))]:
+                assert ".." not in path.split("/") and path[0] != "/" and path == path.strip(), path
+
+
+def test_unchanged_configs_are_taken():
+    for raw in CONFIGS:
+        raw = copy.deepcopy(raw)
+        VALIDATOR.validate(raw)
+        Config(raw)

@@ -1,0 +1,88 @@
+"""Linear layers that compute with their packed weights, on the CPU: what the fake-quantised ones simulate."""
+
+import torch
+from torch import Tensor, nn
+
+from obr import int4
+from obr.errors import ObrError
+from obr.layout import Layout
+from obr.modules import QuantLinear
+from obr.packing import unpack
+from obr.recipe import Recipe
+
+
+class PackedLinear(QuantLinear):
+    """A compressed QuantLinear whose 4-bit codes stay packed: integer products, then the scales.
+
+    Its output (..., r) is that of the layer it is made of up to the rounding of floats. There is no weight to read
+    or to change.
+
+    Raises:
+        ObrError: what the kernels have no form for: other bits than 2 to 4, activations in groups or of more than
+            8 bits; no compiler.
+    """
+
+    def __init__(self, linear: QuantLinear, name: str = "layer"):
+        nn.Module.__init__(self)
+        _check(linear, name)
+        for part in ("shift", "transform", "range", "activations"):
+            setattr(self, part, getattr(linear, part))
+        self.observer, self.observes_quantised, self.packed = None, False, None
+        self.register_parameter("bias", linear.bias)
+        restored = unpack(linear.packed)
+        self.kernel = int4.Weight.pack(restored.codes, restored.scale, restored.mask, restored.pattern)
+
+    @property
+    def weight(self):
+        raise ObrError("The layer is packed, there is no weight to read; load the checkpoint without packed=True.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in (self.shift, self.transform):
+            x = x if step is None else step(x)
+        tokens = int4.quantize(x.reshape(-1, x.shape[-1]), self.activations, self.range)
+        return self.kernel.multiply(tokens, self.bias).view(*x.shape[:-1], -1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        kernel = self.kernel
+        return (
+            f"columns={kernel.columns}, rows={kernel.rows}, activations={self.activations.bits}, "
+            f"layout={kernel.layout}, bits={kernel.bits_per_weight:.3f}"
+        )
+
+
+def check_recipe(recipe: Recipe, device: torch.device) -> None:
+    """Raise ObrError unless a checkpoint evaluated by this recipe can be computed with packed weights."""
+    if device.type != "cpu":
+        raise ObrError(f"Packed layers compute on the CPU, not on {device}; pass device='cpu', or packed=False.")
+    if recipe.bits > 4:
+        raise ObrError(f"Weights of {recipe.bits} bits have no packed kernel; compress with 2 to 4, or packed=False.")
+    if recipe.activations.bits > 8:
+        raise ObrError(
+            f"The recipe keeps activations at {recipe.activations.bits} bits, packed kernels multiply by 8 at most; "
+            "to change what the model computes, pass a recipe whose activations have 8 bits, else packed=False."
+        )
+
+
+def pack_linears(block: nn.Module, layout: Layout) -> None:
+    """Put a PackedLinear in place of every compressed linear layer of a block, which must have its quantisers.
+
+    Layers that a recipe keeps at more than 4 bits, 8-bit down_proj among them, stay as they are and compute the same.
+    Raises ObrError as PackedLinear does.
+    """
+    for name in layout.linears:
+        linear = block.get_submodule(name)
+        if linear.packed.about["bits"] <= 4:
+            block.set_submodule(name, PackedLinear(linear, name))
+
+
+def _check(linear: QuantLinear, name: str) -> None:
+    settings = linear.activations
+    if linear.packed is None:
+        raise ObrError(f"{name} is not compressed; run obr.compress first.")
+    if linear.packed.about["bits"] > 4:
+        raise ObrError(f"{name} has weights of {linear.packed.about['bits']} bits; load it with packed=False.")
+    if settings.bits > 8 or settings.group_size is not None:
+        raise ObrError(
+            f"{name} reads activations of {settings.bits} bits, group_size {settings.group_size}; packed kernels "
+            "take 2 to 8 bits and one scale a token, so load it with packed=False."
+        )
