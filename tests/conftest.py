@@ -11,7 +11,9 @@ import tiny
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """Folder with model/, train.txt and heldout.txt."""
+    """Folder with model/, train.txt and heldout.txt; OBR_TINY may name one that was made before."""
+    if "OBR_TINY" in os.environ:
+        return Path(os.environ["OBR_TINY"])
     return tiny.main(tmp_path_factory.mktemp("tiny"))
 
 

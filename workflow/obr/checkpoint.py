@@ -3,7 +3,7 @@
 block_NNN.safetensors   packed linear layers, norms, biases, online transforms
 ends.safetensors        embeddings, final norm, head (unless tied)
 layers.csv              what became of each layer
-manifest.json           recipe, calibration, sizes, versions
+manifest.json           recipe, calibration, sizes, versions, hashes of all files and of all they were made from
 config.json, tokenizer  as the model came
 """
 
@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr import online
-from obr.errors import BROKEN_FILE, ObrError
-from obr.files import read_json, whole, write_json
+from obr import fetch, online
+from obr.errors import BROKEN_FILE, ObrError, first_line
+from obr.files import flush, read_json, whole, write_json
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, block_file
 from obr.modules import QuantLinear, set_quantizers, wrap_block
@@ -104,10 +104,16 @@ def load_block(blocks: StreamedBlocks, index: int, path: Path) -> nn.Module:
             header = json.loads(file.metadata()["block"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except BROKEN_FILE as error:
-        raise ObrError(f"{path} is not a whole block of a checkpoint ({error}).") from error
+        raise ObrError(
+            f"{path} is not a whole block of a checkpoint ({first_line(error)}); compress again."
+        ) from error
     block = copy.deepcopy(blocks.model.get_submodule(blocks.layout.blocks)[index])
     wrap_block(block, blocks.layout)
-    fill_block(block, blocks.layout, header, tensors, str(path), blocks.dtype)
+    try:
+        fill_block(block, blocks.layout, header, tensors, str(path), blocks.dtype)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        why = f"{type(error).__name__} {first_line(error)}"
+        raise ObrError(f"{path} is not a block of this model ({why}); compress the model again.") from error
     return block.to(blocks.target).requires_grad_(False)
 
 
@@ -182,7 +188,10 @@ def fill_block(
         if list(linear.weight.shape) != about["shape"]:
             raise ObrError(f"{what}: {name} is {about['shape']}, the model's is {list(linear.weight.shape)}.")
         linear.packed = Packed(about, parts)
-        state[f"{name}.weight"] = unpack(linear.packed).weight
+        try:
+            state[f"{name}.weight"] = unpack(linear.packed).weight
+        except ObrError as error:
+            raise ObrError(f"{what}, {name}: {error}") from error
         if linear.bias is None and f"{name}.bias" in tensors:  # a rotation has shifted what the layer reads
             linear.bias = nn.Parameter(tensors[f"{name}.bias"], requires_grad=False)
     for name, spec in header["transforms"].items():
@@ -241,7 +250,7 @@ class Writer:
     """
 
     def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype, run: dict | None = None):
-        self.directory, self.blocks, self.dtype = Path(directory), blocks, dtype
+        self.directory, self.blocks, self.dtype, self.run = Path(directory), blocks, dtype, run
         self.unfinished = Unfinished(self.directory, run)
 
     def finished(self, index: int) -> tuple[list[LayerReport], float] | None:
@@ -261,6 +270,7 @@ class Writer:
     def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
         """Write the ends, layers.csv, the configuration and, last, the manifest; returns the manifest."""
         blocks = self.blocks
+        (self.directory / "manifest.json").unlink(missing_ok=True)  # of an older checkpoint, of which parts go now
         self.unfinished.move(len(blocks))
         save_ends(blocks.model, blocks.layout, self.directory / "ends.safetensors", self.dtype)
         config = copy.deepcopy(blocks.config)
@@ -273,10 +283,17 @@ class Writer:
             writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in report.layers)
-        manifest = self._manifest(report)
+        manifest = self._manifest(report) | {"files": self._hashes()}
         write_json(manifest, self.directory / "manifest.json")
         self.unfinished.remove()
         return manifest
+
+    def _hashes(self) -> dict[str, str]:
+        """sha256 of every file, once they are on the disk."""
+        paths = sorted(path for path in self.directory.iterdir() if path.is_file() and not path.match("*.lock"))
+        for path in paths:
+            flush(path)
+        return {path.name: fetch.sha256_of(path) for path in paths}
 
     def _manifest(self, report: Report) -> dict:
         layers = report.layers
@@ -302,6 +319,8 @@ class Writer:
             "source": report.source,
             "seconds": report.seconds,
             "device": report.device,
+            "threads": torch.get_num_threads(),
+            "inputs": self.run,
             "versions": versions(),
         }
 

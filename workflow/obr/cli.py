@@ -90,7 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     stage("errata", errata, "List what is odd in the published tables.", "published", "out")
     _plan_options(stages.add_parser("plan", help=PLAN, description=PLAN))
     _push_options(stages.add_parser("push", help=PUSH, description=PUSH))
+    _verify_options(stages.add_parser("verify", help=VERIFY, description=VERIFY))
     return parser
+
+
+VERIFY = "Check a compressed model: hashes, masks, levels, manifest, and layers by making them again."
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(stage=verify)
+    parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
+    parser.add_argument("--recompute", type=int, default=0, metavar="N", help="so many layers; default: 0")
+    for name in ("model", "rotation", "tokens", "hessians"):
+        where = f"for --recompute, the checkpoint's {name}; default: where the workflow puts it"
+        parser.add_argument(f"--{name}", type=Path, default=None, help=where)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
 
 
 PUSH = "Publish a compressed model on the hub, with a model card."
@@ -131,7 +145,7 @@ def _json(name: str, text: str):
 def _object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("not a JSON object")
@@ -341,6 +355,32 @@ def push(checkpoint: Path, repo: str, dry_run: Path | None, licence: str | None,
     from obr.push import push
 
     print(push(checkpoint, repo, dry_run, licence, private))
+
+
+def verify(
+    checkpoint: Path,
+    recompute: int,
+    model: Path | None,
+    rotation: Path | None,
+    tokens: Path | None,
+    hessians: Path | None,
+    device: str,
+) -> None:
+    device, _ = _computing(device, None)
+    from obr.repeat import TOLERATED, Places, repeat, spell
+    from obr.verify import verify
+
+    problems = verify(checkpoint)
+    if recompute and not problems:
+        for layer in repeat(checkpoint, recompute, Places(model, rotation, tokens, hessians), device):
+            print(spell(layer))
+            if layer.differing > TOLERATED:
+                problems.append(f"{spell(layer)}, which rounding does not explain.")
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise ObrError(f"{checkpoint} is not what its manifest says in {len(problems)} points, told above.")
+    print(f"{checkpoint} is what its manifest says.")
 
 
 def plan(

@@ -49,6 +49,9 @@ def whole(path: Path | str) -> Iterator[Path]:
         if not (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write into an open file does not say which
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         let_go(path)

@@ -104,7 +104,7 @@ def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None
     """Raise ObrError before anything is allocated that the layer's own bytes do not call for, roughly."""
     rows, columns = about["shape"]
     if not all(type(n) is int and n > 0 for n in (rows, columns)) or about["bits"] not in WEIGHT_BITS:
-        raise ObrError(f"A packed layer has shape {about['shape']} and {about['bits']!r} bits; its file is broken.")
+        raise ObrError(f"A packed layer has shape {about['shape']!r} and {about['bits']!r} bits; its file is broken.")
     if pattern is not None:
         pattern.check_width(columns, "a packed layer")
     if about["masked"]:

@@ -1,0 +1,158 @@
+"""Compressed checkpoints are checked against their manifest, and layers of them made again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from obr import cli, fetch
+from obr.compression import compress_stage
+from obr.hessian import hessian
+from obr.recipe import Recipe
+from obr.repeat import Places, repeat
+from obr.rotations.source import make
+from obr.verify import verify
+
+MODEL, RECIPE = "m", {"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "pattern": "2:4"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A results folder with a random model of three blocks, compressed with cached and sequential Hessians."""
+    folder = tmp_path_factory.mktemp("results")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model, rotation = folder / "models" / MODEL, folder / "rotations/quarot" / f"{MODEL}.safetensors"
+    LlamaForCausalLM(config).save_pretrained(model)
+    rotation.parent.mkdir(parents=True)
+    make({"kind": "quarot", "seed": 0}, model, rotation)
+    tokens = folder / "calibration/c" / f"{MODEL}.safetensors"
+    tokens.parent.mkdir(parents=True)
+    windows = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": windows}, tokens, metadata={"calibration": "{}"})
+    hessians = folder / "hessians" / MODEL / "quarot" / "c"
+    hessian(model, rotation, tokens, hessians, device="cpu")
+    for kind, files in (("cached", {"hessians": hessians}), ("sequential", {"tokens": tokens})):
+        recipe = Recipe.parse({**RECIPE, "hessian": kind, "blocks": ":2"})
+        compress_stage(model, recipe, folder / "compressed" / MODEL / kind, rotation=rotation, device="cpu", **files)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(results, tmp_path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(results / "compressed" / MODEL / "cached", tmp_path / "checkpoint"))
+
+
+def with_hashes(checkpoint: Path) -> None:
+    """Let the manifest list the files as they are now, as a careful forger would."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"] = {name: fetch.sha256_of(checkpoint / name) for name in manifest["files"]}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("kind", ["cached", "sequential"])
+def test_a_whole_checkpoint_is_told_to_be_whole(results, kind, capsys):
+    checkpoint = results / "compressed" / MODEL / kind
+    assert verify(checkpoint) == []
+    assert cli.main(["verify", str(checkpoint), "--recompute", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("made again: identical") == 3 and out.endswith("is what its manifest says.\n"), out
+
+
+def test_other_inputs_are_noticed_before_anything_is_made_again(results, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    make({"kind": "quarot", "seed": 1}, results / "models" / MODEL, other)
+    checkpoint = str(results / "compressed" / MODEL / "cached")
+    assert cli.main(["verify", checkpoint, "--recompute", "1", "--rotation", str(other)]) == 1
+    assert "The rotation at hand is not the one that the checkpoint was made from" in capsys.readouterr().err
+    assert cli.main(["verify", checkpoint, "--recompute", "1", "--model", str(tmp_path / "gone")]) == 1
+    assert "gone does not exist; say with --model where" in capsys.readouterr().err
+
+
+def test_layers_that_were_made_otherwise_are_noticed(results, tmp_path):
+    """Of another method than the manifest says: every sum may fit, the weights do not."""
+    folder = results / "hessians" / MODEL / "quarot" / "c"
+    rotation = results / "rotations/quarot" / f"{MODEL}.safetensors"
+    recipe = Recipe.parse({**RECIPE, "hessian": "cached", "blocks": ":2", "alpha": 0.9})
+    compress_stage(
+        results / "models" / MODEL, recipe, tmp_path / "c", rotation=rotation, hessians=folder, device="cpu"
+    )
+    manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+    manifest["recipe"]["alpha"] = manifest["inputs"]["recipe"]["alpha"] = 0.5
+    (tmp_path / "c/manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "c") == []
+    found = repeat(tmp_path / "c", 3, Places(results / "models" / MODEL, rotation, None, folder), "cpu")
+    assert max(layer.differing for layer in found) > 0.01 and not any(layer.identical for layer in found)
+
+
+def altered(change):
+    def spoil(checkpoint: Path) -> None:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        change(manifest)
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+    return spoil
+
+
+def in_block(change):
+    """Let `change` alter tensors and header of the first block, and the hashes follow."""
+
+    def spoil(checkpoint: Path) -> None:
+        path = checkpoint / "block_000.safetensors"
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+            header = json.loads(file.metadata()["block"])
+        change(tensors, header)
+        save_file(tensors, path, metadata={"block": json.dumps(header)})
+        with_hashes(checkpoint)
+
+    return spoil
+
+
+def flipped(checkpoint: Path) -> None:
+    path = checkpoint / "block_001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+Q = "self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (lambda c: (c / "manifest.json").unlink(), "manifest.json cannot be read as JSON"),
+        (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json holds a JSON list, not an object"),
+        (altered(lambda m: m.pop("recipe")), "manifest.json has no 'recipe'"),
+        (altered(lambda m: m.update(blocks="3")), "manifest.json has 'blocks' of type str; it was altered"),
+        (lambda c: (c / "layers.csv").unlink(), "lacks layers.csv, which its manifest lists"),
+        (flipped, "block_001.safetensors is not the file that was written (its sha256 differs)"),
+        (lambda c: (c / "x.bin").touch(), "x.bin is not in the manifest"),
+        (altered(lambda m: m.update(sparsity=0.4)), "manifest.json says sparsity 0.4, the files have 0.333"),
+        (altered(lambda m: m["bits_per_weight"].update(file=1)), "manifest.json says 1 bits a weight in the file"),
+        (altered(lambda m: m["recipe"].update(pattern="1:4")), f"block 0 {Q} has pattern 2:4, the recipe says 1:4"),
+        (altered(lambda m: m["recipe"].update(bits=3)), f"block 0 {Q} is stored at 4 bits, the recipe says 3"),
+        (altered(lambda m: m["recipe"].update(blocks=":1")), f"block 1 {Q} is stored at 4 bits, the recipe says 16"),
+        (in_block(lambda t, h: t[f"{Q}.scale"].fill_(float("nan"))), "scales that are not finite"),
+        (in_block(lambda t, h: t["input_layernorm.weight"].fill_(float("inf"))), "input_layernorm.weight has NaN"),
+        (in_block(lambda t, h: t[f"{Q}.codes"].zero_()), "layers.csv says zeros 0.5"),
+        (in_block(lambda t, h: t.update({f"{Q}.mask": t[f"{Q}.mask"][1:].clone()})), "A packed stream has"),
+        (in_block(lambda t, h: h["layers"].pop(Q)), "block_000.safetensors is not a block of this model"),
+    ],
+)  # fmt: skip
+def test_whatever_was_altered_is_told_in_a_sentence(checkpoint, spoil, sentence, capsys):
+    spoil(checkpoint)
+    assert cli.main(["verify", str(checkpoint)]) == 1
+    out, error = capsys.readouterr()
+    assert sentence in out and f"{checkpoint} is not what its manifest says in" in error, out
+    assert all(line.endswith(".") for line in out.splitlines()), out

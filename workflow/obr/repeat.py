@@ -1,0 +1,151 @@
+"""Layers of a packed checkpoint made anew from what its manifest names, and compared with those that it holds."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from obr import data, hessian
+from obr.checkpoint import Report, load_block, read_manifest, round_ends, round_rest
+from obr.compression import Statistics, compress_group
+from obr.errors import ObrError
+from obr.model import StreamedBlocks, advance, block_file
+from obr.modules import QuantLinear
+from obr.packing import unpack
+from obr.progress import Progress
+from obr.provenance import fingerprint
+from obr.recipe import Recipe
+
+DIFFERENT = 0.002  # of a row's largest weight: less than a step of 8 bits, more than rounding to 16
+TOLERATED = 0.01  # of a layer's weights: other processors and thread counts break ties of rounding otherwise
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the inputs of a checkpoint lie; None: where the workflow would have put them."""
+
+    model: Path | None = None
+    rotation: Path | None = None
+    tokens: Path | None = None
+    hessians: Path | None = None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A layer made anew. identical: to the last bit. differing: fraction of its weights that do."""
+
+    block: int
+    layer: str
+    identical: bool
+    differing: float
+
+
+@torch.no_grad()
+def repeat(directory: Path, count: int, places: Places = Places(), device: str | None = None) -> list[Repeated]:
+    """Recompute `count` layers, the same ones at every call, and those that share their Hessian.
+
+    With sequential Hessians the calibration windows pass through the checkpoint's own blocks up to the last of them.
+
+    Raises:
+        ObrError: the manifest does not suffice, or an input is missing or not the one it names.
+    """
+    directory, manifest = Path(directory), read_manifest(Path(directory))
+    recipe = Recipe.parse(manifest["recipe"])
+    made_from = manifest.get("inputs")
+    if made_from is None:
+        raise ObrError(
+            f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory, or "
+            "taken over); they cannot be made again."
+        )
+    places = _found(directory, recipe, places)
+    _check(made_from, recipe, places)
+    torch.set_num_threads(manifest.get("threads") or torch.get_num_threads())
+    dtype = getattr(torch, made_from["dtype"].removeprefix("torch."))
+    blocks = hessian.open_blocks(places.model, places.rotation, dtype, device)
+    if recipe.clip == "learned":
+        hessian.clip_weights(blocks)
+    windows = data.load_tokens(places.tokens)[0] if places.tokens else None
+    report = Report(recipe, blocks.storage_dtype)
+    round_ends(blocks.model, blocks.layout, report.dtype)
+    layers = [(index, name) for index in recipe.chosen(len(blocks)) for name in blocks.layout.linears]
+    chosen = random.Random("obr verify").sample(layers, min(count, len(layers)))
+    return _repeated(directory, blocks, Statistics(blocks, recipe, windows, places.hessians), report, chosen)
+
+
+def _found(directory: Path, recipe: Recipe, places: Places) -> Places:
+    """Every input's place; the workflow keeps a checkpoint in <results>/compressed/<model>/<recipe>."""
+    *_, model, _ = directory.resolve().parts
+    results = directory.resolve().parents[2]
+    cached = recipe.hessian == "cached"
+    usual = {"model": results / "models" / model}
+    if recipe.rotation != "none":
+        usual["rotation"] = results / "rotations" / recipe.rotation / f"{model}.safetensors"
+    if recipe.needs_hessian and cached:
+        usual["hessians"] = results / "hessians" / model / recipe.rotation / str(recipe.calibration)
+    elif recipe.needs_hessian:
+        usual["tokens"] = results / "calibration" / str(recipe.calibration) / f"{model}.safetensors"
+    found = {name: getattr(places, name) or path for name, path in usual.items()}
+    for name, path in found.items():
+        if not path.exists():
+            raise ObrError(f"{path} does not exist; say with --{name} where the checkpoint's {name} lies.")
+    return Places(**found)
+
+
+def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
+    """Raise ObrError unless the inputs are those of the manifest, by their hashes; the code may be newer."""
+    calibration = places.hessians / "hessian.json" if places.hessians else places.tokens
+    files = {"rotation": places.rotation, "calibration": calibration}
+    here = fingerprint("compression", places.model, files, device="cpu", dtype="", recipe=recipe.decisive())
+    for name in ("model", "rotation", "calibration", "recipe"):
+        if name in made_from and made_from[name] != here[name]:
+            raise ObrError(f"The {name} at hand is not the one that the checkpoint was made from; give that one.")
+
+
+def _repeated(
+    directory: Path, blocks: StreamedBlocks, statistics: Statistics, report: Report, chosen: list[tuple[int, str]]
+) -> list[Repeated]:
+    layout, found = blocks.layout, []
+    wanted = {(index, layout.group_of(name)) for index, name in chosen}
+    last = max(index for index, _ in wanted)
+    with Progress("recomputing", last + 1) as shown:
+        for index in range(last + 1) if statistics.hidden is not None else sorted({i for i, _ in wanted}):
+            stored = statistics.prepared(index, load_block(blocks, index, directory / block_file(index)))
+            if any(index == i for i, _ in wanted):
+                block = statistics.prepared(index, blocks.load(index))
+                round_rest(block, layout, report.dtype)
+                for group, names in layout.groups.items():
+                    if (index, group) in wanted:
+                        matrix = statistics.hessian(block, index, group)
+                        compress_group(block, layout, group, matrix, report, index)
+                    for name in names:
+                        here, there = block.get_submodule(name), stored.get_submodule(name)
+                        if (index, name) in chosen:
+                            found.append(Repeated(index, name, *_compared(here, there)))
+                        here.weight.data = there.weight.data  # what comes after has read the stored ones
+            if index < last and statistics.hidden is not None:
+                advance(stored, statistics.hidden, statistics.arguments[index])
+            shown.block()
+    return found
+
+
+def _compared(here: QuantLinear, there: QuantLinear) -> tuple[bool, float]:
+    """(whether the stored forms are equal to the last bit, fraction of weights that differ)."""
+    ours, theirs = here.packed, there.packed
+    same = ours.about == theirs.about and ours.tensors.keys() == theirs.tensors.keys()
+    if same and all(torch.equal(ours.tensors[part], theirs.tensors[part]) for part in ours.tensors):
+        return True, 0.0
+    return False, differing(unpack(ours).weight, unpack(theirs).weight)
+
+
+def differing(one: Tensor, other: Tensor) -> float:
+    """Fraction of the weights (r, n) that differ by more than DIFFERENT times their row's largest."""
+    largest = other.abs().amax(1, keepdim=True)
+    return float(((one - other).abs() > DIFFERENT * largest).float().mean())
+
+
+def spell(layer: Repeated) -> str:
+    """Such as "block 3 mlp.up_proj, made again: identical"."""
+    outcome = "identical" if layer.identical else f"{100 * layer.differing:.3f} % of its weights differ"
+    return f"block {layer.block} {layer.layer}, made again: {outcome}"
