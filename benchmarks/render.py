@@ -114,10 +114,35 @@ def _large(frame: pd.DataFrame) -> str:
     return f"{counted(frame['blocks'].iloc[0], 'block')}, {frame['model_gb'].iloc[0]:.1f} GB.\n\n{_markdown(rows)}"
 
 
+def _products(frame: pd.DataFrame) -> str:
+    parts = []
+    for (kind, tokens, threads), part in frame.groupby(["layer_kind", "tokens", "threads"], sort=False):
+        rows = [
+            {
+                "Kernel": row["kernel"], "Bits a weight": f"{row['bits_per_weight']:.2f}",
+                "Milliseconds": _milliseconds(row), "Of the bound": f"{row['of_bound']:.0%}",
+                "Times int4 unstructured": f"{row['times_packed']:.2f}",
+            }
+            for _, row in part.iterrows()
+        ]  # fmt: skip
+        size = f"{kind}, {part['rows'].iloc[0]} × {part['columns'].iloc[0]}"
+        speed = f"memory is read at {part['read_gb_s'].iloc[0]:.1f} GB/s"
+        parts.append(
+            f"{size}, {counted(tokens, 'token')}, {counted(threads, 'thread')}; {speed}:\n\n{_markdown(rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _milliseconds(row: pd.Series) -> str:
+    value, low, high = (f"{1e3 * row[f'time{part}_s']:.3g}" for part in ("", "_min", "_max"))
+    return f"{value} ({low}–{high})"
+
+
 TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
     "restoration": ("Solver against the loop over rows", _restoration),
     "stages": ("Time by stage", _stages),
     "memory": ("Peak resident memory against depth", _memory),
     "scaling": ("How the time grows", _scaling),
+    "products": ("Products with weights larger than the caches", _products),
     "large": ("A model of Llama-2-7B's shape", _large),
 }

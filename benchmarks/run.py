@@ -21,6 +21,7 @@ import torch
 
 import large
 import memory
+import products
 import restoration
 import scaling
 import stages
@@ -79,11 +80,19 @@ def measure_large(s: Settings) -> list[dict]:
     return large.measure(s.scratch, keep=s.keep)
 
 
+def measure_products(s: Settings) -> list[dict]:
+    if s.quick:
+        return products.measure(2, (s.threads,), {"tiny": (64, 256)}, (1, 3), cold=1 << 16)
+    threads = tuple(sorted({1, s.threads}))
+    return products.measure(5 * s.repeats, threads, products.SHAPES, (1, 8, 64), cold=4 * products.last_cache())
+
+
 PARTS: dict[str, Callable[[Settings], list[dict]]] = {
     "restoration": measure_restoration,
     "scaling": measure_scaling,
     "stages": measure_stages,
     "memory": measure_memory,
+    "products": measure_products,
     "large": measure_large,
 }
 

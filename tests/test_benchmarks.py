@@ -14,7 +14,7 @@ from obr.restoration import restore
 from test_restoration import layer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PARTS = ["restoration", "scaling", "stages", "memory", "large"]
+PARTS = ["restoration", "scaling", "stages", "memory", "products", "large"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,32 @@ def test_times_and_peaks_are_of_this_world(out):
         assert (pd.read_csv(out / f"{part}.csv")[column] > 0).all(), part
     peaks = pd.concat([pd.read_csv(out / f"{part}.csv")["peak_mb"] for part in ("memory", "large")])
     assert peaks.between(100, 4000).all()  # torch alone takes more than the least
+
+
+def test_products_are_compared_with_the_read_of_memory(out):
+    frame = pd.read_csv(out / "products.csv")
+    assert set(frame["tokens"]) == {1, 3}
+    assert {"fp32", "bf16", "int4", "int4 unstructured", "int4 paired 4:8"} <= set(frame["kernel"])
+    for _, row in frame.iterrows():
+        bytes_ = row["bits_per_weight"] * row["rows"] * row["columns"] / 8
+        assert row["of_bound"] == pytest.approx(bytes_ / row["read_gb_s"] / 1e9 / row["time_s"])
+    packed = frame[frame["kernel"] == "int4 unstructured"]
+    assert (packed["times_packed"] == 1).all() and (packed["time_s"] > 0).all()
+
+
+def test_a_wrong_product_is_not_timed(module, monkeypatch):
+    products = module("products")
+    monkeypatch.setattr(products.int4.Weight, "integers", lambda self, tokens: torch.zeros(len(tokens.q), self.rows))
+    with pytest.raises(ObrError, match="layout dense is wrong"):
+        products.prepare((8, 64), 1, 1, 1)
+
+
+def test_without_llama_there_is_no_row_and_a_reason(module, monkeypatch, capsys, tmp_path):
+    products = module("products")
+    monkeypatch.setenv("OBR_GGML", str(tmp_path))
+    products.ggml.libraries.cache_clear()
+    assert "llama.cpp Q4_0" not in products.prepare((8, 64), 1, 1, 1)
+    assert "has no ggml libraries" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["obr_gptq", "obr_rtn"])

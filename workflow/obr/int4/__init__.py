@@ -7,7 +7,7 @@ compiled on first use for each level of vector instructions, of which the proces
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import combinations, product
 from pathlib import Path
@@ -36,6 +36,7 @@ LEVELS: dict[str, list[str]] = {
 # others have a bitmask: the numbers of 8:16 take longer to look up than they save in reading.
 LAYOUTS = ("dense", "bitmask", "2:4", "4:8", "paired 4:8")
 ROWS, WIDTH = 8, 64  # of a block, of a group
+PARTS = ("data", "starts", "order", "sums", "scales")  # a weight's tensors, as layout.h's Weight has them
 OVERREAD = 128  # bytes behind the last that a kernel may read, and ignores
 MOST_COLUMNS = 1 << 19  # sums of more may leave 32 bits
 
@@ -43,7 +44,7 @@ MOST_COLUMNS = 1 << 19  # sums of more may leave 32 bits
 class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("format", "rows", "groups")),
-        *((name, ctypes.c_void_p) for name in ("data", "starts", "order", "sums", "scales", "masks")),
+        *((name, ctypes.c_void_p) for name in (*PARTS, "masks")),
     )
 
 
@@ -161,10 +162,14 @@ class Weight:
         scales = scale.reshape(-1).float()[places].masked_fill(filling, 0)
         return cls(layout, rows, columns, data, starts, order, sums, scales)
 
+    def copy(self) -> "Weight":
+        """The same in memory of its own."""
+        return replace(self, **{name: getattr(self, name).clone() for name in PARTS})
+
     @property
     def bytes(self) -> int:
         """All that is kept in memory, scales and places included."""
-        return sum(t.nbytes for t in (self.data, self.starts, self.order, self.sums, self.scales))
+        return sum(getattr(self, name).nbytes for name in PARTS)
 
     @property
     def bits_per_weight(self) -> float:
@@ -190,7 +195,7 @@ class Weight:
         bias = None if bias is None else bias.float().contiguous()
         weight = _Weight(
             LAYOUTS.index(self.layout), self.rows, -(-self.columns // WIDTH),
-            *(tensor.data_ptr() for tensor in (self.data, self.starts, self.order, self.sums, self.scales)),
+            *(getattr(self, name).data_ptr() for name in PARTS),
             _numbers(self.layout)[0].ctypes.data,
         )  # fmt: skip
         library(level or levels()[0]).multiply(
