@@ -1,6 +1,8 @@
 # make demo    everything from nothing: a real model compressed, evaluated, set out in a table and figures
 # make plan    what the paper's tables would cost, before anything starts (PLAN="--configfile ..." for others)
 # make test    everything from nothing: all tests
+# make test-faults   kills, full disks, broken input, at length: 25 kills, 10^5 broken files and configs; mounts as root
+# make test-slurm   part of the workflow on a SLURM of its own, from Debian's packages; as root
 # make smoke   the whole workflow on a tiny model, trained first
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
@@ -12,14 +14,15 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test benchmark benchmark-large lint clean
+.PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large lint clean
 .DEFAULT_GOAL := demo
 
-# One pip call with torch pinned by name: on a machine without a GPU build of it nothing pulls CUDA packages.
-$(READY): requirements.lock pyproject.toml
+# By hash, all but torch; it comes last and pinned, so that nothing else chooses its build.
+$(READY): requirements.lock requirements.torch.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11 or the like.")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.torch.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
@@ -44,6 +47,16 @@ smoke: $(READY)
 
 test: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+test-faults: $(READY)
+	OBR_KILLS=25 OBR_EXAMPLES=100000 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(BIN)/python -m pytest -s tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py tests/test_resume.py
+
+# Where the packages cannot be had, the tests skip and say so.
+test-slurm: $(READY)
+	-command -v slurmctld >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+	slurmctld slurmd slurm-client munge
+	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_slurm.py
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/run.py

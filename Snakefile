@@ -26,6 +26,10 @@ include: "workflow/rules/kernels.smk"
 include: "workflow/rules/report.smk"
 
 
+onstart:
+    check_writable()
+
+
 rule all:
     default_target: True
     input:

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -42,6 +43,17 @@ wildcard_constraints:
     task="[^/]+",
     table="[^/]+",
     figure="[^/]+",
+
+
+def check_writable():
+    """Refuse a results folder that cannot be written before any job, whose own log could not tell."""
+    present = next(path for path in (Path(RESULTS), *Path(RESULTS).absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=present).close()
+    except OSError as error:
+        raise WorkflowError(
+            f"{RESULTS} cannot be written ({error.strerror}): correct its rights, or set `results`."
+        ) from None
 
 
 def entry_of(section):
