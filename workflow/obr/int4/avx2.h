@@ -14,8 +14,9 @@ struct Vector {
 };
 using Inputs = Vector;
 struct Sum {
-    __m256i v = _mm256_setzero_si256();
+    __m256i v;
 };
+inline Sum nothing() { return {_mm256_setzero_si256()}; }
 
 inline Vector load(const int8_t* from) {
     return {_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 32))};

@@ -6,13 +6,14 @@
 
 #include "layout.h"
 
-constexpr int TOKENS_AT_ONCE = 4, ROWS_AT_ONCE = 4, FUSED_TOKENS = 2;
+constexpr int TOKENS_AT_ONCE = 4, ROWS_AT_ONCE = 4, FUSED_TOKENS = 3;
 
 using Vector = __m512i;
 using Inputs = __m512i;
 struct Sum {
-    __m512i v = _mm512_setzero_si512();
+    __m512i v;
 };
+inline Sum nothing() { return {_mm512_setzero_si512()}; }
 
 inline Vector load(const int8_t* from) { return _mm512_loadu_si512(from); }
 inline Inputs load_inputs(const uint8_t* from) { return _mm512_loadu_si512(from); }

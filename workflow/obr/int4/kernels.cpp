@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "layout.h"
@@ -35,6 +36,14 @@ struct Output {
     const float* bias;
 };
 
+// f(0), ..., f(N - 1) with constants. Loops are unrolled too late for the compiler to keep sums in registers.
+template <int... I, class Function>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, I...>, Function f) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N>
+constexpr auto COUNT = std::make_integer_sequence<int, N>();
+
 template <Format F>
 struct Block {
     const uint8_t *head, *low[PAIRS], *high[PAIRS];
@@ -63,14 +72,13 @@ constexpr int64_t GROUPS_AHEAD = 16;
 
 // One pass over a block, for few tokens: no weight is written anywhere.
 template <Format F, int T>
-void multiply_fused(const Weight& w, const Masks<F>& reader, int64_t index, int64_t token, const Tokens& x,
-                    const Output& out) {
+void multiply_fused(const Weight& w, const Masks<F>& reader, int64_t index, const Tokens& x, const Output& out) {
     constexpr int64_t HEAD = head_bytes(F), STEP = HEAD + PAIRS * (F == BITMASK ? WIDTH / 2 : code_bytes(F));
     Block<F> block(w, index);
     // The next block is fetched meanwhile, in the order in which it lies: the processor sees one stream, not five.
     const uint8_t* ahead = block.head + std::max<int64_t>(w.groups * STEP, 8192);
-    const uint8_t* q = x.q + token * x.stride;
     Sum sums[T][ROWS];
+    unrolled(COUNT<T * ROWS>, [&](auto i) __attribute__((always_inline)) { sums[i / ROWS][i % ROWS] = nothing(); });
     // Masks with numbers are looked up some groups ahead: what was just written is slow to read back.
     alignas(64) uint64_t looked_up[GROUPS_AHEAD][ROWS];
     for (int64_t first = 0; first < w.groups; first += GROUPS_AHEAD) {
@@ -84,29 +92,23 @@ void multiply_fused(const Weight& w, const Masks<F>& reader, int64_t index, int6
             if constexpr (field_bits(F) == 0) reader.read(block.head + i * HEAD, bitmasks);
             const uint64_t* masks = field_bits(F) == 0 ? bitmasks : looked_up[i];
             Inputs inputs[T];
-            for (int t = 0; t < T; ++t) inputs[t] = load_inputs(q + t * x.stride + (first + i) * WIDTH);
-            // Four calls, not a loop: the compiler unrolls loops too late to keep the sums in registers.
-            const auto multiply_pair = [&](auto number) __attribute__((always_inline)) {
-                constexpr int pair = decltype(number)::value;
+            for (int t = 0; t < T; ++t) inputs[t] = load_inputs(x.q + t * x.stride + (first + i) * WIDTH);
+            unrolled(COUNT<PAIRS>, [&](auto pair) __attribute__((always_inline)) {
                 Vector a, b;
                 read_pair<F>(block.low[pair], block.high[pair], masks + 2 * pair, a, b);
-                for (int t = 0; t < T; ++t) {
+                unrolled(COUNT<T>, [&](auto t) __attribute__((always_inline)) {
                     add_products(sums[t][2 * pair], inputs[t], a);
                     add_products(sums[t][2 * pair + 1], inputs[t], b);
-                }
-            };
-            multiply_pair(std::integral_constant<int, 0>());
-            multiply_pair(std::integral_constant<int, 1>());
-            multiply_pair(std::integral_constant<int, 2>());
-            multiply_pair(std::integral_constant<int, 3>());
+                });
+            });
         }
         block.head += groups * HEAD;
     }
-    for (int t = 0; t < T; ++t) {
+    unrolled(COUNT<T>, [&](auto t) __attribute__((always_inline)) {
         int32_t totals[ROWS];
-        for (int i = 0; i < ROWS; ++i) totals[i] = total(sums[t][i]);
-        write(w, index, token + t, totals, x, out);
-    }
+        unrolled(COUNT<ROWS>, [&](auto i) __attribute__((always_inline)) { totals[i] = total(sums[t][i]); });
+        write(w, index, t, totals, x, out);
+    });
 }
 
 constexpr int64_t TILE_GROUPS = 64;  // 8 rows x 4,096 columns, unpacked
@@ -114,16 +116,22 @@ constexpr int64_t TILE_GROUPS = 64;  // 8 rows x 4,096 columns, unpacked
 template <int R, int T>
 void multiply_tile(const int8_t* tile, int64_t groups, const uint8_t* q, int64_t stride, int32_t* sums) {
     Sum partial[R][T];
+    unrolled(COUNT<R * T>, [&](auto i) __attribute__((always_inline)) { partial[i / T][i % T] = nothing(); });
     for (int64_t group = 0; group < groups; ++group) {
         Vector weights[R];
-        for (int r = 0; r < R; ++r) weights[r] = load(tile + (r * TILE_GROUPS + group) * WIDTH);
-        for (int t = 0; t < T; ++t) {
+        unrolled(COUNT<R>, [&](auto r) __attribute__((always_inline)) {
+            weights[r] = load(tile + (group * ROWS + r) * WIDTH);
+        });
+        unrolled(COUNT<T>, [&](auto t) __attribute__((always_inline)) {
             const Inputs inputs = load_inputs(q + t * stride + group * WIDTH);
-            for (int r = 0; r < R; ++r) add_products(partial[r][t], inputs, weights[r]);
-        }
+            unrolled(COUNT<R>, [&](auto r) __attribute__((always_inline)) {
+                add_products(partial[r][t], inputs, weights[r]);
+            });
+        });
     }
-    for (int t = 0; t < T; ++t)
-        for (int r = 0; r < R; ++r) sums[t * ROWS + r] += total(partial[r][t]);
+    unrolled(COUNT<R * T>, [&](auto i) __attribute__((always_inline)) {
+        sums[i % T * ROWS + i / T] += total(partial[i / T][i % T]);
+    });
 }
 
 // For more tokens: a block is unpacked to whole bytes, a part of its columns at a time, and read from the cache.
@@ -139,16 +147,16 @@ void multiply_unpacked(const Weight& w, const Masks<F>& reader, int64_t index, c
         for (int64_t group = 0; group < groups; ++group) {
             reader.read(block.head, masks);
             block.head += head_bytes(F);
-            for (int pair = 0; pair < PAIRS; ++pair) {
+            unrolled(COUNT<PAIRS>, [&](auto pair) __attribute__((always_inline)) {
                 Vector a, b;
                 read_pair<F>(block.low[pair], block.high[pair], masks + 2 * pair, a, b);
-                store(tile + (2 * pair * TILE_GROUPS + group) * WIDTH, a);
-                store(tile + ((2 * pair + 1) * TILE_GROUPS + group) * WIDTH, b);
-            }
+                store(tile + (group * ROWS + 2 * pair) * WIDTH, a);
+                store(tile + (group * ROWS + 2 * pair + 1) * WIDTH, b);
+            });
         }
         const uint8_t* q = x.q + first * WIDTH;
         for (int row = 0; row < ROWS; row += ROWS_AT_ONCE) {
-            const int8_t* from = tile + row * TILE_GROUPS * WIDTH;
+            const int8_t* from = tile + row * WIDTH;
             int64_t t = 0;
             for (; t + TOKENS_AT_ONCE <= x.count; t += TOKENS_AT_ONCE)
                 multiply_tile<ROWS_AT_ONCE, TOKENS_AT_ONCE>(from, groups, q + t * x.stride, x.stride, &sums[t * ROWS + row]);
@@ -170,9 +178,11 @@ void multiply_format(const Weight& w, const Tokens& x, const Output& out, int th
         for (int64_t first; (first = next.fetch_add(share)) < blocks;)
             for (int64_t index = first; index < std::min(blocks, first + share); ++index) {
                 if (x.count == 1)
-                    multiply_fused<F, 1>(w, reader, index, 0, x, out);
-                else if (x.count <= FUSED_TOKENS)
-                    multiply_fused<F, FUSED_TOKENS>(w, reader, index, 0, x, out);
+                    multiply_fused<F, 1>(w, reader, index, x, out);
+                else if (x.count == 2 && FUSED_TOKENS >= 2)
+                    multiply_fused<F, std::min(2, FUSED_TOKENS)>(w, reader, index, x, out);
+                else if (x.count == 3 && FUSED_TOKENS >= 3)
+                    multiply_fused<F, std::min(3, FUSED_TOKENS)>(w, reader, index, x, out);
                 else
                     multiply_unpacked<F>(w, reader, index, x, out, sums);
             }

@@ -12,8 +12,9 @@ struct Inputs {
     const uint8_t* v;
 };
 struct Sum {
-    int32_t v = 0;
+    int32_t v;
 };
+inline Sum nothing() { return {0}; }
 
 inline Inputs load_inputs(const uint8_t* from) { return {from}; }
 
