@@ -21,7 +21,7 @@ _HOME = {
     "evaluation_windows": "data",
     "compress": "compression",
     "save": "checkpoint",
-    "load": "checkpoint",
+    "load": "packed",
     "perplexity": "evaluate",
 }
 __all__ = sorted(_HOME)

@@ -25,7 +25,6 @@ from obr.files import flush, read_json, whole, write_json
 from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, block_file
 from obr.modules import QuantLinear, set_quantizers, wrap_block
-from obr.packed import check_recipe, pack_linears
 from obr.packing import Packed, pack, unpack
 from obr.provenance import versions
 from obr.recipe import Recipe
@@ -150,15 +149,11 @@ class CheckpointBlocks(StreamedBlocks):
     """The blocks of a packed checkpoint, read and unpacked each time they are asked for.
 
     recipe: whose activation, key and value settings apply; by default the checkpoint's own.
-    packed: linear layers compute with their packed weights, on the CPU.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device=None, packed: bool = False):
+    def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device=None):
         self.manifest = read_manifest(Path(directory))
-        self.recipe, self.packed = recipe or Recipe.parse(self.manifest["recipe"]), packed
-        if packed:
-            device = device or "cpu"
-            check_recipe(self.recipe, torch.device(device))
+        self.recipe = recipe or Recipe.parse(self.manifest["recipe"])
         super().__init__(Path(directory), None, dtype, device)
         if len(self) != self.manifest["blocks"]:
             raise ObrError(f"{directory} has {self.manifest['blocks']} blocks, its config {len(self)}.")
@@ -167,8 +162,6 @@ class CheckpointBlocks(StreamedBlocks):
         block = load_block(self, index, self.directory / block_file(index))
         if index in self.recipe.chosen(len(self)):
             set_quantizers(block, self.layout, self.recipe)
-        if self.packed:
-            pack_linears(block, self.layout)
         return block
 
 
@@ -215,24 +208,16 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
-def load(
-    directory: str | Path,
-    recipe: "Recipe | dict | None" = None,
-    dtype=None,
-    device: str | None = None,
-    packed: bool = False,
-):
+def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=None, device: str | None = None):
     """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
 
     recipe: overrides the checkpoint's settings for activations, keys and values.
-    packed: weights stay packed and are multiplied, on the CPU, by the integers that activations are rounded to;
-        the same model up to the rounding of floats, in less memory and time. For activations of at most 8 bits.
 
     Raises:
-        ObrError: the folder is not a whole checkpoint of this format, or not one that `packed` can compute.
+        ObrError: the folder is not a whole checkpoint of this format.
     """
     recipe = Recipe.parse(recipe) if recipe is not None else None
-    blocks = CheckpointBlocks(Path(directory), recipe, dtype, device, packed)
+    blocks = CheckpointBlocks(Path(directory), recipe, dtype, device)
     model = blocks.whole()
     model.obr_recipe = blocks.recipe
     return model

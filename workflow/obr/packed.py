@@ -1,9 +1,11 @@
-"""Linear layers that compute with their packed weights, on the CPU: what the fake-quantised ones simulate."""
+"""Models that compute with their packed weights, on the CPU: what the fake-quantised layers simulate."""
 
-import torch
+from pathlib import Path
+
 from torch import Tensor, nn
 
-from obr import int4
+from obr import checkpoint, int4
+from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
 from obr.layout import Layout
 from obr.modules import QuantLinear
@@ -50,10 +52,59 @@ class PackedLinear(QuantLinear):
         )
 
 
-def check_recipe(recipe: Recipe, device: torch.device) -> None:
-    """Raise ObrError unless a checkpoint evaluated by this recipe can be computed with packed weights."""
-    if device.type != "cpu":
-        raise ObrError(f"Packed layers compute on the CPU, not on {device}; pass device='cpu', or packed=False.")
+class PackedBlocks(CheckpointBlocks):
+    """The blocks of a checkpoint, each with a PackedLinear in place of every linear layer of at most 4 bits.
+
+    Others, such as 8-bit down_proj, stay as they are and compute the same.
+
+    Raises:
+        ObrError: a recipe or device that packed layers cannot compute as it asks.
+    """
+
+    def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device: str | None = None):
+        if device not in (None, "cpu"):
+            raise ObrError(f"Packed layers compute on the CPU, not on {device}; pass device='cpu', or packed=False.")
+        super().__init__(directory, recipe, dtype, "cpu")
+        _check_recipe(self.recipe)
+
+    def load(self, index: int) -> nn.Module:
+        block = super().load(index)
+        _pack_linears(block, self.layout)
+        return block
+
+
+def load(
+    directory: str | Path,
+    recipe: "Recipe | dict | None" = None,
+    dtype=None,
+    device: str | None = None,
+    packed: bool = False,
+):
+    """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
+
+    recipe: overrides the checkpoint's settings for activations, keys and values.
+    packed: weights stay packed and are multiplied, on the CPU, by the integers that activations are rounded to;
+        the same model up to the rounding of floats, in less memory and time. For activations of at most 8 bits.
+
+    Raises:
+        ObrError: the folder is not a whole checkpoint of this format, or not one that `packed` can compute.
+    """
+    if not packed:
+        return checkpoint.load(directory, recipe, dtype, device)
+    blocks = PackedBlocks(Path(directory), Recipe.parse(recipe) if recipe is not None else None, dtype, device)
+    model = blocks.whole()
+    model.obr_recipe = blocks.recipe
+    return model
+
+
+def _pack_linears(block: nn.Module, layout: Layout) -> None:
+    for name in layout.linears:
+        linear = block.get_submodule(name)
+        if linear.packed.about["bits"] <= 4:
+            block.set_submodule(name, PackedLinear(linear, name))
+
+
+def _check_recipe(recipe: Recipe) -> None:
     if recipe.bits > 4:
         raise ObrError(f"Weights of {recipe.bits} bits have no packed kernel; compress with 2 to 4, or packed=False.")
     if recipe.activations.bits > 8:
@@ -61,18 +112,6 @@ def check_recipe(recipe: Recipe, device: torch.device) -> None:
             f"The recipe keeps activations at {recipe.activations.bits} bits, packed kernels multiply by 8 at most; "
             "to change what the model computes, pass a recipe whose activations have 8 bits, else packed=False."
         )
-
-
-def pack_linears(block: nn.Module, layout: Layout) -> None:
-    """Put a PackedLinear in place of every compressed linear layer of a block, which must have its quantisers.
-
-    Layers that a recipe keeps at more than 4 bits, 8-bit down_proj among them, stay as they are and compute the same.
-    Raises ObrError as PackedLinear does.
-    """
-    for name in layout.linears:
-        linear = block.get_submodule(name)
-        if linear.packed.about["bits"] <= 4:
-            block.set_submodule(name, PackedLinear(linear, name))
 
 
 def _check(linear: QuantLinear, name: str) -> None:
