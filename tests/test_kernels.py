@@ -25,9 +25,14 @@ def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
     assert set(times["shape"]) == {"tiny", "3x128x32"}
     ok = times["status"] == "ok"
     assert set(times[ok]["kernel"]) >= {"fp32", "bf16", "fp16", "int8", "int4 weight"}
+    packed = [name for name in kernels.KERNELS if name.startswith("packed int4")]
+    assert len(packed) == 6 and set(times[ok]["kernel"]) >= set(packed)
     assert times[~ok]["status"].str.startswith(("not available: ", "failed, ")).all()
     assert times[~ok]["median_ms"].isna().all()
     assert (times[~ok]["kernel"].str.endswith("2:4")).any()
+    assert times["read_gb_s"][ok].nunique() == 1
+    bound = times["weight_bytes"] / times["read_gb_s"] / 1e9 / times["median_ms"] * 1e3
+    assert times["of_bound"][ok].to_list() == pytest.approx(bound[ok].to_list())
 
 
 def test_numbers_of_a_line(tmp_path):
@@ -40,6 +45,25 @@ def test_numbers_of_a_line(tmp_path):
     tops = 2 * 20 * 128 * 64 / (times["median_ms"] * 1e-3) / 1e12
     assert times["tops_dense"].to_list() == pytest.approx(tops.to_list())
     assert times["tops_executed"].to_list() == times["tops_dense"].to_list()
+
+
+def test_packed_products_are_exact_and_small(tmp_path):
+    names = [name for name in kernels.KERNELS if name.startswith("packed int4")]
+    times = run(tmp_path, [{"tokens": 2, "columns": 1024, "rows": 256}], kernels=names).set_index("kernel")
+    assert (times["checked"] < 1e-6).all()
+    bits = {name: times.loc[f"packed int4{name}", "bits_per_weight"] for name in ("", " 50 %", " 4:8", " paired 4:8")}
+    expected = {"": 4, " 50 %": 3, " 4:8": 2.875, " paired 4:8": 2.375}
+    assert bits == pytest.approx(expected, abs=0.15)
+    assert (times["tops_executed"] / times["tops_dense"]).to_list() == [1] + 5 * [0.5]
+
+
+def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
+    shape = {"tokens": 1, "columns": 100, "rows": 8}
+    assert "does not divide the 100" in run(tmp_path, [shape], kernels=["packed int4 8:16"]).iloc[0]["status"]
+    monkeypatch.setattr(kernels.int4, "library", lambda level: (_ for _ in ()).throw(ObrError("No compiler.")))
+    line = run(tmp_path, kernels=["packed int4", "fp32"]).set_index("kernel")
+    assert line.loc["packed int4", "status"] == "not available: No compiler."
+    assert line.loc["fp32", "status"] == "ok" and pd.isna(line.loc["fp32", "read_gb_s"])
 
 
 def test_executed_operations_leave_out_zeros():

@@ -1,8 +1,8 @@
-"""Matrix-product kernels that PyTorch has on the device at hand: each is checked, then timed.
+"""Matrix-product kernels on the device at hand, PyTorch's and, on the CPU, this package's: checked, then timed.
 
-What the evaluation of a model simulates (4-bit activations, bitmask sparsity) is not run here: PyTorch has no
-INT4 x INT4 product and no unstructured sparse one. What it has is measured as it is: dense products, INT8,
-FP8, INT4 weights with 16-bit activations, and 2:4 sparsity.
+PyTorch has no INT4 x INT4 product and no unstructured sparse one; what it has is measured as it is: dense products,
+INT8, FP8, INT4 weights with 16-bit activations, and 2:4 sparsity. `int4` multiplies packed 4-bit weights, in every
+pattern that a compression makes, by 8-bit activations, on the CPU only.
 """
 
 import platform
@@ -15,8 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from obr import int4
 from obr.errors import ObrError, first_line
 from obr.files import write_text
+from obr.prune import mask_from_scores
+from obr.quantize import Grid
+from obr.recipe import Pattern, QuantizerSettings
 
 # Largest error, over the largest entry of the exact product, of a sound kernel with this output; rounding the
 # output alone costs half a unit in the last place: 3e-8 (fp32), 2.4e-4 (fp16), 2e-3 (bf16).
@@ -36,6 +40,8 @@ COLUMNS = (
     "bits_per_weight",
     "tops_dense",
     "tops_executed",
+    "read_gb_s",
+    "of_bound",
     "device",
     "threads",
     "torch",
@@ -71,7 +77,10 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
     wrong is refused and not timed. One that device or build lacks has the reason in `status`, and no time.
 
     Times in ms: median and quartiles of `repeats` runs. On CUDA by events, the L2 cache overwritten before
-    each run; on the CPU by the clock, caches as the run before left them.
+    each run; on the CPU by the clock, the caches filled with other data before each run.
+    read_gb_s: 10^9 bytes that these threads read from memory in a second, median of as many reads (CPU only).
+    of_bound: the time in which the weight's bytes can be read at that speed, as a share of the median; a
+    product of few tokens cannot exceed 1.
     tops_dense: 2 * tokens * rows * columns / time, in 10^12 a second, zeros counted as if they were
     multiplied; tops_executed: only what the kernel multiplies, half of that for 2:4 sparsity.
 
@@ -84,13 +93,17 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
     repeats, warmup = int(entry.get("repeats", 20)), int(entry.get("warmup", 3))
     if repeats < 1 or warmup < 0:
         raise ObrError(f"Benchmark repeats {repeats} and warmup {warmup}: at least one repeat, no negative warmup.")
-    names = _kernel_names(entry)
+    names, machine = _kernel_names(entry), _machine(target)
+    speed = _read_speed(repeats) if target.type == "cpu" else None
     timer = _cuda_times if target.type == "cuda" else _cpu_times
     lines = []
     for shape in _shapes(entry):
         for name in names:
-            line = {**shape, "kernel": name, **_measure(KERNELS[name], shape, target, timer, repeats, warmup)}
-            lines.append({**line, **_machine(target)})
+            line = _measure(KERNELS[name], shape, target, timer, repeats, warmup)
+            if speed is not None and "median_ms" in line:
+                bound = line["weight_bytes"] / speed * 1e3
+                line |= {"read_gb_s": speed / 1e9, "of_bound": bound / line["median_ms"]}
+            lines.append({**shape, "kernel": name, **line, **machine})
     frame = pd.DataFrame(lines, columns=list(COLUMNS))
     write_text(frame.to_csv(index=False), out)
 
@@ -156,7 +169,7 @@ def _measure(kernel: Callable, shape: dict, device, timer: Callable, repeats: in
         try:
             case = kernel(x, weight)
             product = case.run()
-        except Lacking as reason:
+        except (Lacking, ObrError) as reason:
             return {"status": f"not available: {reason}"}
         except (RuntimeError, NotImplementedError, AttributeError) as error:
             # PyTorch says in these that a build, a device or a shape is not provided for; so may a fault of ours,
@@ -199,12 +212,31 @@ def _figures(case: Case, times: list[float], shape: dict) -> dict:
 def _cpu_times(run: Callable, device, repeats: int, warmup: int) -> list[float]:
     for _ in range(warmup):
         run()
+    others = _more_than_caches()
     times = []
     for _ in range(repeats):
+        others.sum()
         start = time.perf_counter_ns()
         run()
         times.append((time.perf_counter_ns() - start) / 1e6)
     return times
+
+
+def _more_than_caches() -> Tensor:
+    """Four times as many bytes as the largest cache holds, of 64 MB where the system does not tell."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    largest = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=64 << 20)
+    return torch.ones(largest // 2, dtype=torch.int64)
+
+
+def _read_speed(repeats: int) -> float | None:
+    """Bytes a second that PyTorch's threads read from memory; None without a compiler for the loop."""
+    memory, threads = _more_than_caches(), torch.get_num_threads()
+    try:
+        times = _cpu_times(lambda: int4.read_memory(memory, threads), None, repeats, 1)
+    except ObrError:
+        return None
+    return memory.nbytes / statistics.median(times) * 1e3
 
 
 def _cuda_times(run: Callable, device: torch.device, repeats: int, warmup: int) -> list[float]:
@@ -322,6 +354,32 @@ def _sparse_int8(x: Tensor, weight: Tensor) -> Case:
     )
 
 
+def _packed(pattern: str | None) -> Callable[[Tensor, Tensor], Case]:
+    """4-bit codes in a pattern, "50 %" for none, by activations rounded to 8 bits a token as part of the product."""
+    parsed = None if pattern in (None, "50 %") else Pattern.parse(pattern)
+
+    def kernel(x: Tensor, weight: Tensor) -> Case:
+        if x.is_cuda:
+            raise Lacking("packed 4-bit products are on the CPU only")
+        grid = Grid.fit(weight, 4, clip="minmax")
+        codes, mask = grid.codes(weight), None
+        if pattern is not None:
+            mask = mask_from_scores(weight.abs(), 0.5, parsed)
+            codes *= mask
+        packed, settings = int4.Weight.pack(codes, grid.scale, mask, parsed), QuantizerSettings(bits=8)
+        rounded = int4.quantize(x, settings)
+        exact = (rounded.q[:, : x.shape[1]].double() - rounded.zero[:, None]) * rounded.scale[:, None]
+        return Case(
+            lambda: packed.multiply(int4.quantize(x, settings)),
+            exact,
+            codes * grid.scale.double(),
+            tuple(getattr(packed, part) for part in int4.PARTS),
+            executed=1.0 if mask is None else 0.5,
+        )
+
+    return kernel
+
+
 KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "fp32": _dense(torch.float32),
     "fp16": _dense(torch.float16),
@@ -332,4 +390,10 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "fp16 2:4": _sparse(torch.float16),
     "bf16 2:4": _sparse(torch.bfloat16),
     "int8 2:4": _sparse_int8,
+    "packed int4": _packed(None),
+    "packed int4 50 %": _packed("50 %"),
+    "packed int4 8:16": _packed("8:16"),
+    "packed int4 4:8": _packed("4:8"),
+    "packed int4 2:4": _packed("2:4"),
+    "packed int4 paired 4:8": _packed("paired 4:8"),
 }
