@@ -50,6 +50,15 @@ def build(sources: list[Path], flags: list[str]) -> ctypes.CDLL:
         raise ObrError(f"{sources[0].name} cannot be built by {compiler}; install another one ({reason}).") from error
 
 
+def return_freed_memory() -> None:
+    """Hand memory that was freed back to the system, where the C library can: small tensors that stay between large
+    ones that go keep it resident otherwise.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _folder() -> Path:
     return Path(os.environ.get("OBR_CACHE") or "~/.cache/obr").expanduser() / "native"
 

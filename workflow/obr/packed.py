@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from obr import checkpoint, int4
+from obr import checkpoint, int4, native
 from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
 from obr.layout import Layout
@@ -70,6 +70,7 @@ class PackedBlocks(CheckpointBlocks):
     def load(self, index: int) -> nn.Module:
         block = super().load(index)
         _pack_linears(block, self.layout)
+        native.return_freed_memory()
         return block
 
 
