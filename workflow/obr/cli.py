@@ -375,7 +375,7 @@ def verify(
         for layer in repeat(checkpoint, recompute, Places(model, rotation, tokens, hessians), device):
             print(spell(layer))
             if layer.differing > TOLERATED:
-                problems.append(f"{spell(layer)}, which rounding does not explain.")
+                problems.append(f"{spell(layer)}, more than rounding explains on one kind of processor.")
     for problem in problems:
         print(problem)
     if problems:
