@@ -183,8 +183,16 @@ def test_mistakes_in_tokens_are_named():
     for settings_ in (QuantizerSettings(bits=9), QuantizerSettings(bits=8, group_size=32)):
         with pytest.raises(ObrError, match="one scale a token"):
             int4.quantize(torch.ones(1, 64), settings_)
+    with pytest.raises(ObrError, match="on meta cannot meet packed weights"):
+        int4.quantize(torch.ones(1, 64, device="meta"), QuantizerSettings(bits=8))
     with pytest.raises(ObrError, match="'sse' is not one this processor has"):
         int4.library("sse")
+
+
+def test_no_tokens_have_no_output():
+    weight = int4.Weight.pack(*drawn("unstructured", 9, 64, 0))
+    for level in int4.levels():
+        assert weight.multiply(int4.quantize(torch.ones(0, 64), ACTIVATIONS[0]), level=level).shape == (0, 9)
 
 
 def test_without_a_compiler_there_is_a_sentence(monkeypatch, tmp_path):

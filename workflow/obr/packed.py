@@ -42,7 +42,7 @@ class PackedLinear(QuantLinear):
         for step in (self.shift, self.transform):
             x = x if step is None else step(x)
         tokens = int4.quantize(x.reshape(-1, x.shape[-1]), self.activations, self.range)
-        return self.kernel.multiply(tokens, self.bias).view(*x.shape[:-1], -1).to(x.dtype)
+        return self.kernel.multiply(tokens, self.bias).view(*x.shape[:-1], self.kernel.rows).to(x.dtype)
 
     def extra_repr(self) -> str:
         kernel = self.kernel

@@ -87,8 +87,10 @@ def quantize(x: Tensor, settings: QuantizerSettings, bounds=None, level: str | N
     bounds: factors `low` and `high` (1,) of a token's extremes, for a learned clip_ratio.
 
     Raises:
-        ObrError: settings that one scale a token and 8 bits cannot hold.
+        ObrError: settings that one scale a token and 8 bits cannot hold, or tokens that are not on the CPU.
     """
+    if x.device.type != "cpu":
+        raise ObrError(f"Activations on {x.device} cannot meet packed weights; move the model back to the CPU.")
     if settings.bits > 8 or settings.group_size is not None:
         raise ObrError(
             f"Activations of {settings.bits} bits, group_size {settings.group_size}: the 4-bit kernels take 2 to 8 "
