@@ -79,9 +79,10 @@ inline __m128i read_sixteen(const uint8_t*& codes, uint32_t mask) {
 
 template <int SHIFT>
 inline Vector read_row(const uint8_t*& codes, uint64_t mask) {
-    const __m128i a = read_sixteen<SHIFT>(codes, uint32_t(mask)), b = read_sixteen<SHIFT>(codes, uint32_t(mask >> 16));
-    const __m128i c = read_sixteen<SHIFT>(codes, uint32_t(mask >> 32)),
-                  d = read_sixteen<SHIFT>(codes, uint32_t(mask >> 48));
+    const __m128i a = read_sixteen<SHIFT>(codes, uint32_t(mask));
+    const __m128i b = read_sixteen<SHIFT>(codes, uint32_t(mask >> 16));
+    const __m128i c = read_sixteen<SHIFT>(codes, uint32_t(mask >> 32));
+    const __m128i d = read_sixteen<SHIFT>(codes, uint32_t(mask >> 48));
     return {_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)};
 }
 

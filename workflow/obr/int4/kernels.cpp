@@ -159,7 +159,8 @@ void multiply_unpacked(const Weight& w, const Masks<F>& reader, int64_t index, c
             const int8_t* from = tile + row * WIDTH;
             int64_t t = 0;
             for (; t + TOKENS_AT_ONCE <= x.count; t += TOKENS_AT_ONCE)
-                multiply_tile<ROWS_AT_ONCE, TOKENS_AT_ONCE>(from, groups, q + t * x.stride, x.stride, &sums[t * ROWS + row]);
+                multiply_tile<ROWS_AT_ONCE, TOKENS_AT_ONCE>(from, groups, q + t * x.stride, x.stride,
+                                                            &sums[t * ROWS + row]);
             for (; t < x.count; ++t)
                 multiply_tile<ROWS_AT_ONCE, 1>(from, groups, q + t * x.stride, x.stride, &sums[t * ROWS + row]);
         }
@@ -219,7 +220,7 @@ uint64_t sum_of(const uint8_t* from, int64_t bytes) {
 
 extern "C" {
 
-// Round tokens (tokens, columns) to whole numbers q (tokens, stride), each with its zero and scale, as quantize.py does.
+// Round tokens (tokens, columns) to whole numbers q (tokens, stride), each with zero and scale, as quantize.py does.
 // low, high: factors of a token's least and largest value. A token that is not finite gets the scale NaN.
 void quantize_tokens(const float* x, int64_t tokens, int64_t columns, int64_t stride, int bits, int symmetric,
                      float low, float high, uint8_t* q, int32_t* zeros, float* scales) {
@@ -284,7 +285,8 @@ void pack(int64_t format, int64_t rows, int64_t columns, int64_t groups, const i
                 const bool inside = source >= 0 && column < columns;
                 const bool one = inside && kept[source * columns + column];
                 mask |= uint64_t(one) << j;
-                if (one || f == DENSE) *stream++ |= uint8_t((one ? codes[source * columns + column] & 15 : 0) << (4 * (i & 1)));
+                const int code = one ? codes[source * columns + column] & 15 : 0;
+                if (one || f == DENSE) *stream++ |= uint8_t(code << (4 * (i & 1)));
             }
             if (f == BITMASK) {
                 std::memcpy(head + group * ROWS * 8 + i * 8, &mask, 8);

@@ -1,6 +1,6 @@
 // How a matrix of 4-bit codes lies in memory, dense or pruned; int4/__init__.py sizes it, pack() fills it.
 //
-// Eight rows make a block, 64 columns a group; widths are filled up to whole groups, rows to whole blocks, with zeros.
+// Eight rows make a block, 64 columns a group; with zeros, widths are filled up to whole groups, rows to whole blocks.
 // A block is the masks of its groups, one group after the other, and behind them four streams of codes, one for every
 // two rows: the kept codes of the first row are the low halves of the bytes, those of the second the high halves,
 // each in the order of the columns. What the two rows are ahead of each other is the only waste.
