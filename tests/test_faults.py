@@ -1,7 +1,7 @@
 """Plugs pulled: kills at random moments, full and read-only disks, two runs at once. Nothing is lost, all is told.
 
-OBR_KILLS says how often the workflow is killed, by default never; `make test-faults` takes 25. Disks are tmpfs mounts, for which the
-tests must run as root, on a machine that lets them mount.
+OBR_KILLS says how often the workflow is killed, by default never, in `make test-faults` 25 times. Disks are tmpfs,
+for which the tests must run as root, on a machine that lets them mount.
 """
 
 import json
