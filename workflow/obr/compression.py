@@ -202,7 +202,8 @@ def _compress_block(
     """Compress a block group by group; one that the recipe leaves out is stored as it is."""
     round_rest(block, layout, report.dtype)
     if index not in statistics.chosen:
-        left = replace(report, recipe=replace(report.recipe, method="dense", bits=16, sparsity=0.0, pattern=None))
+        dense = replace(report.recipe, method="dense", bits=16, sparsity=0.0, pattern=None, scope="row")
+        left = replace(report, recipe=dense)
         return [row for group in layout.groups for row in compress_group(block, layout, group, None, left, index)]
     rows = []
     for number, group in enumerate(layout.groups, start=1):
@@ -227,7 +228,7 @@ def compress_group(
     restored = restore_together(
         {_full(index, name): linear.weight for name, linear in linears.items()}, factors, recipe.method,
         bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask, alpha=recipe.alpha,
-        damp=recipe.damp,
+        scope=recipe.scope, sweeps=recipe.sweeps, refit=recipe.refit, damp=recipe.damp,
         clip="minmax" if recipe.clip == "learned" else recipe.clip,  # learned bounds are in the weights already
         # another random mask for every layer
         seed={_full(index, name): crc32(f"{recipe.seed} {_full(index, name)}".encode()) for name in linears},

@@ -12,6 +12,7 @@ from pathlib import Path
 from obr.recipe import Recipe
 
 CLIP_STEPS = 80  # of the search for a row's scale
+JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
 OBR_PASSES = 9  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
 GROUPS = 4  # of a block, each with a run of the calibration through it
 # Of lm-eval's tasks: examples, choices, and tokens of a choice with its question.
@@ -164,6 +165,9 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.method in ("obr_rtn", "obr_gptq"):
         steps = (recipe.sparsity > 0) + (recipe.bits < 16)
         exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
+    if recipe.method == "joint":
+        exact += 8 / 3 * cubic + JOINT_PASSES * quadratic
+        elements += weights * JOINT_SWEEP * recipe.sweeps
     if recipe.needs_hessian and recipe.hessian == "sequential":
         passed = replace(sizes, blocks=chosen[-1] + 1)  # blocks before the first chosen are run once
         products += GROUPS * sizes.forward(tokens, length) + passed.forward(tokens, length)

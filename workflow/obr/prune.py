@@ -76,11 +76,12 @@ def _keep_all_but(scores: Tensor, pruned: int) -> Tensor:
     return mask
 
 
-def check_mask(mask: Tensor, sparsity: float, pattern: Pattern | None, what: str) -> None:
-    """Raise ObrError unless `mask (r, n)` prunes what it should, in every row or group."""
+def check_mask(mask: Tensor, sparsity: float, pattern: Pattern | None, what: str, scope: str = "row") -> None:
+    """Raise ObrError unless `mask (r, n)` prunes what it should, in each row or group, or in all."""
     if pattern is None:
         expected = mask.shape[1] - int(mask.shape[1] * sparsity)
-        right = bool((mask.sum(1) == expected).all())
+        kept = mask.sum(1)
+        right = bool((kept == expected).all()) if scope == "row" else int(kept.sum()) == expected * len(mask)
     else:
         groups = mask.reshape(len(mask), -1, pattern.group)
         right = bool((groups.sum(-1) == pattern.kept).all())

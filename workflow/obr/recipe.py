@@ -17,9 +17,11 @@ PRUNING = {
     "sparsegpt_gptq": "sparsegpt",
     "obr_rtn": None,
     "obr_gptq": None,
+    "joint": None,  # chooses weight by weight, as it rounds
     "released": None,  # nothing is computed: a checkpoint that others pruned and quantised
 }
 METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
+SCOPES = ("row", "layer")
 MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
 # Methods whose weights do not depend on calibration data.
 DATA_FREE = ("dense", "rtn", "magnitude", "released")
@@ -122,6 +124,9 @@ class Recipe:
     """How a model is compressed and evaluated; the config's `recipes` entries, field by field.
 
     sparsity: fraction of the weights of each linear layer that is removed (implied by `pattern`).
+    scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
+    sweeps: of annealing, by the method "joint": more take longer and leave less error.
+    refit: after restoration each row's scale becomes the one with the least loss for its codes.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
     damp: added to the Hessian's diagonal, in units of its mean.
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
@@ -140,6 +145,9 @@ class Recipe:
     pattern: str | None = None
     mask: str = "wanda"
     alpha: float = 0.5
+    scope: str = "row"
+    sweeps: int = 600
+    refit: bool = False
     damp: float = 0.01
     clip: str = "mse"
     int8_down_proj: bool = False
@@ -174,6 +182,14 @@ class Recipe:
         recipe = _build(cls, entry, name)
         _choice(recipe.method, METHOD_NAMES, f"{name}.method")
         _choice(recipe.mask, MASK_NAMES, f"{name}.mask")
+        _choice(recipe.scope, SCOPES, f"{name}.scope")
+        if recipe.scope == "layer" and (recipe.method != "joint" or recipe.pattern):
+            raise ObrError(
+                f"{name}.scope is 'layer', but {f'pattern {recipe.pattern}' if recipe.pattern else recipe.method} "
+                "gives every row its own budget; use method joint without a pattern, or scope row."
+            )
+        if not 0 <= recipe.sweeps <= 100_000:
+            raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
         _choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
         _choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
         _choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
@@ -209,7 +225,8 @@ class Recipe:
 
     @property
     def needs_hessian(self) -> bool:
-        return self.method not in DATA_FREE
+        refits = self.refit and self.bits < 16 and self.method != "released"
+        return self.method not in DATA_FREE or refits
 
     def chosen(self, count: int) -> range:
         """Which of a model's `count` blocks the recipe acts on. Raises ObrError if that is none."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from obr.errors import ObrError
+from obr.joint import joint
 from obr.prune import SCORES, check_mask, mask_from_scores
 from obr.quantize import Grid
 from obr.recipe import PRUNING, Pattern, Recipe
@@ -239,6 +240,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "sparsegpt_gptq": sparsegpt_gptq,
     "obr_rtn": obr_rtn,
     "obr_gptq": obr_gptq,
+    "joint": joint,
 }
 
 
@@ -277,7 +279,8 @@ def restore(
         hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
             calls (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
         method: a key of METHODS, or "dense".
-        options: bits, sparsity, pattern, mask, alpha, damp, clip and seed of `restore_together`.
+        options: of `restore_together`: bits, sparsity, pattern, mask, alpha, scope, sweeps, refit, damp, clip,
+            seed, row_weights.
 
     Raises:
         ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
@@ -297,9 +300,13 @@ def restore_together(
     pattern: str | Pattern | None = None,
     mask: "str | Tensor" = "wanda",
     alpha: float = 0.5,
+    scope: str = "row",
+    sweeps: int = Recipe.sweeps,
+    refit: bool = False,
     damp: float = 0.01,
     clip: str = "mse",
     seed: "int | dict[str, int]" = 0,
+    row_weights: "Tensor | dict[str, Tensor] | None" = None,
 ) -> dict[str, Restored]:
     """`restore` for layers that read the same input, such as q, k and v: their rows are solved as one layer's.
 
@@ -309,8 +316,10 @@ def restore_together(
         sparsity: fraction to remove; ignored by methods that do not prune ("dense", "rtn", "gptq").
         pattern: "2:4", "4:8", "8:16", "paired 4:8" …; overrides `sparsity`.
         mask: a key of SCORES, or, for a single layer, the mask itself, (r, n) bool, True = kept.
-        alpha: the cut, as a fraction of the columns. damp, clip: as in `Recipe`.
+        alpha: the cut, as a fraction of the columns. scope, sweeps, refit, damp, clip: as in `Recipe`.
         seed: of random masks; a dictionary gives each layer its own.
+        row_weights: (r,), or by layer, how much an error in a row counts beside others of its layer, where these
+            share a budget (scope "layer"); 1 by default.
 
     Raises:
         ObrError: as `restore`, with the layer's name.
@@ -320,7 +329,7 @@ def restore_together(
         {
             "method": method, "bits": bits, "sparsity": sparsity, "pattern": str(pattern) if pattern else None,
             "mask": mask if isinstance(mask, str) else "wanda", "alpha": alpha, "damp": damp, "clip": clip,
-            "calibration": "given",
+            "scope": scope, "sweeps": sweeps, "refit": refit, "calibration": "given",
         },
         ", ".join(weights),
     )  # fmt: skip
@@ -342,12 +351,40 @@ def restore_together(
     masks = {
         n: _choose_mask(work, hessian, replace(recipe, seed=seeds[n]), mask, pattern) for n, work in works.items()
     }
-    options = {"alpha": alpha, "sparsity": recipe.sparsity, "pattern": pattern}
+    options = {"alpha": alpha, "sparsity": recipe.sparsity, "pattern": pattern, "scope": scope, "sweeps": sweeps}
+    options |= {"row_weights": _checked_row_weights(row_weights, works)}
     results = _run(method, works, hessian, masks, grids, options)
-    return {
-        name: _restored(name, dense[name], *results[name], grids[name], hessian, recipe, mask, pattern)
-        for name in dense
-    }
+    restored = {}
+    for name, (result, kept) in results.items():
+        if recipe.refit and bits < 16:
+            grids[name], result = refit_scale(dense[name], result, hessian, grids[name])
+        restored[name] = _restored(name, dense[name], result, kept, grids[name], hessian, recipe, mask, pattern)
+    return restored
+
+
+def refit_scale(weight: Tensor, values: Tensor, hessian: Hessian, grid: Grid) -> tuple[Grid, Tensor]:
+    """The grid whose scales have the least loss for the codes of `values (r, n)`, and these codes on it.
+
+    In each row s = w H c / (c H c), c the codes; where that is not positive the scale stays.
+    """
+    codes = grid.codes(values).to(weight.dtype)
+    images = codes @ hessian.matrix
+    power = (codes * images).sum(1, keepdim=True)
+    scale = (weight * images).sum(1, keepdim=True) / power
+    grid = Grid(torch.where((power > 0) & (scale > 0), scale, grid.scale), grid.bits)
+    return grid, codes * grid.scale
+
+
+def _checked_row_weights(row_weights, works: dict[str, Tensor]) -> Tensor | None:
+    if row_weights is None:
+        return None
+    if isinstance(row_weights, Tensor):
+        row_weights = dict.fromkeys(works, row_weights)
+    for name, work in works.items():
+        given = row_weights.get(name)
+        if given is None or given.shape != (len(work),) or not (torch.isfinite(given) & (given > 0)).all():
+            raise ObrError(f"{name}: row_weights must hold one positive number for each of the {len(work)} rows.")
+    return torch.cat([row_weights[name].to(work) for name, work in works.items()])
 
 
 def _run(method: str, works: dict, hessian: Hessian | None, masks: dict, grids: dict, options: dict) -> dict:
@@ -357,6 +394,7 @@ def _run(method: str, works: dict, hessian: Hessian | None, masks: dict, grids: 
     for names in [[name] for name in works] if coupled else [list(works)]:
         kept, grid = torch.cat([masks[name] for name in names]), Grid.stack([grids[name] for name in names])
         sizes = [len(works[name]) for name in names]
+        options["sizes"] = sizes
         stacked = torch.cat([works.pop(name) for name in names])
         stacked = METHODS[method](stacked, hessian, kept, grid, **options)
         results |= {n: (w, m) for n, w, m in zip(names, stacked.split(sizes), kept.split(sizes), strict=True)}
@@ -395,10 +433,14 @@ def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str) -> Hess
 
 def _choose_mask(weight: Tensor, hessian, recipe: Recipe, mask, pattern) -> Tensor:
     if isinstance(mask, Tensor):
+        if recipe.method == "joint":
+            raise ObrError(
+                "A mask is given, but method joint finds its own; use obr_gptq or obr_rtn with a given mask."
+            )
         if mask.shape != weight.shape or mask.dtype != torch.bool:
             raise ObrError(f"The mask must be bool of the weight's shape {tuple(weight.shape)}, True = kept.")
         return mask.clone()
-    if not recipe.sparsity or recipe.method == "sparsegpt_gptq":  # the latter fills it as it goes
+    if not recipe.sparsity or recipe.method in ("sparsegpt_gptq", "joint"):  # they fill it as they go
         return torch.ones_like(weight, dtype=torch.bool)
     score = PRUNING[recipe.method] or recipe.mask
     statistics = {"seed": recipe.seed}
@@ -426,4 +468,4 @@ def _assert_sound(restored: Restored, grid: Grid, recipe: Recipe, mask, name: st
         raise ObrError(f"{name}: {recipe.method} left weights off the {recipe.bits}-bit grid.")
     thresholded = recipe.method == "sparsegpt_gptq" and not restored.pattern  # rows differ by design
     if isinstance(mask, str) and not thresholded:
-        check_mask(restored.mask, recipe.sparsity, restored.pattern, name)
+        check_mask(restored.mask, recipe.sparsity, restored.pattern, name, recipe.scope)

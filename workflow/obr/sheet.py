@@ -31,6 +31,7 @@ METHODS = {
     "sparsegpt_gptq": ("SparseGPT+GPTQ", "D"),
     "obr_rtn": ("OBR (RTN)", "P"),
     "obr_gptq": ("OBR (GPTQ)", "X"),
+    "joint": ("Joint", "h"),
     "released": ("Released", "p"),
 }
 STYLE = {

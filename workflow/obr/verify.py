@@ -159,7 +159,7 @@ def _check_layer(packed: Packed, restored: Restored, recipe: Recipe, where: str)
         if abs(restored.sparsity - recipe.sparsity) > THRESHOLDED:
             raise ObrError(f"{where} has sparsity {restored.sparsity:.4f}, the recipe says {recipe.sparsity}.")
     else:
-        check_mask(restored.mask, recipe.sparsity, pattern, where)
+        check_mask(restored.mask, recipe.sparsity, pattern, where, recipe.scope)
     if recipe.bits < 16:
         ordered = restored.weight.sort(dim=1).values
         levels = int(((ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1).max())
