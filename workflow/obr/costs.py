@@ -11,10 +11,12 @@ from pathlib import Path
 
 from obr.recipe import Recipe
 
-CLIP_STEPS = 80  # of the search for a row's scale
+CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
 JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
-OBR_PASSES = 9  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
+OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
+STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
 GROUPS = 4  # of a block, each with a run of the calibration through it
+GROUP_PASSES = 2.0  # of a whole block's work, what these runs take together: each stops at its group
 # Of lm-eval's tasks: examples, choices, and tokens of a choice with its question.
 TASKS = {
     "piqa": (1838, 2, 35),
@@ -119,10 +121,8 @@ class Work:
     start: float = 0
 
     def seconds(self, speeds: dict, threads: int = 1) -> float:
-        """At these speeds, the products and elements on so many cores."""
-        shared = (
-            self.products / speeds["products"] + self.exact / speeds["exact"] + self.elements / speeds["elements"]
-        )
+        """At these speeds, what is counted in operations and elements on so many cores."""
+        shared = sum(getattr(self, kind) / speeds[kind] for kind in ("products", "grams", "exact", "elements"))
         alone = self.read / speeds["read"] + self.runs / speeds["runs"] + self.start * speeds["start"]
         return shared / threads + alone
 
@@ -130,8 +130,8 @@ class Work:
 # Operations, elements, bytes and blocks a second; `start` multiplies the constants, which are a CPU's.
 SPEEDS = {
     "cpu": {
-        "products": 5e10,
-        "grams": 5e10,
+        "products": 6.5e10,
+        "grams": 6.5e10,
         "exact": 2.2e10,
         "elements": 1.8e8,
         "read": 3e8,
@@ -155,9 +155,9 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     chosen = recipe.chosen(sizes.blocks)
     sizes, whole = replace(sizes, blocks=len(chosen)), sizes
     weights, blocks = sizes.block * sizes.blocks, sizes.blocks
-    products, grams, exact, elements = 0.0, 0.0, 0.0, 2.0 * weights
+    products, grams, exact, elements = 0.0, 0.0, 0.0, STORED_PASSES * weights
     if recipe.bits < 16 and recipe.method != "dense":
-        elements += weights * (CLIP_STEPS if recipe.clip == "mse" else 2)
+        elements += weights * (CLIP_PASSES if recipe.clip == "mse" else 2)
     quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
     cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
     if recipe.method in ("gptq", "sparsegpt_gptq"):
@@ -170,18 +170,18 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         elements += weights * JOINT_SWEEP * recipe.sweeps
     if recipe.needs_hessian and recipe.hessian == "sequential":
         passed = replace(sizes, blocks=chosen[-1] + 1)  # blocks before the first chosen are run once
-        products += GROUPS * sizes.forward(tokens, length) + passed.forward(tokens, length)
+        products += GROUP_PASSES * sizes.forward(tokens, length) + passed.forward(tokens, length)
         grams = sizes.hessians(tokens)
     runs = (GROUPS + 1) * blocks * tokens / length if products else 0.0
     if recipe.method in ("gptq", "sparsegpt_gptq", "obr_gptq"):  # column by column, each some small kernels
         runs += 0.1 * blocks * sum(columns for _, columns in sizes.layers)
-    return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 9)
+    return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
 
 
 def hessian(sizes: Sizes, tokens: int, length: int) -> Work:
     """Collecting cached Hessians."""
     products, runs = sizes.forward(tokens, length), sizes.blocks * tokens / length
-    return Work(products, sizes.hessians(tokens), 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 10)
+    return Work(products, sizes.hessians(tokens), 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 5.5)
 
 
 def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
@@ -209,7 +209,7 @@ def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) ->
         products += passes * 2.0 * steps * weights * sizes.hidden + sizes.logits(tokens)
     if kind != "spinquant":  # which folds nothing anew
         elements += FOLDED * steps * weights
-    return Work(products, 0, 0, elements, 2.0 * (weights + sizes.ends), 3 * sizes.blocks * steps, 12)
+    return Work(products, 0, 0, elements, 2.0 * (weights + sizes.ends), 3 * sizes.blocks * steps, 7)
 
 
 def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
@@ -217,7 +217,7 @@ def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
     elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.intermediate)
     products = sizes.forward(tokens, length) + sizes.logits(tokens)
     runs = sizes.blocks * tokens / length
-    return Work(products, 0, 0, elements, 2.0 * sizes.block * sizes.blocks, runs, 10)
+    return Work(products, 0, 0, elements, 2.0 * sizes.block * sizes.blocks, runs, 5.5)
 
 
 def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
@@ -227,21 +227,21 @@ def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
     requests = examples * choices
     tokens = requests * length
     products = sizes.forward(tokens, length) + sizes.logits(tokens)
-    return Work(products, 0, 0, 0, 2.0 * sizes.block * sizes.blocks, sizes.blocks * requests / batch, 30)
+    return Work(products, 0, 0, 0, 2.0 * sizes.block * sizes.blocks, sizes.blocks * requests / batch, 10)
 
 
 # Seconds of the stages that do not depend on a model's size, on a CPU; downloads come on top.
 CONSTANT = {
-    "calibrate": 20.0,
-    "check_model": 0.5,
-    "download_rotation": 7.0,
-    "download_text": 3.0,
-    "download_task": 5.0,
-    "download_model": 12.0,
+    "calibrate": 7.0,
+    "check_model": 0.1,
+    "download_rotation": 6.0,
+    "download_text": 2.0,
+    "download_task": 2.0,
+    "download_model": 7.0,
     "download_released": 12.0,
     "released": 120.0,
-    "table": 2.0,
-    "figure": 4.0,
+    "table": 0.8,
+    "figure": 2.2,
     "errata": 5.0,
 }
 

@@ -18,7 +18,7 @@ from obr.recipe import Recipe
 
 # Downloads in GB where the config does not tell: rough sizes of what the hub sends.
 TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
-OVERHEAD = 1.0  # seconds that Snakemake spends on a job
+OVERHEAD = 0.3  # seconds that Snakemake spends on a job
 TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
 TIMED = ("compress", "hessian", "learn_rotation", "perplexity", "zero_shot")
 
@@ -155,7 +155,7 @@ class Prices:
         entry, speeds = self.config["kernels"], costs.SPEEDS[device]
         runs = 4 * (entry["repeats"] + entry["warmup"]) + 8
         work = sum(2.0 * s["tokens"] * s["columns"] * s["rows"] for s in self._shapes(device))
-        return 8 * speeds["start"] + runs * work / speeds["products"] + 9 * work / speeds["exact"]
+        return 3 * speeds["start"] + runs * work / speeds["products"] + 9 * work / speeds["exact"]
 
     def _largest_product(self, device: str) -> float:
         return max((8e-9 * 3 * s["tokens"] * max(s["columns"], s["rows"]) for s in self._shapes(device)), default=0)
