@@ -125,6 +125,14 @@ def test_quick_learns_in_two_steps():
     assert Config(replaced(RAW, quick="true", rotations__r=rotation)).raw["rotations"]["r"]["learn"]["steps"] == 2
 
 
+def test_the_quick_small_edition_leaves_windows_to_learn_from():
+    small = Config(merged("config.yaml", "workflow/configs/small.yaml", quick="true"))
+    for rotation in small.raw["rotations"].values():
+        if learn := rotation.get("learn"):
+            windows = small.raw["calibrations"][learn["calibration"]]["nsamples"]
+            assert learn.get("held_out", 4) < windows, rotation
+
+
 def test_an_edition_renames_rotations_of_recipes_and_figures():
     small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
     assert small.parsed["spinquant_learned_w"].rotation == "spinquant"

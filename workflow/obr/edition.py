@@ -6,7 +6,7 @@ Each function changes a validated config in place.
 # What `quick: true` leaves of every calibration, text and task, of a model's blocks, and of learning.
 QUICK = {"nsamples": 8, "seqlen": 256, "tokens": 2048, "limit": 8}
 QUICK_BLOCKS = "0:4"
-QUICK_LEARNING = {"steps": 2, "epochs": 1, "batch": 2}
+QUICK_LEARNING = {"steps": 2, "epochs": 1, "batch": 2, "held_out": 2}
 QUICK_NOTE = (
     "Quick: only the first four blocks are compressed, with at most {nsamples} calibration windows of {seqlen} "
     "tokens; scored on {tokens:,} tokens and {limit} questions; rotations are learned in two steps. "

@@ -63,7 +63,8 @@ def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:
             heads = 1 if rotation.dimensions.normed_heads else len(tensor)
             tensor = tensor[:heads, : tensor.shape[1] // 2]
         scale = ".S_" in name
-        leaves[name] = torch.ones_like(tensor) if scale else ManifoldParameter(tensor.float(), manifold=manifold)
+        tensor = torch.ones_like(tensor, dtype=torch.float32) if scale else tensor.float()
+        leaves[name] = tensor if scale else ManifoldParameter(tensor, manifold=manifold)
     return leaves
 
 
