@@ -14,13 +14,14 @@ def tiny_folder(tmp_path_factory) -> Path:
     """Folder with model/, train.txt and heldout.txt; OBR_TINY may name one that was made before."""
     if "OBR_TINY" in os.environ:
         return Path(os.environ["OBR_TINY"])
-    return tiny.main(tmp_path_factory.mktemp("tiny"))
+    folder = tiny.main(tmp_path_factory.mktemp("tiny"))
+    os.environ["OBR_TINY"] = str(folder)  # read by tests/config.yaml, in this process and in Snakemake's
+    return folder
 
 
 @pytest.fixture(scope="session")
 def finished(tiny_folder, tmp_path_factory) -> Path:
     """A folder in which the whole workflow has run."""
-    os.environ["OBR_TINY"] = str(tiny_folder)
     folder = tmp_path_factory.mktemp("workflow")
     run = running.snakemake(folder, running.CONFIG)
     assert run.returncode == 0, run.stdout[-5000:]

@@ -106,7 +106,6 @@ def undisturbed(tiny_folder, tmp_path_factory) -> Path:
     """A folder in which the target was made in peace."""
     if not KILLS:
         pytest.skip("kills of the workflow take minutes: use make test-faults, or set OBR_KILLS")
-    os.environ["OBR_TINY"] = str(tiny_folder)
     folder = tmp_path_factory.mktemp("undisturbed")
     run = snakemake(folder, CONFIG, TARGET)
     assert run.returncode == 0, run.stdout[-5000:]
@@ -138,13 +137,7 @@ def complete(folder: Path) -> bool:
     return "Nothing to be done" in snakemake(folder, CONFIG, "--dry-run", TARGET).stdout
 
 
-@pytest.fixture
-def given(tiny_folder, monkeypatch) -> None:
-    """The model and texts that the config names."""
-    monkeypatch.setenv("OBR_TINY", str(tiny_folder))
-
-
-def test_a_killed_snakemake_leaves_a_lock_that_explains_itself(given, tmp_path):
+def test_a_killed_snakemake_leaves_a_lock_that_explains_itself(tiny_folder, tmp_path):
     """What a second run in the same folder is told, too."""
     (tmp_path / ".snakemake/locks").mkdir(parents=True)
     target = str(SMOKE / "texts/train.txt")
@@ -262,7 +255,7 @@ def test_a_disk_that_cannot_be_written_is_told(name, inputs, disk, capsys):
     )
 
 
-def test_the_workflow_tells_of_a_full_disk(given, disk, tmp_path):
+def test_the_workflow_tells_of_a_full_disk(tiny_folder, disk, tmp_path):
     (tmp_path / "results").symlink_to(disk.place)
     disk.leave(12 * 1024)
     target = str(SMOKE / "texts/train.txt")
@@ -273,7 +266,7 @@ def test_the_workflow_tells_of_a_full_disk(given, disk, tmp_path):
     assert snakemake(tmp_path, CONFIG, target).returncode == 0
 
 
-def test_the_workflow_tells_of_results_that_cannot_be_written(given, disk, tmp_path):
+def test_the_workflow_tells_of_results_that_cannot_be_written(tiny_folder, disk, tmp_path):
     (tmp_path / "results").symlink_to(disk.place)
     disk.remount("ro")
     run = snakemake(tmp_path, CONFIG, str(SMOKE / "texts/train.txt"))

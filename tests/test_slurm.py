@@ -88,9 +88,8 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(cluster, tiny_folder, tmp_path, monkeypatch) -> Path:
-    """To work in; jobs find the model through the environment, which SLURM passes on."""
-    monkeypatch.setenv("OBR_TINY", str(tiny_folder))
+def folder(cluster, tiny_folder, tmp_path) -> Path:
+    """To work in; jobs find the model through the environment (OBR_TINY), which SLURM passes on."""
     return tmp_path
 
 
