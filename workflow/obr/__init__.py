@@ -6,10 +6,13 @@
     obr.save(model, "smollm2-obr")
     model = obr.load("smollm2-obr")
 
-Names are imported when they are first used, so `import obr` costs nothing.
+Names are imported when they are first used, so `import obr` costs nothing. transformers' own `from_pretrained`
+reads packed checkpoints too, from then on.
 """
 
 from importlib import import_module
+
+from obr.registration import register
 
 _HOME = {
     "ObrError": "errors",
@@ -31,3 +34,6 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'obr' has no attribute {name!r}")
     return getattr(import_module(f"obr.{_HOME[name]}"), name)
+
+
+register()

@@ -4,7 +4,7 @@ block_NNN.safetensors   packed linear layers, norms, biases, online transforms
 ends.safetensors        embeddings, final norm, head (unless tied)
 layers.csv              what became of each layer
 manifest.json           recipe, calibration, sizes, versions, hashes of all files and of all they were made from
-config.json, tokenizer  as the model came
+config.json, tokenizer  as the model came, and what tells transformers of the format
 """
 
 import copy
@@ -155,6 +155,7 @@ class CheckpointBlocks(StreamedBlocks):
         self.manifest = read_manifest(Path(directory))
         self.recipe = recipe or Recipe.parse(self.manifest["recipe"])
         super().__init__(Path(directory), None, dtype, device)
+        vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         if len(self) != self.manifest["blocks"]:
             raise ObrError(f"{directory} has {self.manifest['blocks']} blocks, its config {len(self)}.")
 
@@ -260,6 +261,7 @@ class Writer:
         save_ends(blocks.model, blocks.layout, self.directory / "ends.safetensors", self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
+        config.quantization_config = {"quant_method": "obr", "format": FORMAT}  # see `pretrained`
         config.save_pretrained(self.directory)
         for pattern in TOKENIZER_FILES if tokenizer_from else ():
             for path in Path(tokenizer_from).glob(pattern):
