@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,18 +12,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import obr
 from obr import cli, hessian, rotations
 from obr.data import load_tokens
 from obr.download import dequantise, download_model
 from obr.errors import ObrError
+from obr.fetch import sha256_of
 from obr.layout import Dimensions
 from obr.model import config_of, load_model
 from obr.recipe import METHOD_NAMES, Pattern
 from obr.restoration import restore
 from obr.rotations.source import make
+from replaced import replaced
+from running import CONFIG, SMOKE, snakemake
 from test_download import gguf  # noqa: F401  a fixture, asked for by name
 from test_restoration import layer
 
@@ -83,7 +90,9 @@ def test_a_model_that_needs_its_own_code_is_refused_without_a_question(model, tm
     copy = copied(model, tmp_path, auto_map=AUTO, model_type="secret")
     (copy / "code.py").write_text(CODE)
     for read in (config_of, load_model):
-        with pytest.raises(ObrError, match="copy brings code of its own, which is never run; choose a native model"):
+        with pytest.raises(
+            ObrError, match="copy brings code of its own, which is not run; choose a native model, or"
+        ):
             read(copy)
     entry = json.dumps({"source": {"source": "path", "path": str(copy)}})
     error = told(capsys, "download-model", "--entry", entry, "--out", tmp_path / "out")
@@ -100,8 +109,133 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(model, tmp_path, monkeyp
     (tmp_path / "t.txt").write_text("text")
     calibrate = ("calibrate", "--entry", '{"seqlen": 4}', "--model", copy, "--text", tmp_path / "t.txt")
     error = told(capsys, *calibrate, "--out", tmp_path / "t.safetensors")
-    assert "has no tokenizer that transformers can load" in error
+    assert "copy brings code of its own, which is not run; choose a native model, or read the code and set" in error
     assert not (tmp_path / "ran").exists() and not (tmp_path / "t.safetensors").exists()
+
+
+OWN = """
+from pathlib import Path
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+class OwnModel(LlamaForCausalLM):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        Path("ran").touch()
+class OwnTokenizer(PreTrainedTokenizerFast):
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        Path("read").touch()
+"""
+TRUSTED = "--trust-remote-code"
+
+
+@pytest.fixture
+def own(model, tmp_path, monkeypatch) -> Path:
+    """A Llama whose model and tokenizer are classes of its own; they leave files where they are made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    copy = copied(model, tmp_path, auto_map={"AutoModelForCausalLM": "own.OwnModel"})
+    words = Tokenizer(WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(copy)
+    known = json.loads((copy / "tokenizer_config.json").read_text())
+    known |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(known))
+    (copy / "own.py").write_text(OWN)
+    (tmp_path / "t.txt").write_text("1 2 3 4 " * 100)
+    return copy
+
+
+def download(own: Path, out: Path, **entry) -> list[str]:
+    entry = json.dumps({"source": {"source": "path", "path": str(own)}} | entry)
+    return ["download-model", "--entry", entry, "--out", str(out)]
+
+
+def test_code_is_run_where_the_config_says_so_and_is_on_record(own, tmp_path, capsys):
+    def ran() -> list[str]:
+        made = [name for name in ("ran", "read") if (tmp_path / name).exists()]
+        for name in made:
+            (tmp_path / name).unlink()
+        return made
+
+    assert cli.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
+    assert ran() == ["ran"]
+    code = {"own.py": sha256_of(own / "own.py")}
+    assert json.loads((tmp_path / "m/source.json").read_text())["code"] == code
+    calibrate = ["calibrate", "--entry", '{"seqlen": 4, "nsamples": 4}', "--model", "m", "--text", "t.txt"]
+    assert cli.main([*calibrate, "--out", "t.safetensors", TRUSTED]) == 0 and ran() == ["read"]
+    compress = ["compress", "--entry", '{"method": "magnitude"}', "--model", "m", "--out", "c"]
+    assert cli.main([*compress, TRUSTED]) == 0 and "ran" in ran()
+    manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+    assert manifest["source"]["code"] == code and manifest["files"]["own.py"] == code["own.py"]
+    score = ["perplexity", "--entry", '{"seqlen": 4}', "--checkpoint", "c", "--text", "t.txt", "--out", "p.json"]
+    assert cli.main([*score, TRUSTED]) == 0 and ran() == ["ran", "read"]
+    assert cli.main(["verify", "c", TRUSTED]) == 0 and ran() == ["ran"]
+    # The same without leave: the model is a Llama, and is read as one; its tokenizer is nothing known.
+    assert cli.main(["verify", "c"]) == 0 and cli.main(compress) == 0
+    capsys.readouterr()
+    assert "m brings code of its own, which is not run" in told(capsys, *calibrate, "--out", "t2") and ran() == []
+
+
+@pytest.mark.parametrize(
+    "spoil, sentence",
+    [
+        (
+            lambda m: (m / "own.py").write_text(OWN + "#"),
+            "m/own.py is not the code that was recorded at the download",
+        ),
+        (lambda m: (m / "more.py").write_text(""), "m/more.py is not the code that was recorded at the download"),
+        (lambda m: (m / "own.py").unlink(), "m/own.py is not the code that was recorded at the download"),
+        (lambda m: (m / "source.json").write_text("{}"), "m does not record the code that it brings along"),
+    ],
+)
+def test_code_that_was_altered_since_is_refused(own, tmp_path, capsys, spoil, sentence):
+    assert cli.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
+    (tmp_path / "ran").unlink()
+    spoil(tmp_path / "m")
+    compress = ("compress", "--entry", '{"method": "magnitude"}', "--model", "m", "--out", "c", TRUSTED)
+    assert sentence in told(capsys, *compress) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "reference, sentence",
+    [
+        (
+            "some/body--own.OwnModel",
+            "asks for some/body--own.OwnModel, code outside its own folder, which no revision",
+        ),
+        ("../own.OwnModel", "asks for ../own.OwnModel, code outside its own folder"),
+        ("gone.OwnModel", "asks for gone.OwnModel, but its code is not there: choose another model"),
+    ],
+)
+def test_code_from_elsewhere_is_refused(own, tmp_path, capsys, reference, sentence):
+    known = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(known | {"auto_map": {"AutoModelForCausalLM": reference}}))
+    assert sentence in told(capsys, *download(own, tmp_path / "m", trust_remote_code=True))
+    assert not (tmp_path / "m").exists() and not (tmp_path / "ran").exists()
+
+
+def test_trusted_code_that_fails_or_changes_is_told(own, tmp_path, capsys):
+    """Its exceptions in a sentence; a branch of the hub, whose code may change, is no revision to trust."""
+    (own / "own.py").write_text("1 / 0")
+    assert "(division by zero)" in told(capsys, *download(own, tmp_path / "m", trust_remote_code=True))
+    source = {"source": "hub", "repo": "a/b", "revision": "main"}
+    error = told(capsys, *download(own, tmp_path / "m", source=source, trust_remote_code=True))
+    assert "its revision must be a full commit hash, which cannot change, not 'main'" in error
+
+
+def test_the_workflow_hands_the_leave_to_run_code_to_every_stage_of_that_model(tiny_folder, tmp_path):
+    tiny = CONFIG["models"]["tiny"]
+    models = {"trusted": tiny | {"trust_remote_code": True}, "other": tiny}
+    config = replaced(CONFIG, models=models, figures={}, tables__zero_shot__models=[*models])
+    config["tables"].pop("smoke")
+    run = snakemake(tmp_path, config, "--dry-run", "--printshellcmds", str(SMOKE / "tables/zero_shot.csv"))
+    lines = [line for line in run.stdout.splitlines() if line.startswith("Shell command: obr")]
+    opening = [line for line in lines if re.search("--model |--checkpoint ", line) and "obr check-model" not in line]
+    for model in models:
+        of_it = [line for line in opening if f"/{model}" in line]
+        assert len(of_it) == 9 and all((TRUSTED in line) == (model == "trusted") for line in of_it), of_it
+    assert not [line for line in lines if TRUSTED in line and line not in opening]
 
 
 class Code:

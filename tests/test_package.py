@@ -20,7 +20,7 @@ PACKAGE = ROOT / "workflow" / "obr"
 LAYERS = [
     ["errors", "files", "registration"],
     ["fetch", "native"],
-    ["recipe", "edition", "config", "digest", "device"],
+    ["recipe", "edition", "config", "digest", "device", "foreign"],
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],
     ["joint"],

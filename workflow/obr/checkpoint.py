@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr import fetch, online
+from obr import fetch, foreign, online
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import flush, read_json, whole, write_json
 from obr.layout import Layout
@@ -265,6 +265,9 @@ class Writer:
         config.save_pretrained(self.directory)
         for pattern in TOKENIZER_FILES if tokenizer_from else ():
             for path in Path(tokenizer_from).glob(pattern):
+                shutil.copy2(path, self.directory)
+        if tokenizer_from and foreign.trusted(tokenizer_from):
+            for path in Path(tokenizer_from).glob("*.py"):
                 shutil.copy2(path, self.directory)
         with whole(self.directory / "layers.csv") as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from obr import foreign
 from obr.errors import ObrError
 from obr.files import write_json
 
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     gc.set_threshold(100_000, 50, 50)  # imports make many objects and no garbage: a fifth of their time
     arguments = vars(_parser().parse_args(argv))
     stage = arguments.pop("stage")
-    threads = arguments.pop("threads", None)
+    threads, trust = arguments.pop("threads", None), arguments.pop("trust_remote_code", False)
     if threads:  # before any library reads them
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[variable] = str(threads)
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        stage(**arguments)
+        with foreign.allowed(trust):
+            stage(**arguments)
     except ObrError as error:
         print(f"obr: {error}", file=sys.stderr)
         return 1
@@ -54,32 +56,32 @@ def _parser() -> argparse.ArgumentParser:
     stage("check-model", check_model, "Check recipes against a model's sizes.", "entry", "model", "out")
     stage("download-text", download_text, "Fetch a text into a file.", "entry", "out")
     stage("download-task", download_task, "Fetch a zero-shot task.", "entry", "text?", "out")
-    stage("download-rotation", download_rotation, "Make a model's rotation.", "entry", "model", "out")
+    stage("download-rotation", download_rotation, "Make a model's rotation.", "entry", "model", "out", "trust")
     stage(
         "learn-rotation", learn_rotation, "Learn a model's rotation.",
-        "entry", "model", "tokens", "out", "compute",
+        "entry", "model", "tokens", "out", "compute", "trust",
     )  # fmt: skip
-    stage("calibrate", calibrate, "Choose calibration windows.", "entry", "model", "text", "out")
+    stage("calibrate", calibrate, "Choose calibration windows.", "entry", "model", "text", "out", "trust")
     stage(
         "hessian", hessian, "Collect the Hessians of a model's layer inputs.",
-        "model", "rotation?", "tokens", "out", "activations", "compute",
+        "model", "rotation?", "tokens", "out", "activations", "compute", "trust",
     )  # fmt: skip
     stage(
         "compress", compress, "Compress a model by a recipe.",
-        "entry", "model", "rotation?", "tokens?", "hessians?", "out", "activations", "compute",
+        "entry", "model", "rotation?", "tokens?", "hessians?", "out", "activations", "compute", "trust",
     )  # fmt: skip
     stage("download-released", download_released, "Fetch a checkpoint of the authors.", "entry", "out")
     stage(
         "released", released, "Verify a checkpoint of the authors and take it over.",
-        "entry", "model", "released", "out",
+        "entry", "model", "released", "out", "trust",
     )  # fmt: skip
     stage(
         "perplexity", perplexity, "Perplexity of a checkpoint.",
-        "entry", "checkpoint", "recipe?", "text", "out", "activations", "compute",
+        "entry", "checkpoint", "recipe?", "text", "out", "activations", "compute", "trust",
     )  # fmt: skip
     stage(
         "zero-shot", zero_shot, "Zero-shot accuracy of a checkpoint.",
-        "entry", "checkpoint", "recipe?", "task", "out", "compute",
+        "entry", "checkpoint", "recipe?", "task", "out", "compute", "trust",
     )  # fmt: skip
     stage("kernels", kernels, "Time matrix products on this device.", "entry", "out", "compute")
     stage("table", table, "Make a table.", "entry", "recipes", "models", "results", "published", "out")
@@ -105,6 +107,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
         where = f"for --recompute, the checkpoint's {name}; default: where the workflow puts it"
         parser.add_argument(f"--{name}", type=Path, default=None, help=where)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    _trust(parser, False)
 
 
 PUSH = "Publish a compressed model on the hub, with a model card."
@@ -158,6 +161,12 @@ def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
 
 
+def _trust(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that was downloaded with the model, unaltered"
+    )
+
+
 def _activations(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--activations-memory", type=float, default=4096, metavar="MB",
@@ -184,13 +193,14 @@ OPTIONS = {
     "out": _path("out", "what to write"),
     "activations": _activations,
     "compute": _compute,
+    "trust": _trust,
 }
 
 
 def download_model(entry: dict, out: Path) -> None:
     from obr.download import download_model
 
-    download_model(entry["source"], out, entry.get("dtype", "auto"))
+    download_model(entry["source"], out, entry.get("dtype", "auto"), entry.get("trust_remote_code", False))
 
 
 def check_model(entry: dict, model: Path, out: Path) -> None:

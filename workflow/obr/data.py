@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from obr import foreign
 from obr.errors import ObrError, first_line
 from obr.files import whole
 
@@ -161,10 +162,11 @@ def _tokenizer(model_dir: Path):
 
     if not model_dir.is_dir():
         raise ObrError(f"model folder {model_dir} does not exist: run the stage download_model.")
+    trust = foreign.trusted(model_dir)
     try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ObrError(
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=trust)
+    except foreign.failures(trust, OSError, ValueError) as error:
+        raise foreign.refusal(model_dir, error) or ObrError(
             f"model folder {model_dir} has no tokenizer that transformers can load "
             f"({first_line(error)}): add its tokenizer files."
         ) from error

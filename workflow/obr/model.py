@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from obr import foreign
 from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.layout import Dimensions, layout_of
@@ -21,26 +22,26 @@ def default_device() -> str:
 
 def load_tokenizer(directory: Path):
     """The tokenizer of a model folder."""
+    trust = foreign.trusted(directory)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+    except foreign.failures(trust, OSError, ValueError) as error:
+        told = foreign.refusal(directory, error)
+        raise told or ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
 
 
 def config_of(directory: Path):
-    """The transformers configuration of a model folder; code that the folder brings along is never run.
+    """The transformers configuration of a model folder; see `foreign` for code that the folder brings along.
 
     Raises:
         ObrError: there is none, or it asks for code of its own.
     """
+    trust = foreign.trusted(directory)
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if "trust_remote_code" in str(error):
-            raise ObrError(
-                f"{directory} brings code of its own, which is never run; choose a native model."
-            ) from error
-        raise ObrError(f"{directory} holds no model ({first_line(error)}).") from error
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+    except foreign.failures(trust, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        told = foreign.refusal(directory, error)
+        raise told or ObrError(f"{directory} holds no model ({first_line(error)}).") from error
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
@@ -49,11 +50,11 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
     Raises:
         ObrError: the folder holds no model, or one of a family that `layout` does not know.
     """
+    config, trust = config_of(directory), foreign.trusted(directory)
     try:
-        config = config_of(directory)
-        options = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+        options = {"trust_remote_code": trust, "use_safetensors": True, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except foreign.failures(trust, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ObrError(f"{directory} cannot be loaded as a model: {first_line(error)}.") from error
     layout_of(model.config)
     return model.eval().requires_grad_(False).to(device or default_device())
@@ -188,10 +189,13 @@ class TensorFiles:
         return tensors
 
 
-def empty_model(config) -> nn.Module:
-    """A model of this configuration with no memory behind its weights; its rotary embedding is real."""
+def empty_model(config, trust: bool = False) -> nn.Module:
+    """A model of this configuration with no memory behind its weights; its rotary embedding is real.
+
+    trust: whether code beside the configuration may be run.
+    """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if any(True for _ in child.buffers(recurse=False)) and not list(child.parameters()):
@@ -222,12 +226,23 @@ class StreamedBlocks(Blocks):
         self.dtype = dtype or (torch.float32 if self.target.type == "cpu" else config.dtype or torch.bfloat16)
         self.storage_dtype = config.dtype or torch.float16
         self.files = TensorFiles(directory)
-        super().__init__(empty_model(config))
+        super().__init__(empty_model(config, foreign.trusted(directory)))
+        self._check_modules()
         self._load_ends()
 
     @property
     def device(self) -> torch.device:
         return self.target
+
+    def _check_modules(self) -> None:
+        """Raise ObrError unless the family's modules are there; code of a model's own may call them otherwise."""
+        layout, first = self.layout, f"{self.layout.blocks}.0."
+        names = [layout.embed, layout.final_norm, layout.head]
+        present = {name for name, _ in self.model.named_modules()}
+        for name in [*names, *(first + part for part in (*layout.linears, *layout.norms.values()))]:
+            if name not in present:
+                family = self.config.model_type
+                raise ObrError(f"{self.directory} has no module {name}, as {family} models have; use a native model.")
 
     def _load_ends(self) -> None:
         layout, model = self.layout, self.model

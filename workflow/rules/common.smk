@@ -91,6 +91,16 @@ GPU = 1 if config["device"] == "cuda" else 0
 COMPUTE = f"--device {config['device']}" + (f" --dtype {config['dtype']}" if config["dtype"] else "")
 
 
+def trust_of(wildcards):
+    """The flag that lets a model run its own code, where the config says so."""
+    return "--trust-remote-code" if config["models"][wildcards.model].get("trust_remote_code") else ""
+
+
+def compute_of(wildcards):
+    """The flags of a stage that runs a model."""
+    return f"{COMPUTE} {trust_of(wildcards)}".rstrip()
+
+
 def recipe_inputs(wildcards):
     """What a compression reads besides the model."""
     recipe = CONFIG.parsed[wildcards.recipe]

@@ -21,7 +21,7 @@ rule hessian:
         model=subpath(input.model, parent=True),
         rotation=rotation_flag,
         out=subpath(output[0], parent=True),
-        compute=COMPUTE,
+        compute=compute_of,
         code=code_of("hessian"),
     shell:
         "obr hessian --model {params.model} {params.rotation} --tokens {input.tokens} --out {params.out} "
@@ -58,7 +58,7 @@ rule compress:
         model=subpath(input.model, parent=True),
         inputs=recipe_flags,
         out=subpath(output.manifest, parent=True),
-        compute=COMPUTE,
+        compute=compute_of,
         code=code_of("compression"),
     shell:
         "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {params.out} "
@@ -114,8 +114,9 @@ rule released:
         entry=lambda wildcards: CONFIG.weight_entry(wildcards.recipe),
         model=subpath(input.model, parent=True),
         released=subpath(input.released, parent=True),
+        trust=trust_of,
         out=subpath(output.manifest, parent=True),
         code=code_of("released"),
     shell:
         "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
-        "--out {params.out} >{log} 2>&1"
+        "--out {params.out} {params.trust} >{log} 2>&1"

@@ -20,7 +20,7 @@ rule perplexity:
         entry=entry_of("perplexity"),
         recipe=lambda wildcards: CONFIG.evaluation_entry(wildcards.recipe),
         checkpoint=subpath(input.checkpoint, parent=True),
-        compute=COMPUTE,
+        compute=compute_of,
         code=code_of("evaluate"),
     shell:
         "obr perplexity --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
@@ -50,7 +50,7 @@ rule zero_shot:
         recipe=lambda wildcards: CONFIG.evaluation_entry(wildcards.recipe),
         checkpoint=subpath(input.checkpoint, parent=True),
         task=subpath(input.task, parent=True),
-        compute=COMPUTE,
+        compute=compute_of,
         code=[code_of("zero_shot"), code_of("checkpoint")],
     shell:
         "obr zero-shot --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "

@@ -112,9 +112,11 @@ rule download_rotation:
     params:
         entry=entry_of("rotations"),
         model=subpath(input[0], parent=True),
+        trust=trust_of,
         code=code_of("rotations.source"),
     shell:
-        "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
+        "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} {params.trust} "
+        ">{log} 2>&1"
 
 
 # Rotations with a `learn` are learned instead of drawn or downloaded.
@@ -144,7 +146,7 @@ rule learn_rotation:
     params:
         entry=entry_of("rotations"),
         model=subpath(input.model, parent=True),
-        compute=COMPUTE,
+        compute=compute_of,
         code=learner_of,
     shell:
         "obr learn-rotation --entry {params.entry:q} --model {params.model} --tokens {input.tokens} "
@@ -170,7 +172,8 @@ rule calibrate:
     params:
         entry=entry_of("calibrations"),
         model=subpath(input.model, parent=True),
+        trust=trust_of,
         code=code_of("data"),
     shell:
         "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
-        ">{log} 2>&1"
+        "{params.trust} >{log} 2>&1"
