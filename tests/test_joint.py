@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from obr import annealing, native, packing
+from obr import joint as joint_module
 from obr.errors import ObrError
 from obr.joint import Budget, admm
 from obr.quantize import Grid
@@ -92,6 +93,29 @@ def test_more_sweeps_less_error_and_never_more_than_the_start():
 
 def row_losses(change, hessian):
     return ((change @ hessian) * change).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("parts", [None, [slice(0, 5), slice(5, 12)]])
+def test_a_compiled_step_of_admm_is_the_same_step(dtype, pattern, parts):
+    if native.library() is None:
+        pytest.skip("no compiler, so there is nothing to compare")
+    weight, hessian = layer(12, 64)
+    pattern = pattern and Pattern.parse(pattern)
+    grid, root = Grid.fit(weight, 4), hessian.diagonal().sqrt()
+    worth = torch.rand(12, 1, generator=torch.Generator().manual_seed(0)) + 0.5 if parts else torch.ones(12, 1)
+    budget = Budget(64, 0.5, pattern, parts, worth)
+    ends = []
+    for step in (joint_module._step, joint_module._compiled_step):
+        target = weight * root
+        dual, product, moved = 0.1 * target.roll(1, 1), (0.1 * target.roll(1, 0)).to(dtype), target.to(dtype)
+        projected, support = torch.zeros_like(target), torch.zeros(12, 64, dtype=torch.bool)
+        step(dual, product, moved, target, root, projected, support, grid, budget)
+        ends.append((dual, moved.float(), projected, support))
+    for torch_s, compiled in zip(*ends, strict=True):
+        torch.testing.assert_close(compiled, torch_s, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert ends[0][3].sum() == 12 * 32
 
 
 def test_admm_starts_at_the_projection_of_the_weights():

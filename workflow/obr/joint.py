@@ -7,11 +7,13 @@ ADMM as in ALPS (NeurIPS 2024) and ADMM-Q (arXiv 2605.11222), on the Hessian wit
 as in QuantEase (arXiv 2309.01885).
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from obr import native
 from obr.annealing import Descent
 from obr.prune import mask_from_scores
 from obr.quantize import Grid
@@ -25,7 +27,7 @@ SEARCH_BITS = 8  # of the grid on which a mask is found for weights that stay at
 # Deviation of the noise in the first sweep and the last, beside that of the errors that ADMM leaves: the square root
 # of a row's loss over that of an error of one in every coordinate.
 NOISE = (0.35, 0.08)
-POLISH = 20  # sweeps without noise on a fixed support, at most, before annealing and after
+POLISH = 8  # sweeps without noise on a fixed support, at most, before annealing and after
 ADAPT_EVERY, ADAPT = 4, 6.0  # after so many sweeps prices follow the number of weights kept, with this exponent
 
 
@@ -109,13 +111,15 @@ def joint(
     search = Grid.fit(weight, SEARCH_BITS, "minmax") if grid.scale is None else grid
     first, (values, support) = admm(weight, damped.diagonal(), shrinkages, search, budget)
     descent = Descent.begin(weight, values, damped, hessian.dead, search)
+    candidates = [(*first, _losses(weight - first[0], hessian))]
+
     polish(descent, support)
-    candidates = [first, (descent.values(), support)]
+    candidates.append(_candidate(weight, descent, support, hessian))
     if sweeps:
         support = anneal(descent, weight, budget, sweeps, support)
         polish(descent, support)
-        candidates.append((descent.values(), support))
-    best = _best(weight, hessian, mask, candidates, budget)
+        candidates.append(_candidate(weight, descent, support, hessian))
+    best = _best(candidates, mask, budget)
     if grid.scale is not None:
         return best
     return weight if mask.all() else (weight - images_on_support(hessian.inverse, weight, ~mask)).mul_(mask)
@@ -156,19 +160,45 @@ def admm(
     """
     root = diagonal.sqrt()
     target, first, previous = weight * root, None, None
-    projected, dual = target, torch.zeros_like(target)
+    projected, dual = target.clone(), torch.zeros_like(target)
+    support = torch.zeros_like(target, dtype=torch.bool)
+    step = _compiled_step if target.device.type == "cpu" and native.library() else _step
     for penalty, iterations in STAGES:
         if previous is not None:
             dual *= previous / penalty
         shrinkage, previous = shrinkages[penalty], penalty
+        moved = (projected - dual - target).to(shrinkage.dtype)
         for _ in range(iterations):
-            moved = projected - dual - target
-            dual += (moved.to(shrinkage.dtype) @ shrinkage).to(target.dtype).add_(target)
-            values, support = project(dual / root, diagonal, grid, budget)
-            projected = values * root
-            dual -= projected
-            first = first or (values, support)
-    return first, (values, support)
+            step(dual, moved @ shrinkage, moved, target, root, projected, support, grid, budget)
+            first = first or (grid.round(projected / root), support.clone())
+    return first, (grid.round(projected / root), support)
+
+
+def _step(dual, product, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
+    """`dual` becomes `b - Π(b)`, `projected` Π(b), `moved` what is multiplied next, b = dual + product + target."""
+    dual += product.to(target.dtype).add_(target)
+    values, kept = project(dual / root, root.square(), grid, budget)
+    torch.mul(values, root, out=projected)
+    dual -= projected
+    moved.copy_(projected - dual - target)
+    support.copy_(kept)
+
+
+def _compiled_step(dual, product, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
+    """The same in one pass over memory."""
+    parts = budget.parts or []
+    ends = torch.tensor([0, *(part.stop for part in parts)])
+    pattern, rows, columns = budget.pattern, *target.shape
+    kept = columns // pattern.group * pattern.kept if pattern else budget.kept
+    native.library().alternate(
+        native.pointer(dual), native.pointer(product), native.pointer(moved),
+        ctypes.c_int(moved.dtype == torch.bfloat16), native.pointer(target), native.pointer(root),
+        native.pointer(grid.scale), native.pointer(budget.worth), native.pointer(projected), native.pointer(support),
+        ctypes.c_int64(rows), ctypes.c_int64(columns), native.pointer(ends), ctypes.c_int(len(parts)),
+        ctypes.c_int64(kept), ctypes.c_int(pattern.group if pattern else 0),
+        ctypes.c_int(2 if pattern and pattern.paired else 1), ctypes.c_float(grid.low), ctypes.c_float(grid.high),
+        ctypes.c_int(torch.get_num_threads()),
+    )  # fmt: skip
 
 
 def project(values: Tensor, diagonal: Tensor, grid: Grid, budget: Budget) -> tuple[Tensor, Tensor]:
@@ -199,22 +229,34 @@ def anneal(descent: Descent, weight: Tensor, budget: Budget, sweeps: int, suppor
         return support
     prices = budget.prices(descent.gains())
     for start in range(0, sweeps, ADAPT_EVERY):
-        descent.sweep(deviations[start : start + ADAPT_EVERY], prices=prices, spread=spread, seed=start)
+        part = deviations[start : start + ADAPT_EVERY]
+        descent.sweep(part, prices=prices, spread=spread, rough=True, seed=start)
         budget.adapt(prices, descent.codes)
+    descent.renew(weight)
     return budget.select(descent.gains())
 
 
-def _best(weight: Tensor, hessian, mask: Tensor, candidates: list[tuple[Tensor, Tensor]], budget: Budget) -> Tensor:
-    """Of the candidates (values, support) the one with the least loss, row by row or part by part; fills `mask`."""
-    best, least = candidates[0][0], torch.full_like(weight[:, :1], torch.inf)
-    mask.copy_(candidates[0][1])
-    for values, support in candidates:
-        change = weight - values
-        losses = ((change @ hessian.matrix) * change).sum(1, keepdim=True) * budget.worth
+def _candidate(weight: Tensor, descent: Descent, support: Tensor, hessian) -> tuple[Tensor, Tensor, Tensor]:
+    """(values (r, n), support, losses (r, 1)) that the descent has come to."""
+    values = descent.values()
+    excess = descent.hessian.diagonal() - hessian.diagonal  # the damping; where columns are dead nothing changes
+    return values, support, descent.losses(weight) - (weight - values).square() @ excess[:, None]
+
+
+def _losses(change: Tensor, hessian) -> Tensor:
+    return ((change @ hessian.matrix) * change).sum(1, keepdim=True)
+
+
+def _best(candidates: list[tuple[Tensor, Tensor, Tensor]], mask: Tensor, budget: Budget) -> Tensor:
+    """Of the candidates (values, support, losses) the one with the least loss, row by row or part by part; fills
+    `mask`."""
+    best, least = candidates[0][0], torch.full_like(candidates[0][2], torch.inf)
+    for values, support, losses in candidates:
+        losses = losses * budget.worth
         for part in budget.parts or []:
             losses[part] = losses[part].sum()
         better = losses < least
         least = torch.where(better, losses, least)
         best = torch.where(better, values, best)
-        torch.where(better, support, mask, out=mask)
+        mask.copy_(torch.where(better, support, mask))
     return best

@@ -1,13 +1,26 @@
 // Loops that PyTorch can only run as many passes over memory. Plain C ABI; built on first use by native.py.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <thread>
 #include <vector>
 
 namespace {
+
+template <typename Body>
+void by_rows(int64_t rows, int threads, const Body& body) {
+    const int64_t share = (rows + threads - 1) / threads;
+    std::vector<std::thread> workers;
+    for (int64_t first = share; first < rows; first += share)
+        workers.emplace_back(body, first, std::min(rows, first + share));
+    body(0, std::min(rows, share));
+    for (auto& worker : workers) worker.join();
+}
 
 // x^p for x >= 0 as 2^(p log2 x), with polynomials good to about 1e-5; the compiler vectorises it. 0 gives ~0.
 inline float power(float x, float p) {
@@ -70,12 +83,9 @@ void errors_of_rows(const float* weight, const float* scale, int64_t first, int6
 // past the best of its row is left unfinished.
 extern "C" void clip_errors(const float* weight, const float* scale, int64_t rows, int64_t columns, int steps,
                             float low, float high, float exponent, int threads, float* errors) {
-    std::vector<std::thread> workers;
-    const int64_t share = (rows + threads - 1) / threads;
-    for (int64_t first = 0; first < rows; first += share)
-        workers.emplace_back(errors_of_rows, weight, scale, first, std::min(rows, first + share), columns, steps, low,
-                             high, exponent, errors);
-    for (auto& worker : workers) worker.join();
+    by_rows(rows, threads, [&](int64_t first, int64_t last) {
+        errors_of_rows(weight, scale, first, last, columns, steps, low, high, exponent, errors);
+    });
 }
 
 namespace {
@@ -83,8 +93,25 @@ namespace {
 constexpr int kLanes = 16;
 constexpr float kNever = 1e30f;  // a price that no gain reaches
 
+inline float widen(float x) { return x; }
+inline float widen(uint16_t bfloat) {
+    const uint32_t bits = static_cast<uint32_t>(bfloat) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, uint16_t& bfloat) {  // to the nearest, of two the even one
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bfloat = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <typename T>  // float or bfloat16
 struct Layer {
-    const float *hessian, *inverse;  // (columns, columns); one over its diagonal, padded, 0 for dead columns
+    const T* hessian;      // (columns, columns)
+    const float* inverse;  // one over its diagonal, padded, 0 for dead columns
     int64_t columns;
     int group, unit;  // of a pattern, 0 without one; 2 if it is paired, else 1
     float low, high;
@@ -117,8 +144,9 @@ struct Noise {
 };
 
 // One row while it is swept; all arrays are padded to whole lanes.
+template <typename T>
 struct Row {
-    const Layer& layer;
+    const Layer<T>& layer;
     float *codes, *gradient;
     Noise noise;
     std::vector<float> price;
@@ -127,9 +155,9 @@ struct Row {
     void set(int64_t column, float to) {
         const float by = to - codes[column];
         if (by == 0.0f) return;
-        const float* __restrict h = layer.hessian + column * layer.columns;
+        const T* __restrict h = layer.hessian + column * layer.columns;
         float* __restrict g = gradient;
-        for (int64_t k = 0; k < layer.columns; ++k) g[k] += by * h[k];
+        for (int64_t k = 0; k < layer.columns; ++k) g[k] += by * widen(h[k]);
         codes[column] = to;
         ++changes;
     }
@@ -143,16 +171,16 @@ struct Row {
     }
 
     void sweep(float deviation) {
-        float z[kLanes];
+        float z[kLanes] = {};
         for (int64_t first = 0; first < layer.columns; first += kLanes) {
-            noise.draw(z, deviation);
-            int moved = 0;
+            if (deviation > 0.0f) noise.draw(z, deviation);
+            uint32_t moved = 0;
             for (int k = 0; k < kLanes; ++k)
-                moved |= choice(optimum(first + k) + z[k], price[first + k]) != codes[first + k];
-            if (!moved) continue;
-            const int count = static_cast<int>(std::min<int64_t>(kLanes, layer.columns - first));
-            for (int k = 0; k < count; ++k)  // once more, as the gradient changes with every change
+                moved |= static_cast<uint32_t>(choice(optimum(first + k) + z[k], price[first + k]) != codes[first + k]) << k;
+            for (; moved; moved &= moved - 1) {  // once more, as the gradient changes with every change
+                const int k = __builtin_ctz(moved);
                 set(first + k, choice(optimum(first + k) + z[k], price[first + k]));
+            }
         }
     }
 
@@ -192,7 +220,7 @@ struct Row {
     // The first of a pair goes to its optimum beside a free second, the second to its own beside that.
     float place(const float* g, int64_t first, int u, const float* z, float* code) const {
         const float* inverse = layer.inverse + first;
-        const float cross = layer.unit == 1 ? 0.0f : layer.hessian[(first + u) * layer.columns + first + u + 1];
+        const float cross = layer.unit == 1 ? 0.0f : widen(layer.hessian[(first + u) * layer.columns + first + u + 1]);
         float gain = 0.0f;
         for (int k = u; k < u + layer.unit; ++k) {
             code[k] = 0.0f;
@@ -208,10 +236,33 @@ struct Row {
     }
 
     void add(float* g, int64_t first, float by, int64_t column) const {
-        const float* h = layer.hessian + column * layer.columns + first;
-        for (int k = 0; k < layer.group; ++k) g[k] += by * h[k];
+        const T* h = layer.hessian + column * layer.columns + first;
+        for (int k = 0; k < layer.group; ++k) g[k] += by * widen(h[k]);
     }
 };
+
+template <typename T>
+int64_t anneal_rows(const T* hessian, const float* inverse, float* codes, float* gradient, uint8_t* support,
+                    const float* prices, const float* spread, int64_t rows, int64_t columns, int64_t padded, int group,
+                    int unit, float low, float high, const float* deviations, int sweeps, uint64_t seed, int threads) {
+    const Layer<T> layer{hessian, inverse, columns, group, unit, low, high};
+    std::atomic<int64_t> changes{0};
+    by_rows(rows, threads, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) {
+            Row<T> row{layer, codes + r * padded, gradient + r * padded,
+                       Noise(seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(r) * 0x632be59bd9b4e019ull),
+                       std::vector<float>(padded, kNever)};
+            for (int64_t j = 0; j < columns && group == 0; ++j)
+                if (inverse[j] > 0.0f)
+                    row.price[j] = !support ? prices[r] * inverse[j] : support[r * columns + j] ? -kNever : kNever;
+            for (int s = 0; s < sweeps; ++s)
+                group ? row.sweep_groups(deviations[s] * spread[r], support + r * columns)
+                      : row.sweep(deviations[s] * spread[r]);
+            changes += row.changes;
+        }
+    });
+    return changes;
+}
 
 }  // namespace
 
@@ -219,34 +270,166 @@ struct Row {
 // rounded to a code, and kept if that gains more than its row's price; or if it is on the row's support, where one is
 // given; or, where there is a pattern, moved within its group, and the support with it.
 //
-// hessian (columns, columns), inverse (padded), codes and gradient (rows, padded), support (rows, columns) or null,
-// prices (rows), deviations (sweeps) of the noise, in codes, times spread (rows). Returns the number of changes.
-extern "C" int64_t anneal(const float* hessian, const float* inverse, float* codes, float* gradient, uint8_t* support,
-                          const float* prices, const float* spread, int64_t rows, int64_t columns, int64_t padded,
-                          int group, int unit, float low, float high, const float* deviations, int sweeps,
-                          uint64_t seed, int threads) {
-    const Layer layer{hessian, inverse, columns, group, unit, low, high};
-    const int64_t share = (rows + threads - 1) / threads;
-    std::vector<int64_t> changes(threads, 0);
-    const auto work = [&](int worker) {
-        for (int64_t r = worker * share; r < std::min(rows, (worker + 1) * share); ++r) {
-            Row row{layer, codes + r * padded, gradient + r * padded,
-                    Noise(seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(r) * 0x632be59bd9b4e019ull),
-                    std::vector<float>(padded, kNever)};
-            for (int64_t j = 0; j < columns && group == 0; ++j)
-                if (inverse[j] > 0.0f)
-                    row.price[j] = !support ? prices[r] * inverse[j] : support[r * columns + j] ? -kNever : kNever;
-            for (int s = 0; s < sweeps; ++s)
-                group ? row.sweep_groups(deviations[s] * spread[r], support + r * columns)
-                      : row.sweep(deviations[s] * spread[r]);
-            changes[worker] += row.changes;
-        }
+// hessian (columns, columns), float or bfloat16, inverse (padded), codes and gradient (rows, padded), support (rows,
+// columns) or null, prices (rows), deviations (sweeps) of the noise, in codes, times spread (rows). Returns the number
+// of changes.
+extern "C" int64_t anneal(const void* hessian, int bfloat, const float* inverse, float* codes, float* gradient,
+                          uint8_t* support, const float* prices, const float* spread, int64_t rows, int64_t columns,
+                          int64_t padded, int group, int unit, float low, float high, const float* deviations,
+                          int sweeps, uint64_t seed, int threads) {
+    if (bfloat)
+        return anneal_rows(static_cast<const uint16_t*>(hessian), inverse, codes, gradient, support, prices, spread, rows,
+                           columns, padded, group, unit, low, high, deviations, sweeps, seed, threads);
+    return anneal_rows(static_cast<const float*>(hessian), inverse, codes, gradient, support, prices, spread, rows,
+                       columns, padded, group, unit, low, high, deviations, sweeps, seed, threads);
+}
+
+namespace {
+
+// What of `count` numbers >= 0 are the `kept` largest: all above `value`, and the first `ties` equal to it.
+struct Threshold {
+    float value;
+    int64_t ties;
+};
+
+Threshold largest(const float* x, int64_t count, int64_t kept, std::vector<float>& scratch) {
+    if (kept >= count) return {-1.0f, 0};
+    if (kept <= 0) return {std::numeric_limits<float>::max(), 0};
+    const auto bin = [](float value) {  // exponent and three bits: in the order of the numbers
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return bits >> 20;
     };
-    std::vector<std::thread> workers;
-    for (int worker = 1; worker < threads; ++worker) workers.emplace_back(work, worker);
-    work(0);
-    for (auto& worker : workers) worker.join();
-    int64_t sum = 0;
-    for (const int64_t count : changes) sum += count;
-    return sum;
+    int64_t counts[2048] = {};
+    for (int64_t i = 0; i < count; ++i) ++counts[bin(x[i])];
+    int64_t above = 0;
+    uint32_t edge = 2047;
+    while (above + counts[edge] < kept) above += counts[edge--];
+    scratch.clear();
+    for (int64_t i = 0; i < count; ++i)
+        if (bin(x[i]) == edge) scratch.push_back(x[i]);
+    const int64_t place = kept - above - 1;
+    std::nth_element(scratch.begin(), scratch.begin() + place, scratch.end(), std::greater<float>());
+    const float value = scratch[place];
+    const int64_t larger = std::count_if(scratch.begin(), scratch.begin() + place, [&](float y) { return y > value; });
+    return {value, kept - above - larger};
+}
+
+void keep_largest(const float* gains, int64_t count, Threshold& threshold, uint8_t* support) {
+    for (int64_t j = 0; j < count; ++j) support[j] = gains[j] > threshold.value;
+    for (int64_t j = 0; threshold.ties > 0 && j < count; ++j)
+        if (gains[j] == threshold.value) {
+            support[j] = 1;
+            --threshold.ties;
+        }
+}
+
+void keep_largest_units(const float* gains, int group, int unit, int kept, uint8_t* support) {
+    for (int i = 0; i < group; ++i) support[i] = 0;
+    for (int n = 0; n < kept; n += unit) {
+        float most = -1.0f;
+        int best = 0;
+        for (int u = 0; u < group; u += unit) {
+            const float gain = unit == 2 ? gains[u] + gains[u + 1] : gains[u];
+            if (!support[u] && gain > most) {
+                most = gain;
+                best = u;
+            }
+        }
+        for (int i = 0; i < unit; ++i) support[best + i] = 1;
+    }
+}
+
+template <typename T>
+struct Alternation {
+    float* dual;
+    const T* product;
+    const float *target, *root, *scale, *worth;
+    int64_t columns;
+    float low, high;
+
+    float rounded(float value, float unit) const {
+        return std::min(std::max(std::nearbyint(value / unit), low), high) * unit;
+    }
+
+    // dual += product + target, and what each weight gains if it is kept.
+    void gains(int64_t row, float* __restrict out) const {
+        float* __restrict b = dual + row * columns;
+        const T* __restrict p = product + row * columns;
+        const float *__restrict t = target + row * columns, *__restrict h = root;
+        const float unit = scale[row], weight = worth[row];
+        for (int64_t j = 0; j < columns; ++j) {
+            b[j] += widen(p[j]) + t[j];
+            const float v = b[j] / h[j], q = rounded(v, unit);
+            out[j] = std::max(q * (2.0f * v - q) * h[j] * h[j] * weight, 0.0f);
+        }
+    }
+
+    void project(int64_t row, const uint8_t* supports, float* projections, T* moves) const {
+        float *__restrict b = dual + row * columns, *__restrict projected = projections + row * columns;
+        const float *__restrict t = target + row * columns, *__restrict h = root;
+        const uint8_t* __restrict support = supports + row * columns;
+        T* __restrict moved = moves + row * columns;
+        const float unit = scale[row];
+        for (int64_t j = 0; j < columns; ++j) {
+            const float kept = support[j] ? 1.0f : 0.0f;
+            const float value = kept * rounded(b[j] / h[j], unit) * h[j];
+            b[j] -= value;
+            projected[j] = value;
+            narrow(value - b[j] - t[j], moved[j]);
+        }
+    }
+};
+
+template <typename T>
+void alternate_rows(const Alternation<T>& step, T* moved, float* projected, uint8_t* support, int64_t rows,
+                    const int64_t* parts, int count, int64_t kept, int group, int unit, int threads) {
+    const int64_t columns = step.columns;
+    by_rows(rows, threads, [&](int64_t first, int64_t last) {
+        std::vector<float> scratch;
+        for (int64_t r = first; r < last; ++r) {
+            float* gains = projected + r * columns;
+            step.gains(r, gains);
+            if (count > 0) continue;  // they compete with those of other rows
+            if (group == 0) {
+                Threshold threshold = largest(gains, columns, kept, scratch);
+                keep_largest(gains, columns, threshold, support + r * columns);
+            }
+            for (int64_t j = 0; group > 0 && j < columns; j += group)
+                keep_largest_units(gains + j, group, unit, static_cast<int>(kept * group / columns), support + r * columns + j);
+            step.project(r, support, projected, moved);
+        }
+    });
+    std::vector<float> scratch;
+    for (int p = 0; p < count; ++p) {
+        const int64_t first = parts[p], size = (parts[p + 1] - first) * columns;
+        Threshold threshold = largest(projected + first * columns, size, (parts[p + 1] - first) * kept, scratch);
+        keep_largest(projected + first * columns, size, threshold, support + first * columns);
+    }
+    if (count > 0)
+        by_rows(rows, threads, [&](int64_t first, int64_t last) {
+            for (int64_t r = first; r < last; ++r) step.project(r, support, projected, moved);
+        });
+}
+
+}  // namespace
+
+// One step of the alternating projections, in units of the Hessian's root: `b = dual + product + target`, where
+// product is `moved @ ρ(H + ρ)⁻¹`; projected is Π(b), dual becomes `b - projected`, moved `projected - dual - target`.
+//
+// All (rows, columns); product and moved are float or bfloat16. root (columns), scale and worth (rows). Kept are the
+// `kept` largest gains of a row; or of a group, so many in the whole row; or as many on average in the rows of each
+// of `count` parts, which end where the next of `parts` (count + 1) begins.
+extern "C" void alternate(float* dual, const void* product, void* moved, int bfloat, const float* target,
+                          const float* root, const float* scale, const float* worth, float* projected, uint8_t* support,
+                          int64_t rows, int64_t columns, const int64_t* parts, int count, int64_t kept, int group,
+                          int unit, float low, float high, int threads) {
+    if (bfloat)
+        alternate_rows(Alternation<uint16_t>{dual, static_cast<const uint16_t*>(product), target, root, scale, worth,
+                                             columns, low, high},
+                       static_cast<uint16_t*>(moved), projected, support, rows, parts, count, kept, group, unit, threads);
+    else
+        alternate_rows(Alternation<float>{dual, static_cast<const float*>(product), target, root, scale, worth, columns,
+                                          low, high},
+                       static_cast<float*>(moved), projected, support, rows, parts, count, kept, group, unit, threads);
 }

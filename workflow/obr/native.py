@@ -59,6 +59,11 @@ def return_freed_memory() -> None:
         trim(ctypes.c_size_t(0))
 
 
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """To a tensor's first element, for a compiled loop; the tensor must outlive the call."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 def _folder() -> Path:
     return Path(os.environ.get("OBR_CACHE") or "~/.cache/obr").expanduser() / "native"
 
@@ -95,9 +100,9 @@ def clip_errors(weight: Tensor, scale: Tensor, steps: int, low: int, high: int, 
     weight, scale = weight.float().contiguous(), scale.float().contiguous()
     errors = torch.empty(len(weight), steps)
     compiled.clip_errors(
-        ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(scale.data_ptr()),
+        pointer(weight), pointer(scale),
         ctypes.c_int64(weight.shape[0]), ctypes.c_int64(weight.shape[1]), ctypes.c_int(steps),
         ctypes.c_float(low), ctypes.c_float(high), ctypes.c_float(exponent), ctypes.c_int(torch.get_num_threads()),
-        ctypes.c_void_p(errors.data_ptr()),
+        pointer(errors),
     )  # fmt: skip
     return errors
