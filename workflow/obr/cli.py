@@ -93,7 +93,24 @@ def _parser() -> argparse.ArgumentParser:
     _plan_options(stages.add_parser("plan", help=PLAN, description=PLAN))
     _push_options(stages.add_parser("push", help=PUSH, description=PUSH))
     _verify_options(stages.add_parser("verify", help=VERIFY, description=VERIFY))
+    _export_options(stages.add_parser("export", help=EXPORT, description=EXPORT))
     return parser
+
+
+EXPORT = "Write a compressed model in a layout that other programs read."
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(stage=export)
+    parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
+    parser.add_argument(
+        "--format", required=True, dest="form", choices=("compressed-tensors", "gguf"),
+        help="a folder for transformers and vLLM, or a file for llama.cpp",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder or file to write")
+    parser.add_argument(
+        "--weights-only", action="store_true", help="leave out that activations and KV cache are quantised"
+    )
 
 
 VERIFY = "Check a compressed model: hashes, masks, levels, manifest, and layers by making them again."
@@ -365,6 +382,12 @@ def push(checkpoint: Path, repo: str, dry_run: Path | None, licence: str | None,
     from obr.push import push
 
     print(push(checkpoint, repo, dry_run, licence, private))
+
+
+def export(checkpoint: Path, form: str, out: Path, weights_only: bool) -> None:
+    from obr.export import export
+
+    print(export(checkpoint, form, out, weights_only))
 
 
 def verify(

@@ -1,5 +1,5 @@
-"""Lets `AutoModelForCausalLM.from_pretrained` read packed checkpoints once this package and transformers are imported,
-in whichever order, without importing transformers for those who do not."""
+"""Lets transformers' `from_pretrained` read packed checkpoints once this package and transformers are imported, in
+whichever order, without importing transformers for those who do not."""
 
 import sys
 from importlib import import_module

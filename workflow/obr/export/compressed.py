@@ -1,0 +1,85 @@
+"""compressed-tensors' layout "pack-quantized": a folder that transformers and vLLM read.
+
+b-bit codes lie in 32-bit words, a scale a row, embeddings and norms at 16 bits.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obr.checkpoint import TOKENIZER_FILES
+from obr.export import Source
+from obr.files import become, read_json, whole_folder, write_json
+from obr.packing import unpack
+
+
+def write(source: Source, out: Path) -> str:
+    """Write the folder `out`, one file a block; returns a sentence on it."""
+    index, bits, written = {}, {}, 0
+    with whole_folder(out) as folder:
+        for file, tensors in _files(source, bits):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, file)
+            written += sum(tensor.nbytes for tensor in tensors.values())
+        write_json(
+            {"metadata": {"total_size": written}, "weight_map": index}, folder / "model.safetensors.index.json"
+        )
+        config = read_json(source.folder / "config.json") | {"quantization_config": _settings(source, bits)}
+        write_json(config, folder / "config.json")
+        for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+            for path in source.folder.glob(pattern):
+                shutil.copy2(path, folder)
+        become(folder, out)
+    return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
+
+
+def _files(source: Source, bits: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of each file to write; `bits` is filled with those of each packed layer."""
+    layout, dtype = source.layout, source.blocks.storage_dtype
+    model = source.blocks.model
+    parts = [layout.embed, layout.final_norm]
+    parts += [] if source.config.tie_word_embeddings else [layout.head]
+    yield (
+        "model-ends.safetensors",
+        {f"{p}.weight": model.get_submodule(p).weight.to(dtype).contiguous() for p in parts},
+    )
+    for number, block in source:
+        prefix = f"{layout.blocks}.{number}."
+        yield f"model-{number:03d}.safetensors", _tensors(block, layout.linears, prefix, dtype, bits)
+
+
+def _tensors(block: nn.Module, linears, prefix: str, dtype, bits: dict[str, int]) -> dict[str, Tensor]:
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in block.state_dict().items()}
+    for name in linears:
+        restored = unpack(block.get_submodule(name).packed)
+        if restored.codes is None:
+            continue
+        del tensors[f"{name}.weight"]
+        bits[prefix + name] = restored.bits
+        tensors[f"{name}.weight_packed"] = pack_to_int32(restored.codes, restored.bits)
+        tensors[f"{name}.weight_scale"] = restored.scale.float().contiguous()
+        tensors[f"{name}.weight_shape"] = torch.tensor(restored.codes.shape)
+    online = {name for name in tensors if name.rpartition(".")[0].endswith(".range")}
+    return {prefix + name: tensor for name, tensor in tensors.items() if name not in online}
+
+
+def _settings(source: Source, bits: dict[str, int]) -> dict:
+    """The `quantization_config`: one scheme for all linear layers but the head, or layers by name if they differ."""
+    expected = len(source.blocks) * len(source.layout.linears)
+    plain = len(bits) == expected and len(set(bits.values())) == 1
+    groups = {}
+    for number, width in enumerate(sorted(set(bits.values()))):
+        scheme = QuantizationArgs(num_bits=width, type="int", symmetric=True, strategy="channel", dynamic=False)
+        targets = ["Linear"] if plain else [name for name, b in bits.items() if b == width]
+        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=scheme)
+    config = QuantizationConfig(
+        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=[source.layout.head]
+    )
+    return json.loads(config.model_dump_json(exclude_none=True))
