@@ -186,7 +186,7 @@ def _step(dual, product, moved, target, root, projected, support, grid: Grid, bu
 
 def _compiled_step(dual, product, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
     """The same in one pass over memory."""
-    parts = budget.parts or []
+    parts = [] if budget.pattern else budget.parts or []
     ends = torch.tensor([0, *(part.stop for part in parts)])
     pattern, rows, columns = budget.pattern, *target.shape
     kept = columns // pattern.group * pattern.kept if pattern else budget.kept

@@ -177,10 +177,10 @@ struct Row {
             uint32_t moved = 0;
             for (int k = 0; k < kLanes; ++k)
                 moved |= static_cast<uint32_t>(choice(optimum(first + k) + z[k], price[first + k]) != codes[first + k]) << k;
-            for (; moved; moved &= moved - 1) {  // once more, as the gradient changes with every change
-                const int k = __builtin_ctz(moved);
+            if (!moved) continue;
+            const int count = static_cast<int>(std::min<int64_t>(kLanes, layer.columns - first));
+            for (int k = __builtin_ctz(moved); k < count; ++k)  // once more, as the gradient changes with every change
                 set(first + k, choice(optimum(first + k) + z[k], price[first + k]));
-            }
         }
     }
 
