@@ -6,6 +6,7 @@
 # make smoke   the whole workflow on a tiny model, trained first
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
+# make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
 # make lint    ruff, snakefmt, snakemake --lint
 # make clean   remove what the demo and the tests made; results/ of other runs stay
 
@@ -14,7 +15,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large lint clean
+.PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large kernels lint clean
 .DEFAULT_GOAL := demo
 
 # By hash, all but torch; it comes last and pinned, so that nothing else chooses its build.
@@ -63,6 +64,12 @@ benchmark: $(READY)
 
 benchmark-large: $(READY)
 	$(BIN)/python benchmarks/run.py --only large
+
+# Into a folder of their own: PyTorch for CUDA brings its own choice of the same libraries.
+kernels: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	--target .venv/cuda --upgrade -r requirements.cuda.lock
+	$(BIN)/python -c 'from obr.cuda import library; print(library.prepare())'
 
 lint: $(READY)
 	$(BIN)/ruff check .

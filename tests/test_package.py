@@ -24,7 +24,7 @@ LAYERS = [
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],
     ["joint"],
-    ["restoration", "packing", "int4"],
+    ["restoration", "packing", "int4", "cuda"],
     ["layout", "activations", "progress", "provenance"],
     ["modules", "model"],
     ["resume"],

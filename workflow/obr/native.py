@@ -31,13 +31,15 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def build(sources: list[Path], flags: list[str]) -> ctypes.CDLL:
+def build(sources: list[Path], flags: list[str], compiler: str | None = None) -> ctypes.CDLL:
     """The library compiled of the first of `sources`, which includes the others; built once and kept.
+
+    compiler: other than the machine's for C++.
 
     Raises:
         ObrError: no compiler, or one that refuses.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise ObrError("No C++ compiler is found; install g++ or clang++, or name one in $CXX.")
     path = _folder() / f"{_key(sources, flags, compiler)}.so"
