@@ -13,11 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from obr import cli, fetch
 from obr.compression import compress_stage
 from obr.hessian import hessian
+from obr.provenance import software
 from obr.recipe import Recipe
 from obr.repeat import Places, repeat
 from obr.rotations.source import make
 from obr.verify import verify
 
+ROOT = Path(__file__).parents[1]
 MODEL, RECIPE = "m", {"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "pattern": "2:4"}
 
 
@@ -92,6 +94,22 @@ def test_layers_that_were_made_otherwise_are_noticed(results, tmp_path):
     assert verify(tmp_path / "c") == []
     found = repeat(tmp_path / "c", 3, Places(results / "models" / MODEL, rotation, None, folder), "cpu")
     assert max(layer.differing for layer in found) > 0.01 and not any(layer.identical for layer in found)
+
+
+def test_the_manifest_has_a_bill_of_all_software(results, tmp_path):
+    manifest = json.loads((results / "compressed" / MODEL / "cached/manifest.json").read_text())
+    bill, locks = manifest["software"], ("requirements.lock", "requirements.torch.lock")
+    assert bill == software() and manifest["instructions"]
+    assert bill["lock"] == {name: fetch.sha256_of(ROOT / name) for name in locks}
+    assert bill["packages"]["torch"] == torch.__version__ and bill["packages"]["obr"]
+    # what they require in turn, under an extra (lm-eval[hf]) too, and nothing that is only there for tests
+    assert {"sympy", "accelerate", "jinja2"} <= bill["packages"].keys() and "pytest" not in bill["packages"]
+    installed = bill["packages"]["numpy"]
+    (tmp_path / "requirements.lock").write_text(
+        f"numpy=={installed} \\\n --hash=sha256:0\nJinja2==0.1\nnot-here==1\n"
+    )
+    other = software(tmp_path)
+    assert other["unlike_lock"] == {"jinja2": "0.1"} and [*other["lock"]] == ["requirements.lock"]
 
 
 def altered(change):

@@ -26,7 +26,7 @@ from obr.layout import Layout
 from obr.model import Blocks, StreamedBlocks, block_file
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
-from obr.provenance import versions
+from obr.provenance import software, versions
 from obr.recipe import Recipe
 from obr.restoration import Restored
 from obr.resume import Unfinished
@@ -310,8 +310,10 @@ class Writer:
             "seconds": report.seconds,
             "device": report.device,
             "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "inputs": self.run,
             "versions": versions(),
+            "software": software(),
         }
 
 
