@@ -97,6 +97,18 @@ def test_perplexity_against_bits(results, monkeypatch, tmp_path):
     assert len(used) == 6  # five recipes and the dense line, all told apart
 
 
+def test_seeds_are_a_mean_with_a_bar_in_the_colour_of_their_group(results, monkeypatch, tmp_path):
+    seeded = {"recipe": "obr", "variants": ["obr", "alpha_0.25", "alpha_0.75"]}
+    entry = {**BITS, "models": ["llama"], "rows": ["dense", "rtn", seeded], "published": None, "group_by": "hessian"}
+    (panel,) = (drawn := sheet(entry, results, monkeypatch, tmp_path)).panels
+    kept = json.loads((results / "perplexity/llama/obr/wikitext2.json").read_text())["value"]
+    values = [kept, 8.0, 10.0]
+    assert any(np.isclose(y, np.mean(values)) for _, y in points(panel))
+    bars = [segment for bar in panel.collections for segment in bar.get_segments()]
+    assert np.allclose([np.ptp(bar[:, 1]) for bar in bars], 2 * np.std(values, ddof=1))
+    assert "sequential" in labels(drawn) or "cached" in labels(drawn)
+
+
 def test_a_sweep_is_a_line_per_group_in_rising_order(results, monkeypatch, tmp_path):
     drawn = sheet(ALPHA, results, monkeypatch, tmp_path)
     assert labels(drawn) == ["Dense", "OBR (RTN)", "OBR (GPTQ)"]

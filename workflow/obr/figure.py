@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.patches import Patch
 
 from obr.artefacts import Row, model_label, read_manifest, resolve_rows
@@ -82,26 +83,30 @@ def draw(
 
 
 def perplexity_bits(source: Source) -> Sheet:
-    """Perplexity against theoretical bits per weight: a panel per model, a colour per activation setting.
+    """Perplexity against theoretical bits per weight: a panel per model, a colour per activation setting, or per
+    value of the recipes' field `group_by`.
 
-    The dense model is a dashed line; hollow points are published values. Settings are set a little apart, since
-    most recipes have the same size.
+    The dense model is a dashed line; hollow points are published values. Of a row with several seeds the mean is
+    drawn, with a bar of one standard deviation to either side. Settings are set a little apart, since most recipes
+    have the same size.
     """
     metric, sheet = only_text(source.entry), new_sheet(len(source.labels), height=3.0)
     compressed = [row for row in source.rows if row.recipe.method != "dense"]
-    colours = dict(zip(dict.fromkeys(map(activations, compressed)), cycle(COLOURS)))
-    marks = _marks(compressed)
+    groups = [_group(row, source.entry.get("group_by")) for row in compressed]
+    colours = dict(zip(dict.fromkeys(groups), cycle(COLOURS)))
+    marks = _marks(compressed, groups)
     for panel, (model, label) in zip(sheet.panels, source.labels.items()):
         panel.set(title=label, xlabel="Bits per weight", ylabel=f"{metric.heading} perplexity")
         dense_lines(source, panel, model, metric.key)
         sizes = [_theoretical_bits(source, model, row) for row in compressed]
-        for row, place in zip(compressed, _apart(sizes, list(map(activations, compressed)))):
-            value = measured(source, model, row, metric.key)
-            style = {"color": colours[activations(row)], "marker": marks[row.key][1], "linestyle": ""}
-            panel.plot(place, value, **style)
+        for row, group, place in zip(compressed, groups, _apart(sizes, groups)):
+            values = [measured(source, model, run, metric.key) for run in row.seeds]
+            spread = np.std(values, ddof=1) if len(values) > 1 else None
+            style = {"color": colours[group], "marker": marks[row.key][1], "linestyle": ""}
+            panel.errorbar(place, np.mean(values), spread, capsize=2, **style)
             printed = source.quotes.value(model, row, metric.published)
             panel.plot(place, printed, fillstyle="none", markersize=8, **style)
-            confess(sheet, f"{label}, {row.label}", value)
+            confess(sheet, f"{label}, {row.label}", float(np.mean(values)))
         log_scale(panel)
         place_ticks(panel, [round(size, 2) for size in sizes])
     sheet.handles += dense_handles(source.rows)
@@ -109,6 +114,15 @@ def perplexity_bits(source: Source) -> Sheet:
     sheet.handles += [Patch(color=c, label=group) for group, c in colours.items()]
     published_handle(sheet)
     return sheet
+
+
+def _group(row: Row, field: str | None) -> str:
+    if field is None:
+        return activations(row)
+    if not hasattr(row.recipe, field):
+        raise ObrError(f"Recipes have no field {field!r} to group by; use method, mask, rotation or hessian.")
+    value = str(getattr(row.recipe, field))
+    return "not rotated" if (field, value) == ("rotation", "none") else value
 
 
 def _theoretical_bits(source: Source, model: str, row: Row) -> float:
@@ -127,13 +141,16 @@ def _apart(sizes: list[float], groups: list[str]) -> list[float]:
     return places
 
 
-def _marks(rows: list[Row]) -> dict[str, tuple[str, str]]:
+def _marks(rows: list[Row], groups: list[str]) -> dict[str, tuple[str, str]]:
     """(name, marker) by recipe: its method's, or its own where that is taken for its bits, sparsity and colour."""
     spare = cycle(m for m in MARKERS if m not in {METHODS[row.recipe.method][1] for row in rows})
+    own: dict[str, str] = {}  # markers by label, the same in every colour
     taken, marks = set(), {}
-    for row in rows:
-        place = (row.recipe.method, activations(row), row.recipe.bits, row.recipe.sparsity)
-        marks[row.key] = METHODS[row.recipe.method] if place not in taken else (row.label, next(spare))
+    for row, group in zip(rows, groups):
+        place = (row.recipe.method, group, row.recipe.bits, row.recipe.sparsity)
+        marks[row.key] = METHODS[row.recipe.method]
+        if place in taken:
+            marks[row.key] = (row.label, own.setdefault(row.label, next(spare)))
         taken.add(place)
     return marks
 
@@ -169,10 +186,8 @@ def _sweep_lines(rows: list[Row], x: str, group_by: str) -> dict[str, dict[float
     """Rows by line, each line by its x in rising order. Raises ObrError if two rows share a place."""
     lines: dict[str, dict[float, Row]] = {}
     for row in (row for row in rows if row.recipe.method != "dense"):
-        if not hasattr(row.recipe, group_by):
-            raise ObrError(f"Recipes have no field {group_by!r} to group by; use method, mask, rotation or hessian.")
-        group = getattr(row.recipe, group_by)
-        line = lines.setdefault(METHODS[group][0] if group_by == "method" else str(group), {})
+        group = _group(row, group_by)
+        line = lines.setdefault(METHODS[group][0] if group_by == "method" else group, {})
         place = getattr(row.recipe, x) * (100 if x == "sparsity" else 1)
         if place in line:
             raise ObrError(
