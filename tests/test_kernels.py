@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
+import mma
 from obr import kernels
 from obr.errors import ObrError
 
@@ -30,6 +31,10 @@ def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
     assert times[~ok]["status"].str.startswith(("not available: ", "failed, ")).all()
     assert times[~ok]["median_ms"].isna().all()
     assert (times[~ok]["kernel"].str.endswith("2:4")).any()
+    cutlass = times[times["kernel"].isin(["int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)", "fp16 (CUTLASS)"])]
+    assert len(cutlass) == 6 and set(cutlass["status"]) == {
+        "not available: INT4 tensor cores are on CUDA devices only"
+    }
     assert times["read_gb_s"][ok].nunique() == 1
     bound = times["weight_bytes"] / times["read_gb_s"] / 1e9 / times["median_ms"] * 1e3
     assert times["of_bound"][ok].to_list() == pytest.approx(bound[ok].to_list())
@@ -55,6 +60,29 @@ def test_packed_products_are_exact_and_small(tmp_path):
     expected = {"": 4, " 50 %": 3, " 4:8": 2.875, " paired 4:8": 2.375}
     assert bits == pytest.approx(expected, abs=0.15)
     assert (times["tops_executed"] / times["tops_dense"]).to_list() == [1] + 5 * [0.5]
+
+
+@pytest.mark.parametrize("pattern", ["", " paired 4:8"])
+def test_products_on_tensor_cores_are_checked_in_whole_numbers(tmp_path, monkeypatch, pattern):
+    """With an emulated instruction in the kernel's place: exact; a wrong word of metadata is found."""
+
+    def emulated(weight, tokens):
+        parts = [part.numpy() for part in (*weight.stored, tokens.codes)]
+        if weight.metadata is None:
+            parts = [mma.nibbles(part) for part in parts]
+            return torch.from_numpy(parts[0] @ parts[1].T).int()
+        return torch.from_numpy(mma.multiply(*parts)).int()
+
+    monkeypatch.setattr(kernels, "_need_tensor_cores", lambda x: "emulated")
+    monkeypatch.setattr(kernels.library, "multiply", emulated)
+    entry = {"shapes": [{"tokens": 5, "columns": 72, "rows": 40}], "kernels": [f"int4{pattern} (CUTLASS)"]}
+    line = run(tmp_path, **entry).iloc[0]
+    assert (line["status"], line["checked"]) == ("ok, emulated", 0)
+    assert line["tops_executed"] == line["tops_dense"] * (0.5 if pattern else 1)
+    if pattern:
+        order = kernels.operands.threads_order
+        monkeypatch.setattr(kernels.operands, "threads_order", lambda words: order(words.roll(1, 0)))
+        assert run(tmp_path, **entry).iloc[0]["status"].startswith("refused: error")
 
 
 def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):

@@ -110,6 +110,20 @@ def test_the_digest_sees_code_and_nothing_else(tmp_path, monkeypatch):
     assert now() == before
     (package / "b.py").write_text("Y = 3\n")
     assert now() != before
+    before = now()
+    (package / "b.cpp").write_text("int y = 3;\n")
+    assert now() != before
+    before = now()
+    (package / "c.cpp").write_text("int c = 3;\n")
+    assert now() == before
+
+
+def test_stages_depend_on_what_they_compile():
+    def sources(stage):
+        return {source.name for path in digest.closure(stage) for source in digest.compiled(path)}
+
+    assert {"kernels.cpp", "layout.h", "avx512.h", "gemm.cu"} <= sources("kernels")
+    assert "native.cpp" in sources("compression") and "gemm.cu" not in sources("compression")
 
 
 def test_editing_restoration_touches_compression_but_not_hessians():

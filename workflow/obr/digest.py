@@ -7,17 +7,28 @@ from pathlib import Path
 
 PACKAGE = "obr"
 ROOT = Path(__file__).parent
+COMPILED = (".cpp", ".h", ".cu")
 
 
 def digest(stage: str) -> str:
-    """Hash of the module `obr.<stage>` and of every module of the package that it imports, however indirectly.
+    """Hash of the module `obr.<stage>` and of every module of the package that it imports, however indirectly, and of
+    what they compile.
 
-    Comments, docstrings and layout do not count: the syntax trees are hashed without them.
+    Comments, docstrings and layout of Python do not count: the syntax trees are hashed without them.
     """
     found = hashlib.sha256()
     for path in sorted(closure(stage)):
         found.update(f"{path}\n{_tree(path)}\n".encode())
+        for source in compiled(path):
+            found.update(f"{source.name}\n{source.read_text(encoding='utf-8')}\n".encode())
     return found.hexdigest()[:16]
+
+
+def compiled(path: str) -> list[Path]:
+    """Sources in C++ that a module brings: those of its name, or, of a package, all in its folder."""
+    module = ROOT / path
+    found = module.parent.iterdir() if module.name == "__init__.py" else module.parent.glob(f"{module.stem}.*")
+    return sorted(source for source in found if source.suffix in COMPILED)
 
 
 def closure(stage: str) -> set[str]:

@@ -49,6 +49,8 @@ def kernels(source: Source) -> Sheet:
     for panel in sheet.panels:
         _shape_axis(panel, shapes)
         log_scale(panel)
+    for status, group in timed[timed["status"] != "ok"].groupby("status", sort=False):
+        sheet.remarks.append(f"{', '.join(dict.fromkeys(group['kernel']))}: {status.removeprefix('ok, ')}")
     missing = times[times["median_ms"].isna()]
     for (name, reason), group in missing.groupby(["kernel", "status"], sort=False):
         where = "" if len(group) == len(shapes) else f" ({', '.join(group['shape'])})"

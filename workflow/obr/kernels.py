@@ -2,11 +2,13 @@
 
 PyTorch has no INT4 x INT4 product and no unstructured sparse one; what it has is measured as it is: dense products,
 INT8, FP8, INT4 weights with 16-bit activations, and 2:4 sparsity. `int4` multiplies packed 4-bit weights, in every
-pattern that a compression makes, by 8-bit activations, on the CPU only.
+pattern that a compression makes, by 8-bit activations, on the CPU only; `cuda` 4-bit weights by 4-bit activations on
+tensor cores, dense and in pairs of 4:8, which is all that these take.
 """
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from obr import int4
+from obr.cuda import library, operands
 from obr.errors import ObrError, first_line
 from obr.files import write_text
 from obr.prune import mask_from_scores
@@ -42,6 +45,8 @@ COLUMNS = (
     "tops_executed",
     "read_gb_s",
     "of_bound",
+    "sm_mhz",
+    "sm_mhz_most",
     "device",
     "threads",
     "torch",
@@ -58,7 +63,7 @@ class Case:
 
     run: () -> (t, r), the product. x: (t, n) and weight: (r, n): the very numbers it multiplies, in float64.
     stored: the tensors that hold the weight as the kernel reads it. executed: share of the multiplications
-    that it carries out.
+    that it carries out. remark: what a reader of its time must know.
     """
 
     run: Callable[[], Tensor]
@@ -66,6 +71,7 @@ class Case:
     weight: Tensor
     stored: tuple[Tensor, ...]
     executed: float = 1.0
+    remark: str = ""
 
 
 def benchmark(entry: dict, device: str, out: Path) -> None:
@@ -83,6 +89,7 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
     product of few tokens cannot exceed 1.
     tops_dense: 2 * tokens * rows * columns / time, in 10^12 a second, zeros counted as if they were
     multiplied; tops_executed: only what the kernel multiplies, half of that for 2:4 sparsity.
+    sm_mhz, sm_mhz_most: clock of the multiprocessors right after a kernel's runs, and the highest there is (CUDA).
 
     Raises:
         ObrError: the entry names no or an impossible shape or an unknown kernel, or there is no such device.
@@ -179,7 +186,22 @@ def _measure(kernel: Callable, shape: dict, device, timer: Callable, repeats: in
         if not error <= allowed:
             return {"status": f"refused: error {error:.2g} is above {allowed:g}", "checked": error}
         times = timer(case.run, device, repeats, warmup)
-    return {"status": "ok", "checked": error, **_figures(case, times, shape)}
+    status = f"ok, {case.remark}" if case.remark else "ok"
+    return {"status": status, "checked": error, **_figures(case, times, shape), **_clocks(device)}
+
+
+def _clocks(device: torch.device) -> dict:
+    """MHz as nvidia-smi tells them; nothing where it does not, or for a CPU."""
+    if device.type != "cuda":
+        return {}
+    which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", which, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        now, most = (float(part) for part in told.split(","))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+    return {"sm_mhz": now, "sm_mhz_most": most}
 
 
 def _error(case: Case, product: Tensor) -> float:
@@ -380,6 +402,51 @@ def _packed(pattern: str | None) -> Callable[[Tensor, Tensor], Case]:
     return kernel
 
 
+def _need_tensor_cores(x: Tensor) -> str:
+    """What is to be remarked on the device; Lacking if it has no tensor cores for 4 bits."""
+    if not x.is_cuda:
+        raise Lacking("INT4 tensor cores are on CUDA devices only")
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < (8, 0):
+        raise Lacking("these products need CUDA compute capability 8.0 or later")
+    return "" if capability < (9, 0) else "emulated: this generation has no tensor cores for INT4"
+
+
+def _tensor_cores(sparse: bool) -> Callable[[Tensor, Tensor], Case]:
+    """Codes of 4 bits by codes of 4 bits, sums in int32; sparse: in the pattern "paired 4:8"."""
+
+    def kernel(x: Tensor, weight: Tensor) -> Case:
+        remark = _need_tensor_cores(x)
+        codes, tokens = _to_int4(weight), _to_int4(x)
+        if sparse:
+            mask = mask_from_scores(weight.abs(), 0.5, Pattern.parse("paired 4:8"))
+            codes, packed = codes * mask, operands.sparse(codes, mask)
+        else:
+            packed = operands.dense(codes)
+        right, (rows, count) = library.activations(packed, tokens), (len(weight), len(x))
+        return Case(
+            lambda: library.multiply(packed, right).t()[:count, :rows],
+            tokens,
+            codes,
+            packed.stored,
+            executed=0.5 if sparse else 1.0,
+            remark=remark,
+        )
+
+    return kernel
+
+
+def _to_int4(values: Tensor) -> Tensor:
+    return (values / values.abs().max() * 7).round().to(torch.int8)
+
+
+def _half_by_cutlass(x: Tensor, weight: Tensor) -> Case:
+    _need_tensor_cores(x)
+    x, weight = x.half(), weight.half()
+    filled = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 8))  # tokens in eights, as the kernel wants them
+    return Case(lambda: library.half(weight, filled).t()[: len(x)], x, weight, (weight,))
+
+
 KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "fp32": _dense(torch.float32),
     "fp16": _dense(torch.float16),
@@ -390,6 +457,9 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "fp16 2:4": _sparse(torch.float16),
     "bf16 2:4": _sparse(torch.bfloat16),
     "int8 2:4": _sparse_int8,
+    "fp16 (CUTLASS)": _half_by_cutlass,
+    "int4 (CUTLASS)": _tensor_cores(sparse=False),
+    "int4 paired 4:8 (CUTLASS)": _tensor_cores(sparse=True),
     "packed int4": _packed(None),
     "packed int4 50 %": _packed("50 %"),
     "packed int4 8:16": _packed("8:16"),
