@@ -21,7 +21,8 @@ def command(folder: Path, config: dict, *arguments: str, source: Path = ROOT) ->
     """Snakemake's command line for a folder to work in; the config is written there."""
     (folder / "config.test.yaml").write_text(yaml.safe_dump(config))
     found = [sys.executable, "-m", "snakemake", "--snakefile", str(source / "Snakefile"), "--directory", str(folder)]
-    return [*found, "--configfile", str(folder / "config.test.yaml"), "--cores", "2", *arguments]
+    found += ["--configfile", str(folder / "config.test.yaml"), "--cores", "2"]
+    return [*found, "--max-jobs-per-timespan", "100/1s", *arguments]  # few jobs, whose end need not be waited for
 
 
 def environment(source: Path = ROOT, **more: str) -> dict[str, str]:
