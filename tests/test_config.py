@@ -53,6 +53,25 @@ def test_labels_and_spelt_out_defaults_do_not_change_a_checkpoint():
     assert json.loads(changed.weight_entry("obr"))["alpha"] == 0.25
 
 
+def test_an_allocation_takes_its_options_from_the_config():
+    options = {"mixed": [{"method": "gptq", "bits": 3}, {"method": "joint", "pattern": "8:16"}]}
+    recipe = {"method": "joint", "calibration": "c", "allocation": {"bits": 3.0, "options": "mixed"}}
+    rows = ["mixed", "mixed_a4"]
+    more = {"mixed": recipe, "mixed_a4": {"weights": "mixed", "activations": {"bits": 4}}}
+    changes = {"layer_options": options, "recipes": {**RAW["recipes"], **more}, "tables__t__rows": rows}
+    config = Config(raw(**changes, figures__f={"kind": "allocation", "models": ["large"], "rows": rows}))
+    assert (
+        config.parsed["mixed_a4"].options == config.parsed["mixed"].options and config.options_of("mixed") == "mixed"
+    )
+    assert [option["bits"] for option in json.loads(config.weight_entry("mixed"))["allocation"]["options"]] == [3, 4]
+    assert "allocations/large/mixed.json" in set(config.artefacts(config.raw["figures"]["f"]))
+    assert config.patterns_of("small") == {"mixed, gptq, 3 bits": None, "mixed, joint, 4 bits, 8:16": "8:16"}
+    with pytest.raises(ObrError, match=r"figures.f draws allocations, but recipe 'obr' has none"):
+        Config(raw(**changes, figures__f={"kind": "allocation", "models": ["large"], "rows": ["obr"]}))
+    with pytest.raises(ObrError, match=r"allocation.options is 'mixed', which layer_options does not define"):
+        Config(raw(recipes=changes["recipes"]))
+
+
 def test_only_models_limits_tables_and_figures():
     config = Config(raw(only_models=["small"]))
     assert config.raw["tables"]["t"]["models"] == ["small"] and not config.raw["figures"]

@@ -1,5 +1,6 @@
 """The whole workflow on a tiny trained model: results, reruns, refusals."""
 
+import json
 import os
 import re
 import shutil
@@ -77,7 +78,27 @@ def test_scoring_more_examples_fetches_nothing(finished):
 def test_another_seed_of_the_rotation_reruns_what_is_rotated(finished):
     found = jobs(finished, changed(rotations__quarot__seed=1))
     assert found["download_rotation"] == found["hessian"] == 1
-    assert found["compress"] == 5 and "calibrate" not in found and "download_model" not in found
+    assert found["compress"] == 6 and found["gradients"] == found["sensitivity"] == found["allocate"] == 1
+    assert "calibrate" not in found and "download_model" not in found
+
+
+def test_another_budget_is_allocated_from_the_same_measurements(finished):
+    found = jobs(finished, changed(recipes__allocated__allocation={"bits": 2.5, "options": "mixed"}))
+    assert found == {"allocate": 1, "compress": 1, "perplexity": 1, "table": 1, "figure": 2}
+    fewer = CONFIG["layer_options"]["mixed"][1:]
+    found = jobs(finished, changed(layer_options__mixed=fewer))
+    assert found["sensitivity"] == found["allocate"] == found["compress"] == 1 and "gradients" not in found
+
+
+def test_layers_get_what_was_allocated_to_them(finished):
+    told = json.loads((finished / SMOKE / "allocations/tiny/allocated.json").read_text())
+    layers = pd.read_csv(finished / SMOKE / "compressed/tiny/allocated/layers.csv")
+    assert list(layers["bits"]) == [told["options"][layer["option"]]["bits"] for layer in told["layers"]]
+    assert told["bits_per_weight"] <= 3.0 and told["loss"] <= min(
+        alike["loss"] for alike in told["uniform"].values() if alike["bits_per_weight"] <= 3.0
+    )
+    manifest = json.loads((finished / SMOKE / "compressed/tiny/allocated/manifest.json").read_text())
+    assert manifest["bits_per_weight"]["theoretical"] == pytest.approx(told["bits_per_weight"])
 
 
 def test_a_lost_result_is_rebuilt_with_its_tables(finished):
@@ -106,8 +127,8 @@ def test_editing_code_reruns_what_depends_on_it(finished, tmp_path):
 
     module.write_text(text + "\nSOMETHING_NEW = 1\n")
     found = jobs(finished, CONFIG, source=source)
-    assert found["compress"] == 7 and found["perplexity"] == 8
-    assert not {"hessian", "calibrate", "download_model", "download_rotation"} & set(found)
+    assert found["compress"] == 8 and found["perplexity"] == 9 and found["sensitivity"] == 1
+    assert not {"hessian", "gradients", "calibrate", "download_model", "download_rotation"} & set(found)
 
 
 def test_one_table_or_one_model_at_a_time(finished):
@@ -150,6 +171,10 @@ def test_the_report_is_one_file(finished):
         ({"only_models": ["gone"]}, "only_models is 'gone', which models does not define; it defines tiny"),
         ({"texts__train__path": "$OBR_TINY/gone.txt"}, "gone.txt does not exist; correct the path"),
         ({"models__tiny__source__path": "$UNSET_FOLDER/model"}, "names an environment variable that is not set"),
+        (
+            {"recipes__allocated__allocation__options": "gone"},
+            "is 'gone', which layer_options does not define; it defi",
+        ),
         ({"recipes__obr_rtn__pattern": "7:14"}, "Pattern 7:14 does not divide the 96 input columns"),
         ({"models": {"../evil": CONFIG["models"]["tiny"]}}, "../evil"),
     ],

@@ -56,13 +56,19 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """What a compression did; becomes the manifest."""
+    """What a compression did; becomes the manifest.
+
+    allocation: what it was told to do layer by layer. slopes: mean squares of the outputs' gradients by layer, if
+    rows are weighed by them; not in the manifest.
+    """
 
     recipe: Recipe
     dtype: torch.dtype
     calibration: dict | None = None
     rotation: dict | None = None
     source: dict | None = None
+    allocation: dict | None = None
+    slopes: dict[str, Tensor] | None = None
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     device: str = "cpu"
@@ -307,6 +313,7 @@ class Writer:
             "calibration": report.calibration,
             "rotation": report.rotation,
             "source": report.source,
+            **({"allocation": report.allocation} if report.allocation is not None else {}),
             "seconds": report.seconds,
             "device": report.device,
             "threads": torch.get_num_threads(),
@@ -319,6 +326,9 @@ class Writer:
 
 def _recipe_of(layer: LayerReport, report: Report) -> Recipe:
     """The report's recipe with what is this layer's own."""
+    if report.recipe.allocation is not None:
+        own = {"bits": layer.bits, "sparsity": layer.sparsity, "pattern": layer.pattern or None}
+        return replace(report.recipe, allocation=None, **own)
     if layer.sparsity or layer.bits < 16:
         return replace(report.recipe, bits=layer.bits)
     return replace(report.recipe, bits=16, sparsity=0.0, pattern=None)

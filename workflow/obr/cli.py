@@ -67,8 +67,18 @@ def _parser() -> argparse.ArgumentParser:
         "model", "rotation?", "tokens", "out", "activations", "compute", "trust",
     )  # fmt: skip
     stage(
+        "gradients", gradients, "Measure how much the loss feels each output channel of each layer.",
+        "entry", "model", "rotation?", "tokens", "out", "activations", "compute", "trust",
+    )  # fmt: skip
+    stage(
+        "sensitivity", sensitivity, "Predict the loss that each layer costs at several options.",
+        "entry", "model", "rotation?", "hessians", "gradients", "out", "compute", "trust",
+    )  # fmt: skip
+    stage("allocate", allocate, "Choose an option for each layer under a budget.", "entry", "sensitivity", "out")
+    stage(
         "compress", compress, "Compress a model by a recipe.",
-        "entry", "model", "rotation?", "tokens?", "hessians?", "out", "activations", "compute", "trust",
+        "entry", "model", "rotation?", "tokens?", "hessians?", "gradients?", "allocation?", "out", "activations",
+        "compute", "trust",
     )  # fmt: skip
     stage("download-released", download_released, "Fetch a checkpoint of the authors.", "entry", "out")
     stage(
@@ -120,7 +130,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(stage=verify)
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
     parser.add_argument("--recompute", type=int, default=0, metavar="N", help="so many layers; default: 0")
-    for name in ("model", "rotation", "tokens", "hessians"):
+    for name in ("model", "rotation", "tokens", "hessians", "gradients"):
         where = f"for --recompute, the checkpoint's {name}; default: where the workflow puts it"
         parser.add_argument(f"--{name}", type=Path, default=None, help=where)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -204,6 +214,9 @@ OPTIONS = {
     "rotation": _path("rotation", "rotation file; without it the model is not rotated"),
     "tokens": _path("tokens", "file of calibration windows"),
     "hessians": _path("hessians", "folder of cached Hessians"),
+    "gradients": _path("gradients", "file of output gradients"),
+    "sensitivity": _path("sensitivity", "file of the losses that layers are predicted to cost"),
+    "allocation": _path("allocation", "file of a recipe's allocation"),
     "checkpoint": _path("checkpoint", "folder of a packed checkpoint"),
     "results": _path("results", "folder of the results"),
     "published": _path("published", "CSV file of published numbers"),
@@ -283,12 +296,61 @@ def hessian(
     hessian(model, rotation, tokens, out, dtype, device, activations_memory)
 
 
+def gradients(
+    entry: dict,
+    model: Path,
+    rotation: Path | None,
+    tokens: Path,
+    out: Path,
+    activations_memory: float,
+    device: str,
+    dtype: str | None,
+) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.gradients import gradients
+
+    notes = gradients(
+        model, rotation, tokens, out,
+        nsamples=entry["nsamples"], seqlen=entry["seqlen"], dtype=dtype, device=device, megabytes=activations_memory,
+    )  # fmt: skip
+    print(
+        f"gradients of {notes['tokens']} tokens in {notes['windows']} windows, loss {notes['loss']:.4f} nats a token"
+    )
+
+
+def sensitivity(
+    entry: dict,
+    model: Path,
+    rotation: Path | None,
+    hessians: Path,
+    gradients: Path,
+    out: Path,
+    device: str,
+    dtype: str | None,
+) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.recipe import Option
+    from obr.sensitivity import sensitivity
+
+    options = tuple(Option.parse(option, f"options[{i}]") for i, option in enumerate(entry["options"]))
+    sensitivity(model, rotation, hessians, gradients, options, out, dtype, device)
+
+
+def allocate(entry: dict, sensitivity: Path, out: Path) -> None:
+    from obr.allocation import allocate_stage
+    from obr.recipe import Recipe
+
+    print(allocate_stage(Recipe.parse(entry), sensitivity, out).spell())
+
+
 def compress(
     entry: dict,
     model: Path,
     rotation: Path | None,
     tokens: Path | None,
     hessians: Path | None,
+    gradients: Path | None,
+    allocation: Path | None,
     out: Path,
     activations_memory: float,
     device: str,
@@ -300,8 +362,8 @@ def compress(
 
     compress_stage(
         model, Recipe.parse(entry), out,
-        rotation=rotation, tokens=tokens, hessians=hessians, dtype=dtype, device=device,
-        megabytes=activations_memory,
+        rotation=rotation, tokens=tokens, hessians=hessians, gradient_file=gradients, allocation_file=allocation,
+        dtype=dtype, device=device, megabytes=activations_memory,
     )  # fmt: skip
 
 
@@ -397,6 +459,7 @@ def verify(
     rotation: Path | None,
     tokens: Path | None,
     hessians: Path | None,
+    gradients: Path | None,
     device: str,
 ) -> None:
     device, _ = _computing(device, None)
@@ -405,7 +468,7 @@ def verify(
 
     problems = verify(checkpoint)
     if recompute and not problems:
-        for layer in repeat(checkpoint, recompute, Places(model, rotation, tokens, hessians), device):
+        for layer in repeat(checkpoint, recompute, Places(model, rotation, tokens, hessians, gradients), device):
             print(spell(layer))
             if layer.differing > TOLERATED:
                 problems.append(f"{spell(layer)}, more than rounding explains on one kind of processor.")

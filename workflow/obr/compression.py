@@ -1,6 +1,7 @@
 """Compression of whole models: block by block, group by group, with sequential or cached Hessians."""
 
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from zlib import crc32
@@ -8,7 +9,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from obr import data, hessian
+from obr import allocation, data, gradients, hessian, sensitivity
 from obr.activations import Room
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
 from obr.config import check_widths
@@ -32,7 +33,8 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     Args:
         model: a transformers causal LM of a known family.
         tokens: (b, s) calibration windows; None for methods that read no activations.
-        recipe: a Recipe, or a dictionary of its fields such as {"method": "obr_gptq"}.
+        recipe: a Recipe, or a dictionary of its fields such as {"method": "obr_gptq"}. What it needs of output
+            gradients and allocation is measured first, from the same windows.
 
     Raises:
         ObrError: what the recipe asks does not fit the model, or a layer cannot be compressed.
@@ -48,11 +50,29 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     if recipe.clip == "learned" and not (rotation and rotation.clip):
         raise ObrError("clip 'learned' needs weights that obr.rotate has shrunk: rotate with clip=True.")
     report.rotation = rotation.about() if rotation else None
+    _measure(blocks, tokens, report, progress)
     compress_blocks(blocks, tokens, None, report, progress=progress)
     for index in recipe.chosen(len(blocks)):
         set_quantizers(blocks.load(index), blocks.layout, recipe)
     model.obr_report, model.obr_recipe = report, recipe
     return model
+
+
+def _measure(blocks: Blocks, tokens: Tensor | None, report: Report, progress: bool) -> None:
+    """Put the output gradients and the allocation that the recipe asks for into the report."""
+    recipe = report.recipe
+    if not recipe.needs_gradients and recipe.allocation is None:
+        return
+    if tokens is None:
+        raise ObrError("The recipe needs output gradients; give calibration tokens.")
+    windows = tokens[: gradients.WINDOWS, : gradients.LENGTH]
+    report.slopes, _ = gradients.squared_gradients(blocks, windows, progress=progress)
+    if recipe.allocation is not None:
+        chosen = recipe.chosen(len(blocks))
+        matrices = ((i, own) for i, own in hessian.dense_hessians(blocks, tokens, progress=progress) if i in chosen)
+        losses = sensitivity.predicted_losses(blocks, matrices, report.slopes, recipe.options, tokens.shape[1])
+        layers = [layer for _, own in losses for layer in own]
+        report.allocation = allocation.allocate(recipe.allocation, layers).to_dict()
 
 
 def compress_stage(
@@ -63,6 +83,8 @@ def compress_stage(
     rotation: Path | None = None,
     tokens: Path | None = None,
     hessians: Path | None = None,
+    gradient_file: Path | None = None,
+    allocation_file: Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
     megabytes: float = Room.megabytes,
@@ -74,13 +96,16 @@ def compress_stage(
     Args:
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
         hessians: folder of cached Hessians, used if the recipe says so.
+        gradient_file, allocation_file: of the stages gradients and allocate, if the recipe needs them.
         megabytes: of memory for the hidden states of the calibration, see `Room`.
 
     Raises:
         ObrError: files that do not fit the recipe, or the blocks of an unfinished run of another one.
     """
     _check_inputs(recipe, rotation, tokens, hessians)
-    check_widths(read_json(model / "config.json"), {recipe.method: recipe.pattern}, model.name)
+    _check_layerwise(recipe, gradient_file, allocation_file)
+    patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
+    check_widths(read_json(model / "config.json"), patterns, model.name)
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
     report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
@@ -94,6 +119,12 @@ def compress_stage(
         report.calibration = read_json(hessians / "hessian.json")["calibration"]
     cached = hessians if windows is None else None
     files = {"rotation": rotation, "calibration": tokens if cached is None else cached / "hessian.json"}
+    if recipe.needs_gradients:
+        files["gradients"] = gradient_file
+        report.slopes, _ = gradients.load(gradient_file, blocks.target)
+    if recipe.allocation is not None:
+        files["allocation"] = allocation_file
+        report.allocation = read_json(allocation_file)
     run = fingerprint(
         "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=recipe.decisive()
     )
@@ -112,6 +143,17 @@ def _check_inputs(recipe: Recipe, rotation: Path | None, tokens: Path | None, he
     needed, given = ("tokens", tokens) if recipe.hessian == "sequential" else ("hessians", hessians)
     if recipe.needs_hessian and given is None:
         raise ObrError(f"Method {recipe.method} with {recipe.hessian} Hessians reads --{needed}, which is not given.")
+
+
+def _check_layerwise(recipe: Recipe, gradient_file: Path | None, allocation_file: Path | None) -> None:
+    """Raise ObrError unless the output gradients and the allocation that the recipe needs are given."""
+    if recipe.needs_gradients and gradient_file is None:
+        raise ObrError("The recipe's row_weights are gradient, which reads --gradients; it is not given.")
+    if (recipe.allocation is not None) != (allocation_file is not None):
+        lacking = (
+            "reads --allocation, which is not given" if recipe.allocation else "has none, but a file of one is given"
+        )
+        raise ObrError(f"Of allocations the recipe {lacking}.")
 
 
 @torch.no_grad()
@@ -202,8 +244,7 @@ def _compress_block(
     """Compress a block group by group; one that the recipe leaves out is stored as it is."""
     round_rest(block, layout, report.dtype)
     if index not in statistics.chosen:
-        dense = replace(report.recipe, method="dense", bits=16, sparsity=0.0, pattern=None, scope="row")
-        left = replace(report, recipe=dense)
+        left = replace(report, recipe=report.recipe.left_out, allocation=None)
         return [row for group in layout.groups for row in compress_group(block, layout, group, None, left, index)]
     rows = []
     for number, group in enumerate(layout.groups, start=1):
@@ -217,30 +258,55 @@ def _compress_block(
 def compress_group(
     block: nn.Module, layout: Layout, group: str, matrix: Tensor | None, report: Report, index: int
 ) -> list[LayerReport]:
-    """Compress the linear layers of a group, which share one Hessian and its solves.
+    """Compress the linear layers of a group, which share one Hessian and, if treated alike, its solves.
 
     The report's seconds are the group's, shared out by size.
     """
     started = time.monotonic()
     factors = Hessian(matrix, report.recipe.damp, f"block {index} {group}") if matrix is not None else None
     linears: dict[str, QuantLinear] = {name: block.get_submodule(name) for name in layout.groups[group]}
-    recipe = _recipe_of(report.recipe, layout, group)
-    restored = restore_together(
-        {_full(index, name): linear.weight for name, linear in linears.items()}, factors, recipe.method,
+    restored: dict[str, Restored] = {}
+    for recipe, names in _treated_alike(report, layout, group, index).items():
+        weights = _row_weights(report, index, names) if recipe.needs_gradients else None
+        restored |= _restore(recipe, {name: linears[name] for name in names}, factors, weights, index)
+    for name, linear in linears.items():
+        store(linear, restored[name], report.dtype)
+    seconds = time.monotonic() - started
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return [
+        _row(index, name, linear, restored[name], seconds * linear.weight.numel() / weights)
+        for name, linear in linears.items()
+    ]
+
+
+def _row_weights(report: Report, index: int, names: list[str]) -> dict[str, Tensor]:
+    """(r,) of each layer's rows, their mean 1. Raises ObrError if gradients are missing."""
+    slopes = {name: (report.slopes or {}).get(f"{index}.{name}") for name in names}
+    for name, gradient in slopes.items():
+        if gradient is None:
+            raise ObrError(f"{_full(index, name)} has no output gradients; they are of another model.")
+    return {name: gradients.row_weights(gradient) for name, gradient in slopes.items()}
+
+
+def _restore(
+    recipe: Recipe,
+    linears: dict[str, QuantLinear],
+    factors: Hessian | None,
+    row_weights: dict[str, Tensor] | None,
+    index: int,
+) -> dict[str, Restored]:
+    """Layers of one input, by name, all treated alike."""
+    full = {name: _full(index, name) for name in linears}
+    found = restore_together(
+        {full[name]: linear.weight for name, linear in linears.items()}, factors, recipe.method,
         bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask, alpha=recipe.alpha,
         scope=recipe.scope, sweeps=recipe.sweeps, refit=recipe.refit, damp=recipe.damp,
         clip="minmax" if recipe.clip == "learned" else recipe.clip,  # learned bounds are in the weights already
         # another random mask for every layer
-        seed={_full(index, name): crc32(f"{recipe.seed} {_full(index, name)}".encode()) for name in linears},
+        seed={name: crc32(f"{recipe.seed} {name}".encode()) for name in full.values()},
+        row_weights={full[name]: weights for name, weights in row_weights.items()} if row_weights else None,
     )  # fmt: skip
-    for name, linear in linears.items():
-        store(linear, restored[_full(index, name)], report.dtype)
-    seconds = time.monotonic() - started
-    weights = sum(linear.weight.numel() for linear in linears.values())
-    return [
-        _row(index, name, linear, restored[_full(index, name)], seconds * linear.weight.numel() / weights)
-        for name, linear in linears.items()
-    ]
+    return {name: found[full[name]] for name in linears}
 
 
 def _full(index: int, name: str) -> str:
@@ -257,7 +323,16 @@ def _row(index: int, name: str, linear: QuantLinear, restored: Restored, seconds
     )  # fmt: skip
 
 
-def _recipe_of(recipe: Recipe, layout: Layout, group: str) -> Recipe:
+def _treated_alike(report: Report, layout: Layout, group: str, index: int) -> dict[Recipe, list[str]]:
+    """The layers of a group by the recipe that each has."""
+    names, recipe = layout.groups[group], report.recipe
     if recipe.int8_down_proj and group == "down" and recipe.bits < 8:
-        return replace(recipe, bits=8)
-    return recipe
+        recipe = replace(recipe, bits=8)
+    if recipe.allocation is None:
+        return {recipe: list(names)}
+    chosen, found = allocation.chosen_options(report.allocation, "The allocation"), defaultdict(list)
+    for name in names:
+        if (option := chosen.get((index, name))) not in recipe.options:
+            raise ObrError(f"The allocation has no choice of the recipe's for {_full(index, name)}; allocate again.")
+        found[recipe.of_layer(option)].append(name)
+    return found

@@ -30,6 +30,7 @@ class Config:
         self.results = raw["results"]
         self._check_seeds()
         edition.multiply(raw)
+        raw.setdefault("layer_options", {})
         self.recipes = {key: self._resolve(key) for key in raw["recipes"]}
         self.parsed = {key: Recipe.parse(entry, f"recipes.{key}") for key, entry in self.recipes.items()}
         for key, recipe in self.parsed.items():
@@ -59,7 +60,7 @@ class Config:
 
     def _resolve(self, key: str) -> dict:
         """A recipe's entry with what it takes over from the recipe named by its `weights`."""
-        entry = dict(self.raw["recipes"][key])
+        entry = self._with_options(key)
         base = entry.get("weights")
         if base is None:
             return entry
@@ -72,7 +73,20 @@ class Config:
                 f"recipes.{key} borrows the weights of {base!r}, so it may not set {odd[0]!r}; "
                 f"it may set {', '.join(EVALUATION_ONLY[:-1])} and {EVALUATION_ONLY[-1]}."
             )
-        return {**self.raw["recipes"][base], "label": None, **entry}
+        return {**self._with_options(base), "label": None, **entry}
+
+    def _with_options(self, key: str) -> dict:
+        """A recipe's entry with the options that its allocation names."""
+        entry = dict(self.raw["recipes"][key])
+        if entry.get("allocation"):
+            self._defined("layer_options", self.options_of(key), f"recipes.{key}.allocation.options")
+            options = self.raw["layer_options"][self.options_of(key)]
+            entry["allocation"] = {**entry["allocation"], "options": options}
+        return entry
+
+    def options_of(self, key: str) -> str:
+        """The key of layer_options that the allocation of a recipe with weights of its own names."""
+        return self.raw["recipes"][key]["allocation"]["options"]
 
     def _defined(self, section: str, name: str, where: str) -> None:
         if name not in self.raw[section]:
@@ -100,6 +114,9 @@ class Config:
             self._defined("models", model, f"{where}.models")
         for recipe in self.rows(entry):
             self._defined("recipes", recipe, f"{where}.rows")
+            source = self.raw["recipes"][recipe].get("weights") or recipe
+            if entry.get("kind") == "allocation" and not self.raw["recipes"][source].get("allocation"):
+                raise ObrError(f"{where} draws allocations, but recipe {recipe!r} has none; list recipes with one.")
         texts = entry.get("perplexity", [])
         for name in [texts] if isinstance(texts, str) else texts:
             self._defined("perplexity", name, f"{where}.perplexity")
@@ -154,14 +171,24 @@ class Config:
                 for task in entry.get("zero_shot", []):
                     yield f"zero_shot/{model}/{row}/{task}.json"
                 yield f"compressed/{model}/{self.checkpoint_of(row)}/manifest.json"
+                if entry.get("kind") == "allocation":
+                    yield f"allocations/{model}/{self.checkpoint_of(row)}.json"
                 if entry.get("kind") in ("layer_error", "natural_sparsity"):
                     yield f"compressed/{model}/{self.checkpoint_of(row)}/layers.csv"
 
     def check_widths(self, model: str, config: Path) -> None:
         """Raise ObrError if a recipe's pattern does not divide a layer of the model with this config.json."""
-        check_widths(
-            json.loads(config.read_text()), {k: self.parsed[k].pattern for k in self.recipes_of(model)}, model
-        )
+        check_widths(json.loads(config.read_text()), self.patterns_of(model), model)
+
+    def patterns_of(self, model: str) -> dict[str, str | None]:
+        """The patterns that the model's layers are given, by recipe, or by option of a recipe's allocation."""
+        patterns = {}
+        for key in self.recipes_of(model):
+            recipe = self.parsed[key]
+            patterns |= {f"{key}, {option.label}": option.pattern for option in recipe.options} or {
+                key: recipe.pattern
+            }
+        return patterns
 
 
 def check_widths(config: dict, patterns: dict[str, str | None], model: str) -> None:

@@ -6,10 +6,10 @@ specification; timings of finished jobs correct them (see `plan`).
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from obr.recipe import Recipe
+from obr.recipe import Option, Recipe
 
 CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
 JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
@@ -184,6 +184,26 @@ def hessian(sizes: Sizes, tokens: int, length: int) -> Work:
     return Work(products, sizes.hessians(tokens), 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 5.5)
 
 
+def gradients(sizes: Sizes, tokens: int, length: int) -> Work:
+    """Output gradients: forward, once more where the gradients pass back, and back through activations alone."""
+    products = 3 * (sizes.forward(tokens, length) + sizes.logits(tokens))
+    read = 2.0 * (2 * sizes.block * sizes.blocks + sizes.ends)
+    return Work(products, 0, 0, 0, read, 4 * sizes.blocks * tokens / length, 5.5)
+
+
+def sensitivity(sizes: Sizes, options: list[Option]) -> Work:
+    """Restoring a model, from cached Hessians, at each option; nothing is stored."""
+    exact = elements = runs = 0.0
+    for option in options:
+        entry = {"calibration": "given", "hessian": "cached", "sweeps": 0, **asdict(option)}
+        work = compress(sizes, Recipe.parse(entry), 0, 1)
+        exact += work.exact + 2.0 * sizes.blocks * sum(rows * columns**2 for rows, columns in sizes.layers)
+        elements += work.elements - STORED_PASSES * sizes.block * sizes.blocks
+        runs += work.runs
+    read = 2.0 * (sizes.block * sizes.blocks + sizes.ends) + hessian_bytes(sizes)
+    return Work(0, 0, exact, elements, read, runs, 5.5)
+
+
 def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
     """Learning a rotation by the `learn` of its entry, from all but the held-out ones of these windows.
 
@@ -234,6 +254,7 @@ def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
 CONSTANT = {
     "calibrate": 7.0,
     "check_model": 0.1,
+    "allocate": 1.5,
     "download_rotation": 6.0,
     "download_text": 2.0,
     "download_task": 2.0,
@@ -255,7 +276,7 @@ def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> t
     ends, block = element * sizes.ends, element * sizes.block
     largest = 4.0 * max(sizes.inputs) ** 2
     all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
-    if rule == "compress":
+    if rule in ("compress", "sensitivity"):
         model = (
             ends
             + 3 * block
@@ -268,6 +289,10 @@ def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> t
         states = 4.0 * length * sizes.blocks * (20 * sizes.hidden + 6 * sizes.intermediate)
         model = 2 * ends + 2 * element * sizes.block * sizes.blocks + states + 8.0 * length * sizes.vocabulary
         base = 0.9
+    elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
+        states = min(element * tokens * sizes.hidden * (sizes.blocks + 2), 4e9)
+        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
+        model, base = ends + 2 * block + states + graph, 0.8
     elif rule == "hessian":
         model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden
         base = 0.8

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from obr.artefacts import Row, model_label, read_manifest, resolve_rows
 from obr.errors import ObrError
 from obr.figure_kernels import kernels
-from obr.figure_layers import layer_error, natural_sparsity
+from obr.figure_layers import allocation, layer_error, natural_sparsity
 from obr.figure_learning import learning_curve
 from obr.published import Quotes, load, mentions
 from obr.sheet import (
@@ -205,4 +205,5 @@ KINDS: dict[str, Callable[[Source], Sheet]] = {
     "natural_sparsity": natural_sparsity,
     "kernels": kernels,
     "learning_curve": learning_curve,
+    "allocation": allocation,
 }

@@ -4,10 +4,12 @@ from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from obr.artefacts import Row, require
-from obr.sheet import COLOURS, MARKERS, Sheet, Source, handle, log_scale, new_sheet
+from obr.artefacts import Row, read_artefact, require
+from obr.recipe import Option
+from obr.sheet import COLOURS, MARKERS, PAGE, Sheet, Source, handle, log_scale, new_sheet
 
 LAYER_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -50,10 +52,55 @@ def layer_error(source: Source) -> Sheet:
 
 
 def _layers(results: Path, model: str, row: Row) -> pd.DataFrame:
-    """A checkpoint's layer report, with the layer's bare kind ("q" of "self_attn.q_proj")."""
+    """A checkpoint's layer report, with the layer's bare kind."""
     path = require(results / "compressed" / model / row.checkpoint / "layers.csv")
     layers = pd.read_csv(path)
-    return layers.assign(kind=layers["layer"].str.split(".").str[-1].str.removesuffix("_proj"))
+    return layers.assign(kind=layers["layer"].map(_kind))
+
+
+def allocation(source: Source) -> Sheet:
+    """What was allocated to each layer: a panel per model and row, blocks across, kinds of layers down.
+
+    A cell's colour is its option, and what is written in it the bits a weight that this takes.
+    """
+    panels = [(model, label, row) for model, label in source.labels.items() for row in source.rows]
+    told = [read_artefact(source.results / "allocations" / m / f"{row.checkpoint}.json") for m, _, row in panels]
+    labels = list(dict.fromkeys(Option.parse(o, "option").label for choice in told for o in choice["options"]))
+    styles = {name: (COLOURS[i % len(COLOURS)], "" if i < len(COLOURS) else "//") for i, name in enumerate(labels)}
+    sheet = new_sheet(len(panels), across=1, height=2.0)
+    sheet.figure.set_figwidth(PAGE)
+    for panel, (_, label, row), choice in zip(sheet.panels, panels, told):
+        options = [Option.parse(option, "option").label for option in choice["options"]]
+        kinds = [k for k in LAYER_KINDS if k in {_kind(layer["layer"]) for layer in choice["layers"]}]
+        for layer in choice["layers"]:
+            place = (layer["block"], kinds.index(_kind(layer["layer"])))
+            colour, hatch = styles[options[layer["option"]]]
+            corner = (place[0] - 0.5, place[1] - 0.5)
+            panel.add_patch(Rectangle(corner, 1, 1, facecolor=colour, hatch=hatch, edgecolor="white"))
+            panel.text(*place, f"{layer['bits_per_weight']:.1f}", ha="center", va="center", fontsize=5, color="white")
+        blocks = [layer["block"] for layer in choice["layers"]]
+        panel.set(xlim=(min(blocks) - 0.5, max(blocks) + 0.5), ylim=(len(kinds) - 0.5, -0.5), xlabel="Block")
+        panel.set_yticks(range(len(kinds)), kinds)
+        panel.grid(False)
+        panel.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        mean, loss, least = choice["bits_per_weight"], choice["loss"], _least_alike(choice)
+        panel.set_title(f"{label}: {row.label}")
+        alike = f", {least[1]:.4f} at best with the same for all ({least[0]})" if least else ""
+        sheet.remarks.append(f"{label}, {row.label}: {mean:.3f} bits a weight, predicted loss {loss:.4f} nats{alike}")
+    for name, (colour, hatch) in styles.items():
+        sheet.handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=name))
+    return sheet
+
+
+def _least_alike(choice: dict) -> tuple[str, float] | None:
+    """The best option within the budget if all layers take the same one, and its predicted loss."""
+    within = {k: u["loss"] for k, u in choice["uniform"].items() if u["bits_per_weight"] <= choice["bits"] + 1e-9}
+    return min(within.items(), key=lambda pair: pair[1]) if within else None
+
+
+def _kind(layer: str) -> str:
+    """The bare kind of a layer: "q" of "self_attn.q_proj"."""
+    return layer.rpartition(".")[2].removesuffix("_proj")
 
 
 def natural_sparsity(source: Source) -> Sheet:

@@ -14,13 +14,13 @@ from pathlib import Path
 from obr import costs, timings
 from obr.errors import ObrError
 from obr.jobs import Job, pending
-from obr.recipe import Recipe
+from obr.recipe import Option, Recipe
 
 # Downloads in GB where the config does not tell: rough sizes of what the hub sends.
 TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
 OVERHEAD = 0.3  # seconds that Snakemake spends on a job
 TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
-TIMED = ("compress", "hessian", "learn_rotation", "perplexity", "zero_shot")
+TIMED = ("compress", "gradients", "hessian", "learn_rotation", "perplexity", "sensitivity", "zero_shot")
 
 
 @dataclass
@@ -64,7 +64,8 @@ class Prices:
     def __init__(self, config: dict, bandwidth: float = 20.0, known: list[timings.Timing] | None = None):
         self.config, self.bandwidth = config, bandwidth
         self.device = config["device"]
-        self.threads = {"hessian": config["threads"]["hessian"], "compress": config["threads"]["compress"]}
+        self.threads = dict.fromkeys(("hessian", "gradients"), config["threads"]["hessian"])
+        self.threads |= dict.fromkeys(("compress", "sensitivity"), config["threads"]["compress"])
         self.threads |= dict.fromkeys(("perplexity", "zero_shot"), config["threads"]["evaluate"])
         self.known = known if known is not None else []
         self.factors = timings.factors(self.known, self.device, self.threads)
@@ -84,7 +85,11 @@ class Prices:
         """A recipe as the workflow resolves it."""
         entry = self.config["recipes"][key]
         base = self.config["recipes"][entry["weights"]] if entry.get("weights") else {}
-        return Recipe.parse({k: v for k, v in {**base, **entry}.items() if k != "source"}, key)
+        entry = {k: v for k, v in {**base, **entry}.items() if k != "source"}
+        if entry.get("allocation"):
+            options = self.config["layer_options"][entry["allocation"]["options"]]
+            entry["allocation"] = {**entry["allocation"], "options": options}
+        return Recipe.parse(entry, key)
 
     def calibration(self, key: str | None) -> tuple[int, int]:
         """(tokens, tokens of a window)."""
@@ -112,6 +117,17 @@ class Prices:
         elif job.rule == "hessian":
             tokens, length = self.calibration(job.wildcards["calibration"])
             work, disk = costs.hessian(sizes, tokens, length), costs.hessian_bytes(sizes) / 1e9
+        elif job.rule == "gradients":
+            tokens, length = self.calibration(job.wildcards["calibration"])
+            most = self.config["gradients"]
+            tokens, length = (
+                min(tokens // length, most["nsamples"]) * min(length, most["seqlen"]),
+                min(length, most["seqlen"]),
+            )
+            work = costs.gradients(sizes, tokens, length)
+        elif job.rule == "sensitivity":
+            options = self.config["layer_options"][job.wildcards["options"]]
+            work = costs.sensitivity(sizes, [Option.parse(option, "option") for option in options])
         elif job.rule == "learn_rotation":
             entry = self.config["rotations"][job.wildcards["rotation"]]
             tokens, length = self.calibration(entry["learn"]["calibration"])

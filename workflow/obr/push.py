@@ -128,7 +128,7 @@ def _what(recipe: Recipe, manifest: dict, base: str | None) -> str:
     bits, rotation = manifest["bits_per_weight"], recipe.rotation
     calibrated = manifest.get("calibration")
     data = f", calibrated on {calibrated['tokens']:,} tokens of {calibrated['text']}" if calibrated else ""
-    pruned = f" at {sparsity}" if recipe.sparsity else ""
+    pruned = f" at {sparsity}" if recipe.sparsity else " as allocated to layers" if recipe.allocation else ""
     turned = f"rotated by {rotation}" if rotation != "none" else "not rotated"
     return (
         f"{base or 'A model'} compressed by {recipe.method} to {recipe.setting}{pruned}, {turned}{data}. Its linear "

@@ -22,6 +22,7 @@ PRUNING = {
 }
 METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
 SCOPES = ("row", "layer")
+ROW_WEIGHTS = ("none", "gradient")
 MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
 # Methods whose weights do not depend on calibration data.
 DATA_FREE = ("dense", "rtn", "magnitude", "released")
@@ -120,13 +121,77 @@ class QuantizerSettings:
 
 
 @dataclass(frozen=True)
+class Option:
+    """What a layer may become where an allocation chooses layer by layer: fields of a recipe."""
+
+    method: str
+    bits: int = 4
+    sparsity: float = 0.0
+    pattern: str | None = None
+
+    @classmethod
+    def parse(cls, entry: "dict | Option", what: str) -> "Option":
+        """A checked option from a config entry. Raises ObrError as `Recipe.parse`, or if its size is not fixed."""
+        if isinstance(entry, Option):
+            return entry
+        _build(cls, {"method": None, **entry}, what)  # refuses unknown keys
+        _choice(entry.get("method"), METHOD_NAMES, f"{what}.method")
+        recipe = Recipe.parse({"calibration": "given", **entry}, what)
+        if recipe.method == "released" or (recipe.method == "sparsegpt_gptq" and not recipe.pattern):
+            raise ObrError(f"{what}.method is {recipe.method!r}, whose sparsity is not the same in every layer.")
+        return cls(recipe.method, recipe.bits, recipe.sparsity, recipe.pattern)
+
+    @property
+    def label(self) -> str:
+        """Such as "joint, 4 bits, 50 %"."""
+        pruned = [self.pattern] if self.pattern else [f"{100 * self.sparsity:g} %"] if self.sparsity else []
+        return ", ".join([self.method, f"{self.bits} bits", *pruned])
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Bits of a layer (rows, columns) in its packed form: kept codes and mask, scales left out."""
+        if self.pattern:
+            pattern = Pattern.parse(self.pattern)
+            return rows * (columns // pattern.group) * (pattern.index_bits + pattern.kept * self.bits)
+        pruned = int(columns * self.sparsity)
+        return rows * (columns * bool(pruned) + (columns - pruned) * self.bits)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Options and the mean `bits` a weight that the choices of all layers may take together."""
+
+    bits: float
+    options: tuple[Option, ...]
+
+    @classmethod
+    def parse(cls, entry: "dict | Allocation", what: str) -> "Allocation":
+        """A checked allocation from {"bits", "options": a list of options}. Raises ObrError."""
+        if isinstance(entry, Allocation):
+            return entry
+        allocation = _build(cls, {"bits": 0, "options": [], **entry}, what)
+        if isinstance(allocation.options, str) or not allocation.options:
+            raise ObrError(
+                f"{what}.options is {allocation.options!r}; list options, in a config under layer_options."
+            )
+        options = tuple(Option.parse(option, f"{what}.options[{i}]") for i, option in enumerate(allocation.options))
+        least = min(Recipe(o.method, o.bits, o.sparsity, o.pattern).bits_per_weight for o in options)
+        if not least <= allocation.bits <= 16:
+            raise ObrError(
+                f"{what}.bits is {allocation.bits}; it must lie between its smallest option's {least:g} and 16."
+            )
+        return cls(float(allocation.bits), options)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is compressed and evaluated; the config's `recipes` entries, field by field.
 
     sparsity: fraction of the weights of each linear layer that is removed (implied by `pattern`).
     scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
     sweeps: of annealing, by the method "joint": more take longer and leave less error.
+    row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
     refit: after restoration each row's scale becomes the one with the least loss for its codes.
+    allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
     damp: added to the Hessian's diagonal, in units of its mean.
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
@@ -147,6 +212,7 @@ class Recipe:
     alpha: float = 0.5
     scope: str = "row"
     sweeps: int = 600
+    row_weights: str = "none"
     refit: bool = False
     damp: float = 0.01
     clip: str = "mse"
@@ -158,6 +224,7 @@ class Recipe:
     online: str = "float32"
     blocks: str | None = None
     seed: int = 0
+    allocation: Allocation | None = None
     activations: QuantizerSettings = QuantizerSettings()
     o_inputs: QuantizerSettings | None = None
     queries: QuantizerSettings = QuantizerSettings()
@@ -188,6 +255,12 @@ class Recipe:
                 f"{name}.scope is 'layer', but {f'pattern {recipe.pattern}' if recipe.pattern else recipe.method} "
                 "gives every row its own budget; use method joint without a pattern, or scope row."
             )
+        _choice(recipe.row_weights, ROW_WEIGHTS, f"{name}.row_weights")
+        if recipe.row_weights != "none" and recipe.scope != "layer":
+            raise ObrError(
+                f"{name}.row_weights is {recipe.row_weights!r}, but with scope row every row has its own budget, and "
+                "weights would change nothing; use method joint with scope layer."
+            )
         if not 0 <= recipe.sweeps <= 100_000:
             raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
         _choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
@@ -207,6 +280,8 @@ class Recipe:
             recipe = replace(recipe, mask=recipe.method)
         if recipe.method == "dense":
             recipe = replace(recipe, bits=16)
+        if recipe.allocation is not None:
+            recipe = recipe._allocated(name)
         for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1)):
             value = getattr(recipe, field)
             if not low <= value <= high:
@@ -219,6 +294,32 @@ class Recipe:
             )
         return recipe
 
+    def _allocated(self, name: str) -> "Recipe":
+        """With its allocation checked, and the bits of the largest option."""
+        allocation = Allocation.parse(self.allocation, f"{name}.allocation")
+        if self.method in ("dense", "released") or self.int8_down_proj:
+            odd = "int8_down_proj" if self.int8_down_proj else f"method {self.method}"
+            raise ObrError(f"{name} has an allocation, which {odd} contradicts; drop one of them.")
+        bits = max(option.bits for option in allocation.options)
+        return replace(self, allocation=allocation, bits=bits, sparsity=0.0, pattern=None)
+
+    def of_layer(self, option: Option | None) -> "Recipe":
+        """The recipe of a layer for which an allocation has chosen this option; itself without an allocation."""
+        if option is None:
+            return self
+        shares = option.method == "joint" and not option.pattern
+        own = (
+            {"scope": self.scope, "row_weights": self.row_weights}
+            if shares
+            else {"scope": "row", "row_weights": "none"}
+        )
+        return replace(self, allocation=None, **own, **asdict(option))
+
+    @property
+    def left_out(self) -> "Recipe":
+        """The recipe of blocks that this one leaves as they are."""
+        return self.of_layer(Option("dense", 16))
+
     @property
     def prunes(self) -> bool:
         return self.method in PRUNING
@@ -226,7 +327,16 @@ class Recipe:
     @property
     def needs_hessian(self) -> bool:
         refits = self.refit and self.bits < 16 and self.method != "released"
-        return self.method not in DATA_FREE or refits
+        return self.method not in DATA_FREE or refits or self.allocation is not None
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Of its allocation; none without one."""
+        return self.allocation.options if self.allocation is not None else ()
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.row_weights == "gradient"
 
     def chosen(self, count: int) -> range:
         """Which of a model's `count` blocks the recipe acts on. Raises ObrError if that is none."""
@@ -239,6 +349,8 @@ class Recipe:
     @property
     def bits_per_weight(self) -> float:
         """Bits that a weight of a linear layer costs in theory: kept codes and mask, scales left out."""
+        if self.allocation is not None:
+            return self.allocation.bits
         if self.bits == 16 and not self.sparsity:
             return 16.0
         mask_bits = 0.0
@@ -251,9 +363,10 @@ class Recipe:
 
     @property
     def setting(self) -> str:
-        """Such as "W4A4KV4"; keys and values are named apart where they differ."""
+        """Such as "W4A4KV4"; keys and values are named apart where they differ; "W3.0" is a mean over layers."""
         k, v = self.keys.bits, self.values.bits
-        return f"W{self.bits}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+        bits = self.allocation.bits if self.allocation is not None else self.bits
+        return f"W{bits}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
     def decisive(self) -> dict:
         """The fields that decide a checkpoint's weights."""
@@ -261,7 +374,11 @@ class Recipe:
         return {k: v for k, v in self.to_dict().items() if k in kept or k not in EVALUATION_ONLY}
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """Plain data, as JSON gives it back."""
+        entry = asdict(self)
+        if self.allocation is not None:
+            entry["allocation"]["options"] = list(entry["allocation"]["options"])
+        return entry
 
 
 def _build(cls, entry: dict, what: str):

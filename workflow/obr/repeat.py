@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from obr import data, hessian
+from obr import data, gradients, hessian
 from obr.checkpoint import Report, load_block, read_manifest, round_ends, round_rest
 from obr.compression import Statistics, compress_group
 from obr.errors import ObrError
@@ -30,6 +30,7 @@ class Places:
     rotation: Path | None = None
     tokens: Path | None = None
     hessians: Path | None = None
+    gradients: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     if recipe.clip == "learned":
         hessian.clip_weights(blocks)
     windows = data.load_tokens(places.tokens)[0] if places.tokens else None
-    report = Report(recipe, blocks.storage_dtype)
+    report = Report(recipe, blocks.storage_dtype, allocation=manifest.get("allocation"))
+    if places.gradients:
+        report.slopes, _ = gradients.load(places.gradients, blocks.target)
     round_ends(blocks.model, blocks.layout, report.dtype)
     layers = [(index, name) for index in recipe.chosen(len(blocks)) for name in blocks.layout.linears]
     chosen = random.Random("obr verify").sample(layers, min(count, len(layers)))
@@ -86,6 +89,9 @@ def _found(directory: Path, recipe: Recipe, places: Places) -> Places:
         usual["hessians"] = results / "hessians" / model / recipe.rotation / str(recipe.calibration)
     elif recipe.needs_hessian:
         usual["tokens"] = results / "calibration" / str(recipe.calibration) / f"{model}.safetensors"
+    if recipe.needs_gradients:
+        folder = results / "gradients" / model / recipe.rotation
+        usual["gradients"] = folder / f"{recipe.calibration}.safetensors"
     found = {name: getattr(places, name) or path for name, path in usual.items()}
     for name, path in found.items():
         if not path.exists():
@@ -96,9 +102,9 @@ def _found(directory: Path, recipe: Recipe, places: Places) -> Places:
 def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
     """Raise ObrError unless the inputs are those of the manifest, by their hashes; the code may be newer."""
     calibration = places.hessians / "hessian.json" if places.hessians else places.tokens
-    files = {"rotation": places.rotation, "calibration": calibration}
+    files = {"rotation": places.rotation, "calibration": calibration, "gradients": places.gradients}
     here = fingerprint("compression", places.model, files, device="cpu", dtype="", recipe=recipe.decisive())
-    for name in ("model", "rotation", "calibration", "recipe"):
+    for name in ("model", "rotation", "calibration", "gradients", "recipe"):
         if name in made_from and made_from[name] != here[name]:
             raise ObrError(f"The {name} at hand is not the one that the checkpoint was made from; give that one.")
 

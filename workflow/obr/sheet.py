@@ -105,7 +105,8 @@ def only_text(entry: dict):
 
 def activations(row: Row) -> str:
     """The part of a setting that the weights' bits leave: "A4KV4", or that nothing else is quantised."""
-    rest = row.recipe.setting.removeprefix(f"W{row.recipe.bits}")
+    setting = row.recipe.setting
+    rest = setting[setting.index("A") :]
     return "weights only" if rest == "A16KV16" else rest
 
 

@@ -88,7 +88,7 @@ def _head(model: str, label: str, row: Row, quotes: papers.Quotes) -> dict:
     names = {"model": model, "model_label": label, "recipe": row.key, "label": row.label}
     if row.recipe is None:
         return names | {"method": "", **quotes.setting(model, row)}
-    asked = row.recipe.pattern or row.recipe.sparsity
+    asked = "by layer" if row.recipe.allocation else row.recipe.pattern or row.recipe.sparsity
     return names | {"method": row.recipe.method, "setting": row.recipe.setting, "sparsity": asked}
 
 

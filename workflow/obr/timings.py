@@ -1,16 +1,19 @@
 """Timings of finished jobs, as Snakemake's benchmark files keep them, beside the work that each job was."""
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from safetensors import safe_open
+
 from obr import costs
 from obr.artefacts import read_artefact
-from obr.errors import ObrError
-from obr.recipe import Recipe
+from obr.errors import BROKEN_FILE, ObrError
+from obr.recipe import Option, Recipe
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def found_under(results: Path) -> list[Timing]:
     for path in sorted(folder.glob("*/**/*.tsv")):
         try:
             timing = _timing(Path(results), *path.relative_to(folder).with_suffix("").parts)
-        except (ObrError, KeyError, TypeError, ValueError):
+        except (ObrError, *BROKEN_FILE):
             continue
         with open(path, newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
@@ -47,7 +50,7 @@ def found_under(results: Path) -> list[Timing]:
 
 def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, costs.Work] | None:
     """(stage, device, work) of the job whose benchmark is called so; None for stages that are priced flat."""
-    if rule not in ("compress", "hessian", "perplexity", "zero_shot"):
+    if rule not in ("compress", "gradients", "hessian", "perplexity", "sensitivity", "zero_shot"):
         return None
     sizes = costs.sizes_in(results / "models" / names[0])
     if sizes is None:
@@ -57,6 +60,13 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, costs.Work
         recipe, calibration = Recipe.parse(manifest["recipe"]), manifest["calibration"] or {"tokens": 0, "seqlen": 1}
         work = costs.compress(sizes, recipe, calibration["tokens"], calibration["seqlen"])
         return stage_of(rule, recipe), manifest["device"], work
+    if rule == "gradients":
+        with safe_open(results / rule / f"{'/'.join(names)}.safetensors", framework="numpy") as file:
+            notes = json.loads(file.metadata()["gradients"])
+        return rule, notes["device"], costs.gradients(sizes, notes["tokens"], notes["seqlen"])
+    if rule == "sensitivity":
+        told = read_artefact(results / rule / Path(*names) / "losses.json")
+        return rule, told["device"], costs.sensitivity(sizes, [Option.parse(o, "option") for o in told["options"]])
     artefact = read_artefact(results / rule / Path(*names).with_suffix(".json")) if rule != "hessian" else None
     if rule == "perplexity":
         return rule, artefact["device"], costs.perplexity(sizes, artefact["tokens"], artefact["seqlen"])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from obr import fetch
+from obr.allocation import chosen_options
 from obr.checkpoint import CheckpointBlocks, LayerReport, read_manifest
 from obr.errors import ObrError
 from obr.layout import Layout
@@ -96,7 +97,7 @@ def _contents(directory: Path, manifest: dict) -> Iterator[str]:
             rows = {key: row for key, row in rows.items() if key[0] != index}
             totals = None
             continue
-        expected = blocks.recipe if index in blocks.recipe.chosen(len(blocks)) else _left_out(blocks.recipe)
+        expected = _expected(blocks.recipe, manifest, index, blocks.layout)
         yield from _block(block, blocks.layout, index, expected, rows, totals)
     if rows:
         (index, name), *_ = rows
@@ -105,9 +106,17 @@ def _contents(directory: Path, manifest: dict) -> Iterator[str]:
         yield from _sums(directory, manifest, totals)
 
 
-def _left_out(recipe: Recipe) -> Recipe:
-    """Of blocks that the recipe does not act on."""
-    return replace(recipe, method="dense", bits=16, sparsity=0.0, pattern=None)
+def _expected(recipe: Recipe, manifest: dict, index: int, layout: Layout) -> dict[str, Recipe]:
+    """The recipe of each layer of a block. Raises ObrError if an allocation has none for it."""
+    if index not in recipe.chosen(manifest["blocks"]):
+        return dict.fromkeys(layout.linears, recipe.left_out)
+    if recipe.allocation is None:
+        return dict.fromkeys(layout.linears, recipe)
+    chosen = chosen_options(manifest.get("allocation", {}), "manifest.json")
+    try:
+        return {name: recipe.of_layer(chosen[index, name]) for name in layout.linears}
+    except KeyError as error:
+        raise ObrError(f"manifest.json has no choice for layer {error}; it was altered.") from error
 
 
 def _rows(path: Path) -> dict[tuple[int, str], LayerReport]:
@@ -121,13 +130,15 @@ def _rows(path: Path) -> dict[tuple[int, str], LayerReport]:
     return {(report.block, report.layer): report for report in reports}
 
 
-def _block(block: nn.Module, layout: Layout, index: int, recipe: Recipe, rows: dict, totals: Totals) -> Iterator[str]:
+def _block(
+    block: nn.Module, layout: Layout, index: int, recipes: dict[str, Recipe], rows: dict, totals: Totals
+) -> Iterator[str]:
     for name, parameter in block.named_parameters():
         if not bool(parameter.isfinite().all()):
             yield f"block {index}: {name} has NaN or infinite values; compress the model again."
     for name in layout.linears:
         packed: Packed = block.get_submodule(name).packed
-        restored, where = unpack(packed), f"block {index} {name}"
+        restored, where, recipe = unpack(packed), f"block {index} {name}", recipes[name]
         eight = recipe.int8_down_proj and name in layout.groups["down"] and recipe.bits < 8
         try:
             _check_layer(packed, restored, replace(recipe, bits=8) if eight else recipe, where)

@@ -41,6 +41,7 @@ wildcard_constraints:
     recipe="[^/]+",
     text="[^/]+",
     task="[^/]+",
+    options="[^/]+",
     table="[^/]+",
     figure="[^/]+",
 
@@ -113,17 +114,36 @@ def recipe_inputs(wildcards):
         )
     elif recipe.needs_hessian:
         inputs["tokens"] = f"{RESULTS}/calibration/{recipe.calibration}/{wildcards.model}.safetensors"
+    if recipe.needs_gradients:
+        inputs["gradients"] = (
+            f"{RESULTS}/gradients/{wildcards.model}/{recipe.rotation}/{recipe.calibration}.safetensors"
+        )
+    if recipe.allocation:
+        inputs["allocation"] = f"{RESULTS}/allocations/{wildcards.model}/{wildcards.recipe}.json"
     return inputs
 
 
 def recipe_flags(wildcards, input):
     """The command-line flags for those inputs."""
     flags = []
-    for name in ("rotation", "tokens", "hessians"):
+    for name in ("rotation", "tokens", "hessians", "gradients", "allocation"):
         path = input.get(name)
         if path:
             flags.append(f"--{name} {Path(path).parent if name == 'hessians' else path}")
     return " ".join(flags)
+
+
+def sensitivity_of(wildcards):
+    """The losses that a recipe's allocation chooses from."""
+    recipe, options = CONFIG.parsed[wildcards.recipe], CONFIG.options_of(wildcards.recipe)
+    place = f"{wildcards.model}/{recipe.rotation}/{recipe.calibration}/{options}"
+    return f"{RESULTS}/sensitivity/{place}/losses.json"
+
+
+def rotation_input(wildcards):
+    """The rotation that a stage names in its path, if it is one."""
+    path = f"{RESULTS}/rotations/{wildcards.rotation}/{wildcards.model}.safetensors"
+    return {"rotation": path} if wildcards.rotation != "none" else {}
 
 
 def learning_tokens(wildcards):
@@ -138,10 +158,8 @@ def learner_of(wildcards):
 
 
 def hessian_inputs(wildcards):
-    inputs = {"tokens": f"{RESULTS}/calibration/{wildcards.calibration}/{wildcards.model}.safetensors"}
-    if wildcards.rotation != "none":
-        inputs["rotation"] = f"{RESULTS}/rotations/{wildcards.rotation}/{wildcards.model}.safetensors"
-    return inputs
+    tokens = f"{RESULTS}/calibration/{wildcards.calibration}/{wildcards.model}.safetensors"
+    return {"tokens": tokens, **rotation_input(wildcards)}
 
 
 def rotation_flag(wildcards, input):

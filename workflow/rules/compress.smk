@@ -28,6 +28,92 @@ rule hessian:
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
 
 
+rule gradients:
+    input:
+        unpack(hessian_inputs),
+        model=f"{RESULTS}/models/{{model}}/source.json",
+    output:
+        f"{RESULTS}/gradients/{{model}}/{{rotation}}/{{calibration}}.safetensors",
+    log:
+        f"{RESULTS}/logs/gradients/{{model}}/{{rotation}}/{{calibration}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/gradients/{{model}}/{{rotation}}/{{calibration}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["hessian"]
+    resources:
+        mem_mb=memory(5, 2),
+        runtime=minutes(30, 10),
+        gpu=GPU,
+        activations_mb=config["activations_memory"],
+    params:
+        entry=json.dumps(config["gradients"], sort_keys=True),
+        model=subpath(input.model, parent=True),
+        rotation=rotation_flag,
+        compute=compute_of,
+        code=code_of("gradients"),
+    shell:
+        "obr gradients --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
+        "--out {output} --activations-memory {resources.activations_mb} {params.compute} --threads {threads} "
+        ">{log} 2>&1"
+
+
+rule sensitivity:
+    input:
+        unpack(rotation_input),
+        model=f"{RESULTS}/models/{{model}}/source.json",
+        checked=ancient(f"{RESULTS}/models/{{model}}.checked.json"),
+        hessians=f"{RESULTS}/hessians/{{model}}/{{rotation}}/{{calibration}}/hessian.json",
+        gradients=f"{RESULTS}/gradients/{{model}}/{{rotation}}/{{calibration}}.safetensors",
+    output:
+        f"{RESULTS}/sensitivity/{{model}}/{{rotation}}/{{calibration}}/{{options}}/losses.json",
+    log:
+        f"{RESULTS}/logs/sensitivity/{{model}}/{{rotation}}/{{calibration}}/{{options}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/sensitivity/{{model}}/{{rotation}}/{{calibration}}/{{options}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["compress"]
+    resources:
+        mem_mb=memory(4, 3),
+        runtime=minutes(120, 80),
+        gpu=GPU,
+    params:
+        entry=lambda wildcards: json.dumps({"options": config["layer_options"][wildcards.options]}, sort_keys=True),
+        model=subpath(input.model, parent=True),
+        rotation=rotation_flag,
+        hessians=subpath(input.hessians, parent=True),
+        out=subpath(output[0], parent=True),
+        compute=compute_of,
+        code=code_of("sensitivity"),
+    shell:
+        "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} "
+        "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} {params.compute} "
+        "--threads {threads} >{log} 2>&1"
+
+
+rule allocate:
+    input:
+        sensitivity=sensitivity_of,
+    output:
+        f"{RESULTS}/allocations/{{model}}/{{recipe}}.json",
+    log:
+        f"{RESULTS}/logs/allocate/{{model}}/{{recipe}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/allocate/{{model}}/{{recipe}}.tsv"
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        entry=lambda wildcards: CONFIG.weight_entry(wildcards.recipe),
+        code=code_of("allocation"),
+    shell:
+        "obr allocate --entry {params.entry:q} --sensitivity {input.sensitivity} --out {output} >{log} 2>&1"
+
+
 rule compress:
     input:
         unpack(recipe_inputs),

@@ -39,9 +39,7 @@ rule check_model:
         runtime=5,
     params:
         model=subpath(input[0], parent=True),
-        entry=lambda wildcards: json.dumps(
-            {key: CONFIG.parsed[key].pattern for key in CONFIG.recipes_of(wildcards.model)}, sort_keys=True
-        ),
+        entry=lambda wildcards: json.dumps(CONFIG.patterns_of(wildcards.model), sort_keys=True),
         code=code_of("config"),
     shell:
         "obr check-model --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
