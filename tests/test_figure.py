@@ -146,6 +146,7 @@ def test_layer_errors_by_kind(results, monkeypatch, tmp_path):
     assert labels(drawn) == ["RTN", "OBR (GPTQ)", "OBR 2:4"]  # obr_a16 has obr's weights, dense no error
     assert [len(panel.get_lines()) for panel in drawn.panels[:7]] == [3] * 7
     assert points(drawn.panels[0])[0] == pytest.approx((0, 0.02 * 1.25))
+    assert max(x for x, _ in points(drawn.panels[0])) == 5  # the seventh block is left alone
     assert drawn.remarks == ["Llama-2-7B, RTN: compressed without calibration data, no error known"]
 
 

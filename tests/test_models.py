@@ -3,6 +3,7 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -185,6 +186,8 @@ def test_blocks_that_a_recipe_leaves_out_stay_dense(tiny_folder, prepared, windo
     assert some[0].mlp.down_proj.activations.bits == 4 and some[1].mlp.down_proj.activations.bits == 16
     assert manifest["bits_per_weight"]["theoretical"] == pytest.approx((3 + 16) / 2)
     assert manifest["sparsity"] == pytest.approx(0.25) and manifest["recipe"]["blocks"] == ":1"
+    layers = pd.read_csv(tmp_path / "some" / "layers.csv")
+    assert manifest["relative_error"] == pytest.approx(layers["relative_error"][layers["block"] == 0].mean())
     streamed = perplexity(CheckpointBlocks(tmp_path / "some", device="cpu"), windows)
     assert streamed == pytest.approx(perplexity(obr.load(tmp_path / "some", device="cpu"), windows), rel=1e-5)
     with pytest.raises(ObrError, match=r"blocks '5:' are none of the model's 2"):

@@ -99,10 +99,12 @@ def _compressed(folder: Path, key: str, recipe: dict, shared: dict) -> None:
     manifest |= {"sparsity": 0.501, "calibration": {"tokens": 262144} if calibrated else None, **shared}
     save(folder / "manifest.json", manifest)
     lines = []
-    for block in range(6):
+    for block in range(7):
+        left = {"bits": 16, "sparsity": 0.0, "relative_error": 0.0} if block == 6 else {}  # alone
         for i, layer in enumerate(("q", "k", "v", "o", "up", "gate", "down")):
             error = 0.02 * (1 + block) * (1 + 0.2 * i) * (0.5 + len(key) / 4)
-            lines.append({"block": block, "layer": layer, "relative_error": error})
+            line = {"block": block, "layer": layer, "bits": 4, "sparsity": 0.5, "relative_error": error}
+            lines.append(line | left)
     pd.DataFrame(lines).to_csv(folder / "layers.csv", index=False)
 
 

@@ -53,6 +53,11 @@ class LayerReport:
     packed_bytes: int
     flags: str
 
+    @property
+    def compressed(self) -> bool:
+        """Not of a block that the recipe leaves alone."""
+        return self.bits < 16 or self.sparsity > 0
+
 
 @dataclass
 class Report:
@@ -296,7 +301,8 @@ class Writer:
         weights = sum(layer.rows * layer.columns for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
         theoretical = sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers)
-        errors = [layer.relative_error for layer in layers if layer.relative_error == layer.relative_error]
+        errors = [layer.relative_error for layer in layers if layer.compressed]
+        errors = [error for error in errors if error == error]
         return {
             "format": FORMAT,
             "recipe": report.recipe.to_dict(),

@@ -52,9 +52,10 @@ def layer_error(source: Source) -> Sheet:
 
 
 def _layers(results: Path, model: str, row: Row) -> pd.DataFrame:
-    """A checkpoint's layer report, with the layer's bare kind."""
+    """A checkpoint's layer report, with the layer's bare kind, of the blocks that the recipe compresses."""
     path = require(results / "compressed" / model / row.checkpoint / "layers.csv")
     layers = pd.read_csv(path)
+    layers = layers[(layers["bits"] < 16) | (layers["sparsity"] > 0)]
     return layers.assign(kind=layers["layer"].map(_kind))
 
 
@@ -106,7 +107,7 @@ def _kind(layer: str) -> str:
 def natural_sparsity(source: Source) -> Sheet:
     """Zeros among the weights that were not pruned, by block: a panel per model and row, a line per kind of layer.
 
-    The dashed line is the mean over all weights, told with the published one beneath.
+    The dashed line is the mean over all quantised weights, told with the published one beneath.
     """
     rows = [row for row in source.rows if row.recipe.method != "dense"]
     panels = [(model, label, row) for model, label in source.labels.items() for row in rows]
@@ -127,7 +128,7 @@ def natural_sparsity(source: Source) -> Sheet:
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         printed = source.quotes.value(model, row, "natural_sparsity_pct")
         quoted = "" if printed != printed else f", {printed:.2f} % published"
-        sheet.remarks.append(f"{label}, {row.label}: {mean:.2f} % of all weights are zero (dashed){quoted}")
+        sheet.remarks.append(f"{label}, {row.label}: {mean:.2f} % of the quantised weights are zero (dashed){quoted}")
     for kind, colour, marker in zip(kinds, cycle(COLOURS), cycle(MARKERS)):
         sheet.handles.append(handle(kind, marker, color=colour, linestyle="-"))
     return sheet
