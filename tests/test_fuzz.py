@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -211,6 +211,7 @@ def other_bytes(draw: random.Random, content: bytes) -> bytes:
 
 @HALF
 @given(seeds)
+@example(46548)  # a line end in place of a shape
 def test_files_of_blocks(blocks, seed):
     content = other_bytes(random.Random(seed), (blocks.directory / "block").read_bytes())
     path = blocks.directory / "spoilt"

@@ -165,6 +165,7 @@ Q = "self_attn.q_proj"
         (in_block(lambda t, h: t["input_layernorm.weight"].fill_(float("inf"))), "input_layernorm.weight has NaN"),
         (in_block(lambda t, h: t[f"{Q}.codes"].zero_()), "layers.csv says zeros 0.5"),
         (in_block(lambda t, h: t.update({f"{Q}.mask": t[f"{Q}.mask"][1:].clone()})), "A packed stream has"),
+        (in_block(lambda t, h: h["layers"][Q].update(shape="\x1b[2J\n")), f"{Q} is \\x1b[2J\\n, the model's is"),
         (in_block(lambda t, h: h["layers"].pop(Q)), "block_000.safetensors is not a block of this model"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from obr import foreign
-from obr.errors import ObrError
+from obr.errors import ObrError, printable
 from obr.files import write_json
 
 
@@ -473,7 +473,7 @@ def verify(
             if layer.differing > TOLERATED:
                 problems.append(f"{spell(layer)}, more than rounding explains on one kind of processor.")
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     if problems:
         raise ObrError(f"{checkpoint} is not what its manifest says in {len(problems)} points, told above.")
     print(f"{checkpoint} is what its manifest says.")

@@ -6,8 +6,21 @@ from safetensors import SafetensorError
 class ObrError(Exception):
     """A problem told in one sentence that names the thing, the value and the remedy.
 
-    The command line prints it without a traceback and exits with status 1.
+    The command line prints it without a traceback and exits with status 1. What a file has put into it, line ends
+    and a terminal's control characters among it, is written out, and cut where it is too long.
     """
+
+    def __init__(self, sentence: str):
+        super().__init__(printable(sentence))
+
+
+LONGEST = 1800  # characters of a sentence
+
+
+def printable(text: str) -> str:
+    """Text on one line: characters that cannot be printed as Python writes them, a long text without its middle."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 # What reading a safetensors file, or the metadata that ought to be in it, raises when it is not whole.
