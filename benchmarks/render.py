@@ -133,6 +133,23 @@ def _products(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
+def _decoding(frame: pd.DataFrame) -> str:
+    parts = []
+    for (subject, threads), part in frame.groupby(["subject", "threads"], sort=False):
+        rows = [
+            {
+                "Weights": row["weights"], "Linear layers (MB)": f"{row['linear_mb']:.1f}",
+                "Milliseconds a token": _milliseconds(row), "Tokens a second": f"{row['tokens_s']:.1f}",
+                "Of the bound": f"{row['of_bound']:.0%}",
+                "Resident (MB)": f"{row['resident_mb'] - row['before_mb']:.0f}",
+            }
+            for _, row in part.iterrows()
+        ]  # fmt: skip
+        speed = f"memory is read at {part['read_gb_s'].min():.1f} to {part['read_gb_s'].max():.1f} GB/s"
+        parts.append(f"{subject}, {counted(threads, 'thread')}; {speed}:\n\n{_markdown(rows)}")
+    return "\n\n".join(parts)
+
+
 def _milliseconds(row: pd.Series) -> str:
     value, low, high = (f"{1e3 * row[f'time{part}_s']:.3g}" for part in ("", "_min", "_max"))
     return f"{value} ({low}–{high})"
@@ -144,5 +161,6 @@ TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
     "memory": ("Peak resident memory against depth", _memory),
     "scaling": ("How the time grows", _scaling),
     "products": ("Products with weights larger than the caches", _products),
+    "decoding": ("Writing text, one token at a time", _decoding),
     "large": ("A model of Llama-2-7B's shape", _large),
 }

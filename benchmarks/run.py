@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+import decoding
 import large
 import memory
 import products
@@ -87,12 +88,19 @@ def measure_products(s: Settings) -> list[dict]:
     return products.measure(5 * s.repeats, threads, products.SHAPES, (1, 8, 64), cold=4 * products.last_cache())
 
 
+def measure_decoding(s: Settings) -> list[dict]:
+    if s.quick:
+        return decoding.measure(None, s.scratch, (s.threads,), 3, 1, TINY, apart=False)
+    return decoding.measure(s.results, s.scratch, tuple(sorted({1, s.threads})), 12 * s.repeats, 2)
+
+
 PARTS: dict[str, Callable[[Settings], list[dict]]] = {
     "restoration": measure_restoration,
     "scaling": measure_scaling,
     "stages": measure_stages,
     "memory": measure_memory,
     "products": measure_products,
+    "decoding": measure_decoding,
     "large": measure_large,
 }
 
@@ -119,7 +127,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Measure the parts asked for, writing each as it is done, then render all."""
     parts = arguments.only or ([*PARTS] if arguments.quick else [p for p in PARTS if p != "large"])
-    demo = {"restoration", "stages"}
+    demo = {"restoration", "stages", "decoding"}
     if demo & set(parts) and not arguments.quick and not (arguments.results / "hessians").exists():
         raise ObrError(
             f"{arguments.results} has no Hessians; run `make demo` first or name its results by --results."

@@ -298,6 +298,16 @@ def test_what_is_missing_or_of_another_recipe_is_told(made, tmp_path):
     other = recipe(allocation={"bits": 3, "options": OPTIONS[1:]})
     with pytest.raises(ObrError, match="was measured at other options"):
         allocation.allocate_stage(other, losses, tmp_path / "b.json")
+    told = read_json(losses)
+    part = {**told, "layers": [layer for layer in told["layers"] if layer["block"] == 0]}
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    with pytest.raises(ObrError, match="has no losses of block 1, on which the recipe acts"):
+        allocation.allocate_stage(recipe(), tmp_path / "part.json", tmp_path / "b.json")
+    allocation.allocate_stage(recipe(2.5), losses, tmp_path / "b.json")
+    with pytest.raises(ObrError, match=r"is for another budget than the recipe's 3.0 bits"):
+        compress_stage(
+            model, cached, tmp_path / "b", **files, gradient_file=slopes, allocation_file=tmp_path / "b.json"
+        )
     allocation.allocate_stage(recipe(blocks=":1"), losses, tmp_path / "c.json")
     with pytest.raises(ObrError, match=r"no choice of the recipe's for block 1 self_attn.q_proj; allocate again"):
         compress_stage(

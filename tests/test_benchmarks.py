@@ -14,7 +14,7 @@ from obr.restoration import restore
 from test_restoration import layer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PARTS = ["restoration", "scaling", "stages", "memory", "products", "large"]
+PARTS = ["restoration", "scaling", "stages", "memory", "products", "decoding", "large"]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,17 @@ def test_times_and_peaks_are_of_this_world(out):
         assert (pd.read_csv(out / f"{part}.csv")[column] > 0).all(), part
     peaks = pd.concat([pd.read_csv(out / f"{part}.csv")["peak_mb"] for part in ("memory", "large")])
     assert peaks.between(100, 4000).all()  # torch alone takes more than the least
+
+
+def test_packed_models_write_tokens_in_less_memory(out):
+    frame = pd.read_csv(out / "decoding.csv").set_index("weights")
+    assert list(frame.index) == ["bfloat16", "INT4, dense", "INT4, 50 %", "INT4, paired 4:8"]
+    assert (frame["tokens_s"] * frame["time_s"]).tolist() == pytest.approx(4 * [1])
+    megabytes = frame["linear_mb"]
+    assert megabytes["bfloat16"] > 3 * megabytes["INT4, dense"] > 3 * megabytes["INT4, 50 %"]
+    assert megabytes["INT4, 50 %"] > megabytes["INT4, paired 4:8"]
+    bound = frame["weights_mb"] * 1e6 / (frame["read_gb_s"] * 1e9) / frame["time_s"]
+    assert frame["of_bound"].tolist() == pytest.approx(bound.tolist())
 
 
 def test_products_are_compared_with_the_read_of_memory(out):

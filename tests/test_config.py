@@ -65,6 +65,11 @@ def test_an_allocation_takes_its_options_from_the_config():
     )
     assert [option["bits"] for option in json.loads(config.weight_entry("mixed"))["allocation"]["options"]] == [3, 4]
     assert "allocations/large/mixed.json" in set(config.artefacts(config.raw["figures"]["f"]))
+    assert config.measured_blocks("mixed", "none", "c") is None
+    part = Config(raw(**changes, recipes__mixed={**recipe, "blocks": "0:2"}))
+    assert (
+        part.measured_blocks("mixed", "none", "c") == "0:2" and part.measured_blocks("mixed", "quarot", "c") is None
+    )
     assert config.patterns_of("small") == {"mixed, gptq, 3 bits": None, "mixed, joint, 4 bits, 8:16": "8:16"}
     with pytest.raises(ObrError, match=r"figures.f draws allocations, but recipe 'obr' has none"):
         Config(raw(**changes, figures__f={"kind": "allocation", "models": ["large"], "rows": ["obr"]}))

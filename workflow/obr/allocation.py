@@ -171,6 +171,10 @@ def allocate_stage(recipe: Recipe, sensitivity: Path, out: Path) -> Choice:
     if [Option.parse(o, "option") for o in measured["options"]] != list(recipe.options):
         raise ObrError(f"{sensitivity} was measured at other options than the allocation has; measure it again.")
     chosen = recipe.chosen(measured["blocks"])
+    if missing := set(chosen) - {layer["block"] for layer in measured["layers"]}:
+        raise ObrError(
+            f"{sensitivity} has no losses of block {min(missing)}, on which the recipe acts; measure it again."
+        )
     choice = allocate(recipe.allocation, [layer for layer in measured["layers"] if layer["block"] in chosen])
     write_json(choice.to_dict(), out)
     return choice

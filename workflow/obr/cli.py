@@ -333,7 +333,7 @@ def sensitivity(
     from obr.sensitivity import sensitivity
 
     options = tuple(Option.parse(option, f"options[{i}]") for i, option in enumerate(entry["options"]))
-    sensitivity(model, rotation, hessians, gradients, options, out, dtype, device)
+    sensitivity(model, rotation, hessians, gradients, options, out, entry.get("blocks"), dtype, device)
 
 
 def allocate(entry: dict, sensitivity: Path, out: Path) -> None:

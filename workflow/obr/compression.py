@@ -125,6 +125,10 @@ def compress_stage(
     if recipe.allocation is not None:
         files["allocation"] = allocation_file
         report.allocation = read_json(allocation_file)
+        if report.allocation.get("bits") != recipe.allocation.bits:
+            raise ObrError(
+                f"{allocation_file} is for another budget than the recipe's {recipe.allocation.bits} bits."
+            )
     run = fingerprint(
         "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=recipe.decisive()
     )

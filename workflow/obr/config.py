@@ -176,6 +176,17 @@ class Config:
                 if entry.get("kind") in ("layer_error", "natural_sparsity"):
                     yield f"compressed/{model}/{self.checkpoint_of(row)}/layers.csv"
 
+    def measured_blocks(self, options: str, rotation: str, calibration: str) -> str | None:
+        """The blocks to measure: those of the recipes whose allocations choose from it, all if these differ."""
+        found = {
+            recipe.blocks
+            for key, recipe in self.parsed.items()
+            if recipe.allocation is not None
+            and self.options_of(self.checkpoint_of(key)) == options
+            and (recipe.rotation, recipe.calibration) == (rotation, calibration)
+        }
+        return found.pop() if len(found) == 1 else None
+
     def check_widths(self, model: str, config: Path) -> None:
         """Raise ObrError if a recipe's pattern does not divide a layer of the model with this config.json."""
         check_widths(json.loads(config.read_text()), self.patterns_of(model), model)

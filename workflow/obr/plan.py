@@ -8,7 +8,7 @@ import heapq
 import json
 import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from obr import costs, timings
@@ -127,7 +127,10 @@ class Prices:
             work = costs.gradients(sizes, tokens, length)
         elif job.rule == "sensitivity":
             options = self.config["layer_options"][job.wildcards["options"]]
-            work = costs.sensitivity(sizes, [Option.parse(option, "option") for option in options])
+            recipes = [self.recipe(key) for key, entry in self.config["recipes"].items() if entry.get("allocation")]
+            blocks = {len(recipe.chosen(sizes.blocks)) for recipe in recipes}
+            measured = replace(sizes, blocks=max(blocks, default=sizes.blocks))
+            work = costs.sensitivity(measured, [Option.parse(option, "option") for option in options])
         elif job.rule == "learn_rotation":
             entry = self.config["rotations"][job.wildcards["rotation"]]
             tokens, length = self.calibration(entry["learn"]["calibration"])

@@ -18,7 +18,7 @@ from obr.files import read_json, write_json
 from obr.model import Blocks, block_file
 from obr.progress import Progress
 from obr.provenance import fingerprint
-from obr.recipe import Option
+from obr.recipe import Option, Recipe
 from obr.restoration import Hessian, restore_together
 from obr.resume import Unfinished
 
@@ -83,6 +83,7 @@ def sensitivity(
     gradient_file: Path,
     options: tuple[Option, ...],
     out: Path,
+    chosen: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> dict:
@@ -91,8 +92,8 @@ def sensitivity(
     An interrupted run goes on with the block it was at.
 
     Args:
-        rotation: the rotation's file, None for none. hessians: folder of cached Hessians. gradient_file: of the stage
-            gradients.
+        rotation: the rotation's file, None for none. hessians: folder of cached Hessians.
+        gradient_file: of the stage gradients. chosen: the blocks to be measured, as in a recipe; None for all.
 
     Raises:
         ObrError: files of different models, or blocks of an unfinished run with other inputs or settings.
@@ -104,18 +105,20 @@ def sensitivity(
     files = {"rotation": rotation, "hessians": hessians / "hessian.json", "gradients": gradient_file}
     run = fingerprint(
         "sensitivity", model, files,
-        device=str(blocks.target), dtype=str(blocks.dtype), options=[asdict(option) for option in options],
+        device=str(blocks.target), dtype=str(blocks.dtype), chosen=chosen,
+        options=[asdict(option) for option in options],
     )  # fmt: skip
     unfinished = Unfinished(out, run)
-    finished = unfinished.finished(len(blocks))
-    cached = ((i, hessian.load(hessians / block_file(i), blocks.target)) for i in range(finished, len(blocks)))
-    with Progress("sensitivity", len(blocks)) as shown:
-        for _ in range(finished):
+    measured = Recipe("dense", blocks=chosen).chosen(len(blocks))
+    missing = [index for index in measured if unfinished.note(index) is None]
+    cached = ((index, hessian.load(hessians / block_file(index), blocks.target)) for index in missing)
+    with Progress("sensitivity", len(measured)) as shown:
+        for _ in range(len(measured) - len(missing)):
             shown.resume()
         for index, layers in predicted_losses(blocks, cached, slopes, options, about["seqlen"]):
             unfinished.keep(index, lambda _: None, {"layers": layers})  # the note is all there is to keep
             shown.block()
-    layers = [layer for index in range(len(blocks)) for layer in unfinished.note(index)["layers"]]
+    layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
     told = {
         "options": [asdict(option) for option in options], "blocks": len(blocks), "layers": layers,
         "calibration": about, "gradients": notes, "device": str(blocks.target),

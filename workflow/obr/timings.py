@@ -4,7 +4,7 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -28,8 +28,10 @@ class Timing:
 
 
 def stage_of(rule: str, recipe: Recipe | None) -> str:
-    """What timings are compared by: the rule, and for compressions the method too."""
-    return f"{rule} {recipe.method}" if rule == "compress" and recipe else rule
+    """What timings are compared by: the rule, and for compressions the method too, or that layers have their own."""
+    if rule != "compress" or recipe is None:
+        return rule
+    return f"{rule} {'allocated' if recipe.allocation else recipe.method}"
 
 
 def found_under(results: Path) -> list[Timing]:
@@ -66,7 +68,9 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, costs.Work
         return rule, notes["device"], costs.gradients(sizes, notes["tokens"], notes["seqlen"])
     if rule == "sensitivity":
         told = read_artefact(results / rule / Path(*names) / "losses.json")
-        return rule, told["device"], costs.sensitivity(sizes, [Option.parse(o, "option") for o in told["options"]])
+        options = [Option.parse(option, "option") for option in told["options"]]
+        blocks = len({layer["block"] for layer in told["layers"]})
+        return rule, told["device"], costs.sensitivity(replace(sizes, blocks=blocks), options)
     artefact = read_artefact(results / rule / Path(*names).with_suffix(".json")) if rule != "hessian" else None
     if rule == "perplexity":
         return rule, artefact["device"], costs.perplexity(sizes, artefact["tokens"], artefact["seqlen"])

@@ -140,6 +140,12 @@ def sensitivity_of(wildcards):
     return f"{RESULTS}/sensitivity/{place}/losses.json"
 
 
+def sensitivity_entry(wildcards):
+    """JSON of the options that are tried, and of the blocks on which."""
+    blocks = CONFIG.measured_blocks(wildcards.options, wildcards.rotation, wildcards.calibration)
+    return json.dumps({"options": config["layer_options"][wildcards.options], "blocks": blocks}, sort_keys=True)
+
+
 def rotation_input(wildcards):
     """The rotation that a stage names in its path, if it is one."""
     path = f"{RESULTS}/rotations/{wildcards.rotation}/{wildcards.model}.safetensors"

@@ -79,7 +79,7 @@ rule sensitivity:
         runtime=minutes(120, 80),
         gpu=GPU,
     params:
-        entry=lambda wildcards: json.dumps({"options": config["layer_options"][wildcards.options]}, sort_keys=True),
+        entry=sensitivity_entry,
         model=subpath(input.model, parent=True),
         rotation=rotation_flag,
         hessians=subpath(input.hessians, parent=True),

@@ -1,0 +1,182 @@
+"""Tokens a second and resident memory of models that write text, one token at a time: packed weights beside bfloat16.
+
+Each model runs in a process of its own, whose resident memory is its own, and is written from by `generate`. Before
+and after, the same threads read memory as fast as they can: no token can be written in less time than its weights
+are read in, which is the bound. With one thread, time is the processor's that the process had, so that other work on
+the machine slows nothing but memory; with several it is the clock's. Models are SmolLM2-135M as the demo leaves it, and
+blocks of Llama-2-7B's shape with random weights, more than the caches hold.
+
+    python benchmarks/decoding.py FOLDER KIND TOKENS THREADS    # one model; prints what was measured as JSON
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from layers import MODEL
+from models import LLAMA_2_7B, write_model
+from obr import int4, native
+from obr.checkpoint import read_manifest
+from obr.compression import compress_stage
+from obr.errors import ObrError
+from obr.packed import PackedLinear
+from obr.packed import load as load_checkpoint
+from obr.recipe import Recipe
+from timing import machine
+
+DENSE, PACKED = "bfloat16", "packed"
+PROMPT = 8
+# Random weights are rounded and pruned by their size alone: what multiplies them takes as long.
+STACK = {
+    "INT4, dense": {"method": "rtn", "clip": "minmax"},
+    "INT4, 50 %": {"method": "magnitude", "clip": "minmax"},
+    "INT4, paired 4:8": {"method": "magnitude", "pattern": "paired 4:8", "clip": "minmax"},
+}
+DEMO = {"INT4, dense": "gptq", "INT4, 50 %": "obr_gptq"}
+
+
+def measure(
+    results: Path | None,
+    scratch: Path,
+    threads: tuple[int, ...],
+    tokens: int,
+    blocks: int,
+    sizes: dict = LLAMA_2_7B,
+    apart: bool = True,
+) -> list[dict]:
+    """One row for each model, kind of weights and number of threads.
+
+    results: of the demo; None leaves its models out. apart: in processes of their own, without which resident memory
+    is that of all.
+    """
+    rows, run = [], in_a_process if apart else write_tokens
+    if results is not None:
+        folders = {DENSE: results / "models" / MODEL}
+        folders |= {name: results / "compressed" / MODEL / recipe for name, recipe in DEMO.items()}
+        rows += _subject("SmolLM2-135M", folders, threads, tokens, run)
+    folder = scratch / "stack"
+    try:
+        folders = write_stack(folder, {**sizes, "vocab_size": 512, "num_hidden_layers": blocks})
+        subject = f"{blocks} x {sizes['hidden_size']} x {sizes['intermediate_size']}"
+        rows += _subject(subject, folders, threads, tokens, run)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def write_stack(folder: Path, sizes: dict) -> dict[str, Path]:
+    """A random model and its compressed forms, by kind of weights."""
+    folders = {DENSE: folder / "model"}
+    write_model(folders[DENSE], sizes)
+    for number, (name, recipe) in enumerate(STACK.items()):
+        folders[name] = folder / str(number)
+        compress_stage(folders[DENSE], Recipe.parse(recipe), folders[name])
+    return folders
+
+
+def _subject(subject: str, folders: dict[str, Path], threads: tuple[int, ...], tokens: int, run: Callable):
+    rows = []
+    for count in threads:
+        for name, folder in folders.items():
+            found = run(folder, DENSE if name == DENSE else PACKED, tokens, count)
+            rows.append({"subject": subject, "weights": name, **found, **machine(), "threads": count})
+    return rows
+
+
+def in_a_process(folder: Path, kind: str, tokens: int, threads: int) -> dict[str, float]:
+    """What `write_tokens` finds in a process of its own. Raises ObrError if that fails."""
+    command = [sys.executable, __file__, folder, kind, tokens, threads]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise ObrError(f"Writing text with {folder} failed under the benchmark: {done.stderr.strip()[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_tokens(folder: Path, kind: str, tokens: int, threads: int) -> dict[str, float]:
+    """What one model takes: seconds a token, bytes of its weights, resident memory, and the speed of memory.
+
+    resident_mb: of the process with the model; before_mb: of the same before it was loaded.
+    """
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    before, reads = resident(), [read_speed(threads, clock)]
+    model = load(folder, kind)
+    native.return_freed_memory()
+    after, seconds = resident(), written(model, tokens, clock)
+    fastest = median([*reads, read_speed(threads, clock)])
+    bytes_ = weight_bytes(model)
+    taken = median(seconds)
+    return {
+        "tokens_s": 1 / taken, "time_s": taken, "time_min_s": min(seconds), "time_max_s": max(seconds),
+        "weights_mb": bytes_ / 1e6, "linear_mb": linear_bytes(model) / 1e6, "resident_mb": after, "before_mb": before,
+        "read_gb_s": fastest / 1e9, "of_bound": bytes_ / fastest / taken,
+    }  # fmt: skip
+
+
+def load(folder: Path, kind: str):
+    """A raw model in bfloat16, or a checkpoint's packed weights by 8-bit activations, the rest in bfloat16."""
+    if kind == DENSE:
+        from obr import load_model
+
+        return load_model(folder, torch.bfloat16, "cpu")
+    recipe = Recipe.parse(read_manifest(folder)["recipe"] | {"activations": {"bits": 8}})
+    return load_checkpoint(folder, recipe, torch.bfloat16, packed=True)
+
+
+@torch.inference_mode()
+def written(model: nn.Module, tokens: int, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each token but the first two."""
+    ends: list[float] = []
+    hook = model.register_forward_hook(lambda *_: ends.append(clock()))
+    prompt = torch.arange(1, PROMPT + 1)[None]
+    options = {"max_new_tokens": tokens + 3, "min_new_tokens": tokens + 3, "do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    hook.remove()
+    return [later - sooner for sooner, later in pairwise(ends[2:])]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a token passes: all linear layers, the head included."""
+    return linear_bytes(model) + model.get_output_embeddings().weight.nbytes
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of the blocks' linear layers, masks and scales included."""
+    total = 0
+    for module in model.get_decoder().layers.modules():
+        if isinstance(module, PackedLinear):
+            total += module.kernel.bytes
+        elif isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2:
+            total += module.weight.nbytes
+    return total
+
+
+def read_speed(threads: int, clock: Callable[[], float], repeats: int = 5) -> float:
+    """Bytes a second, median of reads of 256 MB."""
+    memory = torch.ones(1 << 28, dtype=torch.uint8)
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        int4.read_memory(memory, threads)
+        times.append(clock() - start)
+    return memory.nbytes / median(times)
+
+
+def resident() -> float:
+    """Resident memory of this process, in 10^6 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS"))
+
+
+if __name__ == "__main__":
+    place, kind, tokens, threads = sys.argv[1:]
+    print(json.dumps(write_tokens(Path(place), kind, int(tokens), int(threads))))
