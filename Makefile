@@ -2,12 +2,13 @@
 # make plan    what the paper's tables would cost, before anything starts (PLAN="--configfile ..." for others)
 # make test    everything from nothing: all tests
 # make test-faults   kills, full disks, broken input, at length: 25 kills, 10^5 broken files and configs; mounts as root
-# make test-slurm   part of the workflow on a SLURM of its own, from Debian's packages; as root
+# make test-slurm   the workflow on a SLURM of its own, from Debian's packages; as root
 # make smoke   the whole workflow on a tiny model, trained first
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
 # make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
 # make lint    ruff, snakefmt, snakemake --lint
+# make audit   known vulnerabilities of what the lock files install, asked of osv.dev
 # make clean   remove what the demo and the tests made; results/ of other runs stay
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large kernels lint clean
+.PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large kernels lint audit clean
 .DEFAULT_GOAL := demo
 
 # By hash, all but torch; it comes last and pinned, so that nothing else chooses its build.
@@ -76,6 +77,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(SNAKEMAKE) --lint
+
+# In an environment of its own: the auditor's dependencies are not the project's.
+audit: $(READY)
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.9.0
+	$(BIN)/python envs/audit.py .venv/audit/bin/pip-audit
 
 clean:
 	rm -rf results/demo results/demo-wikitext results/smoke results/tiny .pytest_cache .ruff_cache .hypothesis

@@ -3,8 +3,8 @@
 Each model runs in a process of its own, whose resident memory is its own, and is written from by `generate`. Before
 and after, the same threads read memory as fast as they can: no token can be written in less time than its weights
 are read in, which is the bound. With one thread, time is the processor's that the process had, so that other work on
-the machine slows nothing but memory; with several it is the clock's. Models are SmolLM2-135M as the demo leaves it, and
-blocks of Llama-2-7B's shape with random weights, more than the caches hold.
+the machine slows nothing but memory; with several it is the clock's. Models are SmolLM2-135M as the demo leaves it,
+and blocks of Llama-2-7B's shape with random weights, more than the caches hold.
 
     python benchmarks/decoding.py FOLDER KIND TOKENS THREADS    # one model; prints what was measured as JSON
 """

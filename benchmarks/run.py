@@ -90,7 +90,8 @@ def measure_products(s: Settings) -> list[dict]:
 
 def measure_decoding(s: Settings) -> list[dict]:
     if s.quick:
-        return decoding.measure(None, s.scratch, (s.threads,), 3, 1, TINY, apart=False)
+        wider = {**TINY, "hidden_size": 256, "intermediate_size": 512}  # or scales weigh more than codes
+        return decoding.measure(None, s.scratch, (s.threads,), 3, 1, wider, apart=False)
     return decoding.measure(s.results, s.scratch, tuple(sorted({1, s.threads})), 12 * s.repeats, 2)
 
 

@@ -60,8 +60,8 @@ def test_packed_models_write_tokens_in_less_memory(out):
     assert list(frame.index) == ["bfloat16", "INT4, dense", "INT4, 50 %", "INT4, paired 4:8"]
     assert (frame["tokens_s"] * frame["time_s"]).tolist() == pytest.approx(4 * [1])
     megabytes = frame["linear_mb"]
-    assert megabytes["bfloat16"] > 3 * megabytes["INT4, dense"] > 3 * megabytes["INT4, 50 %"]
-    assert megabytes["INT4, 50 %"] > megabytes["INT4, paired 4:8"]
+    assert megabytes["bfloat16"] > 3 * megabytes["INT4, dense"]
+    assert megabytes["INT4, dense"] > megabytes["INT4, 50 %"] > megabytes["INT4, paired 4:8"]
     bound = frame["weights_mb"] * 1e6 / (frame["read_gb_s"] * 1e9) / frame["time_s"]
     assert frame["of_bound"].tolist() == pytest.approx(bound.tolist())
 

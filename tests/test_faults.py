@@ -37,33 +37,38 @@ ENTRY = json.dumps({"method": "obr_gptq", "rotation": "quarot", "calibration": "
 # --- Kills ------------------------------------------------------------------------------------------------
 
 
-def stages_of(process: psutil.Process) -> list[psutil.Process]:
-    """The stages that a running Snakemake has started: processes of `obr`, not the shells around them."""
+def stages_of(process: psutil.Process, aim: str) -> list[psutil.Process]:
+    """The stages of a kind that a running Snakemake has started: processes of `obr`, not the shells around them."""
     try:
-        children = process.children(recursive=True)
-        return [child for child in children if any(part.endswith("/obr") for part in child.cmdline()[:3])]
+        commands = [(child, child.cmdline()) for child in process.children(recursive=True)]
+        return [
+            child
+            for child, command in commands
+            if any(part.endswith("/obr") for part in command[:3]) and any(part.startswith(aim) for part in command)
+        ]
     except psutil.Error:
         return []
 
 
-def pulled(folder: Path, victim: str, draw: random.Random) -> str:
-    """Start the workflow and kill a stage, Snakemake alone or all processes at once, some time after a stage began.
+def pulled(folder: Path, victim: str, aim: str, draw: random.Random) -> str:
+    """Start the workflow and kill a stage, Snakemake alone or all processes at once, some time after a stage of the
+    kind `aim` began.
 
-    Returns what was killed, "finished" if the run had ended before.
+    Returns what was killed, "finished" if run or stage had ended before.
     """
     with open(folder / "output", "a") as output:
         run = subprocess.Popen(
             command(folder, CONFIG, TARGET), stdout=output, stderr=output, env=environment(), start_new_session=True
         )
     process = psutil.Process(run.pid)
-    while run.poll() is None and not (stages := stages_of(process)):
+    while run.poll() is None and not (stages := stages_of(process, aim)):
         time.sleep(0.05)
-    deadline = time.monotonic() + draw.uniform(0, 12)
+    deadline = time.monotonic() + draw.uniform(0, 6)
     while run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     if run.poll() is not None:
         return "finished"
-    stages = stages_of(process) or stages
+    stages = stages_of(process, aim) or stages
     told = victim
     if victim == "stage":
         chosen = draw.choice(stages)
@@ -71,7 +76,7 @@ def pulled(folder: Path, victim: str, draw: random.Random) -> str:
             told = "stage " + next(part for part in chosen.cmdline() if "/" not in part)
             chosen.kill()
         except (psutil.Error, StopIteration):
-            told = "stage that had ended"
+            told = "finished"
     elif victim == "Snakemake":
         run.kill()
     else:
@@ -115,13 +120,18 @@ def undisturbed(tiny_folder, tmp_path_factory) -> Path:
 def test_killed_workflows_go_on_and_end_with_the_same_results(undisturbed, tmp_path):
     draw, killed, started = random.Random(0), Counter(), time.monotonic()
     victims = ["stage", "Snakemake", "all"]
+    aims = (
+        ["download-", "calibrate", "hessian", "compress", "perplexity", "zero-shot"] if KILLS > 19 else ["compress"]
+    )
     while sum(killed.values()) < KILLS:
-        what = pulled(tmp_path, victims[sum(killed.values()) % 3], draw)
+        count = sum(killed.values())
+        aim = aims[count * len(aims) // KILLS]
+        what = pulled(tmp_path, victims[count % 3], aim, draw)
         if what == "finished":  # or stopped by a stage that outlived its Snakemake
             if complete(tmp_path):
                 shutil.rmtree(tmp_path / "results")
             continue
-        killed[what] += 1
+        killed[what if what.startswith("stage") else f"{what} during {aim.strip('-')}"] += 1
         shutil.rmtree(tmp_path / ".snakemake/locks", ignore_errors=True)  # all that --unlock does
         print(f"{time.monotonic() - started:.0f} s: killed {what}", flush=True)
     runs = finish(tmp_path)

@@ -241,10 +241,10 @@ CONFIGS = [yaml.safe_load((ROOT / path).read_text()) for path in ("tests/config.
 def small(raw: dict) -> dict:
     """A config with few of the recipes, so that a change falls on each key often."""
     raw = copy.deepcopy(raw)
-    raw["recipes"] = {key: raw["recipes"][key] for key in ("dense", "obr_gptq", "obr_gptq_a4")}
+    raw["recipes"] = {key: raw["recipes"][key] for key in ("dense", "obr_gptq", "obr_gptq_a4", "allocated")}
     for entry in (*raw["tables"].values(), *raw["figures"].values()):
         if "rows" in entry:
-            entry["rows"] = ["obr_gptq", "obr_gptq_a4"]
+            entry["rows"] = ["allocated"] if entry.get("kind") == "allocation" else ["obr_gptq", "obr_gptq_a4"]
     return raw
 
 

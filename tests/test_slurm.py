@@ -1,13 +1,15 @@
-"""The workflow on a real SLURM of one node: it completes, a failing job fails it, a cancelled one is taken up.
+"""The workflow on a real SLURM of one node: a failing job fails it, a cancelled one is taken up, all of it completes.
 
 For `make test-slurm`, which installs Debian's packages; as root, on a machine without a SLURM of its own.
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -18,10 +20,10 @@ from replaced import replaced
 from running import CONFIG, ROOT, SMOKE, command, environment
 
 PLACE = Path("/etc/slurm")
-TARGET = str(SMOKE / "tables/zero_shot.csv")
 PROFILE = ("--workflow-profile", str(ROOT / "workflow/profiles/slurm"))
 # A node without accounting: squeue tells how jobs end, as long as it remembers them.
-ALONE = ("--slurm-status-command", "squeue", "--slurm-no-account", "--jobs", "2", "--latency-wait", "10",
+ALONE = ("--slurm-status-command", "squeue", "--slurm-no-account", "--jobs", "4", "--latency-wait", "10",
+         "--set-threads", f"kernel_benchmark={os.cpu_count()}",
          "--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "5")  # fmt: skip
 CONF = """
 ClusterName=test
@@ -39,7 +41,9 @@ SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/slurmd.pid
 SlurmctldLogFile={state}/slurmctld.log
 SlurmdLogFile={state}/slurmd.log
-MinJobAge=600
+JobCompType=jobcomp/filetxt
+JobCompLoc={state}/ended
+MinJobAge=3600
 ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
@@ -77,7 +81,7 @@ def cluster(tmp_path_factory):
             time.sleep(1)
         else:
             pytest.fail((state / "slurmctld.log").read_text()[-3000:])
-        yield
+        yield state
     finally:
         subprocess.run(["scancel", "--user", "root"], capture_output=True)
         for process in reversed(running):
@@ -120,9 +124,9 @@ def test_a_failing_job_fails_the_run_with_its_log_shown(folder):
     assert not (folder / SMOKE / "texts/train.txt").exists()
 
 
-def test_a_cancelled_job_is_taken_up_and_a_table_completes(folder):
+def test_a_cancelled_job_is_taken_up_and_the_workflow_completes(cluster, folder):
     with open(folder / "output", "w") as output:
-        first = subprocess.Popen(on_slurm(folder, TARGET), stdout=output, stderr=output, env=environment())
+        first = subprocess.Popen(on_slurm(folder), stdout=output, stderr=output, env=environment())
         cancelled = None
         while first.poll() is None:
             jobs = [job for job, state, *what in queued() if state == "RUNNING" and "compress" in "".join(what)]
@@ -133,9 +137,21 @@ def test_a_cancelled_job_is_taken_up_and_a_table_completes(folder):
     shown = (folder / "output").read_text()
     assert cancelled and first.returncode == 1, shown[-5000:]
     assert "Error in rule compress" in shown and "Traceback" not in shown, shown[-5000:]
-    assert not (folder / TARGET).exists()
-    second = run(folder, TARGET)
-    assert second.returncode == 0 and (folder / TARGET).stat().st_size, second.stdout[-5000:]
+    tables = [folder / SMOKE / f"tables/{name}.csv" for name in CONFIG["tables"]]
+    assert not any(table.exists() for table in tables)
+    second = run(folder)
+    assert second.returncode == 0 and all(table.stat().st_size for table in tables), second.stdout[-5000:]
+    assert all((folder / SMOKE / f"figures/{name}.pdf").exists() for name in CONFIG["figures"])
     assert "rule hessian" not in second.stdout  # what had finished is not done again
-    for manifest in (folder / SMOKE / "compressed").glob("*/*/manifest.json"):
-        assert verify(manifest.parent) == []
+    manifests = list((folder / SMOKE / "compressed").glob("*/*/manifest.json"))
+    compressed = [recipe for recipe in CONFIG["recipes"].values() if "weights" not in recipe]
+    assert len(manifests) == len(compressed) and not any(verify(manifest.parent) for manifest in manifests)
+    ended = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in (cluster / "ended").read_text().splitlines()]
+    states = Counter(job["JobState"] for job in ended)
+    print(f"{len(ended)} jobs ended: {dict(states)}; first run: {rules(shown)}; second: {rules(second.stdout)}")
+    assert states["CANCELLED"] == 1 and states["COMPLETED"] > 20 and {*states} <= {"CANCELLED", "COMPLETED", "FAILED"}
+
+
+def rules(output: str) -> dict[str, int]:
+    """How many jobs of each rule an output of Snakemake tells of."""
+    return dict(Counter(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)))
