@@ -1,10 +1,16 @@
 """Broken packed layers, block files and configs, drawn at random: refused in a sentence or taken, never a crash, a
-hang, or memory that the input does not call for. OBR_EXAMPLES says how many of each, `make test-faults` 10^5."""
+hang, or memory that the input does not call for.
+
+hypothesis tries some hundreds. OBR_EXAMPLES asks for as many more of the reader and of configs as it says, in a plain
+loop, which keeps no book of what it has tried; `make test-faults` asks for 10^5.
+"""
 
 import copy
+import faulthandler
 import json
 import os
 import random
+import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +33,13 @@ from obr.restoration import restore
 from test_restoration import layer
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = int(os.environ.get("OBR_EXAMPLES", "400"))
-MANY = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-HALF = settings(MANY, max_examples=EXAMPLES // 2)  # the two tests of the reader make up the number
+EXAMPLES = int(os.environ.get("OBR_EXAMPLES", "0"))
+MANY = settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+HALF = settings(MANY, max_examples=200)  # the two tests of the reader make up the number
 # What is drawn follows from a seed alone, by `random`: ten times as quick as strategies for every part of it.
 seeds = st.integers(0, 2**64 - 1)
-SECONDS = 5  # of CPU time for one example; a hang is longer
+SECONDS = 5  # of CPU time for one example
+HANG = 120  # seconds by the clock, after which a long run shows where it is and ends
 SLACK, FACTOR = 64 << 20, 100  # bytes of address space in all cases, and times the input's size
 
 LEAVES = [
@@ -279,3 +286,32 @@ def test_unchanged_configs_are_taken():
         raw = copy.deepcopy(raw)
         VALIDATOR.validate(raw)
         Config(raw)
+
+
+# --- At length --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="10^5 examples take minutes: use make test-faults, or set OBR_EXAMPLES")
+@pytest.mark.parametrize("kind, count", [("layers", EXAMPLES // 2), ("files", EXAMPLES // 2), ("configs", EXAMPLES)])
+def test_at_length(kind, count, blocks):
+    one = {
+        "layers": test_packed_layers.hypothesis.inner_test,
+        "files": lambda seed: test_files_of_blocks.hypothesis.inner_test(blocks, seed),
+        "configs": test_configs.hypothesis.inner_test,
+    }[kind]
+    draw, began, used = random.Random(kind), time.monotonic(), time.process_time()
+    slowest, failed = 0.0, []
+    faulthandler.register(signal.SIGALRM, chain=True)  # shows the stack, then ends the process
+    for _ in range(count):
+        seed, before = draw.getrandbits(64), time.process_time()
+        signal.alarm(HANG)
+        try:
+            one(seed)
+        except Exception as error:  # one failure may hide another
+            failed.append(f"{type(error).__name__}: {str(error)[:300]} (seed {seed})")
+        slowest = max(slowest, time.process_time() - before)
+    signal.alarm(0)
+    faulthandler.unregister(signal.SIGALRM)
+    seconds = f"{time.process_time() - used:.0f} s of CPU time, {time.monotonic() - began:.0f} s"
+    print(f"{kind}: {count} broken ones, {len(failed)} failures, {seconds}, slowest {slowest:.2f} s", flush=True)
+    assert not failed, "\n".join(failed[:20])
