@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from obr import fetch
+from obr import cli, fetch
 from obr.download import download_model
 from obr.errors import ObrError
 from wheels import make_wheel
@@ -59,6 +59,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     refusal: str | None = None
     claims: str | None = None  # the sha256 that the hub says its weights have
     asked: list[str]
+    tokens: set[str | None]
 
     def do_HEAD(self):
         self.do_GET()
@@ -66,6 +67,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         parts = self.path.split("?")[0].strip("/").split("/")
         self.asked.append("/".join(parts))
+        self.tokens.add(self.headers["Authorization"])
         if parts[0] == "api" and self.refusal in ("Repo", "Revision"):
             return self.answer(404, b"", {"X-Error-Code": f"{self.refusal}NotFound"})
         if parts[0] != "api" and self.refusal == "Gated":  # the record of a gated repository is public
@@ -116,7 +118,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "repository"
     shutil.copytree(tiny, folder)
-    handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
+    handler = type("ThisHub", (Hub,), {"folder": folder, "asked": [], "tokens": set()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -235,6 +237,24 @@ def test_refusals_of_the_hub_in_one_sentence(hub, tmp_path, refusal, words):
         download_model(HUB_MODEL, tmp_path / "out", "auto")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, capfd, caplog):
+    """Not into files, output or messages, whatever happens, and the log at its most talkative."""
+    token = "hf_notForOthers0123456789"
+    monkeypatch.setenv("HF_TOKEN", token)
+    caplog.set_level("DEBUG")
+    told = []
+    for refusal in ("Gated", "Repo", "Revision", None):
+        hub.refusal = refusal
+        entry = json.dumps({"source": HUB_MODEL})
+        told.append(cli.main(["download-model", "--entry", entry, "--out", str(tmp_path / "out")]))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    told.append(cli.main(["download-model", "--entry", entry, "--out", str(tmp_path / "other")]))
+    assert told == [1, 1, 1, 0, 1] and hub.tokens == {f"Bearer {token}"}
+    assert token not in caplog.text and not any(token in text for text in capfd.readouterr())
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert not written and (tmp_path / "out/source.json").exists()
 
 
 def test_an_unreachable_hub_is_told_at_once(monkeypatch, tmp_path):

@@ -165,7 +165,9 @@ def pushed(checkpoint, address: str) -> subprocess.CompletedProcess:
     """`obr push` to a hub at this address; huggingface_hub reads it from the environment when it is loaded."""
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "obr.cli", "push", "--checkpoint", str(checkpoint), "--repo", "me/small"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert environment["HF_TOKEN"] not in run.stdout + run.stderr
+    return run
 
 
 def test_an_upload_commits_the_folder(hub, checkpoint):
