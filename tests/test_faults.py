@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from obr import cli
 from obr.files import write_text
+from obr.model import StreamedBlocks
 from obr.rotations.source import make
 from obr.verify import verify
 from running import CONFIG, SMOKE, command, digests, environment, snakemake
@@ -292,3 +294,90 @@ def test_what_is_there_can_be_read_from_a_disk_that_cannot_be_written(disk):
     with pytest.raises(OSError, match="Read-only"):
         write_text("y", disk.place / "x")
     assert (disk.place / "x").read_text() == "x"
+
+
+# --- GPUs, memory and cores that others take --------------------------------------------------------------
+
+
+def too_large():
+    torch.empty(1 << 60)
+
+
+def too_many():
+    bytearray(1 << 60)
+
+
+def on_gpu(kind, says):
+    """What PyTorch raises on a GPU; there need not be one."""
+
+    def fail():
+        raise getattr(torch, kind, RuntimeError)(says)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "fail, sentence",
+    [
+        (
+            too_large,
+            "memory is full (.* you tried to allocate 4611686018427387904 bytes.*); free some or ask for more",
+        ),
+        (too_many, "memory is full (no more was given); free some or ask for more, then rerun to continue."),
+        (
+            on_gpu("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB."),
+            "the GPU's memory is full (CUDA out of memory.*); see nvidia-smi for who uses it, then rerun",
+        ),
+        (
+            on_gpu("AcceleratorError", "CUDA error: unspecified launch failure\nCUDA kernel errors might"),
+            "the GPU failed or is gone (CUDA error: unspecified launch failure); see nvidia-smi, then rerun",
+        ),
+        (
+            on_gpu("RuntimeError", "No CUDA GPUs are available"),
+            "the GPU failed or is gone (No CUDA GPUs are available)",
+        ),
+    ],
+)
+def test_memory_and_gpus_that_are_taken_away_are_told(fail, sentence, inputs, monkeypatch, tmp_path, capsys):
+    """Wherever in a stage it happens: here as the second block begins."""
+    whole = StreamedBlocks.load
+
+    def load(self, index):
+        if index == 1:
+            fail()
+        return whole(self, index)
+
+    monkeypatch.setattr(StreamedBlocks, "load", load)
+    assert cli.main(stage("compress", inputs, tmp_path / "out")) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obr: ")]
+    pattern = ".*".join(map(re.escape, sentence.split(".*")))
+    assert len(told) == 1 and re.match(f"obr: {pattern}", told[0]), told
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert len(list(tmp_path.glob("out.unfinished/block_*.json"))) == 1
+    monkeypatch.undo()
+    assert cli.main(stage("compress", inputs, tmp_path / "out")) == 0  # goes on at the second block
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_gpu_that_is_not_there_is_told(inputs, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cli.main([*stage("hessian", inputs, tmp_path / "out"), "--device", "cuda"]) == 1
+    assert "device is 'cuda' but no NVIDIA GPU is visible; use --config device=cpu." in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not KILLS, reason="two processes of two threads each: use make test-faults, or set OBR_KILLS")
+def test_a_core_that_is_taken_away_changes_no_byte(inputs, tmp_path):
+    """Two threads, on two cores where there are two, then both on one."""
+    cores = sorted(os.sched_getaffinity(0))
+    for name in ("whole", "cut"):
+        out = tmp_path / name
+        command = [sys.executable, "-m", "obr.cli", *stage("compress", inputs, out), "--threads", "2"]
+        process = subprocess.Popen(command, env=environment(OMP_WAIT_POLICY="passive"), stderr=subprocess.DEVNULL)
+        while name == "cut" and process.poll() is None:
+            if (tmp_path / "cut.unfinished").exists():
+                for thread in psutil.Process(process.pid).threads():
+                    os.sched_setaffinity(thread.id, cores[:1])
+                break
+            time.sleep(0.001)
+        assert process.wait() == 0
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from obr import foreign
+from obr.device import taken_away
 from obr.errors import ObrError, printable
 from obr.files import write_json
 
@@ -35,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(f"obr: {error.strerror}{where}; free the space or correct the path, then rerun.", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not (sentence := taken_away(error)):
+            raise
+        print(f"obr: {printable(sentence)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("obr: interrupted; rerun to continue.", file=sys.stderr)

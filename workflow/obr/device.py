@@ -2,12 +2,14 @@
 
 import fcntl
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from obr.errors import ObrError
+from obr.errors import ObrError, first_line
 
 _held = []  # lock files stay open, and locked, for the life of the process
 
@@ -47,3 +49,20 @@ def _visible() -> list[str]:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
+
+
+# What PyTorch says, as a mere RuntimeError, when a GPU is gone or a CPU's memory is full.
+LOST_GPU = re.compile(r"CUDA (error|unknown error|driver)|No CUDA GPUs|no NVIDIA driver|CUBLAS_STATUS|cusolver error")
+FULL_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory")
+
+
+def taken_away(error: Exception) -> str | None:
+    """A sentence for an exception that tells of memory or a GPU that others have taken; None for any other."""
+    torch, text = sys.modules.get("torch"), first_line(error)
+    if torch and isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full ({text}); see nvidia-smi for who uses it, then rerun to continue."
+    if (torch and isinstance(error, getattr(torch, "AcceleratorError", ()))) or LOST_GPU.search(text):
+        return f"the GPU failed or is gone ({text}); see nvidia-smi, then rerun to continue, there or elsewhere."
+    if isinstance(error, MemoryError) or FULL_MEMORY.search(text):
+        return f"memory is full ({text or 'no more was given'}); free some or ask for more, then rerun to continue."
+    return None
