@@ -304,7 +304,7 @@ def _restore(
     found = restore_together(
         {full[name]: linear.weight for name, linear in linears.items()}, factors, recipe.method,
         bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask, alpha=recipe.alpha,
-        scope=recipe.scope, sweeps=recipe.sweeps, refit=recipe.refit, damp=recipe.damp,
+        scope=recipe.scope, sweeps=recipe.sweeps, group=recipe.group, refit=recipe.refit, damp=recipe.damp,
         clip="minmax" if recipe.clip == "learned" else recipe.clip,  # learned bounds are in the weights already
         # another random mask for every layer
         seed={name: crc32(f"{recipe.seed} {name}".encode()) for name in full.values()},

@@ -157,7 +157,8 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     weights, blocks = sizes.block * sizes.blocks, sizes.blocks
     products, grams, exact, elements = 0.0, 0.0, 0.0, STORED_PASSES * weights
     if recipe.bits < 16 and recipe.method != "dense":
-        elements += weights * (CLIP_PASSES if recipe.clip == "mse" else 2)
+        fits = 2 if recipe.group and recipe.method == "gptq" else 1  # of all groups at once, then on the way
+        elements += fits * weights * (CLIP_PASSES if recipe.clip == "mse" else 2)
     quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
     cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
     if recipe.method in ("gptq", "sparsegpt_gptq"):
@@ -312,7 +313,7 @@ def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:
     """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits."""
     weights, rows = sizes.block * sizes.blocks, sizes.blocks * sum(r for r, _ in sizes.layers)
     untied = 1.0 if recipe.rotation != "none" else 0.5
-    scales = 4.0 * rows if recipe.bits < 16 else 0.0
+    scales = 4.0 * rows if recipe.bits < 16 and recipe.group is None else 0.0  # groups' are in the bits a weight
     return weights * recipe.bits_per_weight / 8 + scales + 2 * untied * sizes.ends
 
 

@@ -20,8 +20,8 @@ class PackedLinear(QuantLinear):
     or to change.
 
     Raises:
-        ObrError: what the kernels have no form for: other bits than 2 to 4, activations in groups or of more than
-            8 bits; no compiler.
+        ObrError: what the kernels have no form for: other bits than 2 to 4, scales for groups of columns,
+            activations in groups or of more than 8 bits; no compiler.
     """
 
     def __init__(self, linear: QuantLinear, name: str = "layer"):
@@ -121,6 +121,8 @@ def _check(linear: QuantLinear, name: str) -> None:
         raise ObrError(f"{name} is not compressed; run obr.compress first.")
     if linear.packed.about["bits"] > 4:
         raise ObrError(f"{name} has weights of {linear.packed.about['bits']} bits; load it with packed=False.")
+    if group := linear.packed.about.get("group"):
+        raise ObrError(f"{name} has scales for groups of {group} columns; load it with packed=False.")
     if settings.bits > 8 or settings.group_size is not None:
         raise ObrError(
             f"{name} reads activations of {settings.bits} bits, group_size {settings.group_size}; packed kernels "

@@ -1,8 +1,9 @@
 """The packed form of a compressed layer: what it really weighs.
 
 A layer is stored as the b-bit codes of its kept weights, row by row; the mask as one bit a weight, or for N:M
-patterns the number of each group's mask among all possible ones; a scale a row. At 16 bits the kept values
-themselves are stored. `pack` and `unpack` are inverse to each other, to the last bit.
+patterns the number of each group's mask among all possible ones; a scale a row in 32 bits, or one a group of
+columns in 16. At 16 bits the kept values themselves are stored. `pack` and `unpack` are inverse to each other, to
+the last bit.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from obr.errors import ObrError, first_line
+from obr.quantize import Grid
 from obr.recipe import WEIGHT_BITS, Pattern
 from obr.restoration import Restored
 
 
 @dataclass
 class Packed:
-    """One layer as stored. about: {"shape", "bits", "pattern", "masked"}; tensors by part."""
+    """One layer as stored. about: {"shape", "bits", "pattern", "masked"}, and "group" if any; tensors by part."""
 
     about: dict
     tensors: dict[str, Tensor]
@@ -67,6 +69,8 @@ def pack(restored: Restored, dtype: torch.dtype) -> Packed:
         codes = restored.codes.cpu()[mask].numpy().astype(np.int32) + 2 ** (restored.bits - 1)
         tensors["codes"] = torch.from_numpy(pack_bits(codes, restored.bits))
         tensors["scale"] = restored.scale[:, 0].float().cpu()
+        if restored.group is not None:
+            about["group"], tensors["scale"] = restored.group, restored.scale.half().cpu()
     if masked:
         tensors["mask"] = torch.from_numpy(_pack_mask(mask.numpy(), restored.pattern))
     return Packed(about, tensors)
@@ -93,11 +97,14 @@ def unpack(packed: Packed) -> Restored:
         codes = torch.zeros(rows, columns, dtype=torch.int8)
         stream = unpack_bits(tensors["codes"].numpy(), about["bits"], int(mask.sum())).astype(np.int32)
         codes[mask] = torch.from_numpy((stream - 2 ** (about["bits"] - 1)).astype(np.int8))
-        scale = _finite(tensors["scale"].float() * 2 ** (about["bits"] - 1), "scales").reshape(rows, 1)
+        group = about.get("group")
+        scales = (rows, 1 if group is None else -(-columns // group))
+        scale = _finite(tensors["scale"].float() * 2 ** (about["bits"] - 1), "scales").reshape(scales)
         scale = scale / 2 ** (about["bits"] - 1)  # a power of two: as it was
+        weight = codes * Grid(scale, about["bits"], group).over(columns)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise ObrError(f"A packed layer contradicts itself ({first_line(error)}); its file is broken.") from error
-    return Restored(codes * scale, codes, scale, mask, float("nan"), about["bits"], pattern)
+    return Restored(weight, codes, scale, mask, float("nan"), about["bits"], pattern, group=group)
 
 
 def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None) -> None:
@@ -105,6 +112,9 @@ def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None
     rows, columns = about["shape"]
     if not all(type(n) is int and n > 0 for n in (rows, columns)) or about["bits"] not in WEIGHT_BITS:
         raise ObrError(f"A packed layer has shape {about['shape']!r} and {about['bits']!r} bits; its file is broken.")
+    group = about.get("group")
+    if group is not None and (type(group) is not int or group < 1):
+        raise ObrError(f"A packed layer has groups of {group!r} columns; its file is broken.")
     if pattern is not None:
         pattern.check_width(columns, "a packed layer")
     if about["masked"]:

@@ -1,6 +1,6 @@
 """Grids of integers: scales, rounding, and the fake-quantisation of activations, keys and values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from obr.recipe import QuantizerSettings
 # The clip search of GPTQ: shrink factors 1.00, 0.99 … 0.21 and an exponent between L2 and L3.
 SHRINK_STEPS = 80
 ERROR_EXPONENT = 2.4
+HALF_RANGE = (2.0**-24, 65504.0)  # the smallest and the largest that float16 holds
 CANDIDATE_MARGIN = 1.0001  # the compiled search finds errors to 1e-5: what comes as near as this is looked at exactly
 # Rows are searched in chunks: on a CPU such as stay in its cache, on a GPU such as keep it busy.
 _SEARCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
@@ -18,19 +19,27 @@ _SEARCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
 
 @dataclass(frozen=True)
 class Grid:
-    """Symmetric b-bit grid of a weight matrix, one scale a row; zero is on it.
+    """Symmetric b-bit grid of a weight matrix, one scale a row or a group of its columns; zero is on it.
 
-    scale: (r, 1), or None at 16 bits, where every value is on the grid.
+    scale: (r, 1), (r, groups), or None at 16 bits, where every value is on the grid.
+    group: consecutive columns that share a scale, fewer in the last group of a row; None for all of a row.
     """
 
     scale: Tensor | None
     bits: int
+    group: int | None = None
 
     @classmethod
-    def fit(cls, weight: Tensor, bits: int, clip: str = "mse") -> "Grid":
-        """The grid of `weight (r, n)`: scale = max|w| / (2^(b-1) - 1), shrunk row by row if clip is "mse"."""
+    def fit(cls, weight: Tensor, bits: int, clip: str = "mse", group: int | None = None) -> "Grid":
+        """The grid of `weight (r, n)`: scale = max|w| / (2^(b-1) - 1), shrunk row by row if clip is "mse".
+
+        With groups each is fitted as a row is, and its scale rounded to float16, as it is stored.
+        """
         if bits == 16:
             return cls(None, 16)
+        if group is not None:
+            scale = torch.cat([cls.fit(part, bits, clip).scale for part in weight.split(group, dim=1)], dim=1)
+            return cls(scale.clamp(*HALF_RANGE).half().float(), bits, group)
         largest = 2 ** (bits - 1) - 1
         scale = weight.abs().amax(1, keepdim=True) / largest
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros: any scale will do
@@ -40,7 +49,8 @@ class Grid:
     @classmethod
     def stack(cls, grids: "list[Grid]") -> "Grid":
         """The grid of matrices stacked row on row, all of the same bits."""
-        return grids[0] if grids[0].scale is None else cls(torch.cat([grid.scale for grid in grids]), grids[0].bits)
+        first = grids[0]
+        return first if first.scale is None else replace(first, scale=torch.cat([grid.scale for grid in grids]))
 
     @property
     def low(self) -> int:
@@ -50,15 +60,22 @@ class Grid:
     def high(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
+    def over(self, columns: int) -> Tensor:
+        """The scales of a row's columns: (r, columns), or (r, 1) where a row has one."""
+        if self.group is None:
+            return self.scale
+        return self.scale[:, torch.arange(columns, device=self.scale.device) // self.group]
+
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest integers (r, n), int8."""
-        return (weight / self.scale).round_().clamp_(self.low, self.high).to(torch.int8)
+        return (weight / self.over(weight.shape[1])).round_().clamp_(self.low, self.high).to(torch.int8)
 
     def round(self, weight: Tensor) -> Tensor:
         """Nearest values on the grid, (r, n)."""
         if self.scale is None:
             return weight
-        return (weight / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
+        scale = self.over(weight.shape[1])
+        return (weight / scale).round_().clamp_(self.low, self.high).mul_(scale)
 
     def contains(self, weight: Tensor) -> bool:
         """Whether every value of `weight (r, n)` lies on the grid (to fp32 rounding)."""

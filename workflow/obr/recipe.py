@@ -23,6 +23,7 @@ PRUNING = {
 METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
 SCOPES = ("row", "layer")
 ROW_WEIGHTS = ("none", "gradient")
+GROUPED = ("rtn", "gptq")  # methods that can give groups of columns scales of their own
 MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
 # Methods whose weights do not depend on calibration data.
 DATA_FREE = ("dense", "rtn", "magnitude", "released")
@@ -190,6 +191,7 @@ class Recipe:
     scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
     sweeps: of annealing, by the method "joint": more take longer and leave less error.
     row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
+    group: consecutive columns of a row that share a scale, stored in 16 bits (methods "rtn", "gptq"); None for all.
     refit: after restoration each row's scale becomes the one with the least loss for its codes.
     allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
@@ -213,6 +215,7 @@ class Recipe:
     scope: str = "row"
     sweeps: int = 600
     row_weights: str = "none"
+    group: int | None = None
     refit: bool = False
     damp: float = 0.01
     clip: str = "mse"
@@ -282,6 +285,7 @@ class Recipe:
             recipe = replace(recipe, bits=16)
         if recipe.allocation is not None:
             recipe = recipe._allocated(name)
+        recipe._check_group(name)
         for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1)):
             value = getattr(recipe, field)
             if not low <= value <= high:
@@ -293,6 +297,24 @@ class Recipe:
                 f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
             )
         return recipe
+
+    def _check_group(self, name: str) -> None:
+        """Raise ObrError for groups of no columns, or where there is one scale a row or none."""
+        if self.group is None:
+            return
+        if type(self.group) is not int or self.group < 1:
+            raise ObrError(f"{name}.group is {self.group!r}; it must be a number of columns such as 128, or null.")
+        clashes = {
+            f"method {self.method} takes one scale a row; use method {' or '.join(GROUPED)}": (
+                self.method not in GROUPED and self.allocation is None
+            ),
+            "the options of an allocation take one scale a row; drop the allocation": self.allocation is not None,
+            "refit finds one scale a row; use refit: false": self.refit,
+            "weights of 16 bits have no scales; use fewer bits": self.bits == 16,
+        }
+        for reason, clashing in clashes.items():
+            if clashing:
+                raise ObrError(f"{name}.group is {self.group}, but {reason}, or group: null.")
 
     def _allocated(self, name: str) -> "Recipe":
         """With its allocation checked, and the bits of the largest option."""
@@ -313,7 +335,7 @@ class Recipe:
             if shares
             else {"scope": "row", "row_weights": "none"}
         )
-        return replace(self, allocation=None, **own, **asdict(option))
+        return replace(self, allocation=None, group=None, **own, **asdict(option))
 
     @property
     def left_out(self) -> "Recipe":
@@ -348,7 +370,8 @@ class Recipe:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that a weight of a linear layer costs in theory: kept codes and mask, scales left out."""
+        """Bits that a weight of a linear layer costs in theory: kept codes, mask, and 16 for the scale of each
+        group; scales of whole rows are left out."""
         if self.allocation is not None:
             return self.allocation.bits
         if self.bits == 16 and not self.sparsity:
@@ -359,14 +382,16 @@ class Recipe:
             mask_bits = pattern.index_bits / pattern.group
         elif self.sparsity:
             mask_bits = 1.0
-        return self.bits * (1 - self.sparsity) + mask_bits
+        return self.bits * (1 - self.sparsity) + mask_bits + (16 / self.group if self.group else 0.0)
 
     @property
     def setting(self) -> str:
-        """Such as "W4A4KV4"; keys and values are named apart where they differ; "W3.0" is a mean over layers."""
+        """Such as "W4A4KV4"; keys and values are named apart where they differ; "W3.0" is a mean over layers,
+        "W3g128" has groups of 128 columns."""
         k, v = self.keys.bits, self.values.bits
         bits = self.allocation.bits if self.allocation is not None else self.bits
-        return f"W{bits}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+        group = f"g{self.group}" if self.group else ""
+        return f"W{bits}{group}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
     def decisive(self) -> dict:
         """The fields that decide a checkpoint's weights."""

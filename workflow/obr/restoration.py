@@ -7,7 +7,7 @@ Sources: OBR, arXiv 2509.11177 (the signs of its equations 9 and 10 are correcte
 GPTQ, arXiv 2210.17323; SparseGPT, arXiv 2301.00774; Wanda, arXiv 2306.11695.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -149,25 +149,29 @@ def gptq_sweep(
     start: int = 0,
     choose: Callable[[Tensor, int], Tensor] | None = None,
     choose_every: int = BLOCK,
+    clip: str = "mse",
 ) -> Tensor:
     """Round columns left to right from `start`, each column's error carried to those after it (GPTQ).
 
     weight, mask: (r, n); pruned columns are rounded to zero and their error is carried too (SparseGPT).
     choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
+    clip: how the scale of a group of columns is found when its first column is reached, from its weights as they are
+        then; written into grid.scale. Groups need `start` 0.
     Returns (r, n - start) on the grid. The first block of 128 starts at the cut, so no column is lost.
     """
     _, factor = hessian.tail(start)
     factor = factor / factor.diagonal()[:, None]  # a column's error, divided by the diagonal, times its row
-    scale = grid.scale if grid.scale is not None else torch.ones_like(weight[:, :1])
+    scale = grid.scale[:, :1] if grid.scale is not None else torch.ones_like(weight[:, :1])
     # Transposed: a column of the layer is then contiguous, and so is all that follows it. In units of the scale:
     # rounding is then to integers, and the carrying on of errors is linear in each row.
     work, kept = (weight / scale).T[start:].contiguous(), mask.T[start:].to(weight.dtype).contiguous()
     width = len(work)
-    for first in range(0, width, BLOCK):
-        last = min(first + BLOCK, width)
+    for first, last in _blocks(width, grid.group or BLOCK):
         block, local = work[first:last], factor[first:last, first:last]
         errors = torch.empty_like(block)
         for i in range(last - first):
+            if grid.group is not None and first + i and (first + i) % grid.group == 0:
+                scale = _next_group(grid, first + i, work, errors[:i], scale, clip)
             if choose is not None and (first + i) % choose_every == 0:
                 span = slice(first + i, min(first + i + choose_every, last))
                 kept[span] = choose(work[span].T * scale, start + first + i).T.to(kept.dtype)
@@ -180,7 +184,28 @@ def gptq_sweep(
         work[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
     if choose is not None:
         mask[:, start:] = kept.T.bool()
-    return work.T * scale
+    return work.T * (scale if grid.group is None else grid.over(width))
+
+
+def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of blocks of at most 128 columns, such that each group begins one or lies within one: then its
+    columns have all errors before it when its scale is fitted."""
+    span = BLOCK // group * group if group < BLOCK else group
+    for begin in range(0, width, span):
+        end = min(begin + span, width)
+        yield from ((first, min(first + BLOCK, end)) for first in range(begin, end, BLOCK))
+
+
+def _next_group(grid: Grid, column: int, work: Tensor, errors: Tensor, scale: Tensor, clip: str) -> Tensor:
+    """Fit the scales (r, 1) of the group that begins at this column of `work (n, r)`, and put all that is still to be
+    rounded or carried on in their units, from those of `scale (r, 1)`."""
+    number = column // grid.group
+    current = work[column : column + grid.group].T * scale
+    fitted = Grid.fit(current, grid.bits, clip, grid.group).scale
+    grid.scale[:, number : number + 1] = fitted
+    for part in (work[column:], errors):
+        part.mul_((scale / fitted).T)
+    return fitted
 
 
 def round_to_nearest(weight, hessian, mask, grid, **_):
@@ -188,9 +213,9 @@ def round_to_nearest(weight, hessian, mask, grid, **_):
     return grid.round(weight) * mask
 
 
-def gptq(weight, hessian, mask, grid, **_):
+def gptq(weight, hessian, mask, grid, *, clip="mse", **_):
     """GPTQ with the mask given."""
-    return gptq_sweep(weight, hessian, grid, mask)
+    return gptq_sweep(weight, hessian, grid, mask, clip=clip)
 
 
 def obr_rtn(weight, hessian, mask, grid, *, alpha=0.5, **_):
@@ -249,8 +274,9 @@ class Restored:
     """A compressed layer.
 
     weight: (r, n), on the grid and zero where pruned, float32. codes: (r, n) int8, or None at 16 bits.
-    scale: (r, 1), or None at 16 bits. mask: (r, n) bool, True = kept. relative_error: loss over that of an
-    all-zero layer, undamped Hessian (NaN if there was none). damp: as used. flags: what the report should say.
+    scale: (r, 1), or (r, groups) of `group` columns each, or None at 16 bits. mask: (r, n) bool, True = kept.
+    relative_error: loss over that of an all-zero layer, undamped Hessian (NaN if there was none). damp: as used.
+    flags: what the report should say.
     """
 
     weight: Tensor
@@ -262,6 +288,7 @@ class Restored:
     pattern: Pattern | None = None
     damp: float = 0.0
     flags: list[str] = field(default_factory=list)
+    group: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -279,8 +306,8 @@ def restore(
         hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
             calls (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
         method: a key of METHODS, or "dense".
-        options: of `restore_together`: bits, sparsity, pattern, mask, alpha, scope, sweeps, refit, damp, clip,
-            seed, row_weights.
+        options: of `restore_together`: bits, sparsity, pattern, mask, alpha, scope, sweeps, group, refit, damp,
+            clip, seed, row_weights.
 
     Raises:
         ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
@@ -302,6 +329,7 @@ def restore_together(
     alpha: float = 0.5,
     scope: str = "row",
     sweeps: int = Recipe.sweeps,
+    group: int | None = None,
     refit: bool = False,
     damp: float = 0.01,
     clip: str = "mse",
@@ -316,7 +344,8 @@ def restore_together(
         sparsity: fraction to remove; ignored by methods that do not prune ("dense", "rtn", "gptq").
         pattern: "2:4", "4:8", "8:16", "paired 4:8" …; overrides `sparsity`.
         mask: a key of SCORES, or, for a single layer, the mask itself, (r, n) bool, True = kept.
-        alpha: the cut, as a fraction of the columns. scope, sweeps, refit, damp, clip: as in `Recipe`.
+        alpha: the cut, as a fraction of the columns. scope, sweeps, group, refit, damp, clip: as in
+            `Recipe`.
         seed: of random masks; a dictionary gives each layer its own.
         row_weights: (r,), or by layer, how much an error in a row counts beside others of its layer, where these
             share a budget (scope "layer"); 1 by default.
@@ -329,7 +358,7 @@ def restore_together(
         {
             "method": method, "bits": bits, "sparsity": sparsity, "pattern": str(pattern) if pattern else None,
             "mask": mask if isinstance(mask, str) else "wanda", "alpha": alpha, "damp": damp, "clip": clip,
-            "scope": scope, "sweeps": sweeps, "refit": refit, "calibration": "given",
+            "scope": scope, "sweeps": sweeps, "group": group, "refit": refit, "calibration": "given",
         },
         ", ".join(weights),
     )  # fmt: skip
@@ -342,7 +371,7 @@ def restore_together(
     if method == "dense":
         return {n: Restored(w, None, None, torch.ones_like(w, dtype=torch.bool), 0.0, 16) for n, w in dense.items()}
 
-    grids = {name: Grid.fit(weight, bits, clip) for name, weight in dense.items()}
+    grids = {name: Grid.fit(weight, bits, clip, group) for name, weight in dense.items()}
     works = {name: weight.clone() for name, weight in dense.items()}
     if hessian is not None:
         for work in works.values():
@@ -352,6 +381,7 @@ def restore_together(
         n: _choose_mask(work, hessian, replace(recipe, seed=seeds[n]), mask, pattern) for n, work in works.items()
     }
     options = {"alpha": alpha, "sparsity": recipe.sparsity, "pattern": pattern, "scope": scope, "sweeps": sweeps}
+    options |= {"clip": clip}
     options |= {"row_weights": _checked_row_weights(row_weights, works)}
     results = _run(method, works, hessian, masks, grids, options)
     restored = {}
@@ -388,7 +418,10 @@ def _checked_row_weights(row_weights, works: dict[str, Tensor]) -> Tensor | None
 
 
 def _run(method: str, works: dict, hessian: Hessian | None, masks: dict, grids: dict, options: dict) -> dict:
-    """{name: (weight, mask)}, rows stacked but for the method whose thresholds are over all rows of a layer."""
+    """{name: (weight, mask)}, and `grids` as they were used.
+
+    Rows are stacked but for the method whose thresholds are over all rows of a layer.
+    """
     coupled = method == "sparsegpt_gptq" and options["pattern"] is None
     results = {}
     for names in [[name] for name in works] if coupled else [list(works)]:
@@ -398,6 +431,8 @@ def _run(method: str, works: dict, hessian: Hessian | None, masks: dict, grids: 
         stacked = torch.cat([works.pop(name) for name in names])
         stacked = METHODS[method](stacked, hessian, kept, grid, **options)
         results |= {n: (w, m) for n, w, m in zip(names, stacked.split(sizes), kept.split(sizes), strict=True)}
+        if grid.group is not None:  # whose scales were found on the way
+            grids |= {n: replace(grid, scale=s) for n, s in zip(names, grid.scale.split(sizes), strict=True)}
     return results
 
 
@@ -408,6 +443,7 @@ def _restored(
         result, None if recipe.bits == 16 else grid.codes(result), grid.scale, kept,
         _relative_error(dense, result, hessian), recipe.bits, pattern,
         hessian.damp if hessian is not None else 0.0, list(hessian.flags) if hessian is not None else [],
+        grid.group,
     )  # fmt: skip
     _assert_sound(restored, grid, recipe, mask, name)
     return restored

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from obr import fetch
 from obr.allocation import chosen_options
@@ -46,8 +46,8 @@ def verify(directory: Path) -> list[str]:
     """What is wrong with a checkpoint, a sentence each; nothing is wrong if there is none.
 
     Checked: the manifest's completeness; the sha256 of every file, and that there are no others; that every block
-    can be loaded into the model of config.json; of every layer bits, pattern, mask, levels, finite values; the
-    rows of layers.csv; the manifest's sums. What cannot be read ends the search.
+    can be loaded into the model of config.json; of every layer bits, groups, pattern, mask, scales, levels, finite
+    values; the rows of layers.csv; the manifest's sums. What cannot be read ends the search.
     """
     directory = Path(directory)
     try:
@@ -163,6 +163,8 @@ def _check_layer(packed: Packed, restored: Restored, recipe: Recipe, where: str)
         return Verified().add(restored.weight, recipe, where)
     if (bits := packed.about["bits"]) != recipe.bits:
         raise ObrError(f"{where} is stored at {bits} bits, the recipe says {recipe.bits}.")
+    if (group := packed.about.get("group")) != recipe.group:
+        raise ObrError(f"{where} has scales for groups of {group} columns, the recipe says {recipe.group}.")
     pattern = Pattern.parse(recipe.pattern) if recipe.pattern else None
     if packed.about["pattern"] != (str(pattern) if pattern else None):
         raise ObrError(f"{where} has pattern {packed.about['pattern']}, the recipe says {pattern}.")
@@ -172,10 +174,17 @@ def _check_layer(packed: Packed, restored: Restored, recipe: Recipe, where: str)
     else:
         check_mask(restored.mask, recipe.sparsity, pattern, where, recipe.scope)
     if recipe.bits < 16:
-        ordered = restored.weight.sort(dim=1).values
-        levels = int(((ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1).max())
+        if not bool((restored.scale > 0).all()):
+            raise ObrError(f"{where} has scales that are not positive; compress the model again.")
+        levels = max(_levels(part) for part in restored.weight.split(recipe.group or restored.weight.shape[1], 1))
         if levels > 2**recipe.bits:
             raise ObrError(f"{where} has {levels} levels in a row, {recipe.bits} bits allow {2**recipe.bits}.")
+
+
+def _levels(weight: Tensor) -> int:
+    """The most different values in a row of `weight (r, n)`."""
+    ordered = weight.sort(dim=1).values
+    return int(((ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1).max())
 
 
 def _differing(report: LayerReport, packed: Packed, restored: Restored, recipe: Recipe) -> tuple | None:

@@ -33,6 +33,11 @@ def export(checkpoint: str | Path, form: str, out: str | Path, weights_only: boo
     if form not in FORMATS:
         raise ObrError(f"Export format {form!r} is unknown; choose from {', '.join(FORMATS)}.")
     recipe = Recipe.parse(read_manifest(Path(checkpoint))["recipe"])
+    if recipe.group is not None:
+        raise ObrError(
+            f"The recipe has scales for groups of {recipe.group} columns, but {form} is written with one a row; "
+            "compress with group: null."
+        )
     quantised = [what for what in QUANTIZERS if (settings := getattr(recipe, what)) and settings.bits < 16]
     if quantised and not weights_only:
         raise ObrError(
