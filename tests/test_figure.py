@@ -57,12 +57,12 @@ def results(tmp_path_factory) -> Path:
     return results
 
 
-def sheet(entry: dict, results: Path, monkeypatch, tmp_path) -> Sheet:
+def sheet(entry: dict, results: Path, monkeypatch, tmp_path, shapes=None) -> Sheet:
     """Draw `entry`, look that both files are whole, and hand back what was drawn."""
     drawn = []
     kind = figure.KINDS[entry["kind"]]
     monkeypatch.setitem(figure.KINDS, entry["kind"], lambda source: drawn.append(kind(source)) or drawn[0])
-    figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "out" / "figure.name")
+    figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "out" / "figure.name", shapes)
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(files) == {"figure.name.pdf", "figure.name.png"}
     assert files["figure.name.pdf"].startswith(b"%PDF") and files["figure.name.png"].startswith(b"\x89PNG")
@@ -157,6 +157,27 @@ def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
     assert [y for _, y in points(drawn.panels[1])] == pytest.approx([10, 10, 200, 200])
     assert "Gop/s" in drawn.panels[1].get_ylabel()
     assert drawn.panels[0].get_yscale() == "log"
+
+
+def test_products_that_were_not_run_have_published_times_beside_their_sizes(results, monkeypatch, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    lines = [
+        {"shape": "paper", "kernel": kernel, "status": "not available: no CUDA device", "median_ms": None}
+        | {"tops_dense": None, "weight_bytes": mib * 2**20, "gop": 1000.0}
+        for kernel, mib in (("fp16", 32), ("int4", 8), ("other", 1))
+    ]
+    pd.DataFrame(lines).to_csv(copy / "kernels" / "cuda.csv", index=False)
+    name = "GEMM W 4096x4096, X 32x2048x4096"
+    entry = {"kind": "kernels", "device": "cuda", "panels": ["time", "memory"], "kernels": ["fp16", "int4"]}
+    entry["published"] = {"source": "obr", "table": "OBR Figure 1b / motivation.jpg"}
+    drawn = sheet(entry, copy, monkeypatch, tmp_path, [{"name": "paper", "published": name}])
+    assert points(drawn.panels[0]) == []
+    assert [y for _, y in points(drawn.panels[0], hollow=True)] == [9.54, 2.73, 2.02]
+    assert [y for _, y in points(drawn.panels[1])] == [32, 8]
+    assert [y for _, y in points(drawn.panels[1], hollow=True)] == [32, 8, 5]
+    assert drawn.remarks == ["fp16, int4 not timed: not available: no CUDA device"]
+    with pytest.raises(ObrError, match="has no kernel 'fp3'; it has fp16, int4, other"):
+        sheet({**entry, "kernels": ["fp3"]}, copy, monkeypatch, tmp_path)
 
 
 def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):

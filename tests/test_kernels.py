@@ -94,11 +94,26 @@ def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
     assert line.loc["fp32", "status"] == "ok" and pd.isna(line.loc["fp32", "read_gb_s"])
 
 
+def test_sizes_are_known_without_a_gpu(tmp_path):
+    """Of the paper's weight as it prints them: 32, 8 and 5 MiB, half the operations in pairs of 4:8; no time."""
+    entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}]}
+    kernels.sizes(entry, tmp_path / "cuda.csv")
+    lines = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
+    assert not any(name.startswith("packed") for name in lines.index)
+    assert set(lines["status"]) == {"not available: no CUDA device was at hand"}
+    assert lines[["median_ms", "tops_dense"]].isna().all(axis=None)
+    names = ["fp16", "int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)"]
+    assert (lines.loc[names, "weight_bytes"] / 2**20).tolist() == [32, 8, 5]
+    assert lines.loc[names, "gop"].tolist() == pytest.approx([2199.02, 2199.02, 1099.51], abs=0.01)
+    assert pd.isna(lines.loc["int8 2:4", "weight_bytes"])  # cuSPARSELt alone can tell
+
+
 def test_executed_operations_leave_out_zeros():
     case = kernels.Case(lambda: None, None, None, (torch.zeros(64, 64, dtype=torch.float16),), executed=0.5)
     figures = kernels._figures(case, [1.0, 2.0, 3.0], SHAPE)
     assert figures["median_ms"] == 2.0
     assert figures["tops_executed"] == figures["tops_dense"] / 2
+    assert figures["gop"] == pytest.approx(20 * 128 * 64 / 1e9)
     assert figures["bits_per_weight"] == 8
 
 

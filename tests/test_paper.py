@@ -14,7 +14,8 @@ from obr.config import Config
 from test_edition import merged
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
-NOT_QUOTING = ("hessians", "rotations", "rotation_seeds")  # tables that the paper does not have
+# Tables that the paper does not have.
+NOT_QUOTING = ("hessians", "rotations", "rotation_seeds", "joint", "joint_a4", "joint_seeds")
 LAYERS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]
 
 
@@ -31,6 +32,9 @@ def fabricate(config: Config, results: Path) -> Path:
         stage, *names = path.split("/")
         if stage == "kernels":
             _kernels(config, names[0].removesuffix(".csv"), results / path)
+        elif stage == "allocations":
+            choice = _choice(config, names[1].removesuffix(".json"))
+            (results / path).write_text(json.dumps(choice))
         elif stage == "rotations":
             (results / path).write_text("step,loss,held_out\n0,,0.6\n10,0.55,0.5\n20,0.5,0.45\n")
         elif names[-1] == "layers.csv":
@@ -54,6 +58,16 @@ def _content(config: Config, stage: str, names: list[str]) -> dict:
     return about | manifest | {"file_bytes": 3.2e9, "sparsity": recipe.sparsity, "calibration": calibration}
 
 
+def _choice(config: Config, recipe: str) -> dict:
+    options = config.recipes[recipe]["allocation"]["options"]
+    layers = [
+        {"block": block, "layer": layer, "option": (block + i) % len(options), "bits_per_weight": 3.0}
+        for block in range(32)
+        for i, layer in enumerate(LAYERS)
+    ]
+    return {"options": options, "layers": layers, "bits": 3.0, "bits_per_weight": 3.0, "loss": 0.1, "uniform": {}}
+
+
 def _layers(config: Config, recipe: str, path: Path) -> None:
     rows = []
     for block in range(32):
@@ -62,12 +76,13 @@ def _layers(config: Config, recipe: str, path: Path) -> None:
             zeros = config.parsed[recipe].sparsity + 0.12 + 0.01 * i + 0.001 * block
             sizes = {"rows": 4096, "columns": 11008 if "down" in layer else 4096}
             rows.append({"block": block, "layer": layer, **sizes, "relative_error": error, "zeros": zeros})
-            rows[-1]["sparsity"] = config.parsed[recipe].sparsity
+            rows[-1] |= {"sparsity": config.parsed[recipe].sparsity, "bits": config.parsed[recipe].bits}
     pd.DataFrame(rows).to_csv(path, index=False)
 
 
 def _kernels(config: Config, device: str, path: Path) -> None:
-    names = {"fp16": 1.0, "int8": 1.8, "fp16 2:4": 1.6, "int8 2:4": 2.9, "int4 2:4": None}
+    names = {"fp16": 1.0, "int8": 1.8, "fp16 2:4": 1.6, "int8 2:4": 2.9, "int4 (CUTLASS)": None}
+    names |= {"int4 paired 4:8 (CUTLASS)": 5.8}
     rows = []
     for shape in config.raw["kernels"]["shapes"]:
         if shape.get("device", device) == device:

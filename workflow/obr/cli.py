@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "zero-shot", zero_shot, "Zero-shot accuracy of a checkpoint.",
         "entry", "checkpoint", "recipe?", "task", "out", "compute", "trust",
     )  # fmt: skip
-    stage("kernels", kernels, "Time matrix products on this device.", "entry", "out", "compute")
+    stage("kernels", kernels, "Time matrix products on this device.", "entry", "out", "compute", "sizes")
     stage("table", table, "Make a table.", "entry", "recipes", "models", "results", "published", "out")
     stage(
         "figure", figure, "Draw a figure.",
@@ -194,6 +194,12 @@ def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
 
 
+def _sizes(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--sizes-only", action="store_true", help="count the bytes of weights as a GPU reads them, and run nothing"
+    )
+
+
 def _trust(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that was downloaded with the model, unaltered"
@@ -229,6 +235,7 @@ OPTIONS = {
     "out": _path("out", "what to write"),
     "activations": _activations,
     "compute": _compute,
+    "sizes": _sizes,
     "trust": _trust,
 }
 
@@ -425,11 +432,14 @@ def zero_shot(
     print(f"{result['task']}: {result['metric']} {result['value']:.4f} ± {result['stderr']:.4f}")
 
 
-def kernels(entry: dict, out: Path, device: str, dtype: str | None) -> None:
+def kernels(entry: dict, out: Path, device: str, dtype: str | None, sizes_only: bool) -> None:
     device, _ = _computing(device, dtype)
-    from obr.kernels import benchmark
+    from obr.kernels import benchmark, sizes
 
-    benchmark(entry, device, out)
+    if sizes_only:
+        sizes(entry, out)
+    else:
+        benchmark(entry, device, out)
 
 
 def table(entry: dict, recipes: dict, models: dict, results: Path, published: Path, out: Path) -> None:

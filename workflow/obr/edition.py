@@ -43,8 +43,9 @@ def transpose(raw: dict) -> None:
             if "rotations" in entry:
                 renamed = [edition.get("rotations", {}).get(name, name) for name in entry["rotations"]]
                 entry["rotations"] = list(dict.fromkeys(renamed))
-            for key in ("mentions", "quoted"):
-                entry.pop(key, None)
+            if "models" in entry:  # others, of kernels, are the same products on any machine
+                for key in ("mentions", "quoted"):
+                    entry.pop(key, None)
     for name in edition.get("without", []):
         raw["tables"].pop(name, None)
         raw["figures"].pop(name, None)

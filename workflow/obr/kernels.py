@@ -43,6 +43,7 @@ COLUMNS = (
     "bits_per_weight",
     "tops_dense",
     "tops_executed",
+    "gop",
     "read_gb_s",
     "of_bound",
     "sm_mhz",
@@ -88,7 +89,8 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
     of_bound: the time in which the weight's bytes can be read at that speed, as a share of the median; a
     product of few tokens cannot exceed 1.
     tops_dense: 2 * tokens * rows * columns / time, in 10^12 a second, zeros counted as if they were
-    multiplied; tops_executed: only what the kernel multiplies, half of that for 2:4 sparsity.
+    multiplied; tops_executed: only what the kernel multiplies, half of that for 2:4 sparsity; gop: the operations
+    that it carries out, in 10^9.
     sm_mhz, sm_mhz_most: clock of the multiprocessors right after a kernel's runs, and the highest there is (CUDA).
 
     Raises:
@@ -113,6 +115,33 @@ def benchmark(entry: dict, device: str, out: Path) -> None:
             lines.append({**shape, "kernel": name, **line, **machine})
     frame = pd.DataFrame(lines, columns=list(COLUMNS))
     write_text(frame.to_csv(index=False), out)
+
+
+def sizes(entry: dict, out: Path) -> None:
+    """The CSV file of `benchmark` for a CUDA device that is not there: what can be known without one.
+
+    For each shape and kernel the bytes of a weight, laid out as the kernel reads it, and the operations; `status`
+    says that it was not run, and there is no time. Errors as `benchmark`.
+    """
+    import pandas as pd
+
+    lines, laid_out = [], {}
+    names = [name for name in _kernel_names(entry) if not name.startswith("packed")]  # those are a CPU's
+    for shape in _shapes(entry):
+        for name in names:
+            weight = (shape["rows"], shape["columns"])
+            if (name, weight) not in laid_out:
+                laid_out[name, weight] = _bytes(name, weight)
+            lines.append({**shape, "kernel": name, "status": NOT_RUN, **_extent(*laid_out[name, weight], shape)})
+    write_text(pd.DataFrame(lines, columns=list(COLUMNS)).to_csv(index=False), out)
+
+
+def _bytes(kernel: str, shape: tuple[int, int]) -> tuple[int | None, float]:
+    """(bytes of a weight (r, n), share of the multiplications); None where only the device's libraries lay it out."""
+    if kernel not in LAYOUTS:
+        return None, 0.5 if kernel.endswith("2:4") else 1.0
+    stored, executed = LAYOUTS[kernel](torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    return sum(part.nbytes for part in stored), executed
 
 
 # --- Asking -------------------------------------------------------------------------------------------
@@ -218,17 +247,19 @@ def _error(case: Case, product: Tensor) -> float:
 def _figures(case: Case, times: list[float], shape: dict) -> dict:
     """times: ms."""
     p25, median, p75 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    weight_bytes = sum(part.numel() * part.element_size() for part in case.stored)
-    tops = 2 * shape["tokens"] * shape["rows"] * shape["columns"] / (median * 1e-3) / 1e12
-    return {
-        "median_ms": median,
-        "p25_ms": p25,
-        "p75_ms": p75,
-        "weight_bytes": weight_bytes,
-        "bits_per_weight": 8 * weight_bytes / (shape["rows"] * shape["columns"]),
-        "tops_dense": tops,
-        "tops_executed": tops * case.executed,
-    }
+    extent = _extent(sum(part.nbytes for part in case.stored), case.executed, shape)
+    executed = extent["gop"] / median  # 10^9 in a thousandth of a second: 10^12 a second
+    speeds = {"tops_dense": executed / case.executed, "tops_executed": executed}
+    return {"median_ms": median, "p25_ms": p25, "p75_ms": p75, **extent, **speeds}
+
+
+def _extent(weight_bytes: int | None, executed: float, shape: dict) -> dict:
+    """What a product takes whatever the time: bytes and bits of the weight, where known, and operations."""
+    weights = shape["rows"] * shape["columns"]
+    gop = 2e-9 * shape["tokens"] * weights * executed
+    if weight_bytes is None:
+        return {"gop": gop}
+    return {"weight_bytes": weight_bytes, "bits_per_weight": 8 * weight_bytes / weights, "gop": gop}
 
 
 def _cpu_times(run: Callable, device, repeats: int, warmup: int) -> list[float]:
@@ -417,12 +448,7 @@ def _tensor_cores(sparse: bool) -> Callable[[Tensor, Tensor], Case]:
 
     def kernel(x: Tensor, weight: Tensor) -> Case:
         remark = _need_tensor_cores(x)
-        codes, tokens = _to_int4(weight), _to_int4(x)
-        if sparse:
-            mask = mask_from_scores(weight.abs(), 0.5, Pattern.parse("paired 4:8"))
-            codes, packed = codes * mask, operands.sparse(codes, mask)
-        else:
-            packed = operands.dense(codes)
+        tokens, (codes, packed) = _to_int4(x), _operand(weight, sparse)
         right, (rows, count) = library.activations(packed, tokens), (len(weight), len(x))
         return Case(
             lambda: library.multiply(packed, right).t()[:count, :rows],
@@ -434,6 +460,15 @@ def _tensor_cores(sparse: bool) -> Callable[[Tensor, Tensor], Case]:
         )
 
     return kernel
+
+
+def _operand(weight: Tensor, sparse: bool) -> tuple[Tensor, operands.Operand]:
+    """Codes (r, n) of 4 bits, half of them zero in pairs of 4:8 if sparse, and the same as the kernel reads them."""
+    codes = _to_int4(weight)
+    if not sparse:
+        return codes, operands.dense(codes)
+    mask = mask_from_scores(weight.abs(), 0.5, Pattern.parse("paired 4:8"))
+    return codes * mask, operands.sparse(codes, mask)
 
 
 def _to_int4(values: Tensor) -> Tensor:
@@ -466,4 +501,17 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "packed int4 4:8": _packed("4:8"),
     "packed int4 2:4": _packed("2:4"),
     "packed int4 paired 4:8": _packed("paired 4:8"),
+}
+
+NOT_RUN = "not available: no CUDA device was at hand"
+# Weights of a GPU's kernels whose layout does not take a GPU to make: float32 -> (stored, share executed).
+LAYOUTS: dict[str, Callable[[Tensor], tuple[tuple[Tensor, ...], float]]] = {
+    "fp32": lambda weight: ((weight,), 1.0),
+    "fp16": lambda weight: ((weight.half(),), 1.0),
+    "bf16": lambda weight: ((weight.bfloat16(),), 1.0),
+    "fp16 (CUTLASS)": lambda weight: ((weight.half(),), 1.0),
+    "int8": lambda weight: ((_to_int8(weight),), 1.0),
+    "fp8": lambda weight: ((weight.to(torch.float8_e4m3fn),), 1.0),
+    "int4 (CUTLASS)": lambda weight: (_operand(weight, sparse=False)[1].stored, 1.0),
+    "int4 paired 4:8 (CUTLASS)": lambda weight: (_operand(weight, sparse=True)[1].stored, 0.5),
 }

@@ -101,7 +101,10 @@ class Prices:
         if job.rule in TIMED:
             return self._timed(job)
         if job.rule == "kernel_benchmark":
-            return Price(self._kernels(job.wildcards["device"]), 1.0 + self._largest_product(job.wildcards["device"]))
+            device = job.wildcards["device"]
+            if (device, self.config["device"]) == ("cuda", "cpu"):  # sizes alone: nothing is multiplied
+                return Price(15.0 + OVERHEAD, 1.0)
+            return Price(self._kernels(device), 1.0 + self._largest_product(device))
         constant = costs.CONSTANT.get(job.rule, 5.0)
         fetched, disk = self._downloads(job)
         host, _ = costs.memory(job.rule, costs.Sizes.guessed(0.1), 0, 1, False)

@@ -222,6 +222,13 @@ def kernel_entry(wildcards):
     return json.dumps({**config["kernels"], "shapes": shapes}, sort_keys=True)
 
 
+def kernel_device(wildcards):
+    """Where products are timed; of a GPU's, where the workflow runs on a CPU, only the sizes can be told."""
+    if wildcards.device == "cuda" and config["device"] == "cpu":
+        return "--device cpu --sizes-only"
+    return f"--device {wildcards.device}"
+
+
 def figure_shapes(wildcards):
     """The shapes of the benchmark that a figure of kernels draws."""
     if config["figures"][wildcards.figure]["kind"] != "kernels":
@@ -229,20 +236,11 @@ def figure_shapes(wildcards):
     return f"--shapes {shlex.quote(json.dumps({'shapes': config['kernels']['shapes']}, sort_keys=True))}"
 
 
-def drawn_here():
-    """Figures without those of a GPU's kernels where the workflow runs on a CPU."""
-    return {
-        name: entry
-        for name, entry in config["figures"].items()
-        if not (entry.get("device") == "cuda" and config["device"] == "cpu")
-    }
-
-
 def everything(wildcards):
     """Tables and figures, and what they are made of, so that a lost result is rebuilt."""
     targets = [f"{RESULTS}/tables/{name}.csv" for name in config["tables"]]
-    targets += [f"{RESULTS}/figures/{name}.pdf" for name in drawn_here()]
-    for entry in [*config["tables"].values(), *drawn_here().values()]:
+    targets += [f"{RESULTS}/figures/{name}.pdf" for name in config["figures"]]
+    for entry in [*config["tables"].values(), *config["figures"].values()]:
         targets += [f"{RESULTS}/{path}" for path in CONFIG.artefacts(entry)]
     if any(entry.get("published") for entry in config["tables"].values()):
         targets.append(f"{RESULTS}/errata.md")

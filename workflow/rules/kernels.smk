@@ -17,10 +17,10 @@ rule kernel_benchmark:
     resources:
         mem_mb=8000,
         runtime=60,
-        gpu=lambda wildcards: int(wildcards.device == "cuda"),
+        gpu=lambda wildcards: GPU * (wildcards.device == "cuda"),
     params:
         entry=kernel_entry,
+        on=kernel_device,
         code=code_of("kernels"),
     shell:
-        "obr kernels --entry {params.entry:q} --out {output} --device {wildcards.device} --threads {threads} "
-        ">{log} 2>&1"
+        "obr kernels --entry {params.entry:q} --out {output} {params.on} --threads {threads} >{log} 2>&1"
