@@ -332,11 +332,13 @@ class Plug(Exception):
     """Pulled."""
 
 
-@pytest.mark.parametrize("kind", ["sequential", "cached"])
-def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    "options", [{}, {"hessian": "cached"}, {"asymmetry": 1.0}], ids=["sequential", "cached", "asymmetric"]
+)
+def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp_path, monkeypatch, options):
     from obr import checkpoint, compression
 
-    options = {"method": "obr_gptq", "hessian": kind}
+    options = {"method": "obr_gptq", **options}
     undisturbed = compressed(tiny_folder, prepared, tmp_path / "undisturbed", **options)
     whole, calls = compression.compress_group, []
 

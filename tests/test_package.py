@@ -33,7 +33,7 @@ LAYERS = [
     ["data", "cloze"],
     ["download", "texts", "tasks"],
     ["hessian", "learning"],
-    ["gradients"],
+    ["gradients", "target"],
     ["sensitivity"],
     ["checkpoint"],
     ["compression", "released", "packed"],

@@ -177,6 +177,19 @@ def test_fewer_blocks_cost_less():
     assert six.products < last.products < all_blocks.products  # 29 blocks are passed once
 
 
+def test_targets_of_dense_outputs_cost_more():
+    sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
+    plain, aimed = (Recipe.parse({"method": "joint", "calibration": "c", "asymmetry": a}) for a in (0.0, 0.5))
+    blind, both = (costs.compress(sizes, recipe, 8192, 512) for recipe in (plain, aimed))
+    assert both.products == 2 * blind.products and both.grams == 2 * blind.grams and both.exact > blind.exact
+    states = 4e-9 * 8192 * 576
+    more = (
+        costs.memory("compress", sizes, 8192, 512, False, True)[0]
+        - costs.memory("compress", sizes, 8192, 512, False)[0]
+    )
+    assert states < more < states + 0.05
+
+
 def test_mistakes_are_told_in_a_sentence(tmp_path):
     with pytest.raises(ObrError, match=r"There is no .*; run this in the folder of the workflow"):
         pending(tmp_path / "Snakefile", [], {}, [], 1)

@@ -1,5 +1,6 @@
 """Compression of whole models: block by block, group by group, with sequential or cached Hessians."""
 
+import copy
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -9,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from obr import allocation, data, gradients, hessian, sensitivity
+from obr import allocation, data, gradients, hessian, sensitivity, target
 from obr.activations import Room
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
 from obr.config import check_widths
@@ -22,6 +23,7 @@ from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
 from obr.restoration import Hessian, Restored, restore_together
+from obr.target import Collected
 
 
 def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *, progress: bool = True) -> nn.Module:
@@ -194,7 +196,7 @@ def compress_blocks(
             else:
                 rows, seconds = finished
                 report.seconds += seconds
-                block = statistics.prepared(index, writer.load(index)) if statistics.advances(index) else None
+                block = statistics.resumed(index, writer.load(index)) if statistics.advances(index) else None
             report.layers += rows
             statistics.advance(index, block)
             block = None  # before the next is loaded
@@ -205,7 +207,8 @@ def compress_blocks(
 class Statistics:
     """Where the Hessians of a compression come from: passes through the blocks done so far, or files.
 
-    tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states.
+    tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states. A recipe
+    with asymmetry has the dense blocks run beside the compressed ones, on hidden states of their own.
     """
 
     def __init__(
@@ -214,22 +217,39 @@ class Statistics:
         self.blocks, self.cached, self.chosen = blocks, cached, recipe.chosen(len(blocks))
         self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
+        self.dense, self.dense_hidden = None, None
         if tokens is not None and recipe.needs_hessian:
+            if recipe.asymmetry:
+                room = replace(room or Room(), megabytes=(room or Room()).megabytes / 2)
+                self.dense_hidden, _ = blocks.embed(tokens, room)
             self.hidden, self.arguments = blocks.embed(tokens, room)
 
     def prepared(self, index: int, block: nn.Module) -> nn.Module:
-        """The block with its activations quantised, if that is what the Hessians are to see."""
+        """A block that is to be compressed, its activations quantised if that is what the Hessians are to see."""
+        if self.dense_hidden is not None and index <= self.chosen[-1]:
+            self.dense = copy.deepcopy(block)
+        return self._quantised(index, block)
+
+    def resumed(self, index: int, block: nn.Module) -> nn.Module:
+        """The same for a block that is compressed already."""
+        if self.dense_hidden is not None:
+            self.dense = self.blocks.load(index)
+        return self._quantised(index, block)
+
+    def _quantised(self, index: int, block: nn.Module) -> nn.Module:
         if self.quantised is not None and index in self.chosen:
             set_quantizers(block, self.blocks.layout, self.quantised)
         return block
 
-    def hessian(self, block: nn.Module, index: int, group: str) -> Tensor | None:
-        """(n, n) of a group's inputs; None where there are neither tokens nor files."""
+    def collected(self, block: nn.Module, index: int, group: str) -> Collected | None:
+        """Of a group's inputs; None where there are neither tokens nor files."""
         if self.hidden is not None:
             layout, arguments = self.blocks.layout, self.arguments[index]
-            return hessian.collect(block, layout, self.hidden, arguments, [group], whole=False)[group]
+            if self.dense_hidden is not None:
+                return target.collect(block, self.dense, layout, self.hidden, self.dense_hidden, arguments, group)
+            return Collected(hessian.collect(block, layout, self.hidden, arguments, [group], whole=False)[group])
         if self.cached is not None:
-            return hessian.load(self.cached / block_file(index), self.blocks.device, [group])[group]
+            return Collected(hessian.load(self.cached / block_file(index), self.blocks.device, [group])[group])
         return None
 
     def advances(self, index: int) -> bool:
@@ -240,6 +260,9 @@ class Statistics:
         """Pass the hidden states through a compressed block, if a later one needs them."""
         if self.advances(index):
             advance(block, self.hidden, self.arguments[index])
+            if self.dense_hidden is not None:
+                advance(self.dense, self.dense_hidden, self.arguments[index])
+        self.dense = None
 
 
 def _compress_block(
@@ -253,26 +276,30 @@ def _compress_block(
     rows = []
     for number, group in enumerate(layout.groups, start=1):
         shown.layer(f"group {number}/{len(layout.groups)}, Hessian of {group}")
-        matrix = statistics.hessian(block, index, group)
+        collected = statistics.collected(block, index, group)
         shown.layer(f"group {number}/{len(layout.groups)}, {group}")
-        rows += compress_group(block, layout, group, matrix, report, index)
+        rows += compress_group(block, layout, group, collected, report, index)
     return rows
 
 
 def compress_group(
-    block: nn.Module, layout: Layout, group: str, matrix: Tensor | None, report: Report, index: int
+    block: nn.Module, layout: Layout, group: str, collected: Collected | None, report: Report, index: int
 ) -> list[LayerReport]:
     """Compress the linear layers of a group, which share one Hessian and, if treated alike, its solves.
 
     The report's seconds are the group's, shared out by size.
     """
     started = time.monotonic()
-    factors = Hessian(matrix, report.recipe.damp, f"block {index} {group}") if matrix is not None else None
+    factors = Hessian(collected.hessian, report.recipe.damp, f"block {index} {group}") if collected else None
     linears: dict[str, QuantLinear] = {name: block.get_submodule(name) for name in layout.groups[group]}
+    wanted = {name: linear.weight for name, linear in linears.items()}
+    if collected is not None and collected.drift is not None:
+        share = report.recipe.asymmetry
+        wanted = {name: target.shifted(weight, collected.drift, factors, share) for name, weight in wanted.items()}
     restored: dict[str, Restored] = {}
     for recipe, names in _treated_alike(report, layout, group, index).items():
         weights = _row_weights(report, index, names) if recipe.needs_gradients else None
-        restored |= _restore(recipe, {name: linears[name] for name in names}, factors, weights, index)
+        restored |= _restore(recipe, {name: wanted[name] for name in names}, factors, weights, index)
     for name, linear in linears.items():
         store(linear, restored[name], report.dtype)
     seconds = time.monotonic() - started
@@ -294,15 +321,15 @@ def _row_weights(report: Report, index: int, names: list[str]) -> dict[str, Tens
 
 def _restore(
     recipe: Recipe,
-    linears: dict[str, QuantLinear],
+    wanted: dict[str, Tensor],
     factors: Hessian | None,
     row_weights: dict[str, Tensor] | None,
     index: int,
 ) -> dict[str, Restored]:
-    """Layers of one input, by name, all treated alike."""
-    full = {name: _full(index, name) for name in linears}
+    """Layers of one input, by name, all treated alike; wanted: (r, n) each."""
+    full = {name: _full(index, name) for name in wanted}
     found = restore_together(
-        {full[name]: linear.weight for name, linear in linears.items()}, factors, recipe.method,
+        {full[name]: weight for name, weight in wanted.items()}, factors, recipe.method,
         bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask, alpha=recipe.alpha,
         scope=recipe.scope, sweeps=recipe.sweeps, group=recipe.group, refit=recipe.refit, damp=recipe.damp,
         clip="minmax" if recipe.clip == "learned" else recipe.clip,  # learned bounds are in the weights already
@@ -310,7 +337,7 @@ def _restore(
         seed={name: crc32(f"{recipe.seed} {name}".encode()) for name in full.values()},
         row_weights={full[name]: weights for name, weights in row_weights.items()} if row_weights else None,
     )  # fmt: skip
-    return {name: found[full[name]] for name in linears}
+    return {name: found[full[name]] for name in wanted}
 
 
 def _full(index: int, name: str) -> str:

@@ -174,6 +174,9 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         products += GROUP_PASSES * sizes.forward(tokens, length) + passed.forward(tokens, length)
         grams = sizes.hessians(tokens)
     runs = (GROUPS + 1) * blocks * tokens / length if products else 0.0
+    if recipe.asymmetry:  # the dense blocks run, too; drifts, and the steps to the targets
+        products, grams, runs = 2 * products, 2 * grams, 2 * runs
+        exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)
     if recipe.method in ("gptq", "sparsegpt_gptq", "obr_gptq"):  # column by column, each some small kernels
         runs += 0.1 * blocks * sum(columns for _, columns in sizes.layers)
     return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
@@ -268,10 +271,13 @@ CONSTANT = {
 }
 
 
-def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> tuple[float, float]:
+def memory(
+    rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool, asymmetric: bool = False
+) -> tuple[float, float]:
     """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32.
 
-    `learn_rotation` is of learning over the whole model; block by block takes what compressing takes.
+    asymmetric: whether dense blocks run beside compressed ones, on states of their own. `learn_rotation` is of
+    learning over the whole model; block by block takes what compressing takes.
     """
     element = 2 if on_gpu else 4
     ends, block = element * sizes.ends, element * sizes.block
@@ -285,6 +291,8 @@ def memory(rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool) -> t
             + 12.0 * max(r * c for r, c in sizes.layers)
             + element * tokens * sizes.hidden
         )
+        if asymmetric:
+            model += block + largest + element * tokens * sizes.hidden
         base = 0.9
     elif rule == "learn_rotation":  # all blocks, their gradients, and a window's states on the way back
         states = 4.0 * length * sizes.blocks * (20 * sizes.hidden + 6 * sizes.intermediate)

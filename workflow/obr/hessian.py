@@ -80,9 +80,21 @@ def collect(
     return {group: accumulator.matrix() for group, accumulator in accumulators.items()}
 
 
-def _then_stop(accumulator: Accumulator) -> Callable[[Tensor], None]:
+def inputs_of(block: nn.Module, name: str, states: Tensor, arguments: dict) -> Tensor:
+    """(t, n) float32: what the layer `name` of a block reads, behind its online transform, for states (1, s, d)."""
+    linear, found = block.get_submodule(name), []
+    linear.observer = _then_stop(found.append)
+    try:
+        with suppress(_Captured):
+            run_block(block, states, arguments)
+    finally:
+        linear.observer = None
+    return found[0].reshape(-1, found[0].shape[-1]).float()
+
+
+def _then_stop(take: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     def observe(x: Tensor) -> None:
-        accumulator(x)
+        take(x)
         raise _Captured
 
     return observe

@@ -149,7 +149,8 @@ class Prices:
             work = costs.zero_shot(sizes, job.wildcards["task"], entry.get("limit"), entry["batch_size"])
         expected = work.seconds(costs.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(timings.stage_of(job.rule, recipe), 1.0) + OVERHEAD
-        host, gpu = costs.memory(like, sizes, tokens, length, self.device == "cuda")
+        asymmetric = recipe is not None and recipe.asymmetry > 0
+        host, gpu = costs.memory(like, sizes, tokens, length, self.device == "cuda", asymmetric)
         return Price(seconds, host, gpu, disk)
 
     def _downloads(self, job: Job) -> tuple[float, float]:

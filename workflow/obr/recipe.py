@@ -202,6 +202,8 @@ class Recipe:
     online: least precision of online transforms, "float32", "float64", or "model" for the activations' own.
     o_inputs: o_proj's settings where they differ from `activations`.
     hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
+    asymmetry: share, 0 to 1, of the step from a layer's weights to those whose outputs, from inputs out of compressed
+    blocks, are nearest the dense model's; 0 aims at the outputs of the dense weights (sequential only).
     blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
     others stay at 16 bits.
     """
@@ -224,6 +226,7 @@ class Recipe:
     calibration: str | None = None
     hessian: str = "sequential"
     hessian_inputs: str = "plain"
+    asymmetry: float = 0.0
     online: str = "float32"
     blocks: str | None = None
     seed: int = 0
@@ -286,7 +289,7 @@ class Recipe:
         if recipe.allocation is not None:
             recipe = recipe._allocated(name)
         recipe._check_group(name)
-        for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1)):
+        for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1), ("asymmetry", 0, 1)):
             value = getattr(recipe, field)
             if not low <= value <= high:
                 raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
@@ -296,7 +299,18 @@ class Recipe:
             raise ObrError(
                 f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
             )
+        recipe._check_asymmetry(name)
         return recipe
+
+    def _check_asymmetry(self, name: str) -> None:
+        """Raise ObrError where there are no inputs beside the dense model's."""
+        why = {
+            "cached Hessians know the dense model's inputs alone; use hessian: sequential": self.hessian == "cached",
+            f"method {self.method} reads no activations; use another method": not self.needs_hessian,
+        }
+        for reason, clashing in why.items():
+            if self.asymmetry and clashing:
+                raise ObrError(f"{name}.asymmetry is {self.asymmetry}, but {reason}, or asymmetry 0.")
 
     def _check_group(self, name: str) -> None:
         """Raise ObrError for groups of no columns, or where there is one scale a row or none."""

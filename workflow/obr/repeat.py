@@ -11,7 +11,7 @@ from obr import data, gradients, hessian
 from obr.checkpoint import Report, load_block, read_manifest, round_ends, round_rest
 from obr.compression import Statistics, compress_group
 from obr.errors import ObrError
-from obr.model import StreamedBlocks, advance, block_file
+from obr.model import StreamedBlocks, block_file
 from obr.modules import QuantLinear
 from obr.packing import unpack
 from obr.progress import Progress
@@ -117,21 +117,21 @@ def _repeated(
     last = max(index for index, _ in wanted)
     with Progress("recomputing", last + 1) as shown:
         for index in range(last + 1) if statistics.hidden is not None else sorted({i for i, _ in wanted}):
-            stored = statistics.prepared(index, load_block(blocks, index, directory / block_file(index)))
+            stored = statistics.resumed(index, load_block(blocks, index, directory / block_file(index)))
             if any(index == i for i, _ in wanted):
                 block = statistics.prepared(index, blocks.load(index))
                 round_rest(block, layout, report.dtype)
                 for group, names in layout.groups.items():
                     if (index, group) in wanted:
-                        matrix = statistics.hessian(block, index, group)
-                        compress_group(block, layout, group, matrix, report, index)
+                        collected = statistics.collected(block, index, group)
+                        compress_group(block, layout, group, collected, report, index)
                     for name in names:
                         here, there = block.get_submodule(name), stored.get_submodule(name)
                         if (index, name) in chosen:
                             found.append(Repeated(index, name, *_compared(here, there)))
                         here.weight.data = there.weight.data  # what comes after has read the stored ones
-            if index < last and statistics.hidden is not None:
-                advance(stored, statistics.hidden, statistics.arguments[index])
+            if index < last:
+                statistics.advance(index, stored)
             shown.block()
     return found
 
