@@ -52,8 +52,8 @@ def model(tmp_path_factory) -> Path:
 def told(capsys, *arguments) -> str:
     """The one sentence of a command that must fail."""
     assert cli.main([str(a) for a in arguments]) == 1
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("obr: ") and "\n" not in error, error
+    *progress, error = capsys.readouterr().err.strip().split("\n")
+    assert error.startswith("obr: ") and all(": block " in line for line in progress), [*progress, error]
     return error
 
 
@@ -328,6 +328,33 @@ def test_files_of_other_shapes_are_named(model, tmp_path):
             hessian.load(path)
 
 
+@pytest.mark.parametrize(
+    "name, spoil, sentence",
+    [
+        ("layers.0.mlp.up_proj", lambda w: w[:, 1:], "model.layers.0.mlp.up_proj.weight is 64 x 31, by config.json"),
+        ("layers.1.input_layernorm", lambda w: w[None], "model.layers.1.input_layernorm.weight is 1 x 32, by config"),
+        (
+            "embed_tokens",
+            lambda w: w[1:],
+            "model.embed_tokens.weight is 63 x 32, by config.json it should be 64 x 32",
+        ),
+        (
+            "layers.0.mlp.up_proj",
+            lambda w: w.to(torch.int8),
+            "up_proj.weight holds int8, no weights; choose a model that",
+        ),
+    ],
+)
+def test_tensors_of_another_shape_or_kind_are_named(name, spoil, sentence, model, tmp_path, capsys):
+    copy = copied(model, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[f"model.{name}.weight"] = spoil(tensors[f"model.{name}.weight"]).contiguous()
+    save_file(tensors, copy / "model.safetensors")
+    entry = ("--entry", '{"method": "rtn"}')
+    assert sentence in told(capsys, "compress", *entry, "--model", copy, "--out", tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 # --- Tokens -----------------------------------------------------------------------------------------------
 
 
@@ -378,6 +405,18 @@ def test_nan_is_told_where_it_comes_up(model, spoil, sentence):
     tokens = torch.randint(0, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ObrError, match=sentence):
         obr.compress(broken, tokens, {"method": "obr_gptq"}, progress=False)
+
+
+def test_activations_that_are_not_finite_are_told_before_hessians_of_them_are_kept(model, tmp_path, capsys):
+    copy = copied(model, tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][0] = float("inf")
+    save_file(tensors, copy / "model.safetensors")
+    tokens = tmp_path / "t.safetensors"
+    save_file({"tokens": torch.ones(2, 8, dtype=torch.int64)}, tokens, metadata={"calibration": "{}"})
+    error = told(capsys, "hessian", "--model", copy, "--tokens", tokens, "--out", tmp_path / "out")
+    assert "block 1 qkv: the Hessian has NaN or infinite values; check the model's weights" in error
+    assert not (tmp_path / "out/hessian.json").exists()
 
 
 def test_a_model_of_zeros_is_compressed_with_flags(model, tmp_path):

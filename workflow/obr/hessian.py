@@ -139,7 +139,7 @@ def hessian(
     An interrupted run goes on with the block it was at. megabytes: of memory for hidden states, see `Room`.
 
     Raises:
-        ObrError: blocks of an unfinished run with other inputs or settings are there.
+        ObrError: blocks of an unfinished run with other inputs or settings are there; activations are not finite.
     """
     windows, about = data.load_tokens(tokens)
     blocks = open_blocks(model, rotation, dtype, device)
@@ -148,12 +148,23 @@ def hessian(
     unfinished = Unfinished(out, run)
     finished = unfinished.finished(len(blocks))
     for index, matrices in dense_hessians(blocks, windows, Room(megabytes, unfinished.folder), finished):
+        _check_finite(index, matrices)
         unfinished.keep(index, partial(save, matrices), {})
         matrices.clear()  # before the next block's are made
     (out / "hessian.json").unlink(missing_ok=True)  # of older ones, which go now
     unfinished.move(len(blocks))
     write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
     unfinished.remove()
+
+
+def _check_finite(index: int, matrices: dict[str, Tensor]) -> None:
+    """Raise ObrError at the first block whose inputs are not finite; those of all later ones are not, either."""
+    for group, matrix in matrices.items():
+        if not matrix.isfinite().all():
+            raise ObrError(
+                f"block {index} {group}: the Hessian has NaN or infinite values; check the model's weights, or "
+                "compute in float32 or bfloat16, since half precision overflows on some models."
+            )
 
 
 def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:

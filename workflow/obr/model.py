@@ -178,15 +178,29 @@ class TensorFiles:
         """Tensors by the keys of `names`, whose values are names in the files; to: as of `Tensor.to`.
 
         A file is opened for every tensor anew: what has been read stays mapped, and counts as resident, as long
-        as the file is open. Raises ObrError if a tensor lacks.
+        as the file is open. Raises ObrError if a tensor lacks, or is none of floating-point numbers.
         """
         tensors: dict[str, Tensor] = {}
         for key, name in names.items():
             if name not in self.files:
                 raise ObrError(f"{self.directory} has no tensor {name!r}; it is not a whole model.")
             with self._open(self.files[name]) as file:
-                tensors[key] = file.get_tensor(name).to(*to)
+                tensor = file.get_tensor(name)
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ObrError(
+                    f"{self.directory}: {name} holds {kind}, no weights; choose a model that is not quantised."
+                )
+            tensors[key] = tensor.to(*to)
         return tensors
+
+    def check(self, name: str, found: Tensor, wanted: Tensor) -> None:
+        """Raise ObrError unless the tensor `name` has the shape that the configuration gives it."""
+        if found.shape != wanted.shape:
+            found, wanted = (" x ".join(map(str, tensor.shape)) for tensor in (found, wanted))
+            raise ObrError(
+                f"{self.directory}: {name} is {found}, by config.json it should be {wanted}; fetch the model again."
+            )
 
 
 def empty_model(config, trust: bool = False) -> nn.Module:
@@ -253,6 +267,7 @@ class StreamedBlocks(Blocks):
         tensors.setdefault(f"{layout.head}.weight", tensors[f"{layout.embed}.weight"])
         for name, tensor in tensors.items():
             module = model.get_submodule(name.rpartition(".")[0])
+            self.files.check(name, tensor, module.weight)
             module.weight = nn.Parameter(tensor, requires_grad=False)
         if self.config.tie_word_embeddings:
             model.get_submodule(layout.head).weight = model.get_submodule(layout.embed).weight
@@ -289,7 +304,10 @@ class StreamedBlocks(Blocks):
         prefix = f"{self.layout.blocks}.{index}."
         dtype = self.dtype if self.rotation is None else torch.float32
         names = {name: prefix + name for name in block.state_dict()}
-        block.load_state_dict(self.files.read(names, self.target, dtype), assign=True)
+        tensors = self.files.read(names, self.target, dtype)
+        for name, wanted in block.state_dict().items():
+            self.files.check(names[name], tensors[name], wanted)
+        block.load_state_dict(tensors, assign=True)
         block.requires_grad_(False)
         wrap_block(block, self.layout)
         if self.rotation is not None:
