@@ -22,6 +22,21 @@ def test_logits_do_not_change(family, kind):
     assert change(random_model(FAMILIES[family], torch.float32), lambda m: obr.rotate(m, kind, seed=7)) < 1e-3
 
 
+def fits(block: int, sizes: Dimensions) -> bool:
+    return all(n <= block or n % block == 0 for n in (sizes.hidden, sizes.intermediate, sizes.head_dim))
+
+
+BLOCKED = [(name, b) for name, c in FAMILIES.items() for b in (16, 32, 64, 128) if fits(b, Dimensions.of(c))]
+
+
+@pytest.mark.parametrize(("family", "block"), BLOCKED)
+def test_rotations_in_blocks_do_not_change_logits(family, block):
+    def rotate(model):
+        obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), 7, block))
+
+    assert change(exact_model(FAMILIES[family]), rotate) < 1e-11
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_blocks_compute_the_same(family, tmp_path):
     """A folder on disk, read and rotated block by block, with what the family keeps beside its weights."""

@@ -53,6 +53,31 @@ def test_the_kronecker_product_is_what_it_says():
     assert torch.allclose(Kronecker([a, 8])(x), x @ torch.kron(a, torch.eye(8)).T, atol=1e-5)
 
 
+def test_a_rotation_in_blocks_mixes_within_them_alone(tmp_path):
+    dimensions = Dimensions(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, blocks=1)
+    for block, mixed in ((16, 16), (64, 64)):
+        rotation = rotations.draw("quarot", dimensions, block=block)
+        assert rotation.about()["block"] == block and "o inputs" not in rotation.about()["online"]
+        for name, n in (("residual", 576), ("value", 64), ("query_key", 64), ("down", 1536)):
+            matrix = rotation.transforms[name].matrix()
+            ours = torch.arange(n)[:, None] // mixed == torch.arange(n) // mixed
+            assert torch.allclose(matrix.abs(), ours.double() * mixed**-0.5), (name, block)
+        rotations.save(rotation, tmp_path / "rotation")
+        loaded = rotations.load(tmp_path / "rotation", dimensions)
+        assert loaded.about() == rotation.about() and loaded.changes(0).inputs.keys() == {"down"}
+    narrow = Dimensions(hidden=96, intermediate=256, heads=4, kv_heads=2, head_dim=24, blocks=1)
+    wide = rotations.draw("quarot", narrow, block=128)  # wider than hidden size and heads: they are mixed as a whole
+    assert bool((wide.transforms["residual"].matrix() != 0).all()) and wide.transforms["down"].sizes == [2, 128]
+    with pytest.raises(
+        ObrError, match="blocks of 128 do not divide the hidden size 576; choose a power of two up to 64"
+    ):
+        rotations.draw("quarot", dimensions, block=128)
+    with pytest.raises(ObrError, match="Hadamard blocks of 24; choose one of 16, 32, 64, 128, or null"):
+        rotations.draw("quarot", dimensions, block=24)
+    with pytest.raises(ObrError, match="Rotation 'spinquant' has no blocks, but block is 16"):
+        rotations.draw("spinquant", dimensions, block=16)
+
+
 def test_known_hadamard_matrices():
     for n in (12, 20, 36, 172):
         matrix = known_hadamard(n)

@@ -187,6 +187,20 @@ def hadamard(n: int, generator: torch.Generator, what: str = "size") -> Kronecke
     return Kronecker(factors)
 
 
+def block_hadamard(n: int, block: int, what: str = "size") -> Kronecker:
+    """I ⊗ H_b: every `block` consecutive ones of n channels are mixed among themselves. b is a power of two.
+
+    Raises:
+        ObrError: blocks that do not divide n.
+    """
+    if n % block:
+        least = n & -n  # the largest power of two that divides n
+        raise ObrError(
+            f"Hadamard blocks of {block} do not divide the {what} {n}; choose a power of two up to {least}, or null."
+        )
+    return Kronecker([n // block, sylvester(block)])
+
+
 def random_signs(n: int, generator: torch.Generator) -> Tensor:
     """(n,) of +1 and -1."""
     return torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1

@@ -25,9 +25,19 @@ from obr.rotations.spinquant import SpinQuant
 KINDS: dict[str, type[Rotation]] = {kind.kind: kind for kind in (QuaRot, SpinQuant, FlatQuant, OSTQuant, Scaling)}
 
 
-def draw(kind: str, dimensions: Dimensions, seed: int = 0) -> Rotation:
-    """A rotation of this kind with random valid parameters. Raises ObrError for an unknown kind."""
-    return _kind(kind).draw(dimensions, seed)
+def draw(kind: str, dimensions: Dimensions, seed: int = 0, block: int | None = None) -> Rotation:
+    """A rotation of this kind with random valid parameters.
+
+    block: of the kind quarot, see there.
+
+    Raises:
+        ObrError: an unknown kind, or a block that it cannot have.
+    """
+    if block is None:
+        return _kind(kind).draw(dimensions, seed)
+    if kind != QuaRot.kind:
+        raise ObrError(f"Rotation {kind!r} has no blocks, but block is {block}; use kind quarot, or block: null.")
+    return QuaRot.draw(dimensions, seed, block)
 
 
 def _kind(kind: str) -> type[Rotation]:

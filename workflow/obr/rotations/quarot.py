@@ -3,45 +3,73 @@
 R1 is a randomised Hadamard matrix on the residual stream; R2, R3 and R4 are plain ones, per head on values and
 o_proj, on queries and keys, and before down_proj. Sizes without a Hadamard matrix, such as 9 heads, take a
 random orthogonal factor for their odd part.
+
+How strong a rotation is needed is the question of `block`: with it each is block diagonal, of Hadamard matrices of
+that size, so that no channel is mixed with more than so many, and heads are not mixed.
 """
 
 import torch
 
-from obr.hadamard import Kronecker, hadamard, random_signs
+from obr.errors import ObrError
+from obr.hadamard import Kronecker, block_hadamard, hadamard, random_signs
 from obr.layout import Dimensions
 from obr.rotations.fold import Changes
 from obr.rotations.rotation import Rotation
 
+INPUTS = {"o": "heads", "down": "down"}  # group -> the transform before its layers
+BLOCKS = (16, 32, 64, 128)
+
 
 class QuaRot(Rotation):
-    """Transforms: residual R1 (d), value R2 (m), heads (h m) which mixes heads, query_key R3 (m), down R4 (f)."""
+    """Transforms: residual R1 (d), value R2 (m), heads (h m) which mixes heads, query_key R3 (m), down R4 (f).
+
+    With the option `block` there is no `heads`.
+    """
 
     kind = "quarot"
 
     @classmethod
-    def draw(cls, dimensions: Dimensions, seed: int = 0) -> "QuaRot":
-        """The rotation for a model of these sizes. Raises ObrError for a size whose odd part is too large."""
+    def draw(cls, dimensions: Dimensions, seed: int = 0, block: int | None = None) -> "QuaRot":
+        """The rotation for a model of these sizes.
+
+        block: of BLOCKS; None for whole Hadamard matrices. What is narrower than a block is mixed as a whole.
+
+        Raises:
+            ObrError: a size whose odd part is too large, or that blocks do not divide.
+        """
+        if block not in (None, *BLOCKS):
+            choices = ", ".join(map(str, BLOCKS))
+            raise ObrError(f"Rotation quarot has Hadamard blocks of {block!r}; choose one of {choices}, or null.")
         generator = torch.Generator().manual_seed(seed)
-        residual = hadamard(dimensions.hidden, generator, "hidden size")
+
+        def transform(n: int, what: str) -> Kronecker:
+            whole = block is None or n <= block
+            return hadamard(n, generator, what) if whole else block_hadamard(n, block, what)
+
+        residual = transform(dimensions.hidden, "hidden size")
         residual.signs = random_signs(dimensions.hidden, generator)
         mixing = hadamard(dimensions.heads, generator, "head count")
         transforms = {
             "residual": residual,
-            "value": hadamard(dimensions.head_dim, generator, "head dim"),
+            "value": transform(dimensions.head_dim, "head dim"),
             "heads": Kronecker([*mixing.factors(), dimensions.head_dim]),
-            "query_key": hadamard(dimensions.head_dim, generator, "head dim"),
-            "down": hadamard(dimensions.intermediate, generator, "intermediate size"),
+            "query_key": transform(dimensions.head_dim, "head dim"),
+            "down": transform(dimensions.intermediate, "intermediate size"),
         }
-        return cls(dimensions, transforms=transforms, seed=seed)
+        if block is None:
+            return cls(dimensions, transforms=transforms, seed=seed)
+        del transforms["heads"]
+        return cls(dimensions, transforms=transforms, seed=seed, options={"block": block})
 
     def sizes(self) -> dict[str, int]:
-        return {
+        sizes = {
             "residual": self.dimensions.hidden,
             "value": self.dimensions.head_dim,
-            "heads": self.dimensions.heads * self.dimensions.head_dim,
             "query_key": self.dimensions.head_dim,
             "down": self.dimensions.intermediate,
         }
+        mixed = self.dimensions.heads * self.dimensions.head_dim
+        return sizes if self.options.get("block") else sizes | {"heads": mixed}
 
     def residual(self) -> Kronecker:
         return self.transforms["residual"]
@@ -51,6 +79,6 @@ class QuaRot(Rotation):
         return Changes(
             residual=self.residual(),
             value=value.matrix()[None],
-            inputs={"o": self.transforms["heads"], "down": self.transforms["down"]},
+            inputs={group: self.transforms[name] for group, name in INPUTS.items() if name in self.transforms},
             keys=self.transforms["query_key"],
         )
