@@ -60,6 +60,12 @@ def test_changing_activation_bits_reruns_that_evaluation_only(finished):
     assert jobs(finished, changed(recipes__obr_gptq_a4__keys={"bits": 5})) == {"perplexity": 1, "table": 1}
 
 
+def test_changing_a_pattern_reruns_that_recipe_only(finished):
+    assert jobs(finished, changed(recipes__obr_gptq_2_4__pattern="4:8")) == {
+        "compress": 1, "perplexity": 1, "table": 1, "figure": 1,
+    }  # fmt: skip
+
+
 def test_a_new_label_compresses_nothing(finished):
     assert set(jobs(finished, changed(recipes__obr_gptq__label="other"))) == {"table", "figure"}
 

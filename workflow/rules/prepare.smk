@@ -39,8 +39,9 @@ rule check_model:
         runtime=5,
     params:
         model=subpath(input[0], parent=True),
-        entry=lambda wildcards: json.dumps(CONFIG.patterns_of(wildcards.model), sort_keys=True),
-        code=code_of("config"),
+        # Taking `input` keeps it from starting this job anew: Snakemake would then overlook what else has changed behind
+        # it. Patterns that change later are held against the model when the workflow is read.
+        entry=lambda wildcards, input: json.dumps(CONFIG.patterns_of(wildcards.model), sort_keys=True),
     shell:
         "obr check-model --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
 
