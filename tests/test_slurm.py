@@ -1,6 +1,7 @@
 """The workflow on a real SLURM of one node: a failing job fails it, a cancelled one is taken up, all of it completes.
 
-For `make test-slurm`, which installs Debian's packages; as root, on a machine without a SLURM of its own.
+For `make test-slurm`, which installs Debian's packages; as root, on a machine without a SLURM of its own. Without it
+the profile alone is tested.
 """
 
 import os
@@ -117,6 +118,24 @@ def queued() -> list[tuple[str, str]]:
     """(job, state) of what SLURM has not ended."""
     shown = subprocess.run(["squeue", "-h", "-o", "%i %T %k"], capture_output=True, text=True).stdout
     return [tuple(line.split(maxsplit=2)) for line in shown.splitlines()]
+
+
+def test_the_profile_asks_for_what_the_models_size_calls_for(tiny_folder, tmp_path):
+    """As a dry run, which needs no SLURM: the profile and the plugin's options are read, for a model of 7 billion."""
+    config = replaced(CONFIG, device="cuda", models__tiny__parameters=7)
+    planned = run(tmp_path, "--dry-run", config=config)
+    assert planned.returncode == 0, planned.stdout[-5000:]
+    found = dict(re.findall(r"^rule (\w+):\n(?:    .*\n)*?    resources: (.*)$", planned.stdout, re.MULTILINE))
+    for rule, asked in {
+        "compress": ("mem_mb=25000", "runtime=400", "gpu=1"),
+        "hessian": ("mem_mb=25000", "runtime=165", "gpu=1"),
+        "zero_shot": ("mem_mb=27000", "runtime=330", "gpu=1"),
+        "download_model": ("mem_mb=37000", "runtime=65"),
+        "kernel_benchmark": ("mem_mb=8000", "runtime=60", "slurm_extra=--exclusive"),
+        "table": ("mem_mb=1000", "runtime=10"),
+    }.items():
+        assert {*asked} <= {*found[rule].split(", ")}, (rule, found[rule])
+        assert ("gpu=1" in asked) == ("gpu=1" in found[rule].split(", ")), (rule, found[rule])
 
 
 def test_a_failing_job_fails_the_run_with_its_log_shown(folder):
