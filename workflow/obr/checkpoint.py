@@ -52,6 +52,7 @@ class LayerReport:
     seconds: float
     packed_bytes: int
     flags: str
+    held_out_error: float = float("nan")
 
     @property
     def compressed(self) -> bool:
@@ -301,8 +302,6 @@ class Writer:
         weights = sum(layer.rows * layer.columns for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
         theoretical = sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers)
-        errors = [layer.relative_error for layer in layers if layer.compressed]
-        errors = [error for error in errors if error == error]
         return {
             "format": FORMAT,
             "recipe": report.recipe.to_dict(),
@@ -314,12 +313,13 @@ class Writer:
             "linear_bytes": packed,
             "sparsity": sum(layer.sparsity * layer.rows * layer.columns for layer in layers) / weights,
             "zeros": sum(layer.zeros * layer.rows * layer.columns for layer in layers) / weights,
-            "relative_error": sum(errors) / len(errors) if errors else None,
+            "relative_error": _mean([layer.relative_error for layer in layers if layer.compressed]),
             "flagged_layers": sum(bool(layer.flags) for layer in layers),
             "calibration": report.calibration,
             "rotation": report.rotation,
             "source": report.source,
             **({"allocation": report.allocation} if report.allocation is not None else {}),
+            **({"held_out_error": _mean([row.held_out_error for row in layers])} if report.recipe.held_out else {}),
             "seconds": report.seconds,
             "device": report.device,
             "threads": torch.get_num_threads(),
@@ -328,6 +328,12 @@ class Writer:
             "versions": versions(),
             "software": software(),
         }
+
+
+def _mean(errors: list[float]) -> float | None:
+    """Of those that were measured."""
+    measured = [error for error in errors if error == error]
+    return sum(measured) / len(measured) if measured else None
 
 
 def _recipe_of(layer: LayerReport, report: Report) -> Recipe:

@@ -22,7 +22,7 @@ from obr.modules import QuantLinear, set_quantizers
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
-from obr.restoration import Hessian, Restored, restore_together
+from obr.restoration import Hessian, Restored, relative_error, restore_together
 from obr.target import Collected
 
 
@@ -208,7 +208,8 @@ class Statistics:
     """Where the Hessians of a compression come from: passes through the blocks done so far, or files.
 
     tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states. A recipe
-    with asymmetry has the dense blocks run beside the compressed ones, on hidden states of their own.
+    with asymmetry has the dense blocks run beside the compressed ones, on hidden states of their own; held-out
+    windows pass through the compressed blocks alone.
     """
 
     def __init__(
@@ -217,12 +218,19 @@ class Statistics:
         self.blocks, self.cached, self.chosen = blocks, cached, recipe.chosen(len(blocks))
         self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
-        self.dense, self.dense_hidden = None, None
+        self.dense, self.dense_hidden, self.held_out = None, None, None
         if tokens is not None and recipe.needs_hessian:
+            room, count = room or Room(), len(tokens) - recipe.held_out
+            if count < 1:
+                raise ObrError(
+                    f"held_out is {recipe.held_out}, but there are {len(tokens)} calibration windows; hold out fewer."
+                )
+            room = replace(room, megabytes=room.megabytes / (1 + bool(recipe.asymmetry) + bool(recipe.held_out)))
             if recipe.asymmetry:
-                room = replace(room or Room(), megabytes=(room or Room()).megabytes / 2)
-                self.dense_hidden, _ = blocks.embed(tokens, room)
-            self.hidden, self.arguments = blocks.embed(tokens, room)
+                self.dense_hidden, _ = blocks.embed(tokens[:count], room)
+            if recipe.held_out:
+                self.held_out, _ = blocks.embed(tokens[count:], room)
+            self.hidden, self.arguments = blocks.embed(tokens[:count], room)
 
     def prepared(self, index: int, block: nn.Module) -> nn.Module:
         """A block that is to be compressed, its activations quantised if that is what the Hessians are to see."""
@@ -246,8 +254,13 @@ class Statistics:
         if self.hidden is not None:
             layout, arguments = self.blocks.layout, self.arguments[index]
             if self.dense_hidden is not None:
-                return target.collect(block, self.dense, layout, self.hidden, self.dense_hidden, arguments, group)
-            return Collected(hessian.collect(block, layout, self.hidden, arguments, [group], whole=False)[group])
+                found = target.collect(block, self.dense, layout, self.hidden, self.dense_hidden, arguments, group)
+            else:
+                found = Collected(hessian.collect(block, layout, self.hidden, arguments, [group], whole=False)[group])
+            if self.held_out is not None:
+                held_out = hessian.collect(block, layout, self.held_out, arguments, [group], whole=False)
+                found.held_out = held_out[group]
+            return found
         if self.cached is not None:
             return Collected(hessian.load(self.cached / block_file(index), self.blocks.device, [group])[group])
         return None
@@ -262,6 +275,8 @@ class Statistics:
             advance(block, self.hidden, self.arguments[index])
             if self.dense_hidden is not None:
                 advance(self.dense, self.dense_hidden, self.arguments[index])
+            if self.held_out is not None:
+                advance(block, self.held_out, self.arguments[index])
         self.dense = None
 
 
@@ -300,12 +315,16 @@ def compress_group(
     for recipe, names in _treated_alike(report, layout, group, index).items():
         weights = _row_weights(report, index, names) if recipe.needs_gradients else None
         restored |= _restore(recipe, {name: wanted[name] for name in names}, factors, weights, index)
+    unseen = None
+    if collected is not None and collected.held_out is not None:
+        unseen = Hessian(collected.held_out, name=f"block {index} {group}, held out")
+    held_out = {name: relative_error(wanted[name].float(), restored[name].weight, unseen) for name in linears}
     for name, linear in linears.items():
         store(linear, restored[name], report.dtype)
     seconds = time.monotonic() - started
     weights = sum(linear.weight.numel() for linear in linears.values())
     return [
-        _row(index, name, linear, restored[name], seconds * linear.weight.numel() / weights)
+        _row(index, name, linear, restored[name], seconds * linear.weight.numel() / weights, held_out[name])
         for name, linear in linears.items()
     ]
 
@@ -344,13 +363,15 @@ def _full(index: int, name: str) -> str:
     return f"block {index} {name}"
 
 
-def _row(index: int, name: str, linear: QuantLinear, restored: Restored, seconds: float) -> LayerReport:
+def _row(
+    index: int, name: str, linear: QuantLinear, restored: Restored, seconds: float, held_out_error: float
+) -> LayerReport:
     return LayerReport(
         block=index, layer=name, rows=linear.weight.shape[0], columns=linear.weight.shape[1],
         bits=restored.bits, pattern=str(restored.pattern or ""), sparsity=restored.sparsity,
         zeros=float((restored.weight == 0).float().mean()), relative_error=restored.relative_error,
         damp=restored.damp, seconds=round(seconds, 4),
-        packed_bytes=linear.packed.bytes, flags="; ".join(restored.flags),
+        packed_bytes=linear.packed.bytes, flags="; ".join(restored.flags), held_out_error=held_out_error,
     )  # fmt: skip
 
 

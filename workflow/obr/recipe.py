@@ -204,6 +204,8 @@ class Recipe:
     hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
     asymmetry: share, 0 to 1, of the step from a layer's weights to those whose outputs, from inputs out of compressed
     blocks, are nearest the dense model's; 0 aims at the outputs of the dense weights (sequential only).
+    held_out: the last so many calibration windows enter no Hessian; layers' errors on them are reported, too
+    (sequential only).
     blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
     others stay at 16 bits.
     """
@@ -227,6 +229,7 @@ class Recipe:
     hessian: str = "sequential"
     hessian_inputs: str = "plain"
     asymmetry: float = 0.0
+    held_out: int = 0
     online: str = "float32"
     blocks: str | None = None
     seed: int = 0
@@ -299,18 +302,21 @@ class Recipe:
             raise ObrError(
                 f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
             )
-        recipe._check_asymmetry(name)
+        recipe._check_passes(name)
         return recipe
 
-    def _check_asymmetry(self, name: str) -> None:
-        """Raise ObrError where there are no inputs beside the dense model's."""
+    def _check_passes(self, name: str) -> None:
+        """Raise ObrError where what only passes through compressed blocks tell is asked for without them."""
+        if type(self.held_out) is not int or self.held_out < 0:
+            raise ObrError(f"{name}.held_out is {self.held_out!r}; it must be a number of calibration windows.")
         why = {
             "cached Hessians know the dense model's inputs alone; use hessian: sequential": self.hessian == "cached",
             f"method {self.method} reads no activations; use another method": not self.needs_hessian,
         }
-        for reason, clashing in why.items():
-            if self.asymmetry and clashing:
-                raise ObrError(f"{name}.asymmetry is {self.asymmetry}, but {reason}, or asymmetry 0.")
+        for field in ("asymmetry", "held_out"):
+            for reason, clashing in why.items():
+                if getattr(self, field) and clashing:
+                    raise ObrError(f"{name}.{field} is {getattr(self, field)}, but {reason}, or {field} 0.")
 
     def _check_group(self, name: str) -> None:
         """Raise ObrError for groups of no columns, or where there is one scale a row or none."""

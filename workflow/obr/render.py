@@ -108,6 +108,7 @@ def _detail_column(frame: pd.DataFrame, detail: str) -> Column:
         "file_mb": ("File (MB)", "{:,.1f}"),
         "seconds": ("Time (s)", "{:,.0f}"),
         "relative_error": ("Relative error", "{:.4f}"),
+        "held_out_error": ("Held-out error", "{:.4f}"),
         "sparsity": ("Zeros (%)", "{:.2f}"),
     }
     heading, style = formats[detail]

@@ -441,7 +441,7 @@ def _restored(
 ) -> Restored:
     restored = Restored(
         result, None if recipe.bits == 16 else grid.codes(result), grid.scale, kept,
-        _relative_error(dense, result, hessian), recipe.bits, pattern,
+        relative_error(dense, result, hessian), recipe.bits, pattern,
         hessian.damp if hessian is not None else 0.0, list(hessian.flags) if hessian is not None else [],
         grid.group,
     )  # fmt: skip
@@ -487,7 +487,8 @@ def _choose_mask(weight: Tensor, hessian, recipe: Recipe, mask, pattern) -> Tens
     return mask_from_scores(SCORES[score](weight, **statistics), recipe.sparsity, pattern)
 
 
-def _relative_error(dense: Tensor, result: Tensor, hessian: Hessian | None) -> float:
+def relative_error(dense: Tensor, result: Tensor, hessian: Hessian | None) -> float:
+    """Loss of `result (r, n)` over that of an all-zero layer, `dense (r, n)` the target; NaN without a Hessian."""
     if hessian is None:
         return float("nan")
     whole = hessian.loss(dense)

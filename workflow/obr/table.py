@@ -27,7 +27,7 @@ from obr.errors import ObrError
 from obr.files import write_text
 from obr.render import Table, detail_columns, html, latex, markdown
 
-DETAILS = ("bits_per_weight", "file_mb", "seconds", "relative_error", "sparsity")
+DETAILS = ("bits_per_weight", "file_mb", "seconds", "relative_error", "held_out_error", "sparsity")
 HESSIANS = {
     "sequential": "of each block's inputs from the already compressed blocks before it",
     "cached": "of the dense model, rotated where the recipe rotates",
@@ -148,6 +148,7 @@ def _details(details: list[str], manifest: dict) -> dict:
         "file_mb": number(manifest.get("file_bytes")) / 1e6,
         "seconds": manifest.get("seconds"),
         "relative_error": manifest.get("relative_error"),
+        "held_out_error": manifest.get("held_out_error"),
         "sparsity_measured": manifest.get("sparsity"),
     }
     return {column: number(read[column]) for detail in details for column in detail_columns(detail)}
@@ -198,6 +199,7 @@ def _notes(
         "file_mb": "File: the whole checkpoint, embeddings included, in MB of 10⁶ bytes.",
         "relative_error": "Relative error: squared error of the layers' outputs on the calibration data over "
         "their squared norm; mean over the layers.",
+        "held_out_error": "Held-out error: the same on windows that no Hessian has seen.",
     }
     notes += [text for detail, text in meanings.items() if detail in (entry.get("details") or [])]
     notes += _compression_notes(evidence) + _origin_notes(evidence)

@@ -21,10 +21,12 @@ from obr.restoration import Hessian
 
 @dataclass
 class Collected:
-    """Of a group's inputs: their Hessian (n, n), and how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n)."""
+    """Of a group's inputs: their Hessian (n, n), how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), and the
+    Hessian (n, n) of held-out windows."""
 
     hessian: Tensor
     drift: Tensor | None = None
+    held_out: Tensor | None = None
 
 
 def collect(
