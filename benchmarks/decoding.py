@@ -1,10 +1,11 @@
 """Tokens a second and resident memory of models that write text, one token at a time: packed weights beside bfloat16.
 
-Each model runs in a process of its own, whose resident memory is its own, and is written from by `generate`. Before
-and after, the same threads read memory as fast as they can: no token can be written in less time than its weights
-are read in, which is the bound. With one thread, time is the processor's that the process had, so that other work on
-the machine slows nothing but memory; with several it is the clock's. Models are SmolLM2-135M as the demo leaves it,
-and blocks of Llama-2-7B's shape with random weights, more than the caches hold.
+Before, the products of every packed layer of a checkpoint's first block are compared with those of its codes, in
+whole numbers. Each model runs in a process of its own, whose resident memory is its own, and `generate` writes from
+it. Before and after, the same threads read memory as fast as they can: no token can be written in less time than its
+weights are read in, which is the bound. With one thread, time is the processor's that the process had, so that other
+work on the machine slows nothing but memory; with several it is the clock's. Models are SmolLM2-135M as the demo
+leaves it, and blocks of Llama-2-7B's shape with random weights, more than the caches hold.
 
     python benchmarks/decoding.py FOLDER KIND TOKENS THREADS    # one model; prints what was measured as JSON
 """
@@ -13,25 +14,28 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layers import MODEL
 from models import LLAMA_2_7B, write_model
 from obr import int4, native
-from obr.checkpoint import read_manifest
+from obr.checkpoint import CheckpointBlocks, read_manifest
 from obr.compression import compress_stage
+from obr.data import evaluation_windows, read_text, tokenize
 from obr.errors import ObrError
-from obr.packed import PackedLinear
+from obr.evaluate import perplexity
+from obr.model import load_tokenizer
+from obr.packed import PackedBlocks, PackedLinear
 from obr.packed import load as load_checkpoint
+from obr.packing import unpack
 from obr.recipe import Recipe
-from timing import machine
+from timing import clock_of, machine
 
 DENSE, PACKED = "bfloat16", "packed"
 PROMPT = 8
@@ -42,6 +46,7 @@ STACK = {
     "INT4, paired 4:8": {"method": "magnitude", "pattern": "paired 4:8", "clip": "minmax"},
 }
 DEMO = {"INT4, dense": "gptq", "INT4, 50 %": "obr_gptq"}
+TEXT, SEQLEN, TOKENS = "sotu_since_2000", 1024, 4096  # on which the demo's models are scored
 
 
 def measure(
@@ -53,7 +58,7 @@ def measure(
     sizes: dict = LLAMA_2_7B,
     apart: bool = True,
 ) -> list[dict]:
-    """One row for each model, kind of weights and number of threads.
+    """One row for each model, kind of weights and number of threads; perplexity of those that are real.
 
     results: of the demo; None leaves its models out. apart: in processes of their own, without which resident memory
     is that of all.
@@ -62,7 +67,9 @@ def measure(
     if results is not None:
         folders = {DENSE: results / "models" / MODEL}
         folders |= {name: results / "compressed" / MODEL / recipe for name, recipe in DEMO.items()}
-        rows += _subject("SmolLM2-135M", folders, threads, tokens, run)
+        windows = _windows(results)
+        scores = {name: _score(folder, name, windows) for name, folder in folders.items()}
+        rows += _subject("SmolLM2-135M", folders, threads, tokens, run, scores)
     folder = scratch / "stack"
     try:
         folders = write_stack(folder, {**sizes, "vocab_size": 512, "num_hidden_layers": blocks})
@@ -83,13 +90,51 @@ def write_stack(folder: Path, sizes: dict) -> dict[str, Path]:
     return folders
 
 
-def _subject(subject: str, folders: dict[str, Path], threads: tuple[int, ...], tokens: int, run: Callable):
+def _windows(results: Path) -> Tensor:
+    """The tokens (b, s) that the demo's models are scored on."""
+    tokenizer = load_tokenizer(results / "models" / MODEL)
+    return evaluation_windows(tokenize(tokenizer, read_text(results / "texts" / f"{TEXT}.txt")), SEQLEN, TOKENS)
+
+
+def _score(folder: Path, name: str, windows: Tensor) -> float:
+    """Perplexity of a model in the very form that is timed."""
+    return perplexity(load(folder, DENSE if name == DENSE else PACKED), windows)
+
+
+def _subject(
+    subject: str,
+    folders: dict[str, Path],
+    threads: tuple[int, ...],
+    tokens: int,
+    run: Callable,
+    scores: dict[str, float] | None = None,
+) -> list[dict]:
+    for name, folder in folders.items():
+        if name != DENSE:
+            check(folder)
     rows = []
     for count in threads:
         for name, folder in folders.items():
             found = run(folder, DENSE if name == DENSE else PACKED, tokens, count)
-            rows.append({"subject": subject, "weights": name, **found, **machine(), "threads": count})
+            score = (scores or {}).get(name)
+            rows.append(
+                {"subject": subject, "weights": name, "perplexity": score, **found, **machine(), "threads": count}
+            )
     return rows
+
+
+@torch.no_grad()
+def check(folder: Path) -> None:
+    """Raise ObrError unless the packed layers of the first block multiply the checkpoint's codes exactly."""
+    packed, plain = PackedBlocks(folder, eight_bits(folder)), CheckpointBlocks(folder, device="cpu")
+    block, twin = packed.load(0), plain.load(0)
+    for name in packed.layout.linears:
+        layer, codes = block.get_submodule(name), unpack(twin.get_submodule(name).packed).codes
+        x = torch.randn(3, codes.shape[1], generator=torch.Generator().manual_seed(0))
+        rounded = int4.quantize(x, layer.activations, layer.range)
+        exact = (rounded.q[:, : codes.shape[1]].double() - rounded.zero[:, None]) @ codes.double().T
+        if not torch.equal(layer.kernel.integers(rounded).double(), exact):
+            raise ObrError(f"{name} of {folder} is multiplied wrongly; nothing is timed.")
 
 
 def in_a_process(folder: Path, kind: str, tokens: int, threads: int) -> dict[str, float]:
@@ -107,7 +152,7 @@ def write_tokens(folder: Path, kind: str, tokens: int, threads: int) -> dict[str
     resident_mb: of the process with the model; before_mb: of the same before it was loaded.
     """
     torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = clock_of(threads)
     before, reads = resident(), [read_speed(threads, clock)]
     model = load(folder, kind)
     native.return_freed_memory()
@@ -128,8 +173,12 @@ def load(folder: Path, kind: str):
         from obr import load_model
 
         return load_model(folder, torch.bfloat16, "cpu")
-    recipe = Recipe.parse(read_manifest(folder)["recipe"] | {"activations": {"bits": 8}})
-    return load_checkpoint(folder, recipe, torch.bfloat16, packed=True)
+    return load_checkpoint(folder, eight_bits(folder), torch.bfloat16, packed=True)
+
+
+def eight_bits(folder: Path) -> Recipe:
+    """A checkpoint's recipe with activations of 8 bits."""
+    return Recipe.parse(read_manifest(folder)["recipe"] | {"activations": {"bits": 8}})
 
 
 @torch.inference_mode()

@@ -130,9 +130,54 @@ def subject(row: pd.Series) -> str:
     return f"{NAMES[row['of']]}, {fixed}"
 
 
+def products(frame: pd.DataFrame) -> Figure:
+    """Milliseconds of a product of one token, a panel a weight, beside the time in which its bytes can be read."""
+    frame = frame[frame["tokens"] == 1]
+    frame = frame.assign(value=1e3 * frame["time_s"], bound=1e3 * frame["of_bound"] * frame["time_s"])
+    frame = frame.assign(low=1e3 * frame["time_min_s"], high=1e3 * frame["time_max_s"], name=frame["kernel"])
+    sizes = frame["rows"].astype(str) + " × " + frame["columns"].astype(str)
+    return _beside_bounds(frame.assign(panel=sizes), "Milliseconds (black: the weight's bytes are read)")
+
+
+def decoding(frame: pd.DataFrame) -> Figure:
+    """Tokens a second of each model and form of its weights, beside what reading its weights would allow."""
+    frame = frame.assign(value=frame["tokens_s"], bound=frame["tokens_s"] / frame["of_bound"])
+    frame = frame.assign(low=1 / frame["time_max_s"], high=1 / frame["time_min_s"], name=frame["weights"])
+    return _beside_bounds(frame.assign(panel=frame["subject"]), "Tokens a second (black: its weights are read)")
+
+
+def _beside_bounds(frame: pd.DataFrame, label: str) -> Figure:
+    """Bars of `value` by `name`, a panel for each `panel`, a colour for each number of threads, marks at `bound`."""
+    panels, names = list(dict.fromkeys(frame["panel"])), list(dict.fromkeys(frame["name"]))
+    counts = sorted(frame["threads"].unique())
+    figure, axes = _figure(1.2 + 0.2 * len(names) * len(counts), len(panels), sharey=True)
+    height = 0.8 / len(counts)
+    for area, title in zip(axes, panels, strict=True):
+        for i, count in enumerate(counts):
+            part = frame[(frame["panel"] == title) & (frame["threads"] == count)].set_index("name").reindex(names)
+            places = np.arange(len(names)) + (i - (len(counts) - 1) / 2) * height
+            spread = [part["value"] - part["low"], part["high"] - part["value"]]
+            bars = area.barh(places, part["value"], 0.9 * height, color=COLOURS[i], xerr=spread,
+                             error_kw={"linewidth": 0.7, "capsize": 1.5, "alpha": 0.6},
+                             label=counted(count, "thread"))  # fmt: skip
+            area.bar_label(bars, ["" if np.isnan(v) else f"{v:.3g}" for v in part["value"]], padding=3, fontsize=6)
+            area.vlines(part["bound"], places - 0.45 * height, places + 0.45 * height, color="black", linewidth=1.5)
+        area.set(title=title, xlabel=label)
+        area.margins(x=0.15)
+        area.set_xlim(left=0)
+        area.grid(axis="y", visible=False)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(counts), frameon=False)
+    return figure
+
+
 PLOTS: dict[str, Callable[[pd.DataFrame], Figure]] = {
     "restoration": ratio,
     "stages": stages,
     "memory": memory,
     "scaling": scaling,
+    "products": products,
+    "decoding": decoding,
 }

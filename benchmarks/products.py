@@ -3,7 +3,7 @@
 Every kernel goes through copies of its weight, together several times the last cache, so that each is read from
 memory; kernels take turns, so that a slow minute slows all; and so does a plain read of memory, whose speed is the
 bound of all of them. Quantising the activations is part of a 4-bit product. Each is checked before it is timed:
-whole numbers exactly, the others against the product of their own operands.
+whole numbers exactly, the others against the product of their own operands. One thread's time is the processor's.
 """
 
 import itertools
@@ -22,13 +22,22 @@ from obr.errors import ObrError
 from obr.prune import mask_from_scores
 from obr.quantize import Grid
 from obr.recipe import Pattern, QuantizerSettings
-from timing import alternately, machine, median
+from timing import alternately, clock_of, machine, median
 
 ACTIVATIONS = QuantizerSettings(bits=8)
 PATTERNS = {"unstructured": None} | {name: Pattern.parse(name) for name in ("8:16", "4:8", "2:4", "paired 4:8")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READ = "read"
 SHAPES = {"down_proj of Llama-2-7B": (4096, 11008), "up_proj of Llama-2-7B": (11008, 4096)}
+
+
+@dataclass
+class Stored:
+    """copies: of one weight as a kernel reads it; bytes: of one; exact: (r, n), the numbers or codes of it."""
+
+    copies: list[Tensor] | list[int4.Weight]
+    bytes: int
+    exact: Tensor
 
 
 @dataclass
@@ -49,47 +58,64 @@ def measure(
     """
     rows, before = [], torch.get_num_threads()
     memory = torch.ones(max(cold, 1 << 20), dtype=torch.uint8)
-    for (name, shape), count, tokens in itertools.product(shapes.items(), threads, batches):
-        torch.set_num_threads(count)
-        kernels = prepare(shape, tokens, count, cold)
-        seconds = timed(kernels, memory, count, repeats)
-        fastest = memory.nbytes / median(seconds.pop(READ))
-        packed = median(seconds["int4 unstructured"])
-        for kernel, taken in seconds.items():
-            middle, bytes_ = median(taken), kernels[kernel].bytes
-            rows.append({
-                "layer_kind": name, "rows": shape[0], "columns": shape[1], "tokens": tokens, "kernel": kernel,
-                **machine(), "bits_per_weight": 8 * bytes_ / (shape[0] * shape[1]),
-                "time_s": middle, "time_min_s": min(taken), "time_max_s": max(taken),
-                "read_gb_s": fastest / 1e9, "of_bound": bytes_ / fastest / middle, "times_packed": middle / packed,
-            })  # fmt: skip
-        del kernels
-    torch.set_num_threads(before)
+    for name, shape in shapes.items():
+        weights = store(shape, cold)
+        about = {"layer_kind": name, "rows": shape[0], "columns": shape[1]}
+        for count, tokens in itertools.product(threads, batches):
+            torch.set_num_threads(count)
+            kernels = prepare(weights, tokens, count, cold)
+            rows += _lines({**about, "tokens": tokens, **machine()}, kernels, timed(kernels, memory, count, repeats))
+        torch.set_num_threads(before)
     return rows
 
 
+def _lines(about: dict, kernels: dict[str, Kernel], seconds: dict[str, list[float]]) -> list[dict]:
+    """One row for each kernel. seconds: of each, and of a byte that is read."""
+    fastest = 1 / median(seconds[READ])
+    packed = median(seconds["int4 unstructured"])
+    lines = []
+    for name, kernel in kernels.items():
+        taken = seconds[name]
+        middle, bits = median(taken), 8 * kernel.bytes / (about["rows"] * about["columns"])
+        lines.append({
+            **about, "kernel": name, "bits_per_weight": bits,
+            "time_s": middle, "time_min_s": min(taken), "time_max_s": max(taken),
+            "read_gb_s": fastest / 1e9, "of_bound": kernel.bytes / fastest / middle, "times_packed": middle / packed,
+        })  # fmt: skip
+    return lines
+
+
 def timed(kernels: dict[str, Kernel], memory: Tensor, threads: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each kernel, its copies in turn, and of a read of `memory`, after one untimed round."""
+    """Seconds of each kernel, its copies in turn, and of a byte of `memory` read, after one untimed round."""
     turns = {name: itertools.cycle(kernel.copies) for name, kernel in kernels.items()}
     calls = {name: (lambda turn=turn: next(turn)()) for name, turn in turns.items()}
     calls[READ] = lambda: int4.read_memory(memory, threads)
     alternately(calls, 1)
-    return alternately(calls, repeats)[0]
+    seconds = alternately(calls, repeats, clock_of(threads))[0]
+    return {**seconds, READ: [taken / memory.nbytes for taken in seconds[READ]]}
 
 
 @torch.no_grad()
-def prepare(shape: tuple[int, int], tokens: int, threads: int, cold: int) -> dict[str, Kernel]:
-    """All kernels for a random weight (r, n) and tokens (t, n), each checked."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(shape, generator=generator), torch.randn(tokens, shape[1], generator=generator)
-    kernels = {name: _torch(weight.to(dtype), x.to(dtype), cold) for name, dtype in DTYPES.items()}
+def store(shape: tuple[int, int], cold: int) -> dict[str, Stored]:
+    """A random weight (r, n) in the form of every kernel."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weights = {name: _copied(weight.to(dtype), weight.to(dtype), cold) for name, dtype in DTYPES.items()}
     grid = Grid.fit(weight, 4, clip="minmax")
     codes = grid.codes(weight)
-    kernels["int4"] = _packed(int4.Weight.pack(codes, grid.scale), codes, x, cold)
+    weights["int4"] = _copied(int4.Weight.pack(codes, grid.scale), codes.char(), cold)
     for name, pattern in PATTERNS.items():
         mask = mask_from_scores(weight.abs(), 0.5, pattern)
         packed = int4.Weight.pack(codes, grid.scale, mask, pattern)
-        kernels[f"int4 {name}"] = _packed(packed, codes * mask, x, cold)
+        weights[f"int4 {name}"] = _copied(packed, (codes * mask).char(), cold)
+    return weights
+
+
+@torch.no_grad()
+def prepare(weights: dict[str, Stored], tokens: int, threads: int, cold: int) -> dict[str, Kernel]:
+    """All kernels for random tokens (t, n), each checked."""
+    weight = weights["fp32"].exact
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    kernels = {name: (_torch if name in DTYPES else _packed)(stored, x) for name, stored in weights.items()}
     try:
         kernels["llama.cpp Q4_0"] = _llama(weight, x, threads, cold)
     except ObrError as reason:
@@ -107,22 +133,28 @@ def _copies(bytes_: int, cold: int) -> int:
     return max(2, -(-cold // bytes_))
 
 
-def _torch(weight: Tensor, x: Tensor, cold: int) -> Kernel:
-    exact = x.double() @ weight.double().T
-    error = float((F.linear(x, weight).double() - exact).abs().max() / exact.abs().max())
+def _copied(weight: Tensor | int4.Weight, exact: Tensor, cold: int) -> Stored:
+    tensor = isinstance(weight, Tensor)
+    size = weight.nbytes if tensor else weight.bytes
+    others = [weight.clone() if tensor else weight.copy() for _ in range(_copies(size, cold) - 1)]
+    return Stored([weight, *others], size, exact)
+
+
+def _torch(stored: Stored, x: Tensor) -> Kernel:
+    x = x.to(stored.exact.dtype)
+    exact = x.double() @ stored.exact.double().T
+    error = float((F.linear(x, stored.copies[0]).double() - exact).abs().max() / exact.abs().max())
     if not error < 2e-2:
-        raise ObrError(f"PyTorch's {weight.dtype} product is off by {error:.2g}; nothing is compared with it.")
-    weights = [weight, *(weight.clone() for _ in range(_copies(weight.nbytes, cold) - 1))]
-    return Kernel([lambda weight=weight: F.linear(x, weight) for weight in weights], weight.nbytes)
+        raise ObrError(f"PyTorch's {x.dtype} product is off by {error:.2g}; nothing is compared with it.")
+    return Kernel([lambda weight=weight: F.linear(x, weight) for weight in stored.copies], stored.bytes)
 
 
-def _packed(weight: int4.Weight, codes: Tensor, x: Tensor, cold: int) -> Kernel:
-    rounded = int4.quantize(x, ACTIVATIONS)
-    exact = (rounded.q[:, : weight.columns].double() - rounded.zero[:, None]) @ codes.double().T
+def _packed(stored: Stored, x: Tensor) -> Kernel:
+    rounded, weight = int4.quantize(x, ACTIVATIONS), stored.copies[0]
+    exact = (rounded.q[:, : weight.columns].double() - rounded.zero[:, None]) @ stored.exact.double().T
     if not torch.equal(weight.integers(rounded).double(), exact):
         raise ObrError(f"The 4-bit product of layout {weight.layout} is wrong; it is not timed.")
-    weights = [weight, *(weight.copy() for _ in range(_copies(weight.bytes, cold) - 1))]
-    return Kernel([lambda w=w: w.multiply(int4.quantize(x, ACTIVATIONS)) for w in weights], weight.bytes)
+    return Kernel([lambda w=w: w.multiply(int4.quantize(x, ACTIVATIONS)) for w in stored.copies], stored.bytes)
 
 
 def _llama(weight: Tensor, x: Tensor, threads: int, cold: int) -> Kernel:

@@ -138,7 +138,7 @@ def _decoding(frame: pd.DataFrame) -> str:
     for (subject, threads), part in frame.groupby(["subject", "threads"], sort=False):
         rows = [
             {
-                "Weights": row["weights"], "Linear layers (MB)": f"{row['linear_mb']:.1f}",
+                "Weights": row["weights"], **_perplexity(row), "Linear layers (MB)": f"{row['linear_mb']:.1f}",
                 "Milliseconds a token": _milliseconds(row), "Tokens a second": f"{row['tokens_s']:.1f}",
                 "Of the bound": f"{row['of_bound']:.0%}",
                 "Resident (MB)": f"{row['resident_mb'] - row['before_mb']:.0f}",
@@ -148,6 +148,10 @@ def _decoding(frame: pd.DataFrame) -> str:
         speed = f"memory is read at {part['read_gb_s'].min():.1f} to {part['read_gb_s'].max():.1f} GB/s"
         parts.append(f"{subject}, {counted(threads, 'thread')}; {speed}:\n\n{_markdown(rows)}")
     return "\n\n".join(parts)
+
+
+def _perplexity(row: pd.Series) -> dict[str, str]:
+    return {} if pd.isna(row["perplexity"]) else {"Perplexity": f"{row['perplexity']:.2f}"}
 
 
 def _milliseconds(row: pd.Series) -> str:

@@ -11,22 +11,33 @@ from statistics import median
 import torch
 
 
-def timed(function: Callable[[], object], repeats: int) -> tuple[list[float], object]:
-    """Wall-clock seconds of each call, and what the last one returned."""
+def timed(
+    function: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], object]:
+    """Seconds of each call by the clock on the wall, or another, and what the last one returned."""
     seconds, result = [], None
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         result = function()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return seconds, result
 
 
-def alternately(functions: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, list[float]], dict]:
+def clock_of(threads: int) -> Callable[[], float]:
+    """For work on so many threads. One thread's time is the processor's, which other work on the machine does not
+    take from, only from memory and caches; that of several is the wall's.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def alternately(
+    functions: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, list[float]], dict]:
     """Seconds and last result of each function, called in turns, so that a slow minute slows all of them."""
     seconds, results = {name: [] for name in functions}, {}
     for _ in range(repeats):
         for name, function in functions.items():
-            (taken,), results[name] = timed(function, 1)
+            (taken,), results[name] = timed(function, 1, clock)
             seconds[name].append(taken)
     return seconds, results
 

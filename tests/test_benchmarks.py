@@ -41,8 +41,9 @@ def test_every_part_leaves_a_table_and_figures(out):
     for part in PARTS:
         frame = pd.read_csv(out / f"{part}.csv")
         assert len(frame) and frame["cpu"].notna().all() and (frame["threads"] == 1).all(), part
-        assert not frame.drop(columns="layer", errors="ignore").isna().any(axis=None), part
-    for part in ("restoration", "scaling", "stages", "memory"):
+        told = frame.drop(columns=["layer", "perplexity"], errors="ignore")  # of made models none is told
+        assert not told.isna().any(axis=None), part
+    for part in ("restoration", "scaling", "stages", "memory", "products", "decoding"):
         assert (out / f"{part}.pdf").read_bytes().startswith(b"%PDF") and f"({part}.png)" in page
         assert (out / f"{part}.png").stat().st_size > 10_000
     assert not [path for path in out.iterdir() if path.is_dir()], "models made on the way stay behind"
@@ -81,14 +82,24 @@ def test_a_wrong_product_is_not_timed(module, monkeypatch):
     products = module("products")
     monkeypatch.setattr(products.int4.Weight, "integers", lambda self, tokens: torch.zeros(len(tokens.q), self.rows))
     with pytest.raises(ObrError, match="layout dense is wrong"):
-        products.prepare((8, 64), 1, 1, 1)
+        products.prepare(products.store((8, 64), 1), 1, 1, 1)
+
+
+def test_a_model_with_wrong_products_writes_nothing(module, monkeypatch, tmp_path):
+    decoding, models = module("decoding"), module("models")
+    folders = decoding.write_stack(tmp_path, {**models.TINY, "num_hidden_layers": 1})
+    decoding.check(folders["INT4, 50 %"])
+    whole = decoding.int4.Weight.integers
+    monkeypatch.setattr(decoding.int4.Weight, "integers", lambda self, tokens: whole(self, tokens) + 1)
+    with pytest.raises(ObrError, match="multiplied wrongly"):
+        decoding.check(folders["INT4, 50 %"])
 
 
 def test_without_llama_there_is_no_row_and_a_reason(module, monkeypatch, capsys, tmp_path):
     products = module("products")
     monkeypatch.setenv("OBR_GGML", str(tmp_path))
     products.ggml.libraries.cache_clear()
-    assert "llama.cpp Q4_0" not in products.prepare((8, 64), 1, 1, 1)
+    assert "llama.cpp Q4_0" not in products.prepare(products.store((8, 64), 1), 1, 1, 1)
     assert "has no ggml libraries" in capsys.readouterr().err
 
 

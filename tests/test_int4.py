@@ -51,16 +51,17 @@ def tokens_of(tokens: int, columns: int, seed: int) -> torch.Tensor:
 @given(
     pattern=st.sampled_from(PATTERNS),
     rows=st.integers(1, 40),
-    groups=st.integers(1, 30),
-    tokens=st.one_of(st.integers(1, 9), st.integers(10, 70)),
+    width=st.integers(1, 480),
+    tokens=st.one_of(st.integers(1, 9), st.integers(10, 70), st.integers(71, 512)),
     threads=st.integers(1, 3),
     activations=st.sampled_from(ACTIVATIONS),
     kept=st.sampled_from([0.0, 0.2, 0.5, 0.9]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
-def test_whole_numbers_are_exact(level, pattern, rows, groups, tokens, threads, activations, kept, seed):
-    columns = 16 * groups if pattern != "unstructured" else 16 * groups - seed % 16
+def test_whole_numbers_are_exact(level, pattern, rows, width, tokens, threads, activations, kept, seed):
+    """In every width that the pattern divides, whole groups of 64 or not."""
+    columns = width if pattern in ("dense", "unstructured") else -width % Pattern.parse(pattern).group + width
     codes, scale, mask, parsed = drawn(pattern, rows, columns, seed, kept)
     weight = int4.Weight.pack(codes, scale, mask, parsed)
     rounded = int4.quantize(tokens_of(tokens, columns, seed), activations, level=level)

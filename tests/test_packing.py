@@ -85,3 +85,13 @@ def test_contradictions_are_refused():
     packed.tensors["mask"].fill_(255)
     with pytest.raises(ObrError, match="that pattern 4:8 does not have"):
         unpack(packed)
+
+
+@pytest.mark.parametrize(("pattern", "most"), [(None, 3.05), ("paired 4:8", 2.55)])
+def test_narrow_layers_cost_little_more_than_their_codes(pattern, most):
+    """All of a file, scales too, for a block of SmolLM2-135M's sizes."""
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    layers = [restore(w, None, "magnitude", pattern=pattern, clip="minmax") for w in weights]
+    stored = sum(pack(restored, torch.float16).bytes for restored in layers)
+    assert 8 * stored / sum(w.numel() for w in weights) <= most
