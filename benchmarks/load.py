@@ -194,6 +194,7 @@ def draw(frame: pd.DataFrame, stem: Path) -> None:
             line = np.polyfit(frame[size], frame[column], 1)
             axes.plot(frame[size], np.polyval(line, frame[size]), "--", color=colour, linewidth=0.8, alpha=0.7)
             axes.plot(frame[size], frame[column], "o", color=colour)
+            axes.margins(0.08)
             axes.set(xlabel=size.capitalize(), ylabel=label, ylim=(0, None), xlim=(0, None))
             axes.set_title(f"{line[1]:.3g} + {line[0]:.3g} a {'recipe' if size == 'recipes' else 'file'}")
         for suffix in ("pdf", "png"):

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import yaml
 
-from obr.config import Config, check_paths, check_widths
+from obr.config import Config, check_paths, check_widths, objection
 from obr.errors import ObrError
 from obr.recipe import QuantizerSettings, Recipe
 from replaced import replaced
+from running import CONFIG, ROOT
 
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
 RAW = {
     "results": "results",
     "models": {"small": {}, "large": {}},
@@ -109,6 +112,23 @@ def test_mistakes_are_named(changes, sentence):
     with pytest.raises(ObrError) as error:
         Config(raw(**changes))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"recipes__../x": {"method": "dense"}}, "recipes: '../x' cannot be a name; use letters, digits, '.', '_'"),
+        ({"recipes": []}, "recipes: [] is not of type 'object'; the schema"),
+        ({"recipes__x": {"method": "magic"}}, "recipes.x.method: 'magic' is not one of ['dense', "),
+        ({"recipes__x": {"method": "dense", "nonsense": 1}}, "recipes.x: Additional properties are not allowed"),
+        ({"results": "../../etc\n"}, "results: "),
+        ({"models": None}, "models: None is not of type 'object'"),
+    ],
+)
+def test_what_the_schema_refuses_is_told_in_a_sentence(changes, sentence):
+    config = replaced(CONFIG, **changes)
+    told = objection(config, SCHEMA)
+    assert told.startswith(sentence) and "\n" not in told, told
 
 
 def test_recipes_mean_what_they_say():

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from obr.checkpoint import load_block, save_block, store
-from obr.config import Config
+from obr.config import Config, objection
 from obr.errors import ObrError
 from obr.model import StreamedBlocks
 from obr.packing import Packed, pack, unpack
@@ -279,6 +279,9 @@ def test_configs(seed):
             entries = [*config.raw["tables"].values(), *config.raw["figures"].values()]
             for path in [*raw["texts"], *(path for entry in entries for path in config.artefacts(entry))]:
                 assert ".." not in path.split("/") and path[0] != "/" and path == path.strip(), path
+        else:
+            told = objection(raw, SCHEMA)
+            assert told and "\n" not in told and len(told) < 2000, told
 
 
 def test_unchanged_configs_are_taken():

@@ -431,6 +431,19 @@ def test_a_model_of_zeros_is_compressed_with_flags(model, tmp_path):
     assert "32 dead columns" in flags["self_attn.o_proj"] and "64 dead columns" in flags["mlp.down_proj"]
 
 
+@pytest.mark.parametrize(
+    "recipes, sentence",
+    [
+        ([], "recipes: [] is not of type 'object'; the schema, workflow/schemas/config.schema.yaml, describes every"),
+        ({"../x": {"method": "dense"}}, "recipes: '../x' cannot be a name; use letters, digits, '.', '_' and '-'"),
+    ],
+)
+def test_the_workflow_tells_what_is_wrong_with_a_config(recipes, sentence, tiny_folder, tmp_path):
+    run = snakemake(tmp_path, CONFIG | {"recipes": recipes}, "--dry-run")
+    assert run.returncode == 1 and sentence in run.stdout and "Traceback" not in run.stdout, run.stdout
+    assert len(run.stdout.splitlines()) < 8, run.stdout  # and not the whole schema
+
+
 # --- Settings ---------------------------------------------------------------------------------------------
 
 

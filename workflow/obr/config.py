@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from obr import edition
-from obr.errors import ObrError
+from obr.errors import ObrError, printable
 from obr.recipe import EVALUATION_ONLY, Pattern, Recipe
 
 
@@ -232,3 +232,19 @@ def check_paths(section: dict, where: str) -> None:
             raise ObrError(f"{where}.{key}: {name} names an environment variable that is not set; set it.")
         if not Path(path).expanduser().exists():
             raise ObrError(f"{where}.{key}: {path} does not exist; correct the path or use another source.")
+
+
+def objection(raw: dict, schema: dict) -> str | None:
+    """One sentence for what the JSON schema has against a config, its deepest reason; None if nothing."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(schema).iter_errors(raw))
+    if error is None:
+        return None
+    where = ".".join(map(str, error.absolute_path)) or "the config"
+    if "propertyNames" in error.absolute_schema_path and error.validator == "pattern":
+        what = f"{error.instance!r} cannot be a name; use letters, digits, '.', '_' and '-', a letter or digit first"
+    else:
+        what = f"{error.message}; the schema, workflow/schemas/config.schema.yaml, describes every key"
+    return printable(f"{where}: {what}.")

@@ -5,6 +5,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
+import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
@@ -12,7 +13,14 @@ from obr import config as obr_config
 from obr import digest as obr_digest
 from obr.errors import ObrError
 
-validate(config, "../schemas/config.schema.yaml")
+try:
+    validate(config, "../schemas/config.schema.yaml")
+except (WorkflowError, AttributeError):  # Snakemake's own message holds the schema; a list for a mapping crashes it
+    schema = Path(workflow.basedir, "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8")
+    sentence = obr_config.objection(config, yaml.safe_load(schema))
+    if sentence is None:
+        raise
+    raise WorkflowError(sentence) from None
 
 try:
     CONFIG = obr_config.Config(config)
