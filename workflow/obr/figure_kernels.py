@@ -18,7 +18,7 @@ PANELS = {
     "speed": ("Dense-equivalent speed ({}op/s)", "tops_dense", "tops"),
     "operations": ("Operations carried out ({}op)", "gop", "gflop"),
     "memory": ("Weight in memory (MiB)", "mib", "memory_mb"),
-    "bound": ("Of the speed of reading memory (%)", "percent", None),
+    "bound": ("Share of the read bound (%)", "percent", None),
 }
 DRAWN = [column for _, column, _ in PANELS.values()]
 
