@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 import decoding
+import joint
 import large
 import memory
 import products
@@ -50,6 +51,12 @@ def measure_restoration(s: Settings) -> list[dict]:
     if s.quick:
         return restoration.measure(None, 1, 128, (s.threads,))
     return restoration.measure(s.results, s.repeats, 4096, tuple(sorted({1, s.threads})))
+
+
+def measure_joint(s: Settings) -> list[dict]:
+    if s.quick:
+        return joint.measure(None, 1, s.threads)
+    return joint.measure(s.results, 1, 1)
 
 
 def measure_scaling(s: Settings) -> list[dict]:
@@ -97,6 +104,7 @@ def measure_decoding(s: Settings) -> list[dict]:
 
 PARTS: dict[str, Callable[[Settings], list[dict]]] = {
     "restoration": measure_restoration,
+    "joint": measure_joint,
     "scaling": measure_scaling,
     "stages": measure_stages,
     "memory": measure_memory,
@@ -128,7 +136,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Measure the parts asked for, writing each as it is done, then render all."""
     parts = arguments.only or ([*PARTS] if arguments.quick else [p for p in PARTS if p != "large"])
-    demo = {"restoration", "stages", "decoding"}
+    demo = {"restoration", "joint", "stages", "decoding"}
     if demo & set(parts) and not arguments.quick and not (arguments.results / "hessians").exists():
         raise ObrError(
             f"{arguments.results} has no Hessians; run `make demo` first or name its results by --results."

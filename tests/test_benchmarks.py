@@ -14,7 +14,7 @@ from obr.restoration import restore
 from test_restoration import layer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PARTS = ["restoration", "scaling", "stages", "memory", "products", "decoding", "large"]
+PARTS = ["restoration", "joint", "scaling", "stages", "memory", "products", "decoding", "large"]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,13 @@ def test_times_and_peaks_are_of_this_world(out):
         assert (pd.read_csv(out / f"{part}.csv")[column] > 0).all(), part
     peaks = pd.concat([pd.read_csv(out / f"{part}.csv")["peak_mb"] for part in ("memory", "large")])
     assert peaks.between(100, 4000).all()  # torch alone takes more than the least
+
+
+def test_the_joint_method_is_measured_in_units_of_its_rival(out):
+    frame = pd.read_csv(out / "joint.csv").set_index("method")
+    assert frame.loc["OBR_GPTQ", ["error_ratio", "time_ratio"]].tolist() == [1, 1]
+    errors = frame["error_ratio"].drop("OBR_GPTQ")
+    assert (errors < 1).all() and errors["joint, 600 sweeps"] < errors["joint, ADMM alone"]
 
 
 def test_packed_models_write_tokens_in_less_memory(out):
