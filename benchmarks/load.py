@@ -194,8 +194,8 @@ def draw(frame: pd.DataFrame, stem: Path) -> None:
             line = np.polyfit(frame[size], frame[column], 1)
             axes.plot(frame[size], np.polyval(line, frame[size]), "--", color=colour, linewidth=0.8, alpha=0.7)
             axes.plot(frame[size], frame[column], "o", color=colour)
-            axes.margins(0.08)
-            axes.set(xlabel=size.capitalize(), ylabel=label, ylim=(0, None), xlim=(0, None))
+            limits = {"xlim": (0, 1.05 * frame[size].max()), "ylim": (0, 1.1 * frame[column].max())}
+            axes.set(xlabel=size.capitalize(), ylabel=label, **limits)
             axes.set_title(f"{line[1]:.3g} + {line[0]:.3g} a {'recipe' if size == 'recipes' else 'file'}")
         for suffix in ("pdf", "png"):
             with whole(stem.with_suffix(f".{suffix}")) as partial:

@@ -33,20 +33,26 @@ KILLS = int(os.environ.get("OBR_KILLS", "0"))
 # With few kills a checkpoint, with many what one table is made of: models, texts and tasks, rotation, windows,
 # Hessians, compressions, perplexities, zero-shot scores.
 TARGET = str(SMOKE / ("tables/zero_shot.csv" if KILLS > 19 else "compressed/tiny/obr_gptq_sequential/manifest.json"))
+# The stages at which kills are aimed, in turn, and the results that go with each.
+STAGES = {
+    "download-": "", "calibrate": "calibration", "hessian": "hessians", "compress": "compressed",
+    "perplexity": "perplexity", "zero-shot": "zero_shot",
+} if KILLS > 19 else {"compress": "compressed"}  # fmt: skip
 ENTRY = json.dumps({"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "hessian": "cached"})
 
 
 # --- Kills ------------------------------------------------------------------------------------------------
 
 
-def stages_of(process: psutil.Process, aim: str) -> list[psutil.Process]:
-    """The stages of a kind that a running Snakemake has started: processes of `obr`, not the shells around them."""
+def stages_of(process: psutil.Process, aims: list[str]) -> list[psutil.Process]:
+    """Stages of some kinds that a running Snakemake has started: processes of `obr`, not the shells around them."""
     try:
         commands = [(child, child.cmdline()) for child in process.children(recursive=True)]
         return [
             child
             for child, command in commands
-            if any(part.endswith("/obr") for part in command[:3]) and any(part.startswith(aim) for part in command)
+            if any(part.endswith("/obr") for part in command[:3])
+            and any(part.startswith(tuple(aims)) for part in command)
         ]
     except psutil.Error:
         return []
@@ -54,7 +60,7 @@ def stages_of(process: psutil.Process, aim: str) -> list[psutil.Process]:
 
 def pulled(folder: Path, victim: str, aim: str, draw: random.Random) -> str:
     """Start the workflow and kill a stage, Snakemake alone or all processes at once, some time after a stage of the
-    kind `aim` began.
+    kind `aim` began, or a later one where those have ended.
 
     Returns what was killed, "finished" if run or stage had ended before.
     """
@@ -62,22 +68,24 @@ def pulled(folder: Path, victim: str, aim: str, draw: random.Random) -> str:
         run = subprocess.Popen(
             command(folder, CONFIG, TARGET), stdout=output, stderr=output, env=environment(), start_new_session=True
         )
-    process = psutil.Process(run.pid)
-    while run.poll() is None and not (stages := stages_of(process, aim)):
+    process, aims = psutil.Process(run.pid), [*STAGES][[*STAGES].index(aim) :]
+    while run.poll() is None and not (stages := stages_of(process, aims)):
         time.sleep(0.05)
     deadline = time.monotonic() + draw.uniform(0, 6)
     while run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     if run.poll() is not None:
         return "finished"
-    stages = stages_of(process, aim) or stages
-    told = victim
+    stages = stages_of(process, aims) or stages
+    chosen = draw.choice(stages)
+    try:
+        told = f"{victim}, {next(part for part in chosen.cmdline() if '/' not in part)}"
+    except (psutil.Error, StopIteration):  # it has just ended
+        told = f"{victim}, none"
     if victim == "stage":
-        chosen = draw.choice(stages)
         try:
-            told = "stage " + next(part for part in chosen.cmdline() if "/" not in part)
             chosen.kill()
-        except (psutil.Error, StopIteration):
+        except psutil.Error:
             told = "finished"
     elif victim == "Snakemake":
         run.kill()
@@ -122,18 +130,15 @@ def undisturbed(tiny_folder, tmp_path_factory) -> Path:
 def test_killed_workflows_go_on_and_end_with_the_same_results(undisturbed, tmp_path):
     draw, killed, started = random.Random(0), Counter(), time.monotonic()
     victims = ["stage", "Snakemake", "all"]
-    aims = (
-        ["download-", "calibrate", "hessian", "compress", "perplexity", "zero-shot"] if KILLS > 19 else ["compress"]
-    )
     while sum(killed.values()) < KILLS:
         count = sum(killed.values())
-        aim = aims[count * len(aims) // KILLS]
+        aim = [*STAGES][count * len(STAGES) // KILLS]
         what = pulled(tmp_path, victims[count % 3], aim, draw)
         if what == "finished":  # or stopped by a stage that outlived its Snakemake
-            if complete(tmp_path):
-                shutil.rmtree(tmp_path / "results")
+            if complete(tmp_path):  # have it made again from there
+                shutil.rmtree(tmp_path / SMOKE / STAGES[aim])
             continue
-        killed[what if what.startswith("stage") else f"{what} during {aim.strip('-')}"] += 1
+        killed[what] += 1
         shutil.rmtree(tmp_path / ".snakemake/locks", ignore_errors=True)  # all that --unlock does
         print(f"{time.monotonic() - started:.0f} s: killed {what}", flush=True)
     runs = finish(tmp_path)

@@ -1,7 +1,7 @@
 rule table:
     input:
         parts_of("tables"),
-        published=PUBLISHED,
+        published=local(PUBLISHED),
     output:
         html=report(
             f"{RESULTS}/tables/{{table}}.html",
@@ -52,7 +52,7 @@ rule table:
 rule figure:
     input:
         parts_of("figures"),
-        published=PUBLISHED,
+        published=local(PUBLISHED),
     output:
         f"{RESULTS}/figures/{{figure}}.pdf",
         report(
@@ -86,7 +86,7 @@ rule figure:
 
 rule errata:
     input:
-        published=PUBLISHED,
+        published=local(PUBLISHED),
     output:
         report(
             f"{RESULTS}/errata.md",
