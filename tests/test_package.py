@@ -144,7 +144,9 @@ def test_every_stage_has_a_rule_with_its_digest():
         re.sub("-", "_", s) for s in re.findall(r"obr ([a-z-]+) --", rules)
     }
     for block in rules.split("\nrule ")[1:]:
-        for needed in ("log:", "benchmark:", "threads:", "resources:", "code="):
+        # The check of a model's patterns is held against the model anew whenever the workflow is read.
+        tracked = [] if block.startswith("check_model:") else ["code="]
+        for needed in ("log:", "benchmark:", "threads:", "resources:", *tracked):
             assert needed in block, f"rule {block.split(':')[0]} has no {needed}"
 
 
