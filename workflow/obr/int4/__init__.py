@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from obr import native
 from obr.errors import ObrError
@@ -151,13 +152,14 @@ class Weight:
         kept = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask.contiguous()
         codes = codes * kept
         counts = kept.sum(1)
+        filled_codes, filled_kept = _whole_words(codes, kept, layout)
         order, starts, size = _places(layout, counts, columns)
         data = torch.zeros(size + OVERREAD, dtype=torch.uint8)
         numbers = _numbers(layout)[1]
         library(levels()[0]).pack(
-            ctypes.c_int64(LAYOUTS.index(layout)), ctypes.c_int64(rows), ctypes.c_int64(columns),
-            ctypes.c_int64(-(-columns // WIDTH)), _pointer(codes), _pointer(kept), _pointer(order), _pointer(starts),
-            ctypes.c_void_p(numbers.ctypes.data), _pointer(data),
+            ctypes.c_int64(LAYOUTS.index(layout)), ctypes.c_int64(rows), ctypes.c_int64(filled_codes.shape[1]),
+            ctypes.c_int64(-(-columns // WIDTH)), _pointer(filled_codes), _pointer(filled_kept), _pointer(order),
+            _pointer(starts), ctypes.c_void_p(numbers.ctypes.data), _pointer(data),
         )  # fmt: skip
         filling, places = order < 0, order.clamp_min(0).long()
         sums = codes.sum(1, dtype=torch.int32)[places].masked_fill(filling, 0)
@@ -244,6 +246,18 @@ def _check(codes: Tensor, mask: Tensor | None, layout: str, columns: int) -> Non
         fits &= (groups[:, ::2] == groups[:, 1::2]).all()
     if not fits:
         raise ObrError(f"The mask is not of pattern {layout} in every group; use the layout bitmask.")
+
+
+def _whole_words(codes: Tensor, kept: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Codes and mask (r, n), widened by groups of zeros to whole words of sixteen columns, where the mask of a word is
+    kept as a number: none stands for half a word."""
+    missing = -codes.shape[1] % 16
+    if layout in ("dense", "bitmask") or not missing:
+        return codes, kept
+    pattern = Pattern.parse(layout)
+    group = torch.arange(pattern.group) < pattern.kept  # in pairs too
+    filling = group.repeat(len(kept), missing // pattern.group)
+    return functional.pad(codes, (0, missing)), torch.cat([kept, filling], dim=1)
 
 
 def _places(layout: str, counts: Tensor, columns: int) -> tuple[Tensor, Tensor, int]:
