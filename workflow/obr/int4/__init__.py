@@ -249,8 +249,8 @@ def _check(codes: Tensor, mask: Tensor | None, layout: str, columns: int) -> Non
 
 
 def _whole_words(codes: Tensor, kept: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Codes and mask (r, n), widened by groups of zeros to whole words of sixteen columns, where the mask of a word is
-    kept as a number: none stands for half a word."""
+    """Codes and mask (r, n), widened by groups of zeros to whole words of sixteen columns, whose masks are kept as
+    numbers: none stands for half a word."""
     missing = -codes.shape[1] % 16
     if layout in ("dense", "bitmask") or not missing:
         return codes, kept
