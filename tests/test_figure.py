@@ -190,7 +190,7 @@ def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
         (copy / "rotations" / name / "llama.csv").write_text(text)
     entry = {"kind": "learning_curve", "models": ["llama"], "rotations": ["whole", "blocks"]}
     drawn = sheet(entry, copy, monkeypatch, tmp_path)
-    assert [panel.get_title() for panel in drawn.panels] == ["Llama-2-7B: whole", "Llama-2-7B: blocks"]
+    assert [panel.get_title() for panel in drawn.panels] == ["Llama-2-7B\nwhole", "Llama-2-7B\nblocks"]
     assert points(drawn.panels[0]) == [(10, 1.5), (20, 1.2), (0, 2.0), (10, 1.6), (20, 1.4)]
     assert points(drawn.panels[1]) == [(0, 0.5), (1, 0.9), (0, 0.2), (1, 0.6)]
     assert labels(drawn) == ["learned from", "held out", "held out, before", "held out, after"]

@@ -22,7 +22,7 @@ def learning_curve(source: Source) -> Sheet:
     sheet, drawn = new_sheet(len(panels)), {}
     for panel, (model, name) in zip(sheet.panels, panels):
         curve = pd.read_csv(require(source.results / "rotations" / name / Path(f"{model}.csv")))
-        panel.set(title=f"{source.labels[model]}: {name}", ylabel="Loss")
+        panel.set(title=f"{source.labels[model]}\n{name}", ylabel="Loss")
         drawn |= _by_block(panel, curve) if "block" in curve else _by_step(panel, curve)
         log_scale(panel)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
