@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mma
-from obr import kernels
+from obr import int4, kernel_benchmark, kernels
 from obr.errors import ObrError
 
 SHAPE = {"name": "tiny", "tokens": 20, "columns": 128, "rows": 64}
@@ -13,7 +13,7 @@ SHAPE = {"name": "tiny", "tokens": 20, "columns": 128, "rows": 64}
 
 def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
     out = tmp_path / "kernels" / "cpu.csv"
-    kernels.benchmark({"shapes": list(shapes), "repeats": 3, "warmup": 1, **entry}, "cpu", out)
+    kernel_benchmark.benchmark({"shapes": list(shapes), "repeats": 3, "warmup": 1, **entry}, "cpu", out)
     assert [path.name for path in out.parent.iterdir()] == ["cpu.csv"]
     return pd.read_csv(out)
 
@@ -21,7 +21,7 @@ def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
 def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
     shapes = [SHAPE, {"tokens": 3, "columns": 128, "rows": 32}]
     times = run(tmp_path, shapes)
-    assert list(times.columns) == list(kernels.COLUMNS)
+    assert list(times.columns) == list(kernel_benchmark.COLUMNS)
     assert times.groupby("shape")["kernel"].apply(list).tolist() == [list(kernels.KERNELS)] * 2
     assert set(times["shape"]) == {"tiny", "3x128x32"}
     ok = times["status"] == "ok"
@@ -88,7 +88,7 @@ def test_products_on_tensor_cores_are_checked_in_whole_numbers(tmp_path, monkeyp
 def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
     shape = {"tokens": 1, "columns": 100, "rows": 8}
     assert "does not divide the 100" in run(tmp_path, [shape], kernels=["packed int4 8:16"]).iloc[0]["status"]
-    monkeypatch.setattr(kernels.int4, "library", lambda level: (_ for _ in ()).throw(ObrError("No compiler.")))
+    monkeypatch.setattr(int4, "library", lambda level: (_ for _ in ()).throw(ObrError("No compiler.")))
     line = run(tmp_path, kernels=["packed int4", "fp32"]).set_index("kernel")
     assert line.loc["packed int4", "status"] == "not available: No compiler."
     assert line.loc["fp32", "status"] == "ok" and pd.isna(line.loc["fp32", "read_gb_s"])
@@ -97,7 +97,7 @@ def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
 def test_sizes_are_known_without_a_gpu(tmp_path):
     """Of the paper's weight as it prints them: 32, 8 and 5 MiB, half the operations in pairs of 4:8; no time."""
     entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}]}
-    kernels.sizes(entry, tmp_path / "cuda.csv")
+    kernel_benchmark.sizes(entry, tmp_path / "cuda.csv")
     lines = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
     assert not any(name.startswith("packed") for name in lines.index)
     assert set(lines["status"]) == {"not available: no CUDA device was at hand"}
@@ -110,7 +110,7 @@ def test_sizes_are_known_without_a_gpu(tmp_path):
 
 def test_executed_operations_leave_out_zeros():
     case = kernels.Case(lambda: None, None, None, (torch.zeros(64, 64, dtype=torch.float16),), executed=0.5)
-    figures = kernels._figures(case, [1.0, 2.0, 3.0], SHAPE)
+    figures = kernel_benchmark._figures(case, [1.0, 2.0, 3.0], SHAPE)
     assert figures["median_ms"] == 2.0
     assert figures["tops_executed"] == figures["tops_dense"] / 2
     assert figures["gop"] == pytest.approx(20 * 128 * 64 / 1e9)
@@ -175,14 +175,14 @@ def test_two_of_four_keeps_the_larger_half():
 )
 def test_mistakes_are_named(tmp_path, entry, device, message):
     with pytest.raises(ObrError, match=message):
-        kernels.benchmark({"shapes": [SHAPE], **entry}, device, tmp_path / "k.csv")
+        kernel_benchmark.benchmark({"shapes": [SHAPE], **entry}, device, tmp_path / "k.csv")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_cuda(tmp_path):
     shape = {"tokens": 256, "columns": 1024, "rows": 512}
-    kernels.benchmark({"shapes": [shape], "repeats": 5}, "cuda", tmp_path / "cuda.csv")
+    kernel_benchmark.benchmark({"shapes": [shape], "repeats": 5}, "cuda", tmp_path / "cuda.csv")
     times = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
     assert (times.loc[["fp32", "fp16", "bf16", "int8"], "status"] == "ok").all()
     assert not times["status"].str.startswith("refused").any()

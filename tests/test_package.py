@@ -40,6 +40,7 @@ LAYERS = [
     ["pretrained", "export"],
     ["verify", "repeat"],
     ["evaluate", "zero_shot", "kernels"],
+    ["kernel_benchmark"],
     ["published"],
     ["artefacts", "errata"],
     ["render"],
@@ -125,14 +126,14 @@ def test_stages_depend_on_what_they_compile():
     def sources(stage):
         return {source.name for path in digest.closure(stage) for source in digest.compiled(path)}
 
-    assert {"kernels.cpp", "layout.h", "avx512.h", "gemm.cu"} <= sources("kernels")
+    assert {"kernels.cpp", "layout.h", "avx512.h", "gemm.cu"} <= sources("kernel_benchmark")
     assert "native.cpp" in sources("compression") and "gemm.cu" not in sources("compression")
 
 
 def test_editing_restoration_touches_compression_but_not_hessians():
     assert "restoration.py" in digest.closure("compression")
     assert "restoration.py" not in digest.closure("hessian")
-    for stage in ("data", "download", "texts", "tasks", "rotations.source", "kernels", "table", "figure"):
+    for stage in ("data", "download", "texts", "tasks", "rotations.source", "kernel_benchmark", "table", "figure"):
         assert digest.closure(stage) and "restoration.py" not in digest.closure(stage), stage
 
 

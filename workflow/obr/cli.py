@@ -434,7 +434,7 @@ def zero_shot(
 
 def kernels(entry: dict, out: Path, device: str, dtype: str | None, sizes_only: bool) -> None:
     device, _ = _computing(device, dtype)
-    from obr.kernels import benchmark, sizes
+    from obr.kernel_benchmark import benchmark, sizes
 
     if sizes_only:
         sizes(entry, out)

@@ -1,6 +1,8 @@
-// Threads that stay: starting one takes as long as a small product.
+// Threads that stay: starting one takes as long as a small product. PyTorch's own where they can be had, since these
+// keep their cores busy for a while after each of its operations, which others would have to wait for.
 
 #pragma once
+#include <dlfcn.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -15,6 +17,9 @@ class Pool {
     // work(): called once in each of `threads` threads, this one among them; returns when all have returned.
     static void run(int threads, const std::function<void()>& work) {
         if (threads <= 1) return work();
+        // GNU OpenMP, as a build of PyTorch brings it along; after a fork it lacks its threads and would wait forever.
+        static const auto parallel = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        if (parallel != nullptr && loaded_in == getpid()) return parallel(call, (void*)&work, unsigned(threads), 0);
         static std::mutex one_at_a_time;
         std::lock_guard<std::mutex> alone(one_at_a_time);
         static Pool* pool = nullptr;  // never freed: its threads wait in it until the process ends
@@ -23,6 +28,12 @@ class Pool {
     }
 
    private:
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+    static inline const pid_t loaded_in = getpid();
+
+    static void call(void* work) { (*static_cast<const std::function<void()>*>(work))(); }
+
     void share(int helpers, const std::function<void()>& work) {
         {
             std::lock_guard<std::mutex> lock(mutex_);
