@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import obr
-from obr import allocation, gradients, hessian, sensitivity
+from obr import allocation, divergence, gradients, hessian, sensitivity
 from obr.allocation import allocate, choose
 from obr.data import calibrate, load_tokens
 from obr.errors import ObrError
@@ -186,7 +187,7 @@ def made(tiny_folder, tmp_path_factory):
     hessian.hessian(model, None, windows, folder, torch.float32, "cpu")
     gradients.gradients(model, None, windows, slopes)
     losses = results / "sensitivity/tiny/none/c/mixed"
-    sensitivity.sensitivity(model, None, folder, slopes, recipe().options, losses)
+    sensitivity.sensitivity(model, None, windows, folder, slopes, recipe().options, losses)
     return results
 
 
@@ -208,14 +209,32 @@ def test_predicted_losses_are_the_quadratic_form_of_means(made):
     change = weight - restored.weight
     mean = x.T @ x / len(x)
     expected = 0.5 * (slopes[f"0.{name}"] * ((change @ mean) * change).sum(1)).sum()
-    assert row["losses"][1] == pytest.approx(float(expected), rel=0.05)  # codes may differ in a tie or two
+    found = row["losses"][1] * row["by_gradients"] / row["losses"][told["reference"]]
+    assert found == pytest.approx(float(expected), rel=0.05)  # codes may differ in a tie or two
     assert row["relative_errors"][1] == pytest.approx(restored.relative_error, rel=0.05)
+
+
+def test_the_loss_at_the_reference_is_the_divergence_of_the_model_with_that_layer_changed(made):
+    told = read_json(made / "sensitivity/tiny/none/c/mixed/losses.json")
+    tokens = load_tokens(made / "calibration/c/tiny.safetensors")[0][: divergence.WINDOWS]
+    assert told["tokens"] == tokens.numel() and told["options"][told["reference"]] == asdict(Option("gptq", 3))
+    model = obr.load_model(made / "models/tiny", device="cpu")
+    layer, name = model.model.layers[0].mlp.up_proj, "mlp.up_proj"
+    x = hessian.load(made / "hessians/tiny/none/c/block_000.safetensors")["up_gate"]
+    with torch.no_grad():
+        dense = model(tokens).logits.log_softmax(-1)
+        layer.weight.data = restore(layer.weight, x, "gptq", bits=3).weight
+        other = model(tokens).logits.log_softmax(-1)
+    expected = (dense.exp() * (dense - other)).sum(-1).mean()
+    row = next(row for row in told["layers"] if (row["block"], row["layer"]) == (0, name))
+    assert row["losses"][told["reference"]] == pytest.approx(float(expected), rel=0.05)
 
 
 def test_an_interrupted_measurement_goes_on(made, tmp_path, monkeypatch):
     whole = read_json(made / "sensitivity/tiny/none/c/mixed/losses.json")
-    inputs = (made / "models/tiny", None, made / "hessians/tiny/none/c", made / "gradients/tiny/none/c.safetensors")
-    measured, calls = sensitivity._measured, []
+    inputs = (made / "models/tiny", None, made / "calibration/c/tiny.safetensors")
+    inputs += (made / "hessians/tiny/none/c", made / "gradients/tiny/none/c.safetensors")
+    measured, calls = sensitivity._restored, []
 
     def pulled(weights, *arguments):
         calls.append(next(iter(weights)))
@@ -224,10 +243,10 @@ def test_an_interrupted_measurement_goes_on(made, tmp_path, monkeypatch):
         return measured(weights, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sensitivity, "_measured", pulled)
+        patch.setattr(sensitivity, "_restored", pulled)
         sensitivity.sensitivity(*inputs, recipe().options, tmp_path / "again")
     calls.clear()
-    monkeypatch.setattr(sensitivity, "_measured", lambda w, *a: calls.append(next(iter(w))) or measured(w, *a))
+    monkeypatch.setattr(sensitivity, "_restored", lambda w, *a: calls.append(next(iter(w))) or measured(w, *a))
     again = sensitivity.sensitivity(*inputs, recipe().options, tmp_path / "again")
     assert all(name.startswith("1.") for name in calls) and again["layers"] == whole["layers"]
 

@@ -33,7 +33,7 @@ LAYERS = [
     ["data", "cloze"],
     ["download", "texts", "tasks"],
     ["hessian", "learning"],
-    ["gradients", "target"],
+    ["gradients", "target", "divergence"],
     ["sensitivity"],
     ["checkpoint"],
     ["compression", "released", "packed"],

@@ -204,7 +204,7 @@ def fill_block(
         parent, _, attribute = name.rpartition(".")
         setattr(block.get_submodule(parent), attribute, online.from_spec(spec, tensors, f"{name}."))
     prefixes = tuple(f"{name}." for name in header["transforms"])
-    state |= tensors
+    state |= {name: t.clone() for name, t in tensors.items()}  # as views they would keep the whole file in memory
     state = {name: t if name.startswith(prefixes) else t.to(dtype) for name, t in state.items()}
     missing, unexpected = block.load_state_dict(state, assign=True, strict=False)
     if missing or unexpected:

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     stage(
         "sensitivity", sensitivity, "Predict the loss that each layer costs at several options.",
-        "entry", "model", "rotation?", "hessians", "gradients", "out", "compute", "trust",
+        "entry", "model", "rotation?", "tokens", "hessians", "gradients", "out", "activations", "compute", "trust",
     )  # fmt: skip
     stage("allocate", allocate, "Choose an option for each layer under a budget.", "entry", "sensitivity", "out")
     stage(
@@ -335,9 +335,11 @@ def sensitivity(
     entry: dict,
     model: Path,
     rotation: Path | None,
+    tokens: Path,
     hessians: Path,
     gradients: Path,
     out: Path,
+    activations_memory: float,
     device: str,
     dtype: str | None,
 ) -> None:
@@ -346,7 +348,10 @@ def sensitivity(
     from obr.sensitivity import sensitivity
 
     options = tuple(Option.parse(option, f"options[{i}]") for i, option in enumerate(entry["options"]))
-    sensitivity(model, rotation, hessians, gradients, options, out, entry.get("blocks"), dtype, device)
+    sensitivity(
+        model, rotation, tokens, hessians, gradients, options, out, entry.get("blocks"), dtype, device,
+        activations_memory,
+    )  # fmt: skip
 
 
 def allocate(entry: dict, sensitivity: Path, out: Path) -> None:

@@ -72,8 +72,9 @@ def _measure(blocks: Blocks, tokens: Tensor | None, report: Report, progress: bo
     if recipe.allocation is not None:
         chosen = recipe.chosen(len(blocks))
         matrices = ((i, own) for i, own in hessian.dense_hessians(blocks, tokens, progress=progress) if i in chosen)
-        losses = sensitivity.predicted_losses(blocks, matrices, report.slopes, recipe.options, tokens.shape[1])
-        layers = [layer for _, own in losses for layer in own]
+        layers = sensitivity.measured_losses(
+            blocks, matrices, report.slopes, recipe.options, tokens, progress=progress
+        )
         report.allocation = allocation.allocate(recipe.allocation, layers).to_dict()
 
 

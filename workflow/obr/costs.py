@@ -27,6 +27,7 @@ TASKS = {
     "winogrande": (1267, 2, 25),
 }
 OTHER_TASK = (200, 4, 35)
+DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 256, 1024  # on which divergences are measured; see `divergence`
 FOLDED = 6  # passes over all weights in a step of learning a rotation
 # Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
 LEARNING = {
@@ -195,8 +196,8 @@ def gradients(sizes: Sizes, tokens: int, length: int) -> Work:
     return Work(products, 0, 0, 0, read, 4 * sizes.blocks * tokens / length, 5.5)
 
 
-def sensitivity(sizes: Sizes, options: list[Option]) -> Work:
-    """Restoring a model, from cached Hessians, at each option; nothing is stored."""
+def sensitivity(sizes: Sizes, options: list[Option], tokens: int = DIVERGENCE_TOKENS) -> Work:
+    """Restoring a model, from cached Hessians, at each option, and running one changed model a layer."""
     exact = elements = runs = 0.0
     for option in options:
         entry = {"calibration": "given", "hessian": "cached", "sweeps": 0, **asdict(option)}
@@ -205,7 +206,10 @@ def sensitivity(sizes: Sizes, options: list[Option]) -> Work:
         elements += work.elements - STORED_PASSES * sizes.block * sizes.blocks
         runs += work.runs
     read = 2.0 * (sizes.block * sizes.blocks + sizes.ends) + hessian_bytes(sizes)
-    return Work(0, 0, exact, elements, read, runs, 5.5)
+    models = sizes.blocks * len(sizes.layers)
+    products = models * (sizes.forward(tokens, DIVERGENCE_LENGTH) / 2 + sizes.logits(tokens))
+    runs += models * sizes.blocks / 2 * tokens / DIVERGENCE_LENGTH
+    return Work(products, 0, exact, elements, read, runs, 5.5)
 
 
 def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:

@@ -2,17 +2,23 @@
 
 Of a layer's weights W and what an option makes of them, Ŵ, with D = W - Ŵ: half of Σ_r G_r D_r A D_rᵀ nats a token,
 G_r the mean square of the output's gradient (`gradients`), A the mean of x xᵀ over tokens, from a cached Hessian.
-One pass over the Hessians of the dense model; layers are taken one by one, as if all the others stayed dense.
+That compares options of a layer; layers among themselves it misjudges: of keys and values it expects three times what
+is measured, of other layers half as much again. So at one option, the reference, the loss of each layer is measured
+(`divergence`), and all its losses are scaled alike. Layers are taken one by one, as if all the others stayed dense.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from obr import gradients, hessian
+from obr import data, gradients, hessian
+from obr.activations import Room
+from obr.divergence import LENGTH, WINDOWS, divergences
 from obr.errors import ObrError
 from obr.files import read_json, write_json
 from obr.model import Blocks, block_file
@@ -30,8 +36,10 @@ def predicted_losses(
     slopes: dict[str, Tensor],
     options: tuple[Option, ...],
     seqlen: int,
-) -> Iterator[tuple[int, list[dict]]]:
-    """Yields (block, its layers), each layer {"block", "layer", "rows", "columns", "losses", "relative_errors"}.
+) -> Iterator[tuple[int, list[dict], dict[str, Tensor]]]:
+    """Yields (block, its layers, {layer: weight (r, n) at the reference}); losses by gradients alone.
+
+    A layer is {"block", "layer", "rows", "columns", "losses", "relative_errors"}.
 
     Masks and codes are found as by recipes with their other settings left at the defaults, joint without annealing.
 
@@ -43,42 +51,91 @@ def predicted_losses(
     Raises:
         ObrError: a layer has no gradients, or cannot be restored.
     """
+    chosen = reference(options)
     for index, matrices in hessians:
-        block, layers = blocks.load(index), []
+        block, layers, weights_then = blocks.load(index), [], {}
         for group, names in blocks.layout.groups.items():
             weights = {f"{index}.{name}": block.get_submodule(name).weight for name in names}
             if lacking := [name for name in weights if name not in slopes]:
                 raise ObrError(f"Layer {lacking[0]} has no output gradients; they are of another model.")
             factors = Hessian(matrices.pop(group), name=f"block {index} {group}")
-            measured = [_measured(weights, factors, slopes, option, seqlen) for option in options]
+            restored = [_restored(weights, factors, option) for option in options]
+            measured = [_losses(weights, factors, slopes, found, seqlen) for found in restored]
+            weights_then |= {name.partition(".")[2]: weight for name, (weight, _) in restored[chosen].items()}
             for name, weight in weights.items():
                 layer = {"block": index, "layer": name.partition(".")[2]}
                 layer |= {"rows": weight.shape[0], "columns": weight.shape[1]}
                 layer["losses"] = [losses[name][0] for losses in measured]
                 layer["relative_errors"] = [losses[name][1] for losses in measured]
                 layers.append(layer)
-        yield index, layers
+        yield index, layers, weights_then
 
 
-def _measured(
-    weights: dict[str, Tensor], factors: Hessian, slopes: dict[str, Tensor], option: Option, seqlen: int
-) -> dict[str, tuple[float, float]]:
-    """{layer: (predicted loss, relative error)} of the layers of a group."""
+def reference(options: tuple[Option, ...]) -> int:
+    """The option of median size, at which losses are measured."""
+    order = sorted(range(len(options)), key=lambda i: options[i].stored_bits(1024, 1024))
+    return order[len(options) // 2]
+
+
+def _restored(weights: dict[str, Tensor], factors: Hessian, option: Option) -> dict[str, tuple[Tensor, float]]:
+    """{layer: (weight, relative error)} of the layers of a group at an option."""
     restored = restore_together(
         weights, factors, option.method,
         bits=option.bits, sparsity=option.sparsity, pattern=option.pattern, sweeps=0,
     )  # fmt: skip
+    return {name: (found.weight, found.relative_error) for name, found in restored.items()}
+
+
+def _losses(
+    weights: dict[str, Tensor],
+    factors: Hessian,
+    slopes: dict[str, Tensor],
+    restored: dict[str, tuple[Tensor, float]],
+    seqlen: int,
+) -> dict[str, tuple[float, float]]:
+    """{layer: (predicted loss, relative error)} of the layers of a group."""
     found = {}
     for name, weight in weights.items():
-        change = weight.float() - restored[name].weight
+        change = weight.float() - restored[name][0]
         losses = ((change @ factors.matrix) * change).sum(1)  # H is 2 seqlen A
-        found[name] = (float(losses @ slopes[name].to(losses)) / (4 * seqlen), restored[name].relative_error)
+        found[name] = (float(losses @ slopes[name].to(losses)) / (4 * seqlen), restored[name][1])
     return found
+
+
+def scaled(layers: list[dict], measured: dict[str, float], options: tuple[Option, ...]) -> list[dict]:
+    """The layers with losses that are as measured at the reference; what was predicted there is in `by_gradients`.
+
+    measured: {"0.self_attn.q_proj": nats a token …}. A layer of which no loss was predicted there is given none.
+    """
+    chosen, told = reference(options), []
+    for layer in layers:
+        found, predicted = measured[f"{layer['block']}.{layer['layer']}"], layer["losses"][chosen]
+        factor = found / predicted if predicted > 0 else 0.0
+        told.append({**layer, "losses": [factor * loss for loss in layer["losses"]], "by_gradients": predicted})
+    return told
+
+
+def measured_losses(
+    blocks: Blocks,
+    hessians: Iterable[tuple[int, dict[str, Tensor]]],
+    slopes: dict[str, Tensor],
+    options: tuple[Option, ...],
+    tokens: Tensor,
+    progress: bool = True,
+) -> list[dict]:
+    """The layers with their losses, of a model in memory. Arguments as of `predicted_losses`; tokens: (b, s)."""
+    layers, weights = [], {}
+    for index, own, then in predicted_losses(blocks, hessians, slopes, options, tokens.shape[1]):
+        layers += own
+        weights[index] = then
+    found = divergences(blocks, tokens[:WINDOWS, :LENGTH], lambda i: weights.get(i, {}), progress=progress)
+    return scaled(layers, found, options)
 
 
 def sensitivity(
     model: Path,
     rotation: Path | None,
+    tokens: Path,
     hessians: Path,
     gradient_file: Path,
     options: tuple[Option, ...],
@@ -86,25 +143,29 @@ def sensitivity(
     chosen: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    megabytes: float = Room.megabytes,
 ) -> dict:
     """The stage: write `losses.json` into the folder `out`, returned too.
 
-    An interrupted run goes on with the block it was at.
+    An interrupted run goes on with the block it was at; divergences, which are measured last, begin anew. Until then
+    a copy of the model's layers at the reference lies beside `out`.
 
     Args:
-        rotation: the rotation's file, None for none. hessians: folder of cached Hessians.
-        gradient_file: of the stage gradients. chosen: the blocks to be measured, as in a recipe; None for all.
+        rotation: the rotation's file, None for none. tokens: file of calibration windows. hessians: folder of cached
+            Hessians. gradient_file: of the stage gradients. chosen: the blocks to be measured, as in a recipe; None
+            for all. megabytes: of memory for hidden states, see `Room`.
 
     Raises:
         ObrError: files of different models, or blocks of an unfinished run with other inputs or settings.
     """
     slopes, notes = gradients.load(gradient_file, device or "cpu")
+    windows, _ = data.load_tokens(tokens)
     about = read_json(hessians / "hessian.json")["calibration"]
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     slopes = {name: values.to(blocks.target) for name, values in slopes.items()}
-    files = {"rotation": rotation, "hessians": hessians / "hessian.json", "gradients": gradient_file}
+    files = {"rotation": rotation, "calibration": tokens, "hessians": hessians / "hessian.json"}
     run = fingerprint(
-        "sensitivity", model, files,
+        "sensitivity", model, {**files, "gradients": gradient_file},
         device=str(blocks.target), dtype=str(blocks.dtype), chosen=chosen,
         options=[asdict(option) for option in options],
     )  # fmt: skip
@@ -115,14 +176,21 @@ def sensitivity(
     with Progress("sensitivity", len(measured)) as shown:
         for _ in range(len(measured) - len(missing)):
             shown.resume()
-        for index, layers in predicted_losses(blocks, cached, slopes, options, about["seqlen"]):
-            unfinished.keep(index, lambda _: None, {"layers": layers})  # the note is all there is to keep
+        for index, layers, weights in predicted_losses(blocks, cached, slopes, options, about["seqlen"]):
+            unfinished.keep(index, partial(_write, weights, blocks.storage_dtype), {"layers": layers})
             shown.block()
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
+    windows, room = windows[:WINDOWS, :LENGTH], Room(megabytes, unfinished.folder)
+    found = divergences(blocks, windows, lambda i: load_file(unfinished.file(i)) if i in measured else {}, room)
     told = {
-        "options": [asdict(option) for option in options], "blocks": len(blocks), "layers": layers,
-        "calibration": about, "gradients": notes, "device": str(blocks.target),
+        "options": [asdict(option) for option in options], "blocks": len(blocks),
+        "layers": scaled(layers, found, options), "calibration": about, "gradients": notes,
+        "reference": reference(options), "tokens": windows.numel(), "device": str(blocks.target),
     }  # fmt: skip
     write_json(told, out / "losses.json")
     unfinished.remove()
     return told
+
+
+def _write(weights: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
+    save_file({name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}, path)

@@ -60,7 +60,7 @@ rule gradients:
 
 rule sensitivity:
     input:
-        unpack(rotation_input),
+        unpack(hessian_inputs),
         model=f"{RESULTS}/models/{{model}}/source.json",
         checked=ancient(f"{RESULTS}/models/{{model}}.checked.json"),
         hessians=f"{RESULTS}/hessians/{{model}}/{{rotation}}/{{calibration}}/hessian.json",
@@ -78,6 +78,7 @@ rule sensitivity:
         mem_mb=memory(4, 3),
         runtime=minutes(120, 80),
         gpu=GPU,
+        activations_mb=config["activations_memory"],
     params:
         entry=sensitivity_entry,
         model=subpath(input.model, parent=True),
@@ -87,9 +88,9 @@ rule sensitivity:
         compute=compute_of,
         code=code_of("sensitivity"),
     shell:
-        "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} "
-        "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} {params.compute} "
-        "--threads {threads} >{log} 2>&1"
+        "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
+        "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} "
+        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
 
 
 rule allocate:

@@ -1,0 +1,86 @@
+"""Divergence: how far a model's next tokens are from the dense model's once a single linear layer is changed.
+
+KL(p ‖ q), mean over positions, in nats a token: p of the dense model, q of the one with one other weight. In the mean
+over texts that the model would write itself, that is the rise of its loss.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obr.activations import Activations, Room
+from obr.model import Blocks, advance, run_block
+from obr.progress import Progress
+
+WINDOWS, LENGTH = 4, 256  # as many windows, each cut to so many tokens, tell layers apart
+
+
+@torch.no_grad()
+def divergences(
+    blocks: Blocks,
+    tokens: Tensor,
+    changed: Callable[[int], dict[str, Tensor]],
+    room: Room | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """{"0.self_attn.q_proj": nats a token …} for every layer that `changed(index)` has another weight (r, n) for.
+
+    One pass over the blocks, each loaded once: states of the dense model and of one model a changed layer, which
+    differs from it from there on, go through the blocks side by side. They take (1 + layers) × b × s × d × 4 bytes,
+    3.8 GB for a 7B model and 4 × 256 tokens; beyond `room` they lie in files.
+
+    tokens: (b, s).
+    """
+    room = room or Room()
+    share = replace(room, megabytes=room.megabytes / (1 + len(blocks) * len(blocks.layout.linears)))
+    dense, arguments = blocks.embed(tokens, share)
+    others: dict[str, Activations] = {}
+    with Progress("divergences", len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            block = blocks.load(index)
+            for states in others.values():
+                advance(block, states, arguments[index])
+            for name, weight in changed(index).items():
+                with _replaced(block.get_submodule(name), weight):
+                    others[f"{index}.{name}"] = _passed(block, dense, arguments[index], share)
+            advance(block, dense, arguments[index])
+            block = None  # before the next is loaded
+            shown.block()
+    return _compared(blocks, dense, others)
+
+
+@contextmanager
+def _replaced(linear: nn.Module, weight: Tensor):
+    own = linear.weight.data
+    linear.weight.data = weight.to(own)
+    try:
+        yield
+    finally:
+        linear.weight.data = own
+
+
+def _passed(block: nn.Module, entering: Activations, arguments: dict, room: Room) -> Activations:
+    """What leaves a block, beside what enters it."""
+    leaving = Activations(len(entering), entering.shape, entering.dtype, entering.device, room)
+    for window, states in enumerate(entering):
+        leaving[window] = run_block(block, states, arguments)
+    return leaving
+
+
+def _compared(blocks: Blocks, dense: Activations, others: dict[str, Activations]) -> dict[str, float]:
+    sums = dict.fromkeys(others, 0.0)
+    for window in range(len(dense)):
+        wanted = _log_probabilities(blocks, dense[window])
+        for name, states in others.items():
+            found = _log_probabilities(blocks, states[window])
+            sums[name] += float(F.kl_div(found, wanted, reduction="batchmean", log_target=True))
+    return {name: total / len(dense) for name, total in sums.items()}
+
+
+def _log_probabilities(blocks: Blocks, states: Tensor) -> Tensor:
+    """(s, v) for states (1, s, d) out of the last block."""
+    return F.log_softmax(blocks.logits(states)[0].float(), -1)
