@@ -1,5 +1,7 @@
 """The joint method against OBR_GPTQ, on layers of SmolLM2-135M, rotated: how much less error, for how much more time.
 
+Beside them OBR_GPTQ with the mask that the joint method finds, and with one that is learned (`learned_mask`).
+
 Timed on both sides: from the undamped Hessian and the weight to the compressed weight and its error, on a Hessian of
 its own for each call, so that every call factors. Calls alternate.
 """
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from layers import made_layer, real_layer
-from obr.restoration import restore
+from learned_mask import learned_mask
+from obr.restoration import Restored, restore
 from timing import alternately, clock_of, machine, median
 
 LAYERS = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.up_proj": "up_gate", "mlp.down_proj": "down"}
@@ -26,7 +30,17 @@ METHODS = {
     "joint, 100 sweeps, layer budget": {"method": "joint", "sweeps": 100, "scope": "layer"},
     "joint, 600 sweeps, layer budget": {"method": "joint", "sweeps": 600, "scope": "layer"},
     "joint, 100 sweeps, 8:16": {"method": "joint", "sweeps": 100, "pattern": "8:16"},
+    f"{RIVAL}, mask of joint": {"method": "obr_gptq", "mask": "joint"},
+    f"{RIVAL}, mask learned": {"method": "obr_gptq", "mask": "learned"},
 }
+MASKS = {"joint": lambda *layer: restore(*layer, "joint", sweeps=100).mask, "learned": learned_mask}
+
+
+def restored_by(weight: Tensor, hessian: Tensor, **options) -> Restored:
+    """As `restore`, with the masks of MASKS, too."""
+    if options.get("mask") in MASKS:
+        options["mask"] = MASKS[options["mask"]](weight, hessian)
+    return restore(weight, hessian, **options)
 
 
 def measure(results: Path | None, repeats: int, threads: int, width: int = 128) -> list[dict]:
@@ -46,7 +60,7 @@ def measure(results: Path | None, repeats: int, threads: int, width: int = 128) 
     rows = []
     for layer, load in found.items():
         weight, matrix = load()
-        sides = {name: partial(restore, weight, matrix, **options) for name, options in METHODS.items()}
+        sides = {name: partial(restored_by, weight, matrix, **options) for name, options in METHODS.items()}
         seconds, restored = alternately(sides, repeats, clock_of(threads))
         errors = {name: result.relative_error for name, result in restored.items()}
         rows += [

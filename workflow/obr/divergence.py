@@ -16,7 +16,7 @@ from obr.activations import Activations, Room
 from obr.model import Blocks, advance, run_block
 from obr.progress import Progress
 
-WINDOWS, LENGTH = 4, 256  # as many windows, each cut to so many tokens, tell layers apart
+WINDOWS, LENGTH = 4, 128  # as many windows, each cut to so many tokens, tell layers apart
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def divergences(
 
     One pass over the blocks, each loaded once: states of the dense model and of one model a changed layer, which
     differs from it from there on, go through the blocks side by side. They take (1 + layers) × b × s × d × 4 bytes,
-    3.8 GB for a 7B model and 4 × 256 tokens; beyond `room` they lie in files.
+    1.9 GB for a 7B model and 4 × 128 tokens; beyond `room` they lie in files.
 
     tokens: (b, s).
     """
