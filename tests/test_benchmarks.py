@@ -60,7 +60,8 @@ def test_the_joint_method_is_measured_in_units_of_its_rival(out):
     frame = pd.read_csv(out / "joint.csv").set_index("method")
     assert frame.loc["OBR_GPTQ", ["error_ratio", "time_ratio"]].tolist() == [1, 1]
     errors = frame["error_ratio"].drop("OBR_GPTQ")
-    assert (errors < 1).all() and errors["joint, 600 sweeps"] < errors["joint, ADMM alone"]
+    learned = errors.pop("OBR_GPTQ, mask learned")  # on so small a layer no better than Wanda's
+    assert (errors < 1).all() and errors["joint, 600 sweeps"] < errors["joint, ADMM alone"] < learned
 
 
 def test_packed_models_write_tokens_in_less_memory(out):
