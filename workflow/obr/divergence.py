@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obr.activations import Activations, Room
-from obr.model import Blocks, advance, run_block
+from obr.model import Blocks, advance, passed
 from obr.progress import Progress
 
 WINDOWS, LENGTH = 4, 128  # as many windows, each cut to so many tokens, tell layers apart
@@ -46,7 +46,7 @@ def divergences(
                 advance(block, states, arguments[index])
             for name, weight in changed(index).items():
                 with _replaced(block.get_submodule(name), weight):
-                    others[f"{index}.{name}"] = _passed(block, dense, arguments[index], share)
+                    others[f"{index}.{name}"] = passed(block, dense, arguments[index], share)
             advance(block, dense, arguments[index])
             block = None  # before the next is loaded
             shown.block()
@@ -61,14 +61,6 @@ def _replaced(linear: nn.Module, weight: Tensor):
         yield
     finally:
         linear.weight.data = own
-
-
-def _passed(block: nn.Module, entering: Activations, arguments: dict, room: Room) -> Activations:
-    """What leaves a block, beside what enters it."""
-    leaving = Activations(len(entering), entering.shape, entering.dtype, entering.device, room)
-    for window, states in enumerate(entering):
-        leaving[window] = run_block(block, states, arguments)
-    return leaving
 
 
 def _compared(blocks: Blocks, dense: Activations, others: dict[str, Activations]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import whole
 from obr.layout import Layout
-from obr.model import Blocks, run_block
+from obr.model import Blocks, passed, run_block
 from obr.progress import Progress
 
 WINDOWS, LENGTH = 8, 512  # as many windows, each cut to so many tokens, are enough for means of squares
@@ -69,12 +69,7 @@ def _entering(blocks: Blocks, tokens: Tensor, room: Room, progress: bool) -> tup
     entering = [hidden]
     with Progress("output gradients, forward", len(blocks), progress) as shown:
         for index in range(len(blocks)):
-            block, before = blocks.load(index), entering[-1]
-            after = Activations(len(before), before.shape, before.dtype, before.device, room)
-            for window, states in enumerate(before):
-                after[window] = run_block(block, states, arguments[index])
-            entering.append(after)
-            block = None  # before the next is loaded
+            entering.append(passed(blocks.load(index), entering[-1], arguments[index], room))
             shown.block()
     return entering, arguments
 

@@ -155,6 +155,14 @@ def advance(block: nn.Module, hidden: Activations, arguments: dict) -> None:
         hidden[index] = run_block(block, states, arguments)
 
 
+def passed(block: nn.Module, hidden: Activations, arguments: dict, room: Room | None = None) -> Activations:
+    """The block's outputs, beside the hidden states. room: for what is returned."""
+    leaving = Activations(len(hidden), hidden.shape, hidden.dtype, hidden.device, room)
+    for index, states in enumerate(hidden):
+        leaving[index] = run_block(block, states, arguments)
+    return leaving
+
+
 class TensorFiles:
     """The tensors of a folder of safetensors files, read one at a time by name."""
 

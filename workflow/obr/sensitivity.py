@@ -59,9 +59,12 @@ def predicted_losses(
             if lacking := [name for name in weights if name not in slopes]:
                 raise ObrError(f"Layer {lacking[0]} has no output gradients; they are of another model.")
             factors = Hessian(matrices.pop(group), name=f"block {index} {group}")
-            restored = [_restored(weights, factors, option) for option in options]
-            measured = [_losses(weights, factors, slopes, found, seqlen) for found in restored]
-            weights_then |= {name.partition(".")[2]: weight for name, (weight, _) in restored[chosen].items()}
+            measured = []
+            for number, option in enumerate(options):
+                restored = _restored(weights, factors, option)
+                measured.append(_losses(weights, factors, slopes, restored, seqlen))
+                if number == chosen:
+                    weights_then |= {name.partition(".")[2]: weight for name, (weight, _) in restored.items()}
             for name, weight in weights.items():
                 layer = {"block": index, "layer": name.partition(".")[2]}
                 layer |= {"rows": weight.shape[0], "columns": weight.shape[1]}
