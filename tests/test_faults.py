@@ -136,8 +136,8 @@ def test_killed_workflows_go_on_and_end_with_the_same_results(undisturbed, tmp_p
         what = pulled(tmp_path, victims[count % 3], aim, draw)
         if what == "finished":  # or stopped by a stage that outlived its Snakemake
             if complete(tmp_path):  # have it made again from there: a lost stage alone, Snakemake leaves be
-                for lost in (STAGES[aim], "tables"):
-                    shutil.rmtree(tmp_path / SMOKE / lost)
+                for lost in ((tmp_path / TARGET).parent, tmp_path / SMOKE / STAGES[aim]):
+                    shutil.rmtree(lost)
             continue
         killed[what] += 1
         shutil.rmtree(tmp_path / ".snakemake/locks", ignore_errors=True)  # all that --unlock does
