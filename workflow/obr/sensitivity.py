@@ -20,7 +20,7 @@ from obr import data, gradients, hessian
 from obr.activations import Room
 from obr.divergence import LENGTH, WINDOWS, divergences
 from obr.errors import ObrError
-from obr.files import read_json, write_json
+from obr.files import read_json, whole, write_json
 from obr.model import Blocks, block_file
 from obr.progress import Progress
 from obr.provenance import fingerprint
@@ -196,4 +196,5 @@ def sensitivity(
 
 
 def _write(weights: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
-    save_file({name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}, path)
+    with whole(path) as partial_file:
+        save_file({name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}, partial_file)

@@ -1,5 +1,6 @@
 """What every kind of rotation is: parameters and fixed transforms, and how they change a model."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Parameter:
     must: str = "finite"
 
 
-class Rotation:
+class Rotation(ABC):
     """Equivalent transforms of one model; each kind is a subclass.
 
     Args:
@@ -54,9 +55,9 @@ class Rotation:
         self.clip = False
 
     @classmethod
+    @abstractmethod
     def draw(cls, dimensions: Dimensions, seed: int = 0) -> "Rotation":
         """Random valid parameters for a model of these sizes; the same for the same seed."""
-        raise NotImplementedError
 
     def expected(self) -> dict[str, Parameter]:
         """The parameters that there must be, no more and no fewer."""
@@ -70,9 +71,9 @@ class Rotation:
         """R1 (d), if the kind rotates the residual stream."""
         return None
 
+    @abstractmethod
     def changes(self, index: int) -> fold.Changes:
         """What becomes of block `index`, as a differentiable function of `parameters`."""
-        raise NotImplementedError
 
     def parameter(self, index: int, name: str) -> Tensor | None:
         """A parameter of a block, None if this rotation has none of that name."""
