@@ -115,7 +115,8 @@ def test_a_compiled_step_of_admm_is_the_same_step(dtype, pattern, parts):
         step(dual, product, moved, target, root, projected, support, grid, budget)
         ends.append((dual, moved.float(), projected, support))
     for torch_s, compiled in zip(*ends, strict=True):
-        torch.testing.assert_close(compiled, torch_s, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        # In another order the sums differ in the last digits; another code would be a step of the grid away.
+        torch.testing.assert_close(compiled, torch_s, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
     assert ends[0][3].sum() == 12 * 32
 
 

@@ -27,7 +27,7 @@ SEARCH_BITS = 8  # of the grid on which a mask is found for weights that stay at
 # Deviation of the noise in the first sweep and the last, beside that of the errors that ADMM leaves: the square root
 # of a row's loss over that of an error of one in every coordinate.
 NOISE = (0.35, 0.08)
-POLISH = 8  # sweeps without noise on a fixed support, at most, before annealing and after
+POLISH = 4  # sweeps without noise on a fixed support, at most, before annealing and after: later ones change little
 ADAPT_EVERY, ADAPT = 4, 6.0  # after so many sweeps prices follow the number of weights kept, with this exponent
 
 

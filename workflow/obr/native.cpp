@@ -292,27 +292,36 @@ struct Threshold {
     int64_t ties;
 };
 
-Threshold largest(const float* x, int64_t count, int64_t kept, std::vector<float>& scratch) {
+// Bit by bit from the top: as whole numbers, floats >= 0 are in the order of their values. Counting is done many at a
+// time, so that 31 passes are faster than one that sorts; most rows need half of them.
+Threshold largest(const float* x, int64_t count, int64_t kept) {
     if (kept >= count) return {-1.0f, 0};
     if (kept <= 0) return {std::numeric_limits<float>::max(), 0};
-    const auto bin = [](float value) {  // exponent and three bits: in the order of the numbers
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        return bits >> 20;
+    const auto number = [](int32_t bits) {
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
     };
-    int64_t counts[2048] = {};
-    for (int64_t i = 0; i < count; ++i) ++counts[bin(x[i])];
-    int64_t above = 0;
-    uint32_t edge = 2047;
-    while (above + counts[edge] < kept) above += counts[edge--];
-    scratch.clear();
-    for (int64_t i = 0; i < count; ++i)
-        if (bin(x[i]) == edge) scratch.push_back(x[i]);
-    const int64_t place = kept - above - 1;
-    std::nth_element(scratch.begin(), scratch.begin() + place, scratch.end(), std::greater<float>());
-    const float value = scratch[place];
-    const int64_t larger = std::count_if(scratch.begin(), scratch.begin() + place, [&](float y) { return y > value; });
-    return {value, kept - above - larger};
+    const auto at_least = [&](float value) {
+        int64_t reached = 0;
+        for (int64_t first = 0; first < count; first += 4096) {
+            const float* some = x + first;
+            const int length = static_cast<int>(std::min<int64_t>(count - first, 4096));
+            int sum = 0;
+            for (int i = 0; i < length; ++i) sum += some[i] >= value ? 1 : 0;
+            reached += sum;
+        }
+        return reached;
+    };
+    int32_t edge = 0;
+    for (int bit = 30; bit >= 0; --bit) {
+        const int32_t higher = edge | 1 << bit;
+        if (higher >= 0x7f800000) continue;  // infinite
+        const int64_t reached = at_least(number(higher));
+        if (reached == kept) return {number(higher - 1), 0};
+        if (reached > kept) edge = higher;
+    }
+    return {number(edge), kept - at_least(number(edge + 1))};
 }
 
 void keep_largest(const float* gains, int64_t count, Threshold& threshold, uint8_t* support) {
@@ -340,6 +349,26 @@ void keep_largest_units(const float* gains, int group, int unit, int kept, uint8
     }
 }
 
+inline float rounded(float value, float unit, float low, float high) {
+    return std::min(std::max(std::nearbyint(value / unit), low), high) * unit;
+}
+
+// The second half of a step, of one row. Not inlined: there the compiler forgets that nothing overlaps, and does one
+// column at a time.
+template <typename T>
+__attribute__((noinline)) void alternated(float* __restrict b, const uint8_t* __restrict support,
+                                          const float* __restrict target, const float* __restrict root, float unit,
+                                          float low, float high, int64_t columns, float* __restrict projected,
+                                          T* __restrict moved) {
+    for (int64_t j = 0; j < columns; ++j) {
+        const float value = static_cast<float>(support[j]) * rounded(b[j] / root[j], unit, low, high) * root[j];
+        const float dual = b[j] - value;
+        b[j] = dual;
+        projected[j] = value;
+        narrow(value - dual - target[j], moved[j]);
+    }
+}
+
 template <typename T>
 struct Alternation {
     float* dual;
@@ -347,10 +376,6 @@ struct Alternation {
     const float *target, *root, *scale, *worth;
     int64_t columns;
     float low, high;
-
-    float rounded(float value, float unit) const {
-        return std::min(std::max(std::nearbyint(value / unit), low), high) * unit;
-    }
 
     // dual += product + target, and what each weight gains if it is kept.
     void gains(int64_t row, float* __restrict out) const {
@@ -360,24 +385,15 @@ struct Alternation {
         const float unit = scale[row], weight = worth[row];
         for (int64_t j = 0; j < columns; ++j) {
             b[j] += widen(p[j]) + t[j];
-            const float v = b[j] / h[j], q = rounded(v, unit);
+            const float v = b[j] / h[j], q = rounded(v, unit, low, high);
             out[j] = std::max(q * (2.0f * v - q) * h[j] * h[j] * weight, 0.0f);
         }
     }
 
-    void project(int64_t row, const uint8_t* supports, float* projections, T* moves) const {
-        float *__restrict b = dual + row * columns, *__restrict projected = projections + row * columns;
-        const float *__restrict t = target + row * columns, *__restrict h = root;
-        const uint8_t* __restrict support = supports + row * columns;
-        T* __restrict moved = moves + row * columns;
-        const float unit = scale[row];
-        for (int64_t j = 0; j < columns; ++j) {
-            const float kept = support[j] ? 1.0f : 0.0f;
-            const float value = kept * rounded(b[j] / h[j], unit) * h[j];
-            b[j] -= value;
-            projected[j] = value;
-            narrow(value - b[j] - t[j], moved[j]);
-        }
+    void project(int64_t row, const uint8_t* support, float* projected, T* moved) const {
+        const int64_t first = row * columns;
+        alternated(dual + first, support + first, target + first, root, scale[row], low, high, columns,
+                   projected + first, moved + first);
     }
 };
 
@@ -386,13 +402,12 @@ void alternate_rows(const Alternation<T>& step, T* moved, float* projected, uint
                     const int64_t* parts, int count, int64_t kept, int group, int unit, int threads) {
     const int64_t columns = step.columns;
     by_rows(rows, threads, [&](int64_t first, int64_t last) {
-        std::vector<float> scratch;
         for (int64_t r = first; r < last; ++r) {
             float* gains = projected + r * columns;
             step.gains(r, gains);
             if (count > 0) continue;  // they compete with those of other rows
             if (group == 0) {
-                Threshold threshold = largest(gains, columns, kept, scratch);
+                Threshold threshold = largest(gains, columns, kept);
                 keep_largest(gains, columns, threshold, support + r * columns);
             }
             for (int64_t j = 0; group > 0 && j < columns; j += group)
@@ -400,10 +415,9 @@ void alternate_rows(const Alternation<T>& step, T* moved, float* projected, uint
             step.project(r, support, projected, moved);
         }
     });
-    std::vector<float> scratch;
     for (int p = 0; p < count; ++p) {
         const int64_t first = parts[p], size = (parts[p + 1] - first) * columns;
-        Threshold threshold = largest(projected + first * columns, size, (parts[p + 1] - first) * kept, scratch);
+        Threshold threshold = largest(projected + first * columns, size, (parts[p + 1] - first) * kept);
         keep_largest(projected + first * columns, size, threshold, support + first * columns);
     }
     if (count > 0)
