@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
-    ["errors", "files", "registration"],
+    ["errors", "files", "registration", "arguments"],
     ["fetch", "native"],
     ["recipe", "edition", "config", "digest", "device", "foreign"],
     ["allocation"],
@@ -32,7 +32,7 @@ LAYERS = [
     ["rotations"],
     ["data", "cloze"],
     ["download", "texts", "tasks"],
-    ["hessian", "learning"],
+    ["hessian", "learning", "generation"],
     ["gradients", "target", "divergence"],
     ["sensitivity"],
     ["checkpoint"],

@@ -16,7 +16,7 @@ from test_edition import merged
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
 # Tables that the paper does not have.
 NOT_QUOTING = ("hessians", "rotations", "rotation_seeds")
-NOT_QUOTING += ("joint", "joint_a4", "joint_rotations", "joint_seeds", "joint_zero_shot")
+NOT_QUOTING += ("joint", "joint_a4", "joint_rotations", "joint_seeds", "joint_statistics", "joint_zero_shot")
 LAYERS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]
 
 

@@ -8,6 +8,17 @@ import sys
 from pathlib import Path
 
 from obr import foreign
+from obr.arguments import (
+    EXPORT,
+    OPTIONS,
+    PLAN,
+    PUSH,
+    VERIFY,
+    export_options,
+    plan_options,
+    push_options,
+    verify_options,
+)
 from obr.device import taken_away
 from obr.errors import ObrError, printable
 from obr.files import write_json
@@ -68,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "entry", "model", "tokens", "out", "compute", "trust",
     )  # fmt: skip
     stage("calibrate", calibrate, "Choose calibration windows.", "entry", "model", "text", "out", "trust")
+    stage("generate", generate, "Let a model write calibration windows.", "entry", "model", "out", "compute", "trust")
+    stage("mix", mix, "Mix calibration windows of several files.", "entry", "windows", "out")
     stage(
         "hessian", hessian, "Collect the Hessians of a model's layer inputs.",
         "model", "rotation?", "tokens", "out", "activations", "compute", "trust",
@@ -106,138 +119,16 @@ def _parser() -> argparse.ArgumentParser:
         "entry", "recipes", "models", "results", "published", "shapes?", "out",
     )  # fmt: skip
     stage("errata", errata, "List what is odd in the published tables.", "published", "out")
-    _plan_options(stages.add_parser("plan", help=PLAN, description=PLAN))
-    _push_options(stages.add_parser("push", help=PUSH, description=PUSH))
-    _verify_options(stages.add_parser("verify", help=VERIFY, description=VERIFY))
-    _export_options(stages.add_parser("export", help=EXPORT, description=EXPORT))
+    for name, (function, text, options) in {
+        "plan": (plan, PLAN, plan_options),
+        "push": (push, PUSH, push_options),
+        "verify": (verify, VERIFY, verify_options),
+        "export": (export, EXPORT, export_options),
+    }.items():
+        command = stages.add_parser(name, help=text, description=text)
+        command.set_defaults(stage=function)
+        options(command)
     return parser
-
-
-EXPORT = "Write a compressed model in a layout that other programs read."
-
-
-def _export_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(stage=export)
-    parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
-    parser.add_argument(
-        "--format", required=True, dest="form", choices=("compressed-tensors", "gguf"),
-        help="a folder for transformers and vLLM, or a file for llama.cpp",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder or file to write")
-    parser.add_argument(
-        "--weights-only", action="store_true", help="leave out that activations and KV cache are quantised"
-    )
-
-
-VERIFY = "Check a compressed model: hashes, masks, levels, manifest, and layers by making them again."
-
-
-def _verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(stage=verify)
-    parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
-    parser.add_argument("--recompute", type=int, default=0, metavar="N", help="so many layers; default: 0")
-    for name in ("model", "rotation", "tokens", "hessians", "gradients"):
-        where = f"for --recompute, the checkpoint's {name}; default: where the workflow puts it"
-        parser.add_argument(f"--{name}", type=Path, default=None, help=where)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    _trust(parser, False)
-
-
-PUSH = "Publish a compressed model on the hub, with a model card."
-
-
-def _push_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(stage=push)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a packed checkpoint")
-    parser.add_argument("--repo", required=True, help="owner/name on the hub")
-    parser.add_argument("--dry-run", type=Path, default=None, metavar="FOLDER", help="write it there, upload nothing")
-    parser.add_argument("--licence", default=None, help="of the base model, where the checkpoint does not record it")
-    parser.add_argument("--private", action="store_true", help="not to be seen by others")
-
-
-PLAN = "Price a run before it starts: jobs, hours, memory, disk, downloads, licences."
-
-
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(stage=plan)
-    parser.add_argument("targets", nargs="*", help="files or rules; default: everything")
-    parser.add_argument("--snakefile", type=Path, default=Path("Snakefile"))
-    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="as Snakemake's")
-    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="as Snakemake's")
-    parser.add_argument("--cores", type=int, default=None, help="default: all of this machine")
-    parser.add_argument("--gpus", type=int, default=1, help="jobs on GPUs at a time; default: 1")
-    parser.add_argument("--bandwidth", type=float, default=20.0, help="of downloads, MB/s; default: 20")
-    parser.add_argument("--json", type=Path, default=None, help="write the plan there, too")
-
-
-def _path(name: str, text: str):
-    return lambda p, required: p.add_argument(f"--{name}", type=Path, required=required, help=text)
-
-
-def _json(name: str, text: str):
-    return lambda p, required: p.add_argument(f"--{name}", type=_object, required=required, help=text)
-
-
-def _object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object")
-    return value
-
-
-def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
-
-
-def _sizes(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--sizes-only", action="store_true", help="count the bytes of weights as a GPU reads them, and run nothing"
-    )
-
-
-def _trust(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that was downloaded with the model, unaltered"
-    )
-
-
-def _activations(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--activations-memory", type=float, default=4096, metavar="MB",
-        help="memory for hidden states; more of them lie in a file beside the output (default: 4096)",
-    )  # fmt: skip
-
-
-OPTIONS = {
-    "entry": _json("entry", "the config entry of this stage, as JSON"),
-    "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
-    "recipes": _json("recipes", "the config's recipes, resolved, as JSON"),
-    "models": _json("models", "the config's models, as JSON"),
-    "shapes": _json("shapes", "the config's kernels, whose shapes a figure of kernels draws, as JSON"),
-    "model": _path("model", "folder of a downloaded model"),
-    "text": _path("text", "text file"),
-    "released": _path("released", "folder of a downloaded checkpoint of the authors"),
-    "task": _path("task", "folder of a downloaded task"),
-    "rotation": _path("rotation", "rotation file; without it the model is not rotated"),
-    "tokens": _path("tokens", "file of calibration windows"),
-    "hessians": _path("hessians", "folder of cached Hessians"),
-    "gradients": _path("gradients", "file of output gradients"),
-    "sensitivity": _path("sensitivity", "file of the losses that layers are predicted to cost"),
-    "allocation": _path("allocation", "file of a recipe's allocation"),
-    "checkpoint": _path("checkpoint", "folder of a packed checkpoint"),
-    "results": _path("results", "folder of the results"),
-    "published": _path("published", "CSV file of published numbers"),
-    "out": _path("out", "what to write"),
-    "activations": _activations,
-    "compute": _compute,
-    "sizes": _sizes,
-    "trust": _trust,
-}
 
 
 def download_model(entry: dict, out: Path) -> None:
@@ -282,6 +173,19 @@ def calibrate(entry: dict, model: Path, text: Path, out: Path) -> None:
     from obr.data import calibrate
 
     calibrate(model, text, entry, out)
+
+
+def generate(entry: dict, model: Path, out: Path, device: str, dtype: str | None) -> None:
+    device, dtype = _computing(device, dtype)
+    from obr.generation import generate
+
+    generate(model, entry, out, device, dtype)
+
+
+def mix(entry: dict, windows: list[Path], out: Path) -> None:
+    from obr.generation import mix
+
+    mix(windows, entry, out)
 
 
 def _computing(device: str, dtype: str | None):

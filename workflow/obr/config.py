@@ -41,9 +41,10 @@ class Config:
         for key, entry in raw["rotations"].items():
             if "learn" in entry:
                 self._defined("calibrations", entry["learn"]["calibration"], f"rotations.{key}.learn.calibration")
-        for section in ("calibrations", "perplexity"):
-            for key, entry in raw[section].items():
-                self._defined("texts", entry["text"], f"{section}.{key}.text")
+        for key, entry in raw["perplexity"].items():
+            self._defined("texts", entry["text"], f"perplexity.{key}.text")
+        for key, entry in raw["calibrations"].items():
+            self._check_calibration(f"calibrations.{key}", entry)
         for key, entry in raw["zero_shot"].items():
             if entry.get("text"):
                 self._defined("texts", entry["text"], f"zero_shot.{key}.text")
@@ -92,6 +93,17 @@ class Config:
         if name not in self.raw[section]:
             known = ", ".join(self.raw[section]) or "none"
             raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {known}.")
+
+    def _check_calibration(self, where: str, entry: dict) -> None:
+        kinds = [kind for kind in ("text", "generated", "mix") if kind in entry]
+        if len(kinds) != 1:
+            raise ObrError(f"{where} has {' and '.join(kinds) or 'no source'}; give one of text, generated and mix.")
+        if "text" in entry:
+            self._defined("texts", entry["text"], f"{where}.text")
+        for name in entry.get("mix", []):
+            self._defined("calibrations", name, f"{where}.mix")
+            if "mix" in self.raw["calibrations"][name]:
+                raise ObrError(f"{where}.mix names {name!r}, itself a mixture; name what that is mixed of.")
 
     def _select_models(self) -> None:
         only = self.raw.get("only_models")

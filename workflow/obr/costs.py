@@ -28,6 +28,7 @@ TASKS = {
 }
 OTHER_TASK = (200, 4, 35)
 DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 128, 512  # on which divergences are measured; see `divergence`
+WRITTEN = 6  # times the tokens of calibration windows is what a model computes that writes them, one at a time
 FOLDED = 6  # passes over all weights in a step of learning a rotation
 # Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
 LEARNING = {
@@ -248,6 +249,13 @@ def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
     return Work(products, 0, 0, elements, 2.0 * sizes.block * sizes.blocks, runs, 5.5)
 
 
+def generation(sizes: Sizes, tokens: int, length: int, batch: int) -> Work:
+    """Windows that a model writes, token by token; documents end early, and every step reads all weights."""
+    drawn = WRITTEN * max(tokens, batch * length)
+    products = sizes.forward(drawn, length) + sizes.logits(drawn)
+    return Work(products, 0, 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), sizes.blocks * drawn / batch, 7)
+
+
 def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
     """A zero-shot task."""
     examples, choices, length = TASKS.get(task, OTHER_TASK)
@@ -261,6 +269,7 @@ def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
 # Seconds of the stages that do not depend on a model's size, on a CPU; downloads come on top.
 CONSTANT = {
     "calibrate": 7.0,
+    "mix": 4.0,
     "check_model": 0.1,
     "allocate": 1.5,
     "download_rotation": 6.0,
@@ -312,7 +321,7 @@ def memory(
     elif rule == "perplexity":
         model = ends + 3 * block + element * tokens * sizes.hidden + 8.0 * length * sizes.vocabulary
         base = 0.5
-    elif rule == "zero_shot":
+    elif rule in ("zero_shot", "generate"):
         model = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary
         base = 1.2
     else:

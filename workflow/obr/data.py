@@ -112,8 +112,6 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
     spec: keyword arguments of `calibration_tokens`, and optionally `text`, a name of the text to be noted.
     Raises ObrError for unknown keys, a folder without tokenizer, or a text too short.
     """
-    from safetensors.torch import save_file
-
     unknown = sorted(set(spec) - {*SPEC_KEYS, "text"})
     if unknown:
         raise ObrError(f"calibration has unknown keys {', '.join(unknown)}: use only {', '.join(SPEC_KEYS)}.")
@@ -134,16 +132,24 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
         "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
     }
+    write_tokens(tokens, about, out)
+
+
+def write_tokens(tokens: torch.LongTensor, about: dict, out: Path) -> None:
+    """Write calibration windows (nsamples, seqlen) and what is to be noted about them."""
+    from safetensors.torch import save_file
+
     with whole(out) as partial:
         # One metadata entry: safetensors writes several in an order that differs from run to run.
         save_file({"tokens": tokens}, partial, metadata={"calibration": json.dumps(about, sort_keys=True)})
 
 
 def load_tokens(path: Path | str) -> tuple[torch.LongTensor, dict]:
-    """Tokens (nsamples, seqlen) that `calibrate` wrote, and what it noted about them.
+    """Tokens (nsamples, seqlen) that `write_tokens` wrote, and what was noted about them.
 
-    Noted: model, text, text_sha256, nsamples, seqlen, seed, sampling, bos, tokens_in_text, tokens,
-    tokenizer. Raises ObrError if the file is missing, damaged or another kind of file.
+    Noted: model, text, text_sha256, nsamples, seqlen, tokens, tokenizer; of windows of a text also seed, sampling,
+    bos and tokens_in_text, of others how they came about. Raises ObrError if the file is missing, damaged or
+    another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -29,6 +29,9 @@ def transpose(raw: dict) -> None:
     for rotation in raw.get("rotations", {}).values():
         if learn := rotation.get("learn"):
             learn["calibration"] = edition["calibrations"].get(learn["calibration"], learn["calibration"])
+    for calibration in raw.get("calibrations", {}).values():
+        if "mix" in calibration:
+            calibration["mix"] = [edition["calibrations"].get(name, name) for name in calibration["mix"]]
     for section in ("tables", "figures"):
         for entry in raw[section].values():
             if "models" in entry:
@@ -117,5 +120,8 @@ def _with_seed(section: dict, name: str, seed: int) -> str:
     """The entry with this seed, made if there is none."""
     if section.get(name, {}).get("seed", 0) == seed:
         return name
-    section.setdefault(f"{name}-seed{seed}", {**section[name], "seed": seed})
+    entry = {**section[name], "seed": seed}
+    if "mix" in entry:
+        entry["mix"] = [_with_seed(section, part, seed) for part in entry["mix"]]
+    section.setdefault(f"{name}-seed{seed}", entry)
     return f"{name}-seed{seed}"

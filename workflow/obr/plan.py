@@ -20,7 +20,7 @@ from obr.recipe import Option, Recipe
 TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
 OVERHEAD = 0.3  # seconds that Snakemake spends on a job
 TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
-TIMED = ("compress", "gradients", "hessian", "learn_rotation", "perplexity", "sensitivity", "zero_shot")
+TIMED = ("compress", "generate", "gradients", "hessian", "learn_rotation", "perplexity", "sensitivity", "zero_shot")
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Prices:
         self.device = config["device"]
         self.threads = dict.fromkeys(("hessian", "gradients"), config["threads"]["hessian"])
         self.threads |= dict.fromkeys(("compress", "sensitivity"), config["threads"]["compress"])
-        self.threads |= dict.fromkeys(("perplexity", "zero_shot"), config["threads"]["evaluate"])
+        self.threads |= dict.fromkeys(("generate", "perplexity", "zero_shot"), config["threads"]["evaluate"])
         self.known = known if known is not None else []
         self.factors = timings.factors(self.known, self.device, self.threads)
 
@@ -120,6 +120,10 @@ class Prices:
         elif job.rule == "hessian":
             tokens, length = self.calibration(job.wildcards["calibration"])
             work, disk = costs.hessian(sizes, tokens, length), costs.hessian_bytes(sizes) / 1e9
+        elif job.rule == "generate":
+            tokens, length = self.calibration(job.wildcards["calibration"])
+            options = self.config["calibrations"][job.wildcards["calibration"]]["generated"]
+            work = costs.generation(sizes, tokens, length, options.get("batch_size", 16))
         elif job.rule == "gradients":
             tokens, length = self.calibration(job.wildcards["calibration"])
             most = self.config["gradients"]

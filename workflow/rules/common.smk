@@ -41,6 +41,11 @@ RELEASED = "|".join(re.escape(key) for key, r in CONFIG.parsed.items() if r.meth
 # Rotations that are learned here.
 LEARNED = "|".join(re.escape(key) for key, r in config["rotations"].items() if "learn" in r) or "(?!)"
 
+# Calibrations that the model writes itself, and mixtures of others.
+GENERATED, MIXED = (
+    "|".join(re.escape(key) for key, c in config["calibrations"].items() if kind in c) or "(?!)" for kind in ("generated", "mix")
+)
+
 
 wildcard_constraints:
     model="[^/]+",

@@ -176,3 +176,62 @@ rule calibrate:
     shell:
         "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
         "{params.trust} >{log} 2>&1"
+
+
+ruleorder: generate > calibrate
+ruleorder: mix > calibrate
+
+
+rule generate:
+    input:
+        f"{RESULTS}/models/{{model}}/source.json",
+    output:
+        f"{RESULTS}/calibration/{{calibration}}/{{model}}.safetensors",
+    log:
+        f"{RESULTS}/logs/generate/{{calibration}}/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/generate/{{calibration}}/{{model}}.tsv"
+    wildcard_constraints:
+        calibration=GENERATED,
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["evaluate"]
+    resources:
+        mem_mb=memory(4, 6),
+        runtime=minutes(60, 60),
+        gpu=GPU,
+    params:
+        entry=entry_of("calibrations"),
+        model=subpath(input[0], parent=True),
+        compute=compute_of,
+        code=code_of("generation"),
+    shell:
+        "obr generate --entry {params.entry:q} --model {params.model} --out {output} {params.compute} "
+        "--threads {threads} >{log} 2>&1"
+
+
+rule mix:
+    input:
+        lambda wildcards: [
+            f"{RESULTS}/calibration/{part}/{wildcards.model}.safetensors"
+            for part in config["calibrations"][wildcards.calibration]["mix"]
+        ],
+    output:
+        f"{RESULTS}/calibration/{{calibration}}/{{model}}.safetensors",
+    log:
+        f"{RESULTS}/logs/mix/{{calibration}}/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/mix/{{calibration}}/{{model}}.tsv"
+    wildcard_constraints:
+        calibration=MIXED,
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+    params:
+        entry=entry_of("calibrations"),
+        code=code_of("generation"),
+    shell:
+        "obr mix --entry {params.entry:q} --windows {input} --out {output} >{log} 2>&1"
