@@ -154,4 +154,5 @@ def test_the_small_edition_has_every_table_and_quotes_nothing_of_other_models():
     assert not any("wikitext2" in path or "piqa" in path for path in made)
     assert {small.parsed[r].calibration for e in small.raw["tables"].values() for r in small.rows(e)} <= {
         None, "sotu_20th", "sotu_19th", "sotu_20th-seed1", "sotu_20th-seed2",
+        "sotu_few", "sotu_many", "generated", "mixed",
     }  # fmt: skip

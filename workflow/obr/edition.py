@@ -83,14 +83,14 @@ def multiply(raw: dict) -> None:
     """Give the rows of every table and figure with `seeds` one recipe a seed, listed as the row's `variants`.
 
     A seed is that of the calibration windows, of a rotation that is drawn and of random masks, together; the
-    recipe of the seed that a row has already is the row's own.
+    recipe of the seed that a row has already is the row's own. A row with `seeds` of its own has those.
     """
     for entry in [*raw["tables"].values(), *raw["figures"].values()]:
         if entry.get("seeds"):
             rows = [{"recipe": row} if isinstance(row, str) else dict(row) for row in entry["rows"]]
             for row in rows:
                 if "recipe" in row:
-                    variants = [_seeded(raw, row["recipe"], seed) for seed in entry["seeds"]]
+                    variants = [_seeded(raw, row["recipe"], seed) for seed in row.get("seeds", entry["seeds"])]
                     row["variants"] = list(dict.fromkeys(variants))
             entry["rows"] = rows
 
