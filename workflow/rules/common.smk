@@ -43,7 +43,8 @@ LEARNED = "|".join(re.escape(key) for key, r in config["rotations"].items() if "
 
 # Calibrations that the model writes itself, and mixtures of others.
 GENERATED, MIXED = (
-    "|".join(re.escape(key) for key, c in config["calibrations"].items() if kind in c) or "(?!)" for kind in ("generated", "mix")
+    "|".join(re.escape(key) for key, c in config["calibrations"].items() if kind in c) or "(?!)"
+    for kind in ("generated", "mix")
 )
 
 
