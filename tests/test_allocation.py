@@ -209,25 +209,40 @@ def test_predicted_losses_are_the_quadratic_form_of_means(made):
     change = weight - restored.weight
     mean = x.T @ x / len(x)
     expected = 0.5 * (slopes[f"0.{name}"] * ((change @ mean) * change).sum(1)).sum()
-    found = row["losses"][1] * row["by_gradients"] / row["losses"][told["reference"]]
+    dense, _ = told["references"]
+    found = row["losses"][1] * row["by_gradients"][0] / row["losses"][dense]
     assert found == pytest.approx(float(expected), rel=0.05)  # codes may differ in a tie or two
     assert row["relative_errors"][1] == pytest.approx(restored.relative_error, rel=0.05)
 
 
-def test_the_loss_at_the_reference_is_the_divergence_of_the_model_with_that_layer_changed(made):
+def test_losses_at_the_references_are_divergences_of_models_with_that_layer_changed(made):
     told = read_json(made / "sensitivity/tiny/none/c/mixed/losses.json")
     tokens = load_tokens(made / "calibration/c/tiny.safetensors")[0][: divergence.WINDOWS]
-    assert told["tokens"] == tokens.numel() and told["options"][told["reference"]] == asdict(Option("gptq", 3))
+    options = [told["options"][number] for number in told["references"]]
+    assert told["tokens"] == tokens.numel()
+    assert options == [asdict(Option("gptq", 3)), asdict(Option("joint", 4, 0.5))]
     model = obr.load_model(made / "models/tiny", device="cpu")
     layer, name = model.model.layers[0].mlp.up_proj, "mlp.up_proj"
     x = hessian.load(made / "hessians/tiny/none/c/block_000.safetensors")["up_gate"]
+    weight, row = layer.weight.data, next(r for r in told["layers"] if (r["block"], r["layer"]) == (0, name))
     with torch.no_grad():
-        dense = model(tokens).logits.log_softmax(-1)
-        layer.weight.data = restore(layer.weight, x, "gptq", bits=3).weight
-        other = model(tokens).logits.log_softmax(-1)
-    expected = (dense.exp() * (dense - other)).sum(-1).mean()
-    row = next(row for row in told["layers"] if (row["block"], row["layer"]) == (0, name))
-    assert row["losses"][told["reference"]] == pytest.approx(float(expected), rel=0.05)
+        dense = model(tokens).logits.double().log_softmax(-1)
+        for number, more in zip(told["references"], ({}, {"sparsity": 0.5, "sweeps": 0}), strict=True):
+            method, bits = told["options"][number]["method"], told["options"][number]["bits"]
+            layer.weight.data = restore(weight, x, method, bits=bits, **more).weight
+            other = model(tokens).logits.double().log_softmax(-1)
+            expected = (dense.exp() * (dense - other)).sum(-1).mean()
+            assert row["losses"][number] == pytest.approx(float(expected), rel=0.05)
+
+
+def test_a_divergence_next_to_nothing_is_told_to_a_few_digits():
+    """Where p log p - p log q in float32 is noise, of either sign."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(16, 5000, generator=generator)
+    change = 1e-3 * torch.randn(16, 5000, generator=generator) + 0.1
+    p, q = logits.double().log_softmax(-1), (logits.double() + change).log_softmax(-1)
+    found = divergence._divergence(logits.softmax(-1), change.clone())
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).float(), rtol=1e-2, atol=0)
 
 
 def test_an_interrupted_measurement_goes_on(made, tmp_path, monkeypatch):

@@ -58,6 +58,19 @@ def test_seeds_become_recipes_with_their_own_windows_and_rotations():
     assert "obr-seed1" in config.recipes_of("small")
 
 
+def test_a_mixture_of_another_seed_mixes_windows_of_that_seed():
+    parts = {"c": {"text": "train"}, "own": {"generated": {}}, "both": {"mix": ["c", "own"]}}
+    config = seeded(calibrations=parts, recipes__obr__calibration="both")
+    assert config.raw["calibrations"]["both-seed1"] == {"mix": ["c-seed1", "own-seed1"], "seed": 1}
+    assert config.raw["calibrations"]["own-seed1"] == {"generated": {}, "seed": 1}
+
+
+def test_a_row_may_have_seeds_of_its_own():
+    table = {**RAW["tables"]["t"], "seeds": [0, 1], "rows": ["dense", {"recipe": "obr", "seeds": [0]}, "obr_a4"]}
+    rows = Config(replaced(RAW, tables__t=table)).raw["tables"]["t"]["rows"]
+    assert [row["variants"] for row in rows] == [["dense"], ["obr"], ["obr_a4", "obr_a4-seed1"]]
+
+
 def test_random_masks_have_the_seed_and_files_of_rotations_do_not():
     config = seeded(
         recipes__obr={**RAW["recipes"]["obr"], "mask": "random"},

@@ -38,7 +38,12 @@ def timed(name: str) -> dict[str, float]:
 
 def name(job: Job) -> str:
     order = {"hessian": "model rotation calibration", "download_rotation": "rotation model"}
-    order |= {"calibrate": "calibration model", "generate": "calibration model", "kernel_benchmark": "device"}
+    order |= {
+        "calibrate": "calibration model",
+        "generate": "calibration model",
+        "mix": "calibration model",
+        "kernel_benchmark": "device",
+    }
     order |= {"gradients": order["hessian"], "sensitivity": f"{order['hessian']} options"}
     keys = order.get(job.rule, "model recipe text task table figure").split()
     return "/".join([job.rule, *(job.wildcards[k] for k in keys if k in job.wildcards)])

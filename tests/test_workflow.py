@@ -47,6 +47,8 @@ def test_the_orderings_of_the_table(finished):
     value = dict(zip(CONFIG["tables"]["smoke"]["rows"], table[column], strict=True))
     assert value["dense"] == min(value.values()) and value["dense"] < 150
     assert value["obr_gptq"] < value["obr_gptq_2_4"] and value["obr_gptq"] < value["wanda"]
+    # Windows of which the model wrote half serve at least half as well.
+    assert value["obr_gptq_mixed"] - value["obr_gptq"] < 0.5 * (value["wanda"] - value["obr_gptq"])
     assert value["obr_gptq"] < value["obr_gptq_a4"] and value["obr_gptq_sequential"] < value["wanda"]
 
 
@@ -83,8 +85,8 @@ def test_scoring_more_examples_fetches_nothing(finished):
 
 def test_another_seed_of_the_rotation_reruns_what_is_rotated(finished):
     found = jobs(finished, changed(rotations__quarot__seed=1))
-    assert found["download_rotation"] == found["hessian"] == 1
-    assert found["compress"] == 6 and found["gradients"] == found["sensitivity"] == found["allocate"] == 1
+    assert found["download_rotation"] == 1 and found["hessian"] == 2
+    assert found["compress"] == 7 and found["gradients"] == found["sensitivity"] == found["allocate"] == 1
     assert "calibrate" not in found and "download_model" not in found
 
 
@@ -133,7 +135,7 @@ def test_editing_code_reruns_what_depends_on_it(finished, tmp_path):
 
     module.write_text(text + "\nSOMETHING_NEW = 1\n")
     found = jobs(finished, CONFIG, source=source)
-    assert found["compress"] == 8 and found["perplexity"] == 9 and found["sensitivity"] == 1
+    assert found["compress"] == 9 and found["perplexity"] == 10 and found["sensitivity"] == 1
     assert not {"hessian", "gradients", "calibrate", "download_model", "download_rotation"} & set(found)
 
 

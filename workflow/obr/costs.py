@@ -207,7 +207,7 @@ def sensitivity(sizes: Sizes, options: list[Option], tokens: int = DIVERGENCE_TO
         elements += work.elements - STORED_PASSES * sizes.block * sizes.blocks
         runs += work.runs
     read = 2.0 * (sizes.block * sizes.blocks + sizes.ends) + hessian_bytes(sizes)
-    models = sizes.blocks * len(sizes.layers)
+    models = sizes.blocks * len(sizes.layers) * len({option.prunes for option in options})
     products = models * (sizes.forward(tokens, DIVERGENCE_LENGTH) / 2 + sizes.logits(tokens))
     runs += models * sizes.blocks / 2 * tokens / DIVERGENCE_LENGTH
     return Work(products, 0, exact, elements, read, runs, 5.5)

@@ -148,6 +148,10 @@ class Option:
         pruned = [self.pattern] if self.pattern else [f"{100 * self.sparsity:g} %"] if self.sparsity else []
         return ", ".join([self.method, f"{self.bits} bits", *pruned])
 
+    @property
+    def prunes(self) -> bool:
+        return bool(self.sparsity or self.pattern)
+
     def stored_bits(self, rows: int, columns: int) -> int:
         """Bits of a layer (rows, columns) in its packed form: kept codes and mask, scales left out."""
         if self.pattern:

@@ -2,12 +2,13 @@
 
 Of a layer's weights W and what an option makes of them, Ŵ, with D = W - Ŵ: half of Σ_r G_r D_r A D_rᵀ nats a token,
 G_r the mean square of the output's gradient (`gradients`), A the mean of x xᵀ over tokens, from a cached Hessian.
-That compares options of a layer; layers among themselves it misjudges: of keys and values it expects three times what
-is measured, of other layers half as much again. So at one option, the reference, the loss of each layer is measured
-(`divergence`), and all its losses are scaled alike. Layers are taken one by one, as if all the others stayed dense.
+That compares options that prune, and those that do not. The two kinds it misjudges, and layers among themselves: of
+keys and values it expects three times what is measured, of other layers half as much again. So at one option of
+either kind, the references, the loss of each layer is measured (`divergence`), and its losses at the others of the
+kind are scaled alike. Layers are taken one by one, as if all the others stayed dense.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def predicted_losses(
     options: tuple[Option, ...],
     seqlen: int,
 ) -> Iterator[tuple[int, list[dict], dict[str, Tensor]]]:
-    """Yields (block, its layers, {layer: weight (r, n) at the reference}); losses by gradients alone.
+    """Yields (block, its layers, {"5.mlp.up_proj": weight (r, n) at the reference 5}); losses by gradients alone.
 
     A layer is {"block", "layer", "rows", "columns", "losses", "relative_errors"}.
 
@@ -51,7 +52,7 @@ def predicted_losses(
     Raises:
         ObrError: a layer has no gradients, or cannot be restored.
     """
-    chosen = reference(options)
+    chosen = references(options)
     for index, matrices in hessians:
         block, layers, weights_then = blocks.load(index), [], {}
         for group, names in blocks.layout.groups.items():
@@ -63,8 +64,9 @@ def predicted_losses(
             for number, option in enumerate(options):
                 restored = _restored(weights, factors, option)
                 measured.append(_losses(weights, factors, slopes, restored, seqlen))
-                if number == chosen:
-                    weights_then |= {name.partition(".")[2]: weight for name, (weight, _) in restored.items()}
+                if number in chosen:
+                    changed = {n.partition(".")[2]: weight for n, (weight, _) in restored.items()}
+                    weights_then |= {f"{number}.{name}": weight for name, weight in changed.items()}
             for name, weight in weights.items():
                 layer = {"block": index, "layer": name.partition(".")[2]}
                 layer |= {"rows": weight.shape[0], "columns": weight.shape[1]}
@@ -74,10 +76,17 @@ def predicted_losses(
         yield index, layers, weights_then
 
 
-def reference(options: tuple[Option, ...]) -> int:
-    """The option of median size, at which losses are measured."""
+def references(options: tuple[Option, ...]) -> list[int]:
+    """The options at which losses are measured: of those that do not prune, and of those that do, the middle one."""
     order = sorted(range(len(options)), key=lambda i: options[i].stored_bits(1024, 1024))
-    return order[len(options) // 2]
+    kinds = [[i for i in order if options[i].prunes == prunes] for prunes in (False, True)]
+    return [kind[len(kind) // 2] for kind in kinds if kind]
+
+
+def _at(number: int, weights_of: Callable[[int], dict[str, Tensor] | None], index: int) -> dict[str, Tensor]:
+    """Of a block's weights at all references, as `weights_of(index)` has them, those at one: {layer: (r, n)}."""
+    named = ((*name.split(".", 1), weight) for name, weight in (weights_of(index) or {}).items())
+    return {layer: weight for option, layer, weight in named if option == str(number)}
 
 
 def _restored(weights: dict[str, Tensor], factors: Hessian, option: Option) -> dict[str, tuple[Tensor, float]]:
@@ -105,16 +114,19 @@ def _losses(
     return found
 
 
-def scaled(layers: list[dict], measured: dict[str, float], options: tuple[Option, ...]) -> list[dict]:
-    """The layers with losses that are as measured at the reference; what was predicted there is in `by_gradients`.
+def scaled(layers: list[dict], measured: dict[int, dict[str, float]], options: tuple[Option, ...]) -> list[dict]:
+    """The layers with losses that are as measured at the references; what was predicted there is in `by_gradients`.
 
-    measured: {"0.self_attn.q_proj": nats a token …}. A layer of which no loss was predicted there is given none.
+    measured: by reference, {"0.self_attn.q_proj": nats a token …}. Where no loss was predicted, none is expected.
     """
-    chosen, told = reference(options), []
+    told = []
     for layer in layers:
-        found, predicted = measured[f"{layer['block']}.{layer['layer']}"], layer["losses"][chosen]
-        factor = found / predicted if predicted > 0 else 0.0
-        told.append({**layer, "losses": [factor * loss for loss in layer["losses"]], "by_gradients": predicted})
+        name, factors = f"{layer['block']}.{layer['layer']}", {}
+        for number, found in measured.items():
+            predicted = layer["losses"][number]
+            factors[options[number].prunes] = max(found[name], 0.0) / predicted if predicted > 0 else 0.0
+        losses = [factors[option.prunes] * loss for option, loss in zip(options, layer["losses"], strict=True)]
+        told.append({**layer, "losses": losses, "by_gradients": [layer["losses"][number] for number in measured]})
     return told
 
 
@@ -131,7 +143,10 @@ def measured_losses(
     for index, own, then in predicted_losses(blocks, hessians, slopes, options, tokens.shape[1]):
         layers += own
         weights[index] = then
-    found = divergences(blocks, tokens[:WINDOWS, :LENGTH], lambda i: weights.get(i, {}), progress=progress)
+    windows = tokens[:WINDOWS, :LENGTH]
+    found = {}
+    for number in references(options):
+        found[number] = divergences(blocks, windows, partial(_at, number, weights.get), progress=progress)
     return scaled(layers, found, options)
 
 
@@ -151,7 +166,7 @@ def sensitivity(
     """The stage: write `losses.json` into the folder `out`, returned too.
 
     An interrupted run goes on with the block it was at; divergences, which are measured last, begin anew. Until then
-    a copy of the model's layers at the reference lies beside `out`.
+    copies of the model's layers at the references lie beside `out`.
 
     Args:
         rotation: the rotation's file, None for none. tokens: file of calibration windows. hessians: folder of cached
@@ -184,11 +199,14 @@ def sensitivity(
             shown.block()
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
     windows, room = windows[:WINDOWS, :LENGTH], Room(megabytes, unfinished.folder)
-    found = divergences(blocks, windows, lambda i: load_file(unfinished.file(i)) if i in measured else {}, room)
+    found = {}
+    for number in references(options):
+        weights_of = partial(_at, number, lambda i: load_file(unfinished.file(i)) if i in measured else None)
+        found[number] = divergences(blocks, windows, weights_of, room)
     told = {
         "options": [asdict(option) for option in options], "blocks": len(blocks),
         "layers": scaled(layers, found, options), "calibration": about, "gradients": notes,
-        "reference": reference(options), "tokens": windows.numel(), "device": str(blocks.target),
+        "references": list(found), "tokens": windows.numel(), "device": str(blocks.target),
     }  # fmt: skip
     write_json(told, out / "losses.json")
     unfinished.remove()
