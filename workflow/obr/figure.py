@@ -142,14 +142,15 @@ def _apart(sizes: list[float], groups: list[str]) -> list[float]:
 
 
 def _marks(rows: list[Row], groups: list[str]) -> dict[str, tuple[str, str]]:
-    """(name, marker) by recipe: its method's, or its own where that is taken for its bits, sparsity and colour."""
+    """(name, marker) by recipe: its method's, or its own where that is taken for its bits, sparsity and colour, or
+    where layers have methods of their own."""
     spare = cycle(m for m in MARKERS if m not in {METHODS[row.recipe.method][1] for row in rows})
     own: dict[str, str] = {}  # markers by label, the same in every colour
     taken, marks = set(), {}
     for row, group in zip(rows, groups):
         place = (row.recipe.method, group, row.recipe.bits, row.recipe.sparsity)
         marks[row.key] = METHODS[row.recipe.method]
-        if place in taken:
+        if place in taken or row.recipe.allocation:
             marks[row.key] = (row.label, own.setdefault(row.label, next(spare)))
         taken.add(place)
     return marks
