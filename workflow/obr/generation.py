@@ -28,7 +28,8 @@ def generate(
     directory, out = Path(directory), Path(out)
     options = OPTIONS | spec["generated"]
     nsamples, seqlen, seed = spec.get("nsamples", 128), spec.get("seqlen", 2048), spec.get("seed", 0)
-    tokenizer, model = load_tokenizer(directory), load_model(directory, dtype or torch.float32, device)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
     needed, stream = nsamples * seqlen, []
     torch.manual_seed(seed)
     with tqdm(total=needed, desc="writing", unit="token", mininterval=5) as shown:
