@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from obr import generation
 from obr.data import load_tokens, write_tokens
 from obr.errors import ObrError
 from obr.generation import generate, mix
+from obr.model import load_model
 
 SPEC = {"generated": {"batch_size": 4}, "nsamples": 3, "seqlen": 64, "seed": 0}
 
@@ -18,8 +20,6 @@ def written(tiny_folder, tmp_path_factory):
 
 
 def test_what_a_model_writes_is_likelier_to_it_than_shuffled(written, tiny_folder):
-    from obr.model import load_model
-
     tokens, about = load_tokens(written)
     assert tokens.shape == (3, 64) and about["text"] == "generated" and about["tokens"] == 192
     model = load_model(tiny_folder / "model", device="cpu")
@@ -40,6 +40,14 @@ def test_the_same_seed_writes_the_same(written, tiny_folder, tmp_path):
         generate(tiny_folder / "model", {**SPEC, "seed": seed}, tmp_path / f"{seed}.safetensors")
     again, other = (load_tokens(tmp_path / f"{seed}.safetensors")[0] for seed in (0, 1))
     assert torch.equal(again, load_tokens(written)[0]) and not torch.equal(again, other)
+
+
+def test_logits_that_are_not_finite_are_told(tiny_folder, tmp_path, monkeypatch):
+    model = load_model(tiny_folder / "model", device="cpu")
+    model.model.norm.weight.data.fill_(torch.nan)
+    monkeypatch.setattr(generation, "load_model", lambda *_: model)
+    with pytest.raises(ObrError, match="The model's logits are not finite in torch.float32"):
+        generate(tiny_folder / "model", SPEC, tmp_path / "tokens.safetensors")
 
 
 @pytest.fixture

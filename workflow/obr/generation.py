@@ -23,7 +23,7 @@ def generate(
     end to end they are cut into windows. The whole model is held in memory.
 
     spec: nsamples, seqlen, seed, and `generated` {temperature, top_p, batch_size}.
-    Raises ObrError for a tokenizer that knows no token to begin with.
+    Raises ObrError for a tokenizer that knows no token to begin with, and for logits that are not finite.
     """
     directory, out = Path(directory), Path(out)
     options = OPTIONS | spec["generated"]
@@ -59,7 +59,14 @@ def _documents(model, tokenizer, longest: int, options: dict) -> list[list[int]]
         do_sample=True, temperature=options["temperature"], top_p=options["top_p"], top_k=0,
         max_new_tokens=max(1, longest - 1), eos_token_id=sorted(ends) or None, pad_token_id=begin,
     )  # fmt: skip
-    rows = model.generate(start, attention_mask=torch.ones_like(start), generation_config=config).tolist()
+    try:
+        rows = model.generate(start, attention_mask=torch.ones_like(start), generation_config=config).tolist()
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ObrError(
+            f"The model's logits are not finite in {model.dtype}; use another dtype, or mend it."
+        ) from error
     return [row[: next((i + 1 for i, token in enumerate(row) if i and token in ends), None)] for row in rows]
 
 
