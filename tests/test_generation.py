@@ -46,7 +46,7 @@ def test_logits_that_are_not_finite_are_told(tiny_folder, tmp_path, monkeypatch)
     model = load_model(tiny_folder / "model", device="cpu")
     model.model.norm.weight.data.fill_(torch.nan)
     monkeypatch.setattr(generation, "load_model", lambda *_: model)
-    with pytest.raises(ObrError, match="The model's logits are not finite in torch.float32"):
+    with pytest.raises(ObrError, match="logits are not finite"):
         generate(tiny_folder / "model", SPEC, tmp_path / "tokens.safetensors")
 
 
