@@ -27,7 +27,7 @@ TASKS = {
     "winogrande": (1267, 2, 25),
 }
 OTHER_TASK = (200, 4, 35)
-DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 128, 512  # on which divergences are measured; see `divergence`
+DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 512, 512  # on which divergences are measured; see `divergence`
 WRITTEN = 6  # times the tokens of calibration windows is what a model computes that writes them, one at a time
 FOLDED = 6  # passes over all weights in a step of learning a rotation
 # Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.

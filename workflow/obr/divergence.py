@@ -16,7 +16,14 @@ from obr.activations import Activations, Room
 from obr.model import Blocks, advance, passed
 from obr.progress import Progress
 
-WINDOWS, LENGTH = 4, 128  # as many windows, each cut to so many tokens, tell layers apart
+TOKENS = 512  # so many tell layers apart
+
+
+def shortened(tokens: Tensor) -> Tensor:
+    """Of calibration windows (b, s) as many as are measured on: few long ones, since what a layer costs where little
+    has been read yet is another matter than what it costs after that."""
+    length = min(tokens.shape[1], TOKENS)
+    return tokens[: TOKENS // length, :length]
 
 
 @torch.no_grad()
@@ -31,7 +38,7 @@ def divergences(
 
     One pass over the blocks, each loaded once: states of the dense model and of one model a changed layer, which
     differs from it from there on, go through the blocks side by side. They take (1 + layers) × b × s × d × 4 bytes,
-    1.9 GB for a 7B model and 4 × 128 tokens; beyond `room` they lie in files.
+    1.9 GB for a 7B model and 512 tokens; beyond `room` they lie in files.
 
     tokens: (b, s).
     """

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from obr import data, gradients, hessian
 from obr.activations import Room
-from obr.divergence import LENGTH, WINDOWS, divergences
+from obr.divergence import divergences, shortened
 from obr.errors import ObrError
 from obr.files import read_json, whole, write_json
 from obr.model import Blocks, block_file
@@ -143,8 +143,7 @@ def measured_losses(
     for index, own, then in predicted_losses(blocks, hessians, slopes, options, tokens.shape[1]):
         layers += own
         weights[index] = then
-    windows = tokens[:WINDOWS, :LENGTH]
-    found = {}
+    windows, found = shortened(tokens), {}
     for number in references(options):
         found[number] = divergences(blocks, windows, partial(_at, number, weights.get), progress=progress)
     return scaled(layers, found, options)
@@ -198,7 +197,7 @@ def sensitivity(
             unfinished.keep(index, partial(_write, weights, blocks.storage_dtype), {"layers": layers})
             shown.block()
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
-    windows, room = windows[:WINDOWS, :LENGTH], Room(megabytes, unfinished.folder)
+    windows, room = shortened(windows), Room(megabytes, unfinished.folder)
     found = {}
     for number in references(options):
         weights_of = partial(_at, number, lambda i: load_file(unfinished.file(i)) if i in measured else None)
