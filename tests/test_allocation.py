@@ -236,13 +236,24 @@ def test_losses_at_the_references_are_divergences_of_models_with_that_layer_chan
             assert row["losses"][number] == pytest.approx(float(expected), rel=0.05)
 
 
+def test_a_broken_model_is_far_away():
+    logits, broken = torch.tensor([[0.0, -150.0, -90.0]]), torch.tensor([[0.0, 400.0, 300.0]])
+    assert float(divergence._divergence(logits.log_softmax(-1), broken - logits)) == pytest.approx(400)
+
+
+def test_a_loss_that_is_not_finite_is_told():
+    option, layer = (Option("gptq", 3),), {"block": 0, "layer": "mlp.up_proj", "losses": [1.0]}
+    with pytest.raises(ObrError, match="cost no finite loss"):
+        sensitivity.scaled([layer], {0: {"0.mlp.up_proj": float("nan")}}, option)
+
+
 def test_a_divergence_next_to_nothing_is_told_to_a_few_digits():
     """Where p log p - p log q in float32 is noise, of either sign."""
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(16, 5000, generator=generator)
     change = 1e-3 * torch.randn(16, 5000, generator=generator) + 0.1
     p, q = logits.double().log_softmax(-1), (logits.double() + change).log_softmax(-1)
-    found = divergence._divergence(logits.softmax(-1), change.clone())
+    found = divergence._divergence(logits.log_softmax(-1), change.clone())
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).float(), rtol=1e-2, atol=0)
 
 

@@ -102,6 +102,10 @@ def test_only_models_limits_tables_and_figures():
         ({"recipes__obr_a4__bits": 3}, "recipes.obr_a4 borrows the weights of 'obr', so it may not set 'bits'"),
         ({"recipes__obr_a4__activations": {"bits": 1}}, "recipes.obr_a4.activations: bits 1 is out of range"),
         ({"calibrations__d": {"mix": ["c", "gone"]}}, "calibrations.d.mix is 'gone', which calibrations does not"),
+        (
+            {"calibrations__d": {"mix": ["c", "c"], "seqlen": 64}},
+            "calibrations.d takes 64 windows of 64 tokens from 'c'",
+        ),
         ({"calibrations__d": {"nsamples": 4}}, "calibrations.d has no source; give one of text, generated and mix"),
         ({"calibrations__d": {"text": "train", "generated": {}}}, "calibrations.d has text and generated; give one"),
         ({"calibrations__c__text": "gone"}, "calibrations.c.text is 'gone', which texts does not define"),

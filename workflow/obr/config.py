@@ -104,6 +104,12 @@ class Config:
             self._defined("calibrations", name, f"{where}.mix")
             if "mix" in self.raw["calibrations"][name]:
                 raise ObrError(f"{where}.mix names {name!r}, itself a mixture; name what that is mixed of.")
+            part, each = self.raw["calibrations"][name], -(-entry.get("nsamples", 128) // len(entry["mix"]))
+            if part.get("seqlen", 2048) != entry.get("seqlen", 2048) or part.get("nsamples", 128) < each:
+                raise ObrError(
+                    f"{where} takes {each} windows of {entry.get('seqlen', 2048)} tokens from {name!r}, which has "
+                    f"{part.get('nsamples', 128)} of {part.get('seqlen', 2048)}; correct nsamples or seqlen."
+                )
 
     def _select_models(self) -> None:
         only = self.raw.get("only_models")

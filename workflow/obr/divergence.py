@@ -17,6 +17,8 @@ from obr.model import Blocks, advance, passed
 from obr.progress import Progress
 
 TOKENS = 512  # so many tell layers apart
+LARGEST = 80.0  # exponent that is finite in float32
+SMALL = 0.01  # nats, below which a logarithm of about 1 has lost too many digits
 
 
 def shortened(tokens: Tensor) -> Tensor:
@@ -74,21 +76,24 @@ def _compared(blocks: Blocks, dense: Activations, others: dict[str, Activations]
     sums = dict.fromkeys(others, 0.0)
     for window in range(len(dense)):
         wanted = _logits(blocks, dense[window])
-        likely = F.softmax(wanted, -1)
+        likely = F.log_softmax(wanted, -1)
         for name, states in others.items():
             sums[name] += float(_divergence(likely, _logits(blocks, states[window]).sub_(wanted)).mean())
     return {name: total / len(dense) for name, total in sums.items()}
 
 
 def _divergence(likely: Tensor, change: Tensor) -> Tensor:
-    """(s,) KL(p ‖ q) of p = `likely (s, v)` and of q, whose logits differ by `change (s, v)`, overwritten.
+    """(s,) KL(p ‖ q) of p, whose logarithms are `likely (s, v)`, and of q, whose logits differ by `change (s, v)`,
+    overwritten.
 
-    log Σ p exp(δ) - Σ p δ, δ the change less its mean: good to a few digits also where it is next to nothing, where
-    Σ p log p - Σ p log q is but the rounding of sums that are a million times as large.
+    log Σ p exp(δ) - Σ p δ, δ the change less its mean; where that is next to nothing, by log(1 + Σ p (exp(δ) - 1)),
+    good to a few digits, while Σ p log p - Σ p log q is but the rounding of sums a million times as large.
     """
-    change -= torch.linalg.vecdot(likely, change)[:, None]
-    mean = torch.linalg.vecdot(likely, change)
-    return torch.linalg.vecdot(likely, change.expm1_()).log1p_().sub_(mean)
+    weights = likely.exp()
+    change -= torch.linalg.vecdot(weights, change)[:, None]
+    mean, large = torch.linalg.vecdot(weights, change), torch.logsumexp(likely + change, -1)
+    small = torch.linalg.vecdot(weights, change.clamp_(max=LARGEST).expm1_()).log1p_()
+    return torch.where(large > SMALL, large, small) - mean
 
 
 def _logits(blocks: Blocks, states: Tensor) -> Tensor:

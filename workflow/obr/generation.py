@@ -39,7 +39,7 @@ def generate(
                 stream += document
             shown.update(min(len(stream), needed) - before)
     tokens = sample_windows(torch.tensor(stream), nsamples, seqlen, sampling="sequential")
-    about = {"model": directory.name, "text": "generated", "text_sha256": _sha256(tokens), "generated": options}
+    about = {"model": directory.name, "text": "its own writing", "text_sha256": _sha256(tokens), "generated": options}
     about |= {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "tokens": tokens.numel()}
     write_tokens(tokens, about | {"tokenizer": type(tokenizer).__name__}, out)
 

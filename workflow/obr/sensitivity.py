@@ -8,6 +8,7 @@ either kind, the references, the loss of each layer is measured (`divergence`), 
 kind are scaled alike. Layers are taken one by one, as if all the others stayed dense.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -118,12 +119,17 @@ def scaled(layers: list[dict], measured: dict[int, dict[str, float]], options: t
     """The layers with losses that are as measured at the references; what was predicted there is in `by_gradients`.
 
     measured: by reference, {"0.self_attn.q_proj": nats a token …}. Where no loss was predicted, none is expected.
+
+    Raises:
+        ObrError: a loss is not finite.
     """
     told = []
     for layer in layers:
         name, factors = f"{layer['block']}.{layer['layer']}", {}
         for number, found in measured.items():
             predicted = layer["losses"][number]
+            if not math.isfinite(found[name] + predicted):
+                raise ObrError(f"Layer {name} cost no finite loss at {options[number].label}; use dtype float32.")
             factors[options[number].prunes] = max(found[name], 0.0) / predicted if predicted > 0 else 0.0
         losses = [factors[option.prunes] * loss for option, loss in zip(options, layer["losses"], strict=True)]
         told.append({**layer, "losses": losses, "by_gradients": [layer["losses"][number] for number in measured]})
