@@ -11,11 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import obr
 from obr import costs, export, fetch
 from obr.checkpoint import CheckpointBlocks
+from obr.curvature import Hessian
 from obr.errors import ObrError
+from obr.methods import gptq_sweep
 from obr.packing import pack, unpack
 from obr.quantize import Grid
 from obr.recipe import Recipe
-from obr.restoration import Hessian, gptq_sweep, restore, restore_together
+from obr.restoration import restore, restore_together
 from obr.verify import verify
 from test_restoration import layer
 

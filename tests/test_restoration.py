@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import obr
+from obr.curvature import Hessian
 from obr.errors import ObrError
-from obr.restoration import METHODS, Hessian, restore, restore_pruned, restore_together
+from obr.methods import METHODS, restore_pruned
+from obr.restoration import restore, restore_together
 from row_loop import restore_rows
 
 RUNS = {

@@ -8,11 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import obr
 from obr import target
 from obr.compression import compress_stage
+from obr.curvature import Hessian
 from obr.errors import ObrError
 from obr.model import Blocks, advance, run_block
 from obr.recipe import Recipe
 from obr.repeat import Places, repeat
-from obr.restoration import Hessian
 from obr.rotations.source import make
 
 RECIPE = {"method": "gptq", "bits": 3, "calibration": "c"}

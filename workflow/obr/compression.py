@@ -14,6 +14,7 @@ from obr import allocation, data, gradients, hessian, sensitivity, target
 from obr.activations import Room
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
 from obr.config import check_widths
+from obr.curvature import Hessian
 from obr.errors import ObrError
 from obr.files import read_json
 from obr.layout import Layout
@@ -22,7 +23,7 @@ from obr.modules import QuantLinear, set_quantizers
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
-from obr.restoration import Hessian, Restored, relative_error, restore_together
+from obr.restoration import Restored, relative_error, restore_together
 from obr.target import Collected
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from obr import data, gradients, hessian
 from obr.activations import Room
+from obr.curvature import Hessian
 from obr.divergence import divergences, shortened
 from obr.errors import ObrError
 from obr.files import read_json, whole, write_json
@@ -27,7 +28,7 @@ from obr.model import Blocks, block_file
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Option, Recipe
-from obr.restoration import Hessian, restore_together
+from obr.restoration import restore_together
 from obr.resume import Unfinished
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from obr.activations import Activations
+from obr.curvature import Hessian
 from obr.hessian import Accumulator, inputs_of
 from obr.layout import Layout
-from obr.restoration import Hessian
 
 
 @dataclass
