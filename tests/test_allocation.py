@@ -110,6 +110,23 @@ def test_a_choice_tells_what_it_costs():
         allocate(Allocation(1.75, recipe().options), layers([[1.0] * 5] * 2))
 
 
+def test_a_budget_of_each_block_is_spent_in_it():
+    """Alone, a block may not spend what another leaves; the losses ask for all of it in the first."""
+    options = recipe().options
+    told = [
+        {"block": block, "layer": name, "rows": 8, "columns": 16, "losses": losses}
+        for block, losses in ((0, [90.0, 40.0, 50.0, 60.0, 1.0]), (1, [1.0, 0.9, 0.8, 0.9, 0.7]))
+        for name in ("up", "down")
+    ]
+    shared, apart = (allocate(Allocation(3.0, options, scope), told) for scope in ("model", "block"))
+    assert [o.bits for o in shared.layers.values()] == [4, 4, 2, 2]
+    for block in (0, 1):
+        bits = [apart.stored[key] / apart.sizes[key] for key in apart.layers if key[0] == block]
+        assert np.mean(bits) == 3.0
+    assert sum(shared.losses.values()) < sum(apart.losses.values()) < apart.uniform["gptq, 3 bits"]["loss"]
+    assert apart.to_dict()["scope"] == "block"
+
+
 def json_of(value):
     return json.loads(json.dumps(value))
 
@@ -146,6 +163,7 @@ def test_sizes_are_those_of_packed_layers(option, bits):
         ({"bits": 1.5}, r"recipe.allocation.bits is 1.5; it must lie between its smallest option's 2 and 16"),
         ({"allocation": {"bits": 3, "options": "mixed"}}, r"options is 'mixed'; list options"),
         ({"allocation": {"bits": 3, "options": []}}, r"options is \[\]; list options"),
+        ({"allocation": {"bits": 3, "options": OPTIONS, "scope": "row"}}, "choose one of model, block"),
         ({"allocation": {"bits": 3, "options": [{"bits": 3}]}}, r"options\[0\].method is None; choose one of"),
         ({"allocation": {"bits": 3, "options": [{"method": "gptq", "scope": "row"}]}}, "has the unknown key 'scope'"),
         ({"allocation": {"bits": 3, "options": [{"method": "sparsegpt_gptq"}]}}, "sparsity is not the same"),

@@ -50,6 +50,7 @@ class Choice:
         ]  # fmt: skip
         return {
             "bits": self.allocation.bits,
+            "scope": self.allocation.scope,
             "bits_per_weight": self.bits_per_weight,
             "total_bits": sum(self.stored.values()),
             "weights": sum(self.sizes.values()),
@@ -129,13 +130,13 @@ def _fill(chosen: np.ndarray, costs: np.ndarray, losses: np.ndarray, budget: int
 
 
 def allocate(allocation: Allocation, layers: list[dict]) -> Choice:
-    """An option for each layer.
+    """An option for each layer, under one budget of bits or one for each block.
 
     layers: as `sensitivity` tells them: {"block", "layer", "rows", "columns", "losses"}, losses in the order of
     the options.
 
     Raises:
-        ObrError: the budget is smaller than the cheapest options.
+        ObrError: a budget is smaller than the cheapest options.
     """
     keys = [(layer["block"], layer["layer"]) for layer in layers]
     sizes = [layer["rows"] * layer["columns"] for layer in layers]
@@ -143,8 +144,12 @@ def allocate(allocation: Allocation, layers: list[dict]) -> Choice:
     losses = np.array([layer["losses"] for layer in layers], dtype=float)
     if not np.isfinite(losses).all():
         raise ObrError("A predicted loss is not finite; measure the sensitivity again.")
-    found = choose(costs, losses, math.floor(allocation.bits * sum(sizes) + 1e-6))
-    every = range(len(layers))
+    found, every = np.zeros(len(layers), dtype=int), np.arange(len(layers))
+    shares = np.array([block if allocation.scope == "block" else 0 for block, _ in keys])
+    for share in np.unique(shares):
+        own = every[shares == share]
+        weights = sum(sizes[i] for i in own)
+        found[own] = choose(costs[own], losses[own], math.floor(allocation.bits * weights + 1e-6))
     totals = zip(costs.sum(0).tolist(), losses.sum(0).tolist(), strict=True)
     return Choice(
         allocation,

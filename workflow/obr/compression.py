@@ -129,9 +129,10 @@ def compress_stage(
     if recipe.allocation is not None:
         files["allocation"] = allocation_file
         report.allocation = read_json(allocation_file)
-        if report.allocation.get("bits") != recipe.allocation.bits:
+        asked = recipe.allocation
+        if (report.allocation.get("bits"), report.allocation.get("scope", "model")) != (asked.bits, asked.scope):
             raise ObrError(
-                f"{allocation_file} is for another budget than the recipe's {recipe.allocation.bits} bits."
+                f"{allocation_file} is for another budget than the recipe's {asked.bits} bits a {asked.scope}."
             )
     run = fingerprint(
         "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=recipe.decisive()

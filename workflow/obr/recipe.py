@@ -21,7 +21,8 @@ PRUNING = {
     "released": None,  # nothing is computed: a checkpoint that others pruned and quantised
 }
 METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
-SCOPES = ("row", "layer")
+SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
+BUDGETS = ("model", "block")  # over whose layers an allocation's bits are spread
 ROW_WEIGHTS = ("none", "gradient")
 GROUPED = ("rtn", "gptq")  # methods that can give groups of columns scales of their own
 MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
@@ -163,14 +164,18 @@ class Option:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Options and the mean `bits` a weight that the choices of all layers may take together."""
+    """Options and the mean `bits` a weight that the choices of all layers may take together.
+
+    scope: which layers share a budget of these bits: all of the "model" or those of each "block".
+    """
 
     bits: float
     options: tuple[Option, ...]
+    scope: str = "model"
 
     @classmethod
     def parse(cls, entry: "dict | Allocation", what: str) -> "Allocation":
-        """A checked allocation from {"bits", "options": a list of options}. Raises ObrError."""
+        """A checked allocation from {"bits", "options": a list of options, "scope"}. Raises ObrError."""
         if isinstance(entry, Allocation):
             return entry
         allocation = _build(cls, {"bits": 0, "options": [], **entry}, what)
@@ -178,13 +183,14 @@ class Allocation:
             raise ObrError(
                 f"{what}.options is {allocation.options!r}; list options, in a config under layer_options."
             )
+        _choice(allocation.scope, BUDGETS, f"{what}.scope")
         options = tuple(Option.parse(option, f"{what}.options[{i}]") for i, option in enumerate(allocation.options))
         least = min(Recipe(o.method, o.bits, o.sparsity, o.pattern).bits_per_weight for o in options)
         if not least <= allocation.bits <= 16:
             raise ObrError(
                 f"{what}.bits is {allocation.bits}; it must lie between its smallest option's {least:g} and 16."
             )
-        return cls(float(allocation.bits), options)
+        return replace(allocation, bits=float(allocation.bits), options=options)
 
 
 @dataclass(frozen=True)
