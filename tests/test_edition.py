@@ -154,6 +154,13 @@ def test_an_edition_renames_rotations_of_recipes_and_figures():
     assert small.raw["figures"]["learning"]["rotations"] == ["spinquant", "ostquant", "flatquant"]
 
 
+def test_a_table_of_the_editions_own_stays_as_it_is():
+    config = Config(merged("config.yaml", "workflow/configs/small.yaml", "workflow/configs/small-wikitext.yaml"))
+    own = config.raw["tables"]["joint_margin"]
+    assert own["perplexity"] == ["wikitext2_longer"] and len(own["rows"][1]["variants"]) == 3
+    assert config.raw["tables"]["joint_seeds"]["perplexity"] == ["wikitext2_file"]
+
+
 def test_the_small_edition_has_every_table_and_quotes_nothing_of_other_models():
     small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
     released = {"released_7b", "released_70b"}

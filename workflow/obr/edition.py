@@ -18,6 +18,7 @@ def transpose(raw: dict) -> None:
     """Put every table and figure on the models and data that `edition` names.
 
     Published numbers of the original models are not quoted beside other models: those have no published name.
+    Tables and figures that name these models already are the edition's own, and stay as they are.
     """
     edition = raw.get("edition")
     if not edition:
@@ -34,6 +35,8 @@ def transpose(raw: dict) -> None:
             calibration["mix"] = [edition["calibrations"].get(name, name) for name in calibration["mix"]]
     for section in ("tables", "figures"):
         for entry in raw[section].values():
+            if entry.get("models") == edition["models"]:
+                continue
             if "models" in entry:
                 entry["models"] = list(edition["models"])
             texts = entry.get("perplexity")
