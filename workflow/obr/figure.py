@@ -95,8 +95,9 @@ def perplexity_bits(source: Source) -> Sheet:
     groups = [_group(row, source.entry.get("group_by")) for row in compressed]
     colours = dict(zip(dict.fromkeys(groups), cycle(COLOURS)))
     marks = _marks(compressed, groups)
+    apart = " (colours set a little apart)" if len(colours) > 1 else ""
     for panel, (model, label) in zip(sheet.panels, source.labels.items()):
-        panel.set(title=label, xlabel="Bits per weight", ylabel=f"{metric.heading} perplexity")
+        panel.set(title=label, xlabel=f"Bits per weight{apart}", ylabel=f"{metric.heading} perplexity")
         dense_lines(source, panel, model, metric.key)
         sizes = [_theoretical_bits(source, model, row) for row in compressed]
         for row, group, place in zip(compressed, groups, _apart(sizes, groups)):
