@@ -372,6 +372,11 @@ def test_what_is_missing_or_of_another_recipe_is_told(made, tmp_path):
         compress_stage(
             model, cached, tmp_path / "b", **files, gradient_file=slopes, allocation_file=tmp_path / "b.json"
         )
+    apart = recipe(hessian="cached", allocation={"bits": 2.5, "options": OPTIONS, "scope": "block"})
+    with pytest.raises(ObrError, match=r"is for another budget than the recipe's 2.5 bits a block"):
+        compress_stage(
+            model, apart, tmp_path / "b", **files, gradient_file=slopes, allocation_file=tmp_path / "b.json"
+        )
     allocation.allocate_stage(recipe(blocks=":1"), losses, tmp_path / "c.json")
     with pytest.raises(ObrError, match=r"no choice of the recipe's for block 1 self_attn.q_proj; allocate again"):
         compress_stage(
