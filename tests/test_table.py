@@ -223,6 +223,18 @@ def test_notes_come_from_the_artefacts(results):
     assert len(set(build(results).notes)) == len(build(results).notes)
 
 
+def test_the_text_of_a_calibration_of_another_name_is_told(tmp_path):
+    for key in ("dense", "obr"):
+        shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
+        _compressed(tmp_path / "compressed" / "llama" / key, key, RECIPES[key], shared)
+    path = tmp_path / "compressed" / "llama" / "obr" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for text, of in (("wikitext2", ""), ("speeches", " of speeches")):
+        save(path, manifest | {"calibration": {"tokens": 262144, "text": text}})
+        built = build(tmp_path, models=["llama"], rows=["dense", "obr"], perplexity=[], zero_shot=[], mean=False)
+        assert f"Calibration: wikitext2, 262,144 tokens{of}." in built.notes
+
+
 def test_a_mean_of_other_tasks_is_not_set_against_the_papers(results):
     built = build(results, zero_shot=["piqa", "boolq"])
     assert cell(built, "llama", "obr", "mean_ours") == pytest.approx(75 - 4 - 0.5)

@@ -251,7 +251,9 @@ def _compression_notes(evidence: Evidence) -> list[str]:
         calibration = manifest.get("calibration")
         if calibration:
             name = manifest["recipe"].get("calibration")
-            calibrations[f"{name}, {calibration['tokens']:,} tokens"][label] = None
+            text = calibration.get("text", name)
+            of = "" if text == name else f" of {text}"  # an edition may keep a name and change its text
+            calibrations[f"{name}, {calibration['tokens']:,} tokens{of}"][label] = None
             hessians[manifest["recipe"].get("hessian")][label] = None
     notes = [f"Calibration: {text}{_whose(calibrations, labels)}." for text, labels in calibrations.items()]
     for kind, labels in hessians.items():
