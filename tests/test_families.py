@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoTokenizer, Gemma2Config, Gemma3TextConf
 
 import obr
 from families import FAMILIES, TOKENS, change, exact_model, random_model
-from obr import rotations
+from obr import online, rotations
 from obr.errors import ObrError
 from obr.hadamard import random_orthogonal
 from obr.layout import Dimensions, layout_of
@@ -32,7 +32,16 @@ BLOCKED = [(name, b) for name, c in FAMILIES.items() for b in (16, 32, 64, 128) 
 @pytest.mark.parametrize(("family", "block"), BLOCKED)
 def test_rotations_in_blocks_do_not_change_logits(family, block):
     def rotate(model):
-        obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), 7, block))
+        obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), 7, block=block))
+
+    assert change(exact_model(FAMILIES[family]), rotate) < 1e-11
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_rotation_changes_no_logits_and_computes_nothing_at_run_time(family):
+    def rotate(model):
+        obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), 7, fused=True))
+        assert not any(online.specs(block) for block in model.get_submodule(layout_of(model.config).blocks))
 
     assert change(exact_model(FAMILIES[family]), rotate) < 1e-11
 

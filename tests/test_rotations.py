@@ -74,8 +74,20 @@ def test_a_rotation_in_blocks_mixes_within_them_alone(tmp_path):
         rotations.draw("quarot", dimensions, block=128)
     with pytest.raises(ObrError, match="Hadamard blocks of 24; choose one of 16, 32, 64, 128, or null"):
         rotations.draw("quarot", dimensions, block=24)
-    with pytest.raises(ObrError, match="Rotation 'spinquant' has no blocks, but block is 16"):
+    with pytest.raises(ObrError, match="Rotation 'spinquant' has no option for block: 16; use kind quarot"):
         rotations.draw("spinquant", dimensions, block=16)
+
+
+def test_a_fused_rotation_is_the_part_of_the_whole_that_weights_take(tmp_path):
+    dimensions = Dimensions(hidden=96, intermediate=256, heads=4, kv_heads=2, head_dim=24, blocks=1)
+    whole, fused = (rotations.draw("quarot", dimensions, 3, fused=fused) for fused in (False, True))
+    rotations.save(fused, tmp_path / "rotation")
+    fused = rotations.load(tmp_path / "rotation", dimensions)
+    assert (
+        fused.about()["fused"] and fused.about()["online"] == [] and fused.transforms.keys() == {"residual", "value"}
+    )
+    for name, transform in fused.transforms.items():
+        assert torch.equal(transform.matrix(), whole.transforms[name].matrix())
 
 
 def test_known_hadamard_matrices():

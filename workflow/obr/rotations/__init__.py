@@ -25,19 +25,19 @@ from obr.rotations.spinquant import SpinQuant
 KINDS: dict[str, type[Rotation]] = {kind.kind: kind for kind in (QuaRot, SpinQuant, FlatQuant, OSTQuant, Scaling)}
 
 
-def draw(kind: str, dimensions: Dimensions, seed: int = 0, block: int | None = None) -> Rotation:
+def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options) -> Rotation:
     """A rotation of this kind with random valid parameters.
 
-    block: of the kind quarot, see there.
+    options: of the kind quarot, `block` and `fused`; None and False count as not given.
 
     Raises:
-        ObrError: an unknown kind, or a block that it cannot have.
+        ObrError: an unknown kind, or options that it does not have or cannot have.
     """
-    if block is None:
-        return _kind(kind).draw(dimensions, seed)
-    if kind != QuaRot.kind:
-        raise ObrError(f"Rotation {kind!r} has no blocks, but block is {block}; use kind quarot, or block: null.")
-    return QuaRot.draw(dimensions, seed, block)
+    options = {name: value for name, value in options.items() if value not in (None, False)}
+    if options and kind != QuaRot.kind:
+        given = ", ".join(f"{name}: {value}" for name, value in options.items())
+        raise ObrError(f"Rotation {kind!r} has no option for {given}; use kind quarot, or leave it out.")
+    return _kind(kind).draw(dimensions, seed, **options)
 
 
 def _kind(kind: str) -> type[Rotation]:

@@ -5,7 +5,8 @@ o_proj, on queries and keys, and before down_proj. Sizes without a Hadamard matr
 random orthogonal factor for their odd part.
 
 How strong a rotation is needed is the question of `block`: with it each is block diagonal, of Hadamard matrices of
-that size, so that no channel is mixed with more than so many, and heads are not mixed.
+that size, so that no channel is mixed with more than so many, and heads are not mixed. With `fused` only R1 and R2
+are there, which weights take: any software runs that model, but keys and the inputs of down_proj are as they were.
 """
 
 import torch
@@ -23,16 +24,17 @@ BLOCKS = (16, 32, 64, 128)
 class QuaRot(Rotation):
     """Transforms: residual R1 (d), value R2 (m), heads (h m) which mixes heads, query_key R3 (m), down R4 (f).
 
-    With the option `block` there is no `heads`.
+    With the option `block` there is no `heads`, with `fused` only residual and value.
     """
 
     kind = "quarot"
 
     @classmethod
-    def draw(cls, dimensions: Dimensions, seed: int = 0, block: int | None = None) -> "QuaRot":
+    def draw(cls, dimensions: Dimensions, seed: int = 0, block: int | None = None, fused: bool = False) -> "QuaRot":
         """The rotation for a model of these sizes.
 
         block: of BLOCKS; None for whole Hadamard matrices. What is narrower than a block is mixed as a whole.
+        fused: without the transforms that are computed for every token.
 
         Raises:
             ObrError: a size whose odd part is too large, or that blocks do not divide.
@@ -56,20 +58,18 @@ class QuaRot(Rotation):
             "query_key": transform(dimensions.head_dim, "head dim"),
             "down": transform(dimensions.intermediate, "intermediate size"),
         }
-        if block is None:
-            return cls(dimensions, transforms=transforms, seed=seed)
-        del transforms["heads"]
-        return cls(dimensions, transforms=transforms, seed=seed, options={"block": block})
+        options = ({"block": block} if block else {}) | ({"fused": True} if fused else {})
+        rotation = cls(dimensions, transforms=transforms, seed=seed, options=options)
+        rotation.transforms = {name: transforms[name] for name in rotation.sizes()}
+        return rotation
 
     def sizes(self) -> dict[str, int]:
-        sizes = {
-            "residual": self.dimensions.hidden,
-            "value": self.dimensions.head_dim,
-            "query_key": self.dimensions.head_dim,
-            "down": self.dimensions.intermediate,
-        }
-        mixed = self.dimensions.heads * self.dimensions.head_dim
-        return sizes if self.options.get("block") else sizes | {"heads": mixed}
+        sizes = {"residual": self.dimensions.hidden, "value": self.dimensions.head_dim}
+        if self.options.get("fused"):
+            return sizes
+        if not self.options.get("block"):
+            sizes["heads"] = self.dimensions.heads * self.dimensions.head_dim
+        return sizes | {"query_key": self.dimensions.head_dim, "down": self.dimensions.intermediate}
 
     def residual(self) -> Kronecker:
         return self.transforms["residual"]
@@ -80,5 +80,5 @@ class QuaRot(Rotation):
             residual=self.residual(),
             value=value.matrix()[None],
             inputs={group: self.transforms[name] for group, name in INPUTS.items() if name in self.transforms},
-            keys=self.transforms["query_key"],
+            keys=self.transforms.get("query_key"),
         )

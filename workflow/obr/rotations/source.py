@@ -11,10 +11,10 @@ from obr.rotations import draw, load, published, save
 def make(entry: dict, model: Path, out: Path) -> None:
     """The stage: the rotation of a downloaded model, from a config entry, written to `out`.
 
-    entry: {"kind": a name of KINDS, "seed", "block"?} draws it; {"kind": "file", "source", "format"?} takes one that
-    `save` wrote or, by its format, one that another project published, from {"source": "path", "path",
-    "sha256"?} or {"source": "hub", "repo", "revision", "file", "sha256"?}, where `{model}` stands for the
-    model's name.
+    entry: {"kind": a name of KINDS, "seed", "block"?, "fused"?} draws it; {"kind": "file", "source", "format"?}
+    takes one that `save` wrote or, by its format, one that another project published, from {"source": "path",
+    "path", "sha256"?} or {"source": "hub", "repo", "revision", "file", "sha256"?}, where `{model}` stands for
+    the model's name.
 
     Raises:
         ObrError: the file cannot be had, is not what its sha256 says, or was made for another model.
@@ -31,7 +31,8 @@ def make(entry: dict, model: Path, out: Path) -> None:
             rotation = published.read(name, path, dimensions, model, entry)
             rotation.options["sha256"] = fetch.sha256_of(path)
     else:
-        rotation = draw(entry["kind"], dimensions, entry.get("seed", 0), entry.get("block"))
+        options = {name: entry.get(name) for name in ("block", "fused")}
+        rotation = draw(entry["kind"], dimensions, entry.get("seed", 0), **options)
     save(rotation, out)
 
 
