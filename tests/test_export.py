@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import obr
 from families import FAMILIES
+from obr import rotations
 from obr.cli import main
 from obr.errors import ObrError
 from obr.export import export, gguf_file
+from obr.layout import Dimensions
 from obr.model import load_tokenizer
 from obr.modules import QuantLinear
 
@@ -20,6 +22,7 @@ RECIPES = {
     "unstructured": {"method": "obr_gptq"},
     "paired 4:8, 8-bit down_proj": {"method": "wanda", "pattern": "paired 4:8", "int8_down_proj": True},
     "3 bits, first block": {"method": "rtn", "bits": 3, "blocks": "0:1"},
+    "fused rotation": {"method": "joint", "sweeps": 10, "rotation": "quarot_fused"},
 }
 
 
@@ -35,6 +38,8 @@ def checkpoints(tiny_folder, prompt, tmp_path_factory):
     for number, (name, recipe) in enumerate(RECIPES.items()):
         model = obr.load_model(tiny_folder / "model", device="cpu")
         made[name] = folder / str(number)
+        if "rotation" in recipe:
+            obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), fused=True))
         compressed = obr.compress(model, prompt.repeat(4, 1), {"calibration": "c", **recipe})
         obr.save(compressed, made[name], load_tokenizer(tiny_folder / "model"))
     return made
