@@ -72,8 +72,9 @@ def test_a_rotation_in_blocks_mixes_within_them_alone(tmp_path):
         ObrError, match="blocks of 128 do not divide the hidden size 576; choose a power of two up to 64"
     ):
         rotations.draw("quarot", dimensions, block=128)
-    with pytest.raises(ObrError, match="Hadamard blocks of 24; choose one of 16, 32, 64, 128, or null"):
-        rotations.draw("quarot", dimensions, block=24)
+    for block in (24, 0):
+        with pytest.raises(ObrError, match=f"Hadamard blocks of {block}; choose one of 16, 32, 64, 128, or null"):
+            rotations.draw("quarot", dimensions, block=block)
     with pytest.raises(ObrError, match="Rotation 'spinquant' has no option for block: 16; use kind quarot"):
         rotations.draw("spinquant", dimensions, block=16)
 
@@ -83,9 +84,8 @@ def test_a_fused_rotation_is_the_part_of_the_whole_that_weights_take(tmp_path):
     whole, fused = (rotations.draw("quarot", dimensions, 3, fused=fused) for fused in (False, True))
     rotations.save(fused, tmp_path / "rotation")
     fused = rotations.load(tmp_path / "rotation", dimensions)
-    assert (
-        fused.about()["fused"] and fused.about()["online"] == [] and fused.transforms.keys() == {"residual", "value"}
-    )
+    assert fused.about()["fused"] and fused.about()["online"] == []
+    assert fused.transforms.keys() == {"residual", "value"}
     for name, transform in fused.transforms.items():
         assert torch.equal(transform.matrix(), whole.transforms[name].matrix())
 

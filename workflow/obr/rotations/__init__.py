@@ -33,7 +33,7 @@ def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options) -> Rotatio
     Raises:
         ObrError: an unknown kind, or options that it does not have or cannot have.
     """
-    options = {name: value for name, value in options.items() if value not in (None, False)}
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
     if options and kind != QuaRot.kind:
         given = ", ".join(f"{name}: {value}" for name, value in options.items())
         raise ObrError(f"Rotation {kind!r} has no option for {given}; use kind quarot, or leave it out.")
