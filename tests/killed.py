@@ -3,10 +3,11 @@
     python tests/killed.py
 
 Reads one JSON object a line: {"arguments": [...], "log": path, "sign": path, "kill": null or one of
-{"seconds": s}, {"renames": k}, {"moves": k, "folder": f}, {"removals": k, "folder": f}}: s seconds after the file
-`sign` was there, before the k-th renaming of a file, before the k-th of those into the folder f, before the k-th
-removal of a file in f. Answers each with a line of JSON: {"status": of the process, as subprocess gives it,
-"seconds": it took after the sign}.
+{"seconds": s}, {"renames": k}, {"moves": k, "folder": f}, {"removals": k, "folder": f}}: after s seconds of
+processor time since the file `sign` came to be, before the k-th renaming of a file, before the k-th of those into the
+folder f, before the k-th removal of a file in f. Answers each with a line of JSON: {"status": of the process, as
+subprocess gives it, "seconds": of processor time since the sign, 0 for one that was killed}. Processor time, since
+other work on the machine may make one run many times as long as another.
 """
 
 import json
@@ -36,29 +37,43 @@ def kill_before(event: str, count: int, folder: str | None) -> None:
     sys.addaudithook(hook)
 
 
+def start_clock(sign: str, limit: float | None) -> list[float]:
+    """At the renaming that makes `sign`, put the processor time into the list and, after `limit` more, be killed.
+
+    The killing signal is SIGPROF, which nothing catches: as abrupt as SIGKILL, and the kernel keeps its clock.
+    """
+    begun = []
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "os.rename" and not begun and os.fspath(arguments[1]) == sign:
+            begun.append(time.process_time())
+            if limit is not None:
+                signal.setitimer(signal.ITIMER_PROF, limit)
+
+    sys.addaudithook(hook)
+    return begun
+
+
 def run(arguments: list[str], log: str, sign: str, kill: dict | None) -> dict:
-    started = None
+    kill = kill or {}
+    reading, writing = os.pipe()
     child = os.fork()
     if not child:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         torch.set_num_threads(1)
+        begun = start_clock(sign, kill.get("seconds"))
         for kind, event in (("renames", "os.rename"), ("moves", "os.rename"), ("removals", "os.remove")):
-            if kill and kind in kill:
+            if kind in kill:
                 kill_before(event, kill[kind], kill.get("folder"))
-        os._exit(cli.main(arguments))
-    limit = kill["seconds"] if kill and "seconds" in kill else float("inf")
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if started is None and os.path.exists(sign):
-            started = time.monotonic()
-        elapsed = time.monotonic() - started if started else 0.0
-        if ended:
-            return {"status": os.waitstatus_to_exitcode(status), "seconds": elapsed}
-        if elapsed > limit:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+        status = cli.main(arguments)
+        os.write(writing, str(time.process_time() - begun[0] if begun else 0.0).encode())
+        os._exit(status)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as answer:
+        return {"status": os.waitstatus_to_exitcode(status), "seconds": float(answer.read() or 0)}
 
 
 if __name__ == "__main__":
