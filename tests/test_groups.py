@@ -17,6 +17,7 @@ from obr.methods import gptq_sweep
 from obr.packing import pack, unpack
 from obr.quantize import Grid
 from obr.recipe import Recipe
+from obr.refit import refit_scale
 from obr.restoration import restore, restore_together
 from obr.verify import verify
 from test_restoration import layer
@@ -104,6 +105,43 @@ def test_they_come_back_to_the_last_bit(method, group):
         assert torch.equal(getattr(back, part), getattr(restored, part)), part
 
 
+def scales_by_rows(weight, codes, hessian, group):
+    """Least squares of H^(1/2) for one row after the other, in float64."""
+    factor = torch.linalg.cholesky(hessian.double()).mT
+    found = []
+    for row, its in zip(weight.double(), codes.double(), strict=True):
+        columns = [torch.zeros_like(its).index_copy(0, i, its[i]) for i in torch.arange(len(its)).split(group)]
+        system = factor @ torch.stack(columns, 1)
+        found.append(torch.linalg.lstsq(system, (factor @ row)[:, None]).solution[:, 0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("group", [16, 32, 70, 100])  # whole, ragged, and no less than a row
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_rows_scales_are_fitted_together(method, group, monkeypatch):
+    monkeypatch.setattr("obr.refit._SYSTEM_ELEMENTS", 40)  # several chunks of rows
+    weight, hessian = layer(6, 70)
+    plain, refitted = (
+        restore(weight, hessian, method, bits=3, group=group, clip="minmax", refit=refit) for refit in (False, True)
+    )
+    assert torch.equal(plain.codes, refitted.codes) and refitted.relative_error < plain.relative_error
+    assert torch.equal(refitted.scale.half().float(), refitted.scale)
+    expected = scales_by_rows(weight, plain.codes, hessian, group)
+    assert (expected > 0).all() and torch.allclose(refitted.scale.double(), expected, rtol=2e-3)
+
+
+def test_scales_that_cannot_be_fitted_stay():
+    weight, matrix = layer(3, 64)
+    grid = Grid.fit(weight, 3, "mse", 16)
+    values = grid.round(weight)
+    values[0, 16:32] = 0  # no code tells what this scale should be
+    values[1] = -values[1]  # the best scales are negative
+    found, refitted = refit_scale(weight, values, Hessian(matrix), grid)
+    assert found.scale[0, 1] == grid.scale[0, 1] and found.scale[0, 0] != grid.scale[0, 0]
+    assert torch.equal(found.scale[1], grid.scale[1]) and not torch.equal(found.scale[2], grid.scale[2])
+    assert found.contains(refitted) and not refitted[0, 16:32].any()
+
+
 def test_the_promised_size():
     recipe = Recipe.parse({"method": "gptq", "bits": 3, "group": 128, "calibration": "c"})
     assert recipe.bits_per_weight == 3.125 and recipe.setting == "W3g128A16KV16"
@@ -129,7 +167,6 @@ def test_the_promised_size():
             "group is 128, but method obr_gptq takes one scale a row; use method rtn or gptq, or",
         ),
         ({"method": "dense"}, "group is 128, but method dense takes one"),
-        ({"refit": True}, "group is 128, but refit finds one scale a row; use refit: false, or group: null"),
         ({"bits": 16}, "group is 128, but weights of 16 bits have no scales; use fewer bits, or group: null"),
         ({"allocation": {"bits": 4, "options": [{"method": "rtn"}]}}, "the options of an allocation take one scale"),
     ],

@@ -13,7 +13,8 @@ from obr.errors import ObrError
 from obr.joint import Budget, admm
 from obr.quantize import Grid
 from obr.recipe import Pattern, Recipe
-from obr.restoration import refit_scale, restore, restore_together
+from obr.refit import refit_scale
+from obr.restoration import restore, restore_together
 from test_restoration import HERE, golden, layer
 
 PATTERNS = [None, "2:4", "4:8", "8:16", "paired 4:8"]

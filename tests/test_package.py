@@ -25,7 +25,7 @@ LAYERS = [
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],
     ["curvature", "joint"],
-    ["methods", "int4", "cuda"],
+    ["methods", "refit", "int4", "cuda"],
     ["restoration", "packing"],
     ["layout", "activations", "progress", "provenance"],
     ["modules", "model"],

@@ -202,7 +202,7 @@ class Recipe:
     sweeps: of annealing, by the method "joint": more take longer and leave less error.
     row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
     group: consecutive columns of a row that share a scale, stored in 16 bits (methods "rtn", "gptq"); None for all.
-    refit: after restoration each row's scale becomes the one with the least loss for its codes.
+    refit: after restoration each row's scale, or its groups' scales, become those with the least loss for its codes.
     allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
     damp: added to the Hessian's diagonal, in units of its mean.
@@ -339,7 +339,6 @@ class Recipe:
                 self.method not in GROUPED and self.allocation is None
             ),
             "the options of an allocation take one scale a row; drop the allocation": self.allocation is not None,
-            "refit finds one scale a row; use refit: false": self.refit,
             "weights of 16 bits have no scales; use fewer bits": self.bits == 16,
         }
         for reason, clashing in clashes.items():

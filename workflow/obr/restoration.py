@@ -14,6 +14,7 @@ from obr.methods import METHODS
 from obr.prune import SCORES, check_mask, mask_from_scores
 from obr.quantize import Grid
 from obr.recipe import PRUNING, Pattern, Recipe
+from obr.refit import refit_scale
 
 
 @dataclass
@@ -137,19 +138,6 @@ def restore_together(
             grids[name], result = refit_scale(dense[name], result, hessian, grids[name])
         restored[name] = _restored(name, dense[name], result, kept, grids[name], hessian, recipe, mask, pattern)
     return restored
-
-
-def refit_scale(weight: Tensor, values: Tensor, hessian: Hessian, grid: Grid) -> tuple[Grid, Tensor]:
-    """The grid whose scales have the least loss for the codes of `values (r, n)`, and these codes on it.
-
-    In each row s = w H c / (c H c), c the codes; where that is not positive the scale stays.
-    """
-    codes = grid.codes(values).to(weight.dtype)
-    images = codes @ hessian.matrix
-    power = (codes * images).sum(1, keepdim=True)
-    scale = (weight * images).sum(1, keepdim=True) / power
-    grid = Grid(torch.where((power > 0) & (scale > 0), scale, grid.scale), grid.bits)
-    return grid, codes * grid.scale
 
 
 def _checked_row_weights(row_weights, works: dict[str, Tensor]) -> Tensor | None:
