@@ -2,12 +2,13 @@
 
     python tests/killed.py
 
-Reads one JSON object a line: {"arguments": [...], "log": path, "sign": path, "kill": null or one of
-{"seconds": s}, {"renames": k}, {"moves": k, "folder": f}, {"removals": k, "folder": f}}: after s seconds of
-processor time since the file `sign` came to be, before the k-th renaming of a file, before the k-th of those into the
-folder f, before the k-th removal of a file in f. Answers each with a line of JSON: {"status": of the process, as
-subprocess gives it, "seconds": of processor time since the sign, 0 for one that was killed}. Processor time, since
-other work on the machine may make one run many times as long as another.
+Reads one JSON object a line: {"arguments": [...], "log": path, "unfinished": folder of what an interrupted run
+leaves, "kill": null or one of {"notes": k, "seconds": s}, {"renames": k}, {"moves": k, "folder": f}, {"removals": k,
+"folder": f}}: s seconds after the k-th note in the unfinished folder (the first says whose it is, the others that a
+block is finished), before the k-th renaming of a file, before the k-th of those into the folder f, before the k-th
+removal of a file in f. Answers each with a line of JSON: {"status": of the process, as subprocess gives it,
+"times": of the notes, none for one that was killed}. All seconds are the process's own of a processor, since other
+work on the machine may make one run many times as long as another.
 """
 
 import json
@@ -37,24 +38,28 @@ def kill_before(event: str, count: int, folder: str | None) -> None:
     sys.addaudithook(hook)
 
 
-def start_clock(sign: str, limit: float | None) -> list[float]:
-    """At the renaming that makes `sign`, put the processor time into the list and, after `limit` more, be killed.
+def time_notes(folder: str, kill: dict) -> list[float]:
+    """The times of the notes in this folder, as they come; after one of them be killed, if `kill` says so.
 
-    The killing signal is SIGPROF, which nothing catches: as abrupt as SIGKILL, and the kernel keeps its clock.
+    The signal is SIGPROF then, which nothing catches: as abrupt as SIGKILL, and the kernel minds the time.
     """
-    begun = []
+    times = []
 
     def hook(name: str, arguments: tuple) -> None:
-        if name == "os.rename" and not begun and os.fspath(arguments[1]) == sign:
-            begun.append(time.process_time())
-            if limit is not None:
-                signal.setitimer(signal.ITIMER_PROF, limit)
+        if (
+            name == "os.rename"
+            and os.path.dirname(path := os.fspath(arguments[1])) == folder
+            and path.endswith("json")
+        ):
+            times.append(time.process_time())
+            if kill.get("notes") == len(times):
+                signal.setitimer(signal.ITIMER_PROF, kill["seconds"])
 
     sys.addaudithook(hook)
-    return begun
+    return times
 
 
-def run(arguments: list[str], log: str, sign: str, kill: dict | None) -> dict:
+def run(arguments: list[str], log: str, unfinished: str, kill: dict | None) -> dict:
     kill = kill or {}
     reading, writing = os.pipe()
     child = os.fork()
@@ -63,17 +68,17 @@ def run(arguments: list[str], log: str, sign: str, kill: dict | None) -> dict:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         torch.set_num_threads(1)
-        begun = start_clock(sign, kill.get("seconds"))
+        times = time_notes(unfinished, kill)
         for kind, event in (("renames", "os.rename"), ("moves", "os.rename"), ("removals", "os.remove")):
             if kind in kill:
                 kill_before(event, kill[kind], kill.get("folder"))
         status = cli.main(arguments)
-        os.write(writing, str(time.process_time() - begun[0] if begun else 0.0).encode())
+        os.write(writing, json.dumps(times).encode())
         os._exit(status)
     os.close(writing)
     _, status = os.waitpid(child, 0)
     with os.fdopen(reading) as answer:
-        return {"status": os.waitstatus_to_exitcode(status), "seconds": float(answer.read() or 0)}
+        return {"status": os.waitstatus_to_exitcode(status), "times": json.loads(answer.read() or "[]")}
 
 
 if __name__ == "__main__":

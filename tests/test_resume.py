@@ -38,7 +38,7 @@ def inputs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def obr_command():
-    """(arguments, out, kill) -> (exit status, processor seconds), in a forked process with everything imported."""
+    """(arguments, out, kill) -> (exit status, times of its notes), in a forked process with everything imported."""
     command = [sys.executable, str(Path(__file__).with_name("killed.py"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -47,22 +47,24 @@ def obr_command():
 
         def run(arguments, out, kill=None):
             arguments = [str(a) for a in [*arguments, "--out", out]]
-            sign = f"{out}.unfinished/run.json"
-            request = {"arguments": arguments, "log": str(out.parent / "log"), "sign": sign, "kill": kill}
+            request = {"arguments": arguments, "log": str(out.parent / "log"), "kill": kill}
+            request["unfinished"] = f"{out}.unfinished"
             print(json.dumps(request), file=server.stdin, flush=True)
             answer = json.loads(server.stdout.readline())
-            return answer["status"], answer["seconds"]
+            return answer["status"], answer["times"]
 
         yield run
         server.stdin.close()
 
 
-def kills_of(kind: str, out: Path, seconds: float, draw: random.Random) -> Iterator[dict]:
-    """Moments for one kind of run: anywhere, about a block's or a note's renaming, among the last moves.
+def kills_of(kind: str, out: Path, times: list[float], draw: random.Random) -> Iterator[dict]:
+    """Moments for one kind of run: in the midst of a block, about the renaming of a file, among the last moves.
 
-    Each is drawn when the one before it is past: a run that was killed late has fewer moves before it.
+    times: of an undisturbed run's notes. Each moment is drawn when the one before it is past: a run that was killed
+    late has fewer moves before it.
     """
-    yield {"seconds": draw.uniform(0.1, 0.5) * seconds}
+    of_a_block = (times[-1] - times[0]) / BLOCKS
+    yield {"notes": draw.randint(1, 3), "seconds": draw.uniform(0.1, 1.0) * of_a_block}
     yield {"renames": draw.randint(2, 7)}  # the first is the note of whose run it is
     unmoved = BLOCKS - len(list(out.glob("block_*.safetensors")))
     yield {"moves": draw.randint(min(2, unmoved + 1), unmoved + 1), "folder": str(out)}
@@ -83,10 +85,10 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command
         entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random", "hessian": kind}
         stage = ["compress", "--entry", json.dumps(entry), *common, *tokens]
 
-    status, seconds = obr_command(stage, tmp_path / "undisturbed")
-    assert status == 0, (tmp_path / "log").read_text()
+    status, times = obr_command(stage, tmp_path / "undisturbed")
+    assert status == 0 and len(times) == 1 + BLOCKS, (times, (tmp_path / "log").read_text())
     out, progress = tmp_path / "killed", []
-    for kill in kills_of(kind, out, seconds, random.Random(f"3 {kind}")):
+    for kill in kills_of(kind, out, times, random.Random(f"3 {kind}")):
         status, _ = obr_command(stage, out, kill)
         assert status in (-signal.SIGKILL, -signal.SIGPROF), (kill, (tmp_path / "log").read_text())
         progress.append(len(list(out.with_name("killed.unfinished").glob("block_*.json"))))
