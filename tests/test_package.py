@@ -32,6 +32,7 @@ LAYERS = [
     ["resume"],
     ["rotations"],
     ["data", "cloze"],
+    ["packaged"],
     ["download", "texts", "tasks"],
     ["hessian", "learning", "generation"],
     ["gradients", "target", "divergence"],

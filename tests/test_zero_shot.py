@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -53,6 +54,24 @@ HELLASWAG = [
 WINOGRANDE = [
     {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"}
 ]
+LAMBADA = [{"text": text} for text in ("The old coat was put on a long shelf", "To mend it use a little glue")]
+OPENBOOKQA = [
+    {
+        "question_stem": "Ice is",
+        "choices": {"text": ["warm", "cold", "loud", "old"], "label": ["A", "B", "C", "D"]},
+        "answerKey": "B",
+    }
+]
+SIQA = [
+    {
+        "context": "Ann cut the bread.",
+        "question": "Why did Ann do this?",
+        "answerA": "to eat it",
+        "answerB": "to paint it",
+        "answerC": "to lose it",
+        "label": "1",
+    }
+]
 ROWS = {
     "piqa": PIQA,
     "arc_easy": ARC,
@@ -60,6 +79,9 @@ ROWS = {
     "boolq": BOOLQ,
     "hellaswag": HELLASWAG,
     "winogrande": WINOGRANDE,
+    "lambada_openai": LAMBADA,
+    "openbookqa": OPENBOOKQA,
+    "social_iqa": SIQA,
 }
 # (context, continuations, right one) of the first row: the prompts of lm-eval's packaged tasks.
 ARC_QUESTION = ("Question: What melts?\nAnswer:", ["ice", "a stone"], 0)
@@ -78,7 +100,22 @@ FIRST = {
         0,
     ),
     "winogrande": ("had helped.", ["Ann thanked Eve because Ann", "Ann thanked Eve because Eve"], 1),
+    "lambada_openai": ("The old coat was put on a long", [" shelf"], 0),
+    "openbookqa": ("Ice is", ["warm", "cold", "loud", "old"], 1),
+    "social_iqa": (
+        "Q: Ann cut the bread. Why did Ann do this?\nA:",
+        ["to eat it", "to paint it", "to lose it"],
+        0,
+    ),
 }
+ENDINGS = [
+    ("cut", "bread", "tabletop"),
+    ("mend", "chair", "windowsill"),
+    ("wash", "old coat", "shelf"),
+    ("open", "tin", "doorstep"),
+    ("find", "knife", "sideboard"),
+    ("sell", "glue", "mantelpiece"),
+]
 TEXT = "\n\n".join(
     " ".join(f"Paragraph {i} says in its sentence {j} that word{i}x{j} is one of many." for j in range(6))
     for i in range(20)
@@ -236,7 +273,10 @@ def test_unreachable_hub_is_one_sentence(tmp_path, monkeypatch):
         ("hellaswag", [{k: v for k, v in HELLASWAG[0].items() if k != "endings"}], "endings"),
         ("piqa", [PIQA[0], {**PIQA[0], "label": -1}], "row 2 .* names answer -1"),
         ("piqa", [], "no rows"),
-        ("gsm8k", [{"question": "x", "answer": "1"}], "not a multiple-choice task"),
+        ("gsm8k", [{"question": "x", "answer": "1"}], "'gsm8k' has output type generate_until: choose"),
+        ("wikitext", [{"page": "x"}], "'wikitext' has output type loglikelihood_rolling: choose"),
+        ("lambada_openai", [{"words": "a house"}], "lack text"),
+        ("lambada_openai", [{"text": "a house"}, {"text": "a house "}], "row 2 of task lambada_openai has no answer"),
         ("piqqa", PIQA, "no task named 'piqqa'"),
     ],
 )
@@ -271,6 +311,22 @@ def test_unknown_source(tmp_path):
 
 def test_metrics_are_reduced_to_accuracies():
     assert [metric["metric"] for metric in packaged_task("copa")["metric_list"]] == ["acc"]
+
+
+def test_a_task_of_one_answer_keeps_its_accuracy_alone():
+    config = packaged_task("lambada_openai")
+    assert [metric["metric"] for metric in config["metric_list"]] == ["acc"]
+    assert config["output_type"] == "loglikelihood"
+
+
+def test_a_folder_whose_task_became_another_is_refused(tmp_path):
+    made = local_task(tmp_path, "lambada_openai", LAMBADA)
+    file = made / "task.yaml"
+    file.write_text(file.read_text().replace("output_type: loglikelihood", "output_type: loglikelihood_rolling"))
+    with pytest.raises(
+        ObrError, match="has output type loglikelihood_rolling: choose a task of output type multiple"
+    ):
+        load_task(made)
 
 
 # Cloze.
@@ -335,6 +391,57 @@ def test_model_trained_on_the_answers_gets_them_all(model, tokenizer, piqa):
         optimizer.step()
         optimizer.zero_grad()
     assert zero_shot(model, tokenizer, piqa)["value"] == 1.0
+
+
+def greedily(model, tokenizer, context: str, length: int) -> list[int]:
+    """The next tokens, each the likeliest."""
+    import torch
+
+    ids = tokenizer.encode(context)
+    for _ in range(length):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-length:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_answer_is_right_if_greedy_decoding_gives_it(model, tokenizer, tmp_path, batch_size):
+    """Trained on half of the texts, a model ends these and few of the others."""
+    import torch
+
+    texts = [f"To {verb} the {noun} the man put it on the {end}" for verb, noun, end in ENDINGS]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        for text in texts[::2]:
+            ids = torch.tensor([tokenizer.encode(text)])
+            model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    right, likelihoods = [], []
+    for text in texts:
+        context, _, last = text.rpartition(" ")
+        target = tokenizer.encode(text)[len(tokenizer.encode(context)) :]
+        right.append(greedily(model, tokenizer, context, len(target)) == target)
+        likelihoods.append(likelihood(model, tokenizer, context, f" {last}"))
+        assert len(target) > 1 or last == "shelf"
+    assert any(right) and not all(right)
+    folder = local_task(tmp_path, "lambada_openai", [{"text": text} for text in texts])
+    result = zero_shot(model, tokenizer, folder, batch_size=batch_size)
+    share = sum(right) / len(texts)
+    assert result["value"] == result["acc"] == pytest.approx(share) and result["metric"] == "acc"
+    assert result["stderr"] == pytest.approx((share * (1 - share) / (len(texts) - 1)) ** 0.5)
+    assert result["perplexity"] == pytest.approx(math.exp(-sum(likelihoods) / len(texts)), rel=1e-4)
+    assert (result["output_type"], result["perplexity_status"], result["n"]) == ("loglikelihood", "finite", 6)
+
+
+def test_an_overflown_perplexity_of_answers_is_none_with_a_status(model, tokenizer, tmp_path):
+    import torch
+
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4
+    result = zero_shot(model, tokenizer, local_task(tmp_path, "lambada_openai", LAMBADA))
+    assert result["perplexity"] is None and result["perplexity_status"] == "inf"
+    json.dumps(result, allow_nan=False)
 
 
 def test_task_without_acc_norm_reports_acc(model, tokenizer, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from obr.errors import ObrError
-from obr.published import MEAN, PAPER_TASKS
+from obr.published import MEANS
 from obr.recipe import Recipe
 
 HEADINGS = {
@@ -17,6 +17,9 @@ HEADINGS = {
     "arc_easy": "ARC-e",
     "arc_challenge": "ARC-c",
     "winogrande": "WinoGrande",
+    "lambada_openai": "LAMBADA",
+    "openbookqa": "OpenBookQA",
+    "social_iqa": "SIQA",
     "zeroshot_avg": "Mean",
     "zeroshot6_lambada_avg": "Mean of 6 with LAMBADA",
     "zeroshot8_avg": "Mean of 8 tasks",
@@ -109,9 +112,9 @@ def metrics_of(entry: dict) -> list[Metric]:
     if entry.get("mean"):
         if not tasks:
             raise ObrError(f"Table {entry.get('title', '')!r} wants a mean of no tasks; list some in `zero_shot`.")
-        # A mean over other tasks than the paper's six has no published counterpart.
-        same = {names.get(t, t) for t in tasks} == set(PAPER_TASKS)
-        found.append(Metric("mean", "Mean", names.get("mean", MEAN if same else ""), False, "mean"))
+        # A mean over tasks other than those of a published mean has no counterpart.
+        printed = MEANS.get(frozenset(names.get(t, t) for t in tasks), "")
+        found.append(Metric("mean", "Mean", names.get("mean", printed), False, "mean"))
     if entry.get("time"):
         name = names.get("minutes", "compression_time_min")
         found.append(Metric("minutes", "Compression (min)", name, True, "minutes"))
@@ -152,3 +155,10 @@ def read_zero_shot(results: Path, model: str, row: Row, task: str) -> dict:
 
 def number(value) -> float:
     return float("nan") if value is None else float(value)
+
+
+def value_of(artefact: dict, key: str = "value", status: str = "status") -> float:
+    """A number of an artefact as `files.finite` wrote it, infinite ones too; NaN where there is none."""
+    if artefact[key] is None and artefact.get(status, "finite") != "finite":
+        return float(artefact[status])
+    return number(artefact[key])

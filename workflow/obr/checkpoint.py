@@ -59,6 +59,15 @@ class LayerReport:
         """Not of a block that the recipe leaves alone."""
         return self.bits < 16 or self.sparsity > 0
 
+    def noted(self) -> dict:
+        """For JSON, which has no NaN: an error that was not measured is None."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, noted: dict) -> "LayerReport":
+        """What `noted` made a dictionary of."""
+        return cls(**{key: float("nan") if value is None else value for key, value in noted.items()})
+
 
 @dataclass
 class Report:
@@ -254,7 +263,7 @@ class Writer:
     def finished(self, index: int) -> tuple[list[LayerReport], float] | None:
         """The report of a block that an interrupted run has finished, and its seconds; None if it has not."""
         note = self.unfinished.note(index)
-        return ([LayerReport(**row) for row in note["layers"]], note["seconds"]) if note else None
+        return ([LayerReport.of(row) for row in note["layers"]], note["seconds"]) if note else None
 
     def load(self, index: int) -> nn.Module:
         """A finished block."""
@@ -262,7 +271,7 @@ class Writer:
 
     def block(self, index: int, block: nn.Module, rows: list[LayerReport], seconds: float = 0.0) -> None:
         """Write a block, compressed in so many seconds."""
-        note = {"layers": [asdict(row) for row in rows], "seconds": seconds}
+        note = {"layers": [row.noted() for row in rows], "seconds": seconds}
         self.unfinished.keep(index, lambda path: save_block(block, self.blocks.layout, path, self.dtype), note)
 
     def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:

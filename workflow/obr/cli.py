@@ -321,7 +321,10 @@ def perplexity(
     room = Room(activations_memory, out.parent)
     result = perplexity_stage(checkpoint, text, entry, Recipe.parse(recipe) if recipe else None, dtype, device, room)
     write_json(result, out)
-    print(f"perplexity {result['value']:.4f}: {result['definition']}; {result['windows']} windows")
+    value = result["status"] if result["value"] is None else f"{result['value']:.4f}"
+    print(f"perplexity {value}: {result['definition']}; {result['windows']} windows")
+    if "note" in result:
+        print(f"{result['note']}.")
 
 
 def zero_shot(
@@ -335,10 +338,13 @@ def zero_shot(
     model = load(checkpoint, recipe, dtype, device)
     result = zero_shot(
         model, load_tokenizer(checkpoint), task,
-        limit=entry.get("limit"), batch_size=entry.get("batch_size", 1),
+        limit=entry.get("limit"), batch_size=entry.get("batch_size", 1), bos=entry.get("bos"),
     )  # fmt: skip
     write_json(result, out)
-    print(f"{result['task']}: {result['metric']} {result['value']:.4f} ± {result['stderr']:.4f}")
+    spread = "" if result["stderr"] is None else f" ± {result['stderr']:.4f}"
+    print(f"{result['task']}: {result['metric']} {result['value']:.4f}{spread}; {result['prompts']}")
+    if "note" in result:
+        print(f"{result['note']}.")
 
 
 def kernels(entry: dict, out: Path, device: str, dtype: str | None, sizes_only: bool) -> None:

@@ -100,6 +100,11 @@ class Config:
             raise ObrError(f"{where} has {' and '.join(kinds) or 'no source'}; give one of text, generated and mix.")
         if "text" in entry:
             self._defined("texts", entry["text"], f"{where}.text")
+        elif (bos := entry.get("bos")) is not None and (bos != "window" or "mix" in entry):
+            raise ObrError(
+                f"{where}.bos is {json.dumps(bos)}, which is of windows of a text; leave it out"
+                f"{', or use window' if 'generated' in entry else ''}."
+            )
         for name in entry.get("mix", []):
             self._defined("calibrations", name, f"{where}.mix")
             if "mix" in self.raw["calibrations"][name]:

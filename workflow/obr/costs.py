@@ -17,7 +17,7 @@ OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR'
 STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
 GROUPS = 4  # of a block, each with a run of the calibration through it
 GROUP_PASSES = 2.0  # of a whole block's work, what these runs take together: each stops at its group
-# Of lm-eval's tasks: examples, choices, and tokens of a choice with its question.
+# Of lm-eval's tasks: examples, choices (one where greedy decoding decides), and tokens of a choice with its question.
 TASKS = {
     "piqa": (1838, 2, 35),
     "boolq": (3270, 2, 140),
@@ -25,6 +25,9 @@ TASKS = {
     "arc_easy": (2376, 4, 35),
     "arc_challenge": (1172, 4, 40),
     "winogrande": (1267, 2, 25),
+    "lambada_openai": (5153, 1, 90),
+    "openbookqa": (500, 4, 20),
+    "social_iqa": (1954, 3, 35),
 }
 OTHER_TASK = (200, 4, 35)
 DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 512, 512  # on which divergences are measured; see `divergence`

@@ -10,10 +10,12 @@ import torch
 
 from obr import foreign
 from obr.errors import ObrError, first_line
-from obr.files import whole
+from obr.files import read_json, whole
+from obr.layout import needs_bos
 
 SAMPLINGS = ("random", "sequential")
 SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling")
+PROBE = "a b"  # a text that shows which tokens a tokenizer adds around every text
 
 
 def read_text(path: Path | str) -> str:
@@ -28,21 +30,62 @@ def read_text(path: Path | str) -> str:
         ) from error
 
 
-def tokenize(tokenizer, text: str, bos: bool | None = None) -> torch.LongTensor:
+def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids that a tokenizer adds before and after every text, such as ([bos], []).
+
+    Raises ObrError for a tokenizer that adds tokens inside a text.
+    """
+    plain = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    padded = tokenizer(PROBE)["input_ids"]
+    added = len(padded) - len(plain)
+    for before in range(added + 1) if plain or not added else ():
+        if padded[before : before + len(plain)] == plain:
+            return padded[:before], padded[before + len(plain) :]
+    raise ObrError(
+        f"{type(tokenizer).__name__} adds special tokens that are neither before nor after a text: set bos to false."
+    )
+
+
+def require_bos(tokenizer) -> int:
+    """The beginning-of-sequence (BOS) token. Raises ObrError if the tokenizer has none."""
+    if tokenizer.bos_token_id is None:
+        raise ObrError(f"{type(tokenizer).__name__} has no beginning-of-sequence token: set bos to false.")
+    return tokenizer.bos_token_id
+
+
+def spell_tokens(tokenizer, ids: list[int]) -> str:
+    """Special tokens in words: "a BOS token", or their names."""
+    if ids == [tokenizer.bos_token_id]:
+        return "a BOS token"
+    return "the special tokens " + " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def tokenize(tokenizer, text: str, bos: bool | str | None = None) -> torch.LongTensor:
     """Token ids (t,) of the whole text at once.
 
-    bos: None adds the special tokens that the tokenizer adds by itself, False adds none, True puts the
-    beginning-of-sequence token in front and adds no other. Raises ObrError if there is no such token.
+    bos: which special tokens are added to the text.
+        None: those that the tokenizer adds, before and after the text.
+        True: a beginning-of-sequence (BOS) token before the text, and no other.
+        False: none.
+        "window": none here. `evaluation_windows` and `sample_windows` put BOS in front of every window.
+    A BOS token that the text itself begins with is not doubled.
+    Raises ObrError for another `bos`, and for True and "window" if the tokenizer has no BOS token.
     """
+    if bos not in (None, True, False, "window"):
+        raise ObrError(f"bos {bos!r} is unknown: use null, true, false or window.")
+    first = require_bos(tokenizer) if bos else tokenizer.bos_token_id
     # verbose=False: a text longer than the model's context is meant here, and cut into windows later.
     ids = tokenizer(text, add_special_tokens=bos is None, verbose=False)["input_ids"]
-    if bos:
-        if tokenizer.bos_token_id is None:
-            raise ObrError(
-                f"{type(tokenizer).__name__} has no beginning-of-sequence token: set bos to null or false."
-            )
-        ids = [tokenizer.bos_token_id, *ids]
+    if bos is True:
+        ids = [first, *ids]
+    if bos in (None, True) and first is not None and ids[:2] == [first, first]:
+        ids = ids[1:]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def window_bos(tokenizer, bos: bool | str | None) -> int | None:
+    """The token that `bos` puts in front of every window: BOS for "window", None for the other values."""
+    return require_bos(tokenizer) if bos == "window" else None
 
 
 def calibration_tokens(
@@ -52,7 +95,7 @@ def calibration_tokens(
     nsamples: int = 128,
     seqlen: int = 2048,
     seed: int = 0,
-    bos: bool | None = None,
+    bos: bool | str | None = None,
     sampling: str = "random",
 ) -> torch.LongTensor:
     """Calibration samples (nsamples, seqlen) of token ids out of one text.
@@ -61,19 +104,32 @@ def calibration_tokens(
     draws them from WikiText-2; they may overlap. "sequential": the first nsamples windows, end to end.
     The text is one string, also where it was joined from documents: GPTQ draws its C4 samples from inside
     single documents longer than seqlen, while here a window may cross from one document into the next.
+    bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of the text, drawn likewise.
     Raises ObrError if the text is too short.
     """
-    return sample_windows(tokenize(tokenizer, text, bos), nsamples, seqlen, seed, sampling)
+    tokens = tokenize(tokenizer, text, bos)
+    return sample_windows(tokens, nsamples, seqlen, seed, sampling, window_bos(tokenizer, bos))
 
 
 def sample_windows(
-    tokens: torch.LongTensor, nsamples: int, seqlen: int, seed: int = 0, sampling: str = "random"
+    tokens: torch.LongTensor,
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+    sampling: str = "random",
+    bos_token_id: int | None = None,
 ) -> torch.LongTensor:
-    """Windows (nsamples, seqlen) of tokens (t,), chosen as `calibration_tokens` says."""
+    """Windows (nsamples, seqlen) of tokens (t,), chosen as `calibration_tokens` says.
+
+    bos_token_id: the first token of every window, followed by seqlen - 1 tokens of the text; None for none.
+    """
     if sampling not in SAMPLINGS:
         raise ObrError(f"sampling {sampling!r} is unknown: choose one of {', '.join(SAMPLINGS)}.")
     if nsamples < 1 or seqlen < 1:
         raise ObrError(f"nsamples {nsamples} and seqlen {seqlen} must be at least 1: correct the config.")
+    if bos_token_id is not None:
+        windows = sample_windows(_behind_bos(tokens, seqlen, bos_token_id), nsamples, seqlen - 1, seed, sampling)
+        return _begun(windows, bos_token_id)
     total = len(tokens)
     needed = seqlen + 1 if sampling == "random" else nsamples * seqlen
     if total < needed:
@@ -88,13 +144,24 @@ def sample_windows(
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def evaluation_windows(tokens: torch.LongTensor, seqlen: int, limit_tokens: int | None = None) -> torch.LongTensor:
+def evaluation_windows(
+    tokens: torch.LongTensor, seqlen: int, limit_tokens: int | None = None, bos_token_id: int | None = None
+) -> torch.LongTensor:
     """Windows (b, seqlen) end to end over tokens (t,), or over the first limit_tokens; the tail is dropped.
+
+    bos_token_id: the first token of every window, followed by the next seqlen - 1 tokens of the text. Each token of
+    the text in the windows is then a target, and b is t // (seqlen - 1). A BOS token that the text begins with is
+    left out. None (default) cuts the text as it is.
+
+        windows = obr.evaluation_windows(tokens, 2048, bos_token_id=tokenizer.bos_token_id)
 
     Raises ObrError if not one window fits.
     """
     if seqlen < 1:
         raise ObrError(f"seqlen {seqlen} must be at least 1: correct the config.")
+    if bos_token_id is not None:
+        windows = evaluation_windows(_behind_bos(tokens, seqlen, bos_token_id), seqlen - 1, limit_tokens)
+        return _begun(windows, bos_token_id)
     used = tokens if limit_tokens is None else tokens[: max(limit_tokens, 0)]
     windows = len(used) // seqlen
     if windows == 0:
@@ -104,6 +171,31 @@ def evaluation_windows(tokens: torch.LongTensor, seqlen: int, limit_tokens: int 
             "choose a smaller seqlen, a larger limit or a longer text."
         )
     return used[: windows * seqlen].reshape(windows, seqlen)
+
+
+def _behind_bos(tokens: torch.LongTensor, seqlen: int, bos_token_id: int) -> torch.LongTensor:
+    """The tokens of a text whose windows get a BOS token each: without one of their own in front."""
+    if seqlen < 2:
+        raise ObrError(f"seqlen {seqlen} has no room for a token after BOS: use 2 or more.")
+    return tokens[1:] if len(tokens) and int(tokens[0]) == bos_token_id else tokens
+
+
+def _begun(windows: torch.LongTensor, bos_token_id: int) -> torch.LongTensor:
+    return torch.cat([torch.full_like(windows[:, :1], bos_token_id), windows], dim=1)
+
+
+def missing_bos(windows: torch.LongTensor, tokenizer, model_type: str) -> str | None:
+    """A sentence on windows (b, s) without BOS in front, for models that need it there; None if all is well."""
+    if not needs_bos(model_type):
+        return None
+    begun = 0 if tokenizer.bos_token_id is None else int((windows[:, 0] == tokenizer.bos_token_id).sum())
+    without = len(windows) - begun
+    if not without:
+        return None
+    return (
+        f"{model_type} models need a BOS token in front and {without:,} of {len(windows):,} windows have none, "
+        "so the values mean little; set bos to window"
+    )
 
 
 def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Path | str) -> None:
@@ -120,19 +212,28 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
     options |= {key: spec[key] for key in SPEC_KEYS if key in spec}
     tokenizer = _tokenizer(model_dir)
     text = read_text(text_file)
-    stream = tokenize(tokenizer, text, options.pop("bos"))
-    tokens = sample_windows(stream, **options)
+    bos = options.pop("bos")
+    stream = tokenize(tokenizer, text, bos)
+    tokens = sample_windows(stream, **options, bos_token_id=window_bos(tokenizer, bos))
     about = {
         "model": model_dir.name,
         "text": spec.get("text", text_file.stem),
         "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
         **options,
-        "bos": spec.get("bos"),
+        "bos": bos,
         "tokens_in_text": len(stream),
         "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
     }
-    write_tokens(tokens, about, out)
+    write_tokens(tokens, about | bos_note(tokens, tokenizer, model_dir), out)
+
+
+def bos_note(windows: torch.LongTensor, tokenizer, model_dir: Path) -> dict:
+    """{"note": sentence} on calibration windows that lack a BOS token which the model needs; else {}."""
+    config = model_dir / "config.json"
+    model_type = read_json(config).get("model_type", "") if config.is_file() else ""
+    note = missing_bos(windows, tokenizer, model_type)
+    return {"note": note} if note else {}
 
 
 def write_tokens(tokens: torch.LongTensor, about: dict, out: Path) -> None:

@@ -11,6 +11,7 @@ from obr import data
 from obr.activations import Room
 from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
+from obr.files import finite
 from obr.model import Blocks, advance, load_tokenizer
 from obr.progress import Progress
 from obr.provenance import versions
@@ -18,7 +19,7 @@ from obr.recipe import Recipe
 
 DEFINITION = (
     "exp of the mean next-token cross-entropy over non-overlapping windows of {seqlen} tokens of the whole text, "
-    "tokenised once; {targets} targets a window, no context carried over, the last partial window dropped"
+    "tokenised once; {targets} targets a window, no context carried over, the last partial window dropped; {special}"
 )
 
 
@@ -32,8 +33,11 @@ def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bo
     Args:
         model: a transformers causal LM of a known family, compressed or not; or Blocks, which may be streamed:
             one block is in memory at a time.
-        windows: (b, s) tokens; s - 1 are predicted in each.
+        windows: (b, s) tokens; s - 1 are predicted in each. For a family that needs a BOS token in front of its
+            input, as Gemma does, make them with `evaluation_windows(..., bos_token_id=...)`.
         room: for the hidden states of all windows.
+
+    Returns infinity where the mean cross-entropy is more than a float's exponent holds.
 
     Raises:
         ObrError: the model gives NaN.
@@ -73,19 +77,25 @@ def perplexity_stage(
 ) -> dict:
     """The stage: perplexity of a checkpoint on a text.
 
-    spec: {"seqlen", "tokens" (limit, or None), "bos"}. recipe: whose activation settings apply.
-    room: for the hidden states of the text.
+    spec: {"seqlen", "tokens" (limit, or None), "bos"}, "bos" as of `data.tokenize`. recipe: whose activation settings
+    apply. room: for the hidden states of the text.
+
+    Returns what the artefact holds. JSON has no infinity: an infinite perplexity has "value" None and "status" "inf",
+    every other one "status" "finite". "note" is there where windows lack a BOS token that the family needs.
     """
     started = time.monotonic()
     blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
-    tokenizer = load_tokenizer(checkpoint)
-    tokens = data.tokenize(tokenizer, data.read_text(text), bos=spec.get("bos"))
-    windows = data.evaluation_windows(tokens, spec["seqlen"], spec.get("tokens"))
+    tokenizer, bos = load_tokenizer(checkpoint), spec.get("bos")
+    tokens = data.tokenize(tokenizer, data.read_text(text), bos)
+    windows = data.evaluation_windows(tokens, spec["seqlen"], spec.get("tokens"), data.window_bos(tokenizer, bos))
     value = perplexity(blocks, windows, room=room, progress=True)
     seqlen = windows.shape[1]
+    note = data.missing_bos(windows, tokenizer, blocks.config.model_type)
     return {
-        "value": value,
-        "definition": DEFINITION.format(seqlen=seqlen, targets=seqlen - 1),
+        **finite("value", value),
+        "definition": DEFINITION.format(seqlen=seqlen, targets=seqlen - 1, special=_special(tokenizer, bos)),
+        "bos": bos,
+        **({"note": note} if note else {}),
         "windows": len(windows),
         "seqlen": seqlen,
         "tokens": windows.numel(),
@@ -96,3 +106,13 @@ def perplexity_stage(
         "versions": versions(),
         "seconds": time.monotonic() - started,
     }
+
+
+def _special(tokenizer, bos: bool | str | None) -> str:
+    """Which special tokens are added to a text, in words."""
+    if bos == "window":
+        return "every window begins with a BOS token, which is one of its tokens"
+    before, after = data.special_tokens(tokenizer) if bos is None else ([tokenizer.bos_token_id] * bos, [])
+    places = ((before, "once, before the text"), (after, "once, after the text"))
+    spelled = [f"{data.spell_tokens(tokenizer, ids)} {place}" for ids, place in places if ids]
+    return " and ".join(spelled) or "no special tokens"

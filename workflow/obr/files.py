@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -72,9 +73,39 @@ def write_text(text: str, path: Path | str) -> None:
         partial.write_bytes(text.encode("utf-8"))
 
 
+def json_text(value: Any, name: Path | str) -> str:
+    """A value as indented JSON with a final newline. name: what it becomes, for messages.
+
+    Raises:
+        ObrError: a number in it is infinite or NaN, which JSON has no word for; see `finite`.
+    """
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        place, number = next(_not_finite(value))
+        raise ObrError(f"{name} cannot be written: {place} is {number}, which JSON cannot hold.") from None
+
+
 def write_json(value: Any, path: Path | str) -> None:
-    """Write a value that JSON can hold, indented."""
-    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+    """Write a value that JSON can hold, indented. Raises as `json_text` does."""
+    write_text(json_text(value, path), path)
+
+
+def finite(key: str, value: float, status: str = "status") -> dict:
+    """A number as JSON holds it: {"value": 8.1, "status": "finite"}, or {"value": None, "status": "inf"}.
+
+    status: the key of the status, which is "finite", "inf", "-inf" or "nan". `artefacts.value_of` reads both.
+    """
+    return {key: value, status: "finite"} if math.isfinite(value) else {key: None, status: str(float(value))}
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """(place, number) of every number that is not finite, places written as layers.3.loss."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place or "the value", value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{place}.{key}".lstrip("."))
 
 
 def read_json(path: Path | str) -> dict:

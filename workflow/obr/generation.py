@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from obr.data import load_tokens, sample_windows, write_tokens
+from obr.data import bos_note, load_tokens, sample_windows, window_bos, write_tokens
 from obr.errors import ObrError
 from obr.model import load_model, load_tokenizer
 
@@ -22,7 +22,8 @@ def generate(
     Documents begin with the token that begins a text and end where the model ends them, at `seqlen` tokens at most;
     end to end they are cut into windows. The whole model is held in memory.
 
-    spec: nsamples, seqlen, seed, and `generated` {temperature, top_p, batch_size}.
+    spec: nsamples, seqlen, seed, `generated` {temperature, top_p, batch_size}, and `bos`: "window" puts a BOS token
+    in front of every window, see `data.sample_windows`.
     Raises ObrError for a tokenizer that knows no token to begin with, and for logits that are not finite.
     """
     directory, out = Path(directory), Path(out)
@@ -30,7 +31,7 @@ def generate(
     nsamples, seqlen, seed = spec.get("nsamples", 128), spec.get("seqlen", 2048), spec.get("seed", 0)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     tokenizer, model = load_tokenizer(directory), load_model(directory, dtype, device)
-    needed, stream = nsamples * seqlen, []
+    first, needed, stream = window_bos(tokenizer, spec.get("bos")), nsamples * seqlen, []
     torch.manual_seed(seed)
     with tqdm(total=needed, desc="writing", unit="token", mininterval=5) as shown:
         while len(stream) < needed:
@@ -38,9 +39,10 @@ def generate(
             for document in _documents(model, tokenizer, seqlen, options):
                 stream += document
             shown.update(min(len(stream), needed) - before)
-    tokens = sample_windows(torch.tensor(stream), nsamples, seqlen, sampling="sequential")
+    tokens = sample_windows(torch.tensor(stream), nsamples, seqlen, sampling="sequential", bos_token_id=first)
     about = {"model": directory.name, "text": "its own writing", "text_sha256": _sha256(tokens), "generated": options}
     about |= {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "tokens": tokens.numel()}
+    about |= ({"bos": "window"} if first is not None else {}) | bos_note(tokens, tokenizer, directory)
     write_tokens(tokens, about | {"tokenizer": type(tokenizer).__name__}, out)
 
 
@@ -90,6 +92,8 @@ def mix(files: list[Path], spec: dict, out: Path | str) -> None:
     tokens = torch.stack([part[:each] for part in parts], 1).flatten(0, 1)[:nsamples].clone()
     about = {"model": notes[0]["model"], "text": " + ".join(spec["mix"]), "text_sha256": _sha256(tokens)}
     about |= {"nsamples": nsamples, "seqlen": seqlen, "mix": [note["text"] for note in notes]}
+    if lacking := dict.fromkeys(note["note"] for note in notes if "note" in note):
+        about["note"] = "; ".join(lacking)
     write_tokens(tokens, about | {"tokens": tokens.numel(), "tokenizer": notes[0]["tokenizer"]}, Path(out))
 
 

@@ -18,6 +18,7 @@ class Layout:
     groups: linear layers that read the same input, in the order in which a block computes them; `o` reads the
     attention's output and `down` the gated product. norms: the norm that feeds a group. norm_offset: a norm's
     gain is its weight plus this. query_norm, key_norm: norms (m,) of every head between projection and RoPE.
+    needs_bos: without a beginning-of-sequence token in front, the family's models predict next to nothing.
     """
 
     blocks: str = "model.layers"
@@ -39,6 +40,7 @@ class Layout:
     norm_offset: float = 0.0
     query_norm: str | None = None
     key_norm: str | None = None
+    needs_bos: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ FAMILIES: dict[str, Layout] = {
     "mistral": Layout(),
     "qwen2": Layout(),
     "qwen3": Layout(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
-    "gemma": Layout(norm_offset=1.0),
+    "gemma": Layout(norm_offset=1.0, needs_bos=True),
     "granite": Layout(),
     "smollm3": Layout(),
 }
@@ -136,3 +138,8 @@ def layout_of(config) -> Layout:
     raise ObrError(
         f"Model family {family!r} is not known; use one of {known}, or add an entry to FAMILIES in layout.py."
     )
+
+
+def needs_bos(model_type: str) -> bool:
+    """Whether models of a family need a BOS token in front of their input; False for unknown families."""
+    return FAMILIES.get(model_type, Layout()).needs_bos

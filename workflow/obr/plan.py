@@ -5,7 +5,6 @@ jobs that have finished here (`timings`); the wall-clock from dealing the jobs o
 """
 
 import heapq
-import json
 import os
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from obr import costs, timings
 from obr.errors import ObrError
+from obr.files import json_text
 from obr.jobs import Job, pending
 from obr.recipe import Option, Recipe
 
@@ -351,4 +351,4 @@ def span(seconds: float) -> str:
 
 def as_json(plan: Plan) -> str:
     """The plan for programs to read."""
-    return json.dumps(asdict(plan), indent=2) + "\n"
+    return json_text(asdict(plan), "the plan")

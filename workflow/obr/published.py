@@ -11,6 +11,9 @@ from obr.errors import ObrError
 # The six zero-shot tasks whose plain mean the paper prints as `zeroshot_avg`.
 PAPER_TASKS = ("piqa", "boolq", "hellaswag", "arc_easy", "arc_challenge", "winogrande")
 MEAN = "zeroshot_avg"
+# The nine of OSTQuant's README table, whose plain mean it prints as `zeroshot9_avg`.
+OSTQUANT_TASKS = (*PAPER_TASKS, "lambada_openai", "openbookqa", "social_iqa")
+MEANS = {frozenset(PAPER_TASKS): MEAN, frozenset(OSTQUANT_TASKS): "zeroshot9_avg"}
 SETTING = ["source", "table", "model", "rotation", "method", "w_bits", "a_bits", "kv_bits", "sparsity"]
 COLUMNS = [*SETTING, "metric", "value", "note"]
 # What a column may hold besides '' for unknown; errors name the second.

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from obr import fetch
-from obr.artefacts import HEADINGS, number, read_artefact
+from obr.artefacts import HEADINGS, number, read_artefact, value_of
 from obr.errors import ObrError
 from obr.files import become, whole_folder, write_text
 from obr.recipe import Recipe
@@ -144,7 +144,7 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     for label, recipe in (("dense", "dense"), (key, key)):
         row = {}
         for path in sorted((results / "perplexity" / model / recipe).glob("*.json")):
-            row[f"{HEADINGS.get(path.stem, path.stem)} perplexity"] = f"{number(read_artefact(path)['value']):.2f}"
+            row[f"{HEADINGS.get(path.stem, path.stem)} perplexity"] = f"{value_of(read_artefact(path)):.2f}"
         for path in sorted((results / "zero_shot" / model / recipe).glob("*.json")):
             score = read_artefact(path)
             row[f"{HEADINGS.get(path.stem, path.stem)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"

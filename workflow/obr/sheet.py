@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from obr.artefacts import Row, metrics_of, model_label, number, read_perplexity
+from obr.artefacts import Row, metrics_of, model_label, read_perplexity, value_of
 from obr.errors import ObrError
 from obr.files import whole
 from obr.published import Quotes
@@ -143,7 +143,7 @@ def dense_lines(source: Source, panel: Axes, model: str, text: str) -> None:
 
 def measured(source: Source, model: str, row: Row, text: str) -> float:
     """A perplexity from its artefact."""
-    return number(read_perplexity(source.results, model, row, text)["value"])
+    return value_of(read_perplexity(source.results, model, row, text))
 
 
 def place_ticks(panel: Axes, values: list[float]) -> None:

@@ -22,6 +22,7 @@ from obr.artefacts import (
     read_perplexity,
     read_zero_shot,
     resolve_rows,
+    value_of,
 )
 from obr.errors import ObrError
 from obr.files import write_text
@@ -39,7 +40,7 @@ class Evidence:
     """Every artefact a table read, for its notes: what was measured, and what was quoted."""
 
     perplexity: list[tuple[str, str, dict]] = field(default_factory=list)  # model label, text, artefact
-    zero_shot: list[tuple[str, dict]] = field(default_factory=list)  # task, artefact
+    zero_shot: list[tuple[str, str, dict]] = field(default_factory=list)  # model label, task, artefact
     manifests: dict[tuple[str, str], dict] = field(default_factory=dict)  # by (model label, row label)
     quoted: list[tuple[str, pd.DataFrame]] = field(default_factory=list)  # model label: row label, its rows
 
@@ -102,13 +103,13 @@ def _measured(metrics, results, model, label, row, evidence: Evidence) -> dict:
         elif metric.kind == "perplexity":
             artefact = read_perplexity(results, model, row, key)
             evidence.perplexity.append((label, key, artefact))
-            record[f"{key}_ours"] = number(artefact["value"])
+            record[f"{key}_ours"] = value_of(artefact)
         elif metric.kind == "minutes":
             seconds = None if row.recipe.method == "dense" else read_manifest(results, model, row).get("seconds")
             record["minutes_ours"] = number(seconds) / 60
         elif metric.kind == "zero_shot":
             artefact = read_zero_shot(results, model, row, key)
-            evidence.zero_shot.append((key, artefact))
+            evidence.zero_shot.append((label, key, artefact))
             scores.append((100 * number(artefact["value"]), 100 * number(artefact.get("stderr"))))
             record[f"{key}_ours"], record[f"{key}_stderr"] = scores[-1]
         else:  # the mean comes last, when all its tasks are read; NaN if one of them is
@@ -232,17 +233,26 @@ def _perplexity_notes(evidence: Evidence) -> list[str]:
                 f"{HEADINGS.get(text, text)} perplexity{whose}: {definition}; {windows:,} windows of "
                 f"{seqlen:,} tokens, {tokens:,} tokens in all."
             )
-    return notes
+    return notes + _bos_notes("Perplexity", [(model, artefact) for model, _, artefact in evidence.perplexity])
 
 
 def _zero_shot_notes(evidence: Evidence) -> list[str]:
-    facts = {}
-    for task, artefact in evidence.zero_shot:
+    facts, prompts = {}, defaultdict(dict)
+    for model, task, artefact in evidence.zero_shot:
         share = "" if artefact.get("limit") is None else "the first "
         facts[f"{HEADINGS.get(task, task)} {artefact['metric']} of {share}{artefact['n']:,}"] = None
+        if artefact.get("prompts"):
+            prompts[artefact["prompts"]][model] = None
     if not facts:
         return []
-    return [f"Zero-shot: accuracy in percent ± standard error; {', '.join(facts)} examples."]
+    notes = [f"Zero-shot: accuracy in percent ± standard error; {', '.join(facts)} examples."]
+    notes += [f"Zero-shot prompts: {text}{_whose(prompts, models)}." for text, models in prompts.items()]
+    return notes + _bos_notes("Zero-shot", [(model, artefact) for model, _, artefact in evidence.zero_shot])
+
+
+def _bos_notes(what: str, found: list[tuple[str, dict]]) -> list[str]:
+    """The notes that artefacts, given with a model's name, carry on a BOS token that the model lacks; each once."""
+    return list(dict.fromkeys(f"{what} ({model}): {about['note']}." for model, about in found if about.get("note")))
 
 
 def _compression_notes(evidence: Evidence) -> list[str]:
@@ -258,7 +268,8 @@ def _compression_notes(evidence: Evidence) -> list[str]:
     notes = [f"Calibration: {text}{_whose(calibrations, labels)}." for text, labels in calibrations.items()]
     for kind, labels in hessians.items():
         notes.append(f"Hessians: {kind}, {HESSIANS.get(kind, 'of unknown origin')}{_whose(hessians, labels)}.")
-    return notes
+    used = [(model, manifest.get("calibration") or {}) for (model, _), manifest in evidence.manifests.items()]
+    return notes + _bos_notes("Calibration", used)
 
 
 def _whose(groups: dict, labels: dict) -> str:
@@ -267,7 +278,7 @@ def _whose(groups: dict, labels: dict) -> str:
 
 def _origin_notes(evidence: Evidence) -> list[str]:
     """Devices and library versions, as recorded by the runs themselves."""
-    evaluations = [a for *_, a in evidence.perplexity] + [a for _, a in evidence.zero_shot]
+    evaluations = [a for *_, a in evidence.perplexity] + [a for *_, a in evidence.zero_shot]
     devices = {a["device"]: None for a in evaluations if a.get("device")}
     versions = defaultdict(dict)
     for artefact in [*evaluations, *evidence.manifests.values()]:

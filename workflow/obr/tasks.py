@@ -14,7 +14,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from obr.cloze import cloze
 from obr.errors import ObrError, first_line
 from obr.fetch import sha256_of
 from obr.files import become, whole_folder, write_json, write_text
-
-METRICS = ("acc", "acc_norm")
+from obr.packaged import METRICS, Function, check_output_type, packaged_task, yaml_dumper
 
 # Packaged keys without a meaning here, where there is one split and no examples in the prompt.
 DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
@@ -79,7 +77,10 @@ def read_task(task_dir: Path) -> dict:
 
 
 def load_task(task_dir: Path) -> Any:
-    """The folder's task as a `lm_eval` Task, its rows in memory. Raises as `read_task` does."""
+    """The folder's task as a `lm_eval` Task, its rows in memory.
+
+    Raises as `read_task` does, and ObrError for an output type that is not in OUTPUT_TYPES.
+    """
     import yaml
     from lm_eval.tasks import TaskManager
 
@@ -88,15 +89,17 @@ def load_task(task_dir: Path) -> Any:
     # hub and read strings that look like dates as dates.
     override = {
         "include": str((task_dir / "task.yaml").resolve()),
-        "custom_dataset": _Function("obr.tasks.rows_in_memory"),
+        "custom_dataset": Function("obr.tasks.rows_in_memory"),
         "dataset_kwargs": {"file": str((task_dir / "data.jsonl").resolve()), "split": record["split"]},
     }
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "task.yaml").write_text(yaml.dump(override, Dumper=_yaml_dumper()), encoding="utf-8")
+        (Path(folder) / "task.yaml").write_text(yaml.dump(override, Dumper=yaml_dumper()), encoding="utf-8")
         # Indexing lm-eval's own 14,000 tasks would take longer than many an evaluation.
         with quiet():
             manager = TaskManager(include_path=folder, include_defaults=False)
-            return manager.load([record["task"]])["tasks"][record["task"]]
+            task = manager.load([record["task"]])["tasks"][record["task"]]
+    check_output_type(record["task"], task.OUTPUT_TYPE)
+    return task
 
 
 def rows_in_memory(file: str, split: str, **_: Any) -> dict:
@@ -187,77 +190,6 @@ def _cloze_rows(source: dict, text: Path | None) -> tuple[list[dict], None, dict
     return cloze(text.read_text(encoding="utf-8"), source["n"], source["seed"]), None, config
 
 
-# lm-eval's packaged tasks.
-
-
-class _Function(str):
-    """The dotted name behind a YAML `!function`, kept as a name: paths into an installation do not travel."""
-
-
-def packaged_task(task: str) -> dict:
-    """lm-eval's configuration of a multiple-choice task, includes merged, functions as dotted names.
-
-    Of its metrics only acc and acc_norm are kept. Raises ObrError for an unknown task, and for one that is
-    not multiple choice scored by them on a test or validation split.
-    """
-    import lm_eval
-
-    root = Path(lm_eval.__file__).parent / "tasks"
-    file = _packaged_files(root).get(task)
-    if file is None:
-        raise ObrError(f"lm-eval {lm_eval.__version__} has no task named {task!r}: see `lm-eval ls tasks`.")
-    config = _read_yaml(file, root)
-    config["metric_list"] = [
-        m for m in config.get("metric_list", [{"metric": m} for m in METRICS]) if m["metric"] in METRICS
-    ]
-    scored = config.get("test_split") or config.get("validation_split")
-    if config.get("output_type") != "multiple_choice" or not config["metric_list"] or not scored:
-        raise ObrError(
-            f"task {task!r} of lm-eval {lm_eval.__version__} is not a multiple-choice task scored by "
-            "accuracy on a test or validation split: choose another."
-        )
-    return config
-
-
-@cache
-def _packaged_files(root: Path) -> dict[str, Path]:
-    # By the line that names the task: parsing all 14,000 files as YAML takes lm-eval's own index 13 s.
-    named = re.compile(r"^task: *[\"']?([^\s\"']+)", re.MULTILINE)
-    files: dict[str, Path] = {}
-    for file in sorted(root.rglob("*.yaml")):
-        if match := named.search(file.read_text(encoding="utf-8")):
-            files.setdefault(match[1], file)  # the first wins, as in lm-eval's index
-    return files
-
-
-def _read_yaml(file: Path, root: Path) -> dict:
-    import yaml
-
-    def dotted(loader: Any, node: Any) -> _Function:
-        module, _, name = loader.construct_scalar(node).rpartition(".")
-        beside = file.parent / (module.replace(".", "/") + ".py")
-        if beside.is_file():
-            module = ".".join(("lm_eval", "tasks", *beside.relative_to(root).with_suffix("").parts))
-        return _Function(f"{module}.{name}")
-
-    loader = type("Loader", (yaml.SafeLoader,), {})
-    loader.add_constructor("!function", dotted)
-    config = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
-    included = config.pop("include", [])
-    merged: dict = {}
-    for name in [included] if isinstance(included, str) else included:
-        merged |= _read_yaml(file.parent / name, root)
-    return merged | config
-
-
-def _yaml_dumper() -> Any:
-    import yaml
-
-    dumper = type("Dumper", (yaml.SafeDumper,), {})
-    dumper.add_representer(_Function, lambda self, name: self.represent_scalar("!function", str(name)))
-    return dumper
-
-
 # The folder.
 
 
@@ -295,7 +227,7 @@ def _write_folder(folder: Path, rows: list[dict], config: dict, source: dict, re
         "sha256": sha256_of(data),
         "lm_eval": lm_eval.__version__,
     }
-    packaged = yaml.dump(config, Dumper=_yaml_dumper(), sort_keys=False, allow_unicode=True)
+    packaged = yaml.dump(config, Dumper=yaml_dumper(), sort_keys=False, allow_unicode=True)
     write_text(packaged, folder / "task.yaml")
     write_json(record, folder / "task.json")
 
@@ -311,6 +243,8 @@ def _check_rows(folder: Path, config: dict) -> None:
         for i, doc in enumerate(task.eval_docs):
             where = f"row {i + 1}"
             _, choices, answer = question(task, doc)
+            if task.OUTPUT_TYPE == "loglikelihood" and not str(choices[0]).strip():
+                raise ObrError(f"row {i + 1} of task {name} has no answer: use rows with the hub's columns.")
             answers = answer if isinstance(answer, list) else [answer]
             if not all(0 <= index < len(choices) for index in answers):
                 raise ObrError(
@@ -334,7 +268,7 @@ def _check_columns(config: dict, rows: list[dict]) -> None:
     read: set[str] = set()
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
         template = config.get(key)
-        if isinstance(template, str) and not isinstance(template, _Function):
+        if isinstance(template, str) and not isinstance(template, Function):
             bare = {template} if template.isidentifier() else set()
             read |= bare | meta.find_undeclared_variables(Environment().parse(template))
     if missing := sorted(read - set.intersection(*(set(row) for row in rows))):
@@ -346,8 +280,11 @@ def _check_columns(config: dict, rows: list[dict]) -> None:
 def question(task: Any, doc: dict) -> tuple[str, list[str], int]:
     """(context, continuations, index of the right one) that a lm-eval task makes of a row.
 
-    WinoGrande varies the context instead of the continuation; here its contexts are then the choices.
+    WinoGrande varies the context instead of the continuation; here its contexts are then the choices. A task of
+    output type loglikelihood, such as LAMBADA, has one continuation.
     """
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return task.doc_to_text(doc), [task.doc_to_target(doc)], 0
     choices = task.doc_to_choice(doc)
     if task.multiple_input:
         return task.doc_to_target(doc), choices, task.doc_to_text(doc)

@@ -9,7 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from obr.data import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
+from obr.files import finite
+from obr.layout import needs_bos
+from obr.packaged import METRICS
 from obr.tasks import load_task, quiet, read_task
 
 
@@ -21,16 +25,26 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int = 1,
     max_length: int | None = None,
+    bos: bool | str | None = None,
 ) -> dict:
     """Score `model` on the task without examples in the prompt; nothing is written and no network is used.
 
     `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
-    lose their beginning and are counted under "truncated". Log-likelihoods are summed in float32 whatever
-    the model's dtype, or long answers would tie. Accuracies and standard errors are fractions; "value" is
-    acc_norm where the task has it, else acc, as in the paper.
+    lose their beginning, BOS included, and are counted under "truncated". Log-likelihoods are summed in float32
+    whatever the model's dtype, or long answers would tie. Accuracies and standard errors are fractions; "value" is
+    acc_norm where the task has it, else acc, as in the paper. A task of output type loglikelihood has one answer a
+    question, right if greedy decoding gives it. Its "perplexity" is that of whole answers, as lm-eval reports it:
+    exp of the mean negative log-likelihood of an answer.
+
+    bos: which special tokens are put before a prompt.
+        None: as the released evaluation has it, by lm-eval 0.4.2 and 0.4.4: none, but a beginning-of-sequence (BOS)
+            token for Gemma.
+        True: a BOS token. False: none.
+        "tokenizer": those that the tokenizer adds before a text, as lm-eval has it by default since 0.4.9.2.
+    Nothing is ever put after a prompt or an answer, and a BOS that the prompt begins with is not doubled.
 
     Raises ObrError when the task folder is damaged, an answer does not fit `max_length`, the head is tied
-    in the configuration only, or a log-likelihood is not finite.
+    in the configuration only, a log-likelihood is not finite, or `bos` asks for a token that the tokenizer lacks.
     """
     from lm_eval.evaluator import evaluate
 
@@ -38,16 +52,18 @@ def zero_shot(
     if limit is not None and limit < 1:
         raise ObrError(f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all.")
     _check_head(model)
+    before = _before(model, tokenizer, bos)
     started = time.perf_counter()
     was_training = model.training
     with quiet():
-        lm = _language_model(model, tokenizer, batch_size, max_length)
+        lm = _language_model(model, tokenizer, batch_size, max_length, before)
+        task = load_task(task_dir)
         try:
             # Not simple_evaluate, which would also seed the process's random generators and spend a second
             # on describing the machine; the scoring is this same call.
             found = evaluate(
                 lm,
-                {"tasks": {name: load_task(task_dir)}},
+                {"tasks": {name: task}},
                 limit=limit,
                 bootstrap_iters=1,  # switches standard errors on; those of a mean are computed, not drawn
             )
@@ -55,18 +71,15 @@ def zero_shot(
             model.train(was_training)
     seconds = time.perf_counter() - started
 
-    _check_finite(found["samples"][name], name)
-    scores = _scores(found["results"][name])
-    metric = "acc" if scores["acc_norm"] is None else "acc_norm"
     return {
         "task": name,
-        **scores,
-        "metric": metric,
-        "value": scores[metric],
-        "stderr": scores[f"{metric}_stderr"],
+        **_scores(found["results"][name], found["samples"][name], task),
         "n": found["n-samples"][name]["effective"],
         "limit": limit,
         "num_fewshot": 0,
+        "bos": bos,
+        "prompts": f"{spell_tokens(tokenizer, before)} before each prompt" if before else "no special tokens",
+        **_bos_note(model, tokenizer, before),
         "batch_size": batch_size,
         "max_length": lm.max_length,
         "truncated": lm.truncated,
@@ -77,29 +90,67 @@ def zero_shot(
     }
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int | None) -> Any:
+def _before(model: Any, tokenizer: Any, bos: bool | str | None) -> list[int]:
+    """The token ids that `bos` puts before each prompt."""
+    if bos not in (None, True, False, "tokenizer"):
+        raise ObrError(f"bos {bos!r} is unknown: use null, true, false or tokenizer.")
+    if bos == "tokenizer":
+        return special_tokens(tokenizer)[0]
+    wanted = needs_bos(model.config.model_type) if bos is None else bos
+    return [require_bos(tokenizer)] if wanted else []
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int | None, before: list[int]) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    class CountingLM(HFLM):
-        """HFLM that counts the requests it will have to cut, which it otherwise only logs."""
+    class PlainLM(HFLM):
+        """HFLM that adds no special tokens but `before` to prompts, and counts the requests it will have to cut.
+
+        HFLM tokenises question and answer together and the question alone, both with the tokenizer's special tokens,
+        and takes what is longer for the answer: a token added after each text then replaces the answer's first one.
+        """
 
         truncated = 0
 
+        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+            return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            before, after = super()._encode_pair(context, continuation)
-            if not 0 < len(after) <= self.max_length:
+            # Blanks at the question's end count as the answer's, as lm-eval has it.
+            question = _encode(self.tokenizer, context.rstrip())
+            both = _encode(self.tokenizer, context + continuation)
+            after = both[len(question) :]
+            if not question:
+                begin = before or self._start()
+                after = after[len(begin) :] if after[: len(begin)] == begin else after
+                question = begin
+            elif question[: len(before)] != before:
+                question = before + question
+            if not after:
+                raise ObrError(f"answer {continuation[:40]!r} adds no token to its question: leave out such rows.")
+            if len(after) > self.max_length:
                 raise ObrError(
-                    f"answer {continuation[:40]!r} is {len(after)} tokens long, between 1 and "
-                    f"{self.max_length} can be scored: raise max_length."
+                    f"answer {continuation[:40]!r} is {len(after)} tokens long and at most {self.max_length} can be "
+                    "scored: raise max_length."
                 )
             # One more fits: the last token is predicted, never read.
-            self.truncated += len(before) + len(after) > self.max_length + 1
-            return before, after
+            self.truncated += len(question) + len(after) > self.max_length + 1
+            return question, after
+
+        def _start(self) -> list[int]:
+            """What an answer without a question follows, as lm-eval has it: BOS, or else EOS."""
+            if self.prefix_token_id is None:
+                raise ObrError(
+                    f"a question of the task is empty and {type(self.tokenizer).__name__} has neither a BOS nor an "
+                    "EOS token to begin with: leave out such rows."
+                )
+            return [self.prefix_token_id]
 
     if tokenizer.pad_token is None:
         # lm-eval gives it one; the caller's tokenizer stays as it is.
         tokenizer = copy.deepcopy(tokenizer)
-    return CountingLM(
+    return PlainLM(
         pretrained=model,
         tokenizer=tokenizer,
         backend="causal",
@@ -107,6 +158,30 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
         max_length=max_length,
         softmax_dtype="float32",
     )
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _bos_note(model: Any, tokenizer: Any, before: list[int]) -> dict:
+    """{"note": sentence} for a model that needs a BOS token and gets none; else {}."""
+    family = model.config.model_type
+    if not needs_bos(family) or (before and before[0] == tokenizer.bos_token_id):
+        return {}
+    return {
+        "note": f"{family} models need a BOS token in front and the prompts have none, so the values mean little; "
+        "leave bos out"
+    }
+
+
+def _perplexity(samples: list[dict]) -> dict:
+    likelihoods = [likelihood for sample in samples for likelihood, _ in sample["filtered_resps"]]
+    try:
+        value = math.exp(-sum(likelihoods) / len(likelihoods))
+    except OverflowError:
+        value = math.inf
+    return finite("perplexity", value, "perplexity_status")
 
 
 def _check_head(model: Any) -> None:
@@ -130,10 +205,17 @@ def _check_finite(samples: list[dict], task: str) -> None:
         )
 
 
-def _scores(results: dict) -> dict:
+def _scores(results: dict, samples: list[dict], task: Any) -> dict:
+    """Accuracies with their standard errors, which of them counts, and the perplexity of a task that has one."""
+    _check_finite(samples, task.config.task)
+
     # lm-eval writes "N/A" for the standard error of a single row.
     def number(key: str) -> float | None:
         value = results.get(f"{key},none")
         return None if value in (None, "N/A") else float(value)
 
-    return {key: number(key) for metric in ("acc", "acc_norm") for key in (metric, f"{metric}_stderr")}
+    scores = {key: number(key) for metric in METRICS for key in (metric, f"{metric}_stderr")}
+    metric = "acc" if scores["acc_norm"] is None else "acc_norm"
+    scores |= {"metric": metric, "value": scores[metric], "stderr": scores[f"{metric}_stderr"]}
+    scores["output_type"] = task.OUTPUT_TYPE
+    return scores | (_perplexity(samples) if task.OUTPUT_TYPE == "loglikelihood" else {})

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import gguf
 
+from obr.data import special_tokens, spell_tokens
 from obr.errors import ObrError
 from obr.files import read_json
+from obr.model import load_tokenizer
 
 # The regular expressions of tokenizer.json -> llama.cpp's name of the same split.
 SPLITS = {
@@ -20,7 +22,8 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> str:
     """Add the tokenizer of a model folder, filled up to `vocabulary` tokens; returns a few words on it.
 
     Raises:
-        ObrError: a tokenizer that llama.cpp would not split text like.
+        ObrError: a tokenizer that llama.cpp would not split text like, or that adds special tokens to a text that no
+            key of GGUF tells of.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -33,8 +36,26 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> str:
     writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    special.add_special_token |= _added(folder, special.special_token_ids)
+    special.add_to_gguf(writer, quiet=True)
     return f"tokenizer {split}"
+
+
+def _added(folder: Path, ids: dict[str, int]) -> dict[str, bool]:
+    """Whether the tokenizer adds BOS before and EOS after a text.
+
+    GGUF's reader guesses that from the tokenizer's files, and llama.cpp from the split where the keys are missing.
+    """
+    tokenizer = load_tokenizer(folder)
+    added = dict(zip(("bos", "eos"), special_tokens(tokenizer), strict=True))
+    for name, tokens in added.items():
+        if tokens not in ([], [ids.get(name)]):
+            raise ObrError(
+                f"{folder}: the tokenizer adds {spell_tokens(tokenizer, tokens)} to a text, for which GGUF has no "
+                "key; export a folder without it, and pass token numbers to llama.cpp."
+            )
+    return {name: bool(tokens) for name, tokens in added.items()}
 
 
 def _split(tokenizer: dict, path: Path) -> str:
