@@ -91,7 +91,8 @@ def test_perplexity_against_bits(results, monkeypatch, tmp_path):
     assert points(drawn.panels[1], hollow=True) == []
     assert drawn.panels[0].get_yscale() == "log"
     assert labels(drawn) == [
-        "Dense", "RTN", "OBR (GPTQ)", "OBR, cached", "OBR 2:4", "A4KV4", "weights only", "hollow: published"
+        "Dense", "Dense, published", "RTN", "OBR (GPTQ)", "OBR, cached", "OBR 2:4", "A4KV4", "weights only",
+        "hollow: published",
     ]  # fmt: skip
     used = {(line.get_marker(), line.get_color()) for line in drawn.panels[1].get_lines()}
     assert len(used) == 6  # five recipes and the dense line, all told apart

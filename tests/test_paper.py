@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from obr import figure, published, table
+from obr import artefacts, figure, published, table
 from obr.config import Config
 from test_edition import merged
 
@@ -125,11 +125,46 @@ def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, 
 
 
 @pytest.mark.parametrize("name", merged("config.yaml")["figures"])
-def test_every_figure_is_drawn(paper, tmp_path, name):
+def test_every_figure_is_drawn(paper, tmp_path, monkeypatch, name):
     config, results = paper
     entry, shapes = config.raw["figures"][name], config.raw["kernels"]["shapes"]
+    checked, save = [], figure.save
+
+    def save_and_check(drawn, stem):  # under the style that the figure was drawn in
+        save(drawn, stem)
+        checked.append(assert_nothing_is_cut(drawn))
+
+    monkeypatch.setattr(figure, "save", save_and_check)
     figure.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / name, shapes)
-    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000 and checked
+
+
+def assert_nothing_is_cut(drawn) -> None:
+    """All that is drawn lies on the page, and markers in their panels with all of their size."""
+    found, (width, height) = drawn.get_tightbbox(), drawn.get_size_inches()
+    assert min(found.x0, found.y0) >= -0.01 and found.x1 <= width + 0.01 and found.y1 <= height + 0.01, found.extents
+    for panel in drawn.axes:
+        room = panel.bbox.padded(0.1)
+        for line in (line for line in panel.get_lines() if line.get_marker() not in ("None", "", None)):
+            radius = (line.get_markersize() + line.get_markeredgewidth()) / 2 * drawn.dpi / 72
+            for place in panel.transData.transform(np.asarray(line.get_xydata(), dtype=float)):
+                if np.isfinite(place).all():
+                    assert all(room.contains(*(place + way * radius)) for way in (-1, 1)), (line.get_marker(), place)
+
+
+def test_figure_1a_draws_published_points_where_the_paper_does(paper, tmp_path, monkeypatch):
+    config, results = paper
+    drawn = []
+    monkeypatch.setattr(figure, "save", lambda sheet, _: drawn.append(sheet))
+    entry = config.raw["figures"]["fig1a"]
+    figure.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / "f")
+    (panel,) = drawn[0].axes
+    hollow = [line for line in panel.get_lines() if line.get_fillstyle() == "none" and line.get_marker() != "None"]
+    found = sorted((round(float(x)), float(y)) for line in hollow for x, y in line.get_xydata() if math.isfinite(y))
+    assert found == [(3, 8.4), (3, 132.97), (4, 7.7), (4, 9.03), (6, 6.24), (6, 13.36), (8, 6.1), (8, 6.5)]
+    assert any(line.get_linestyle() == ":" and line.get_ydata()[0] == 5.5 for line in panel.get_lines())
+    (legend,) = drawn[0].legends
+    assert "Guesses" in legend.get_title().get_text()
 
 
 def test_seeds_are_averaged_with_their_spread(paper):
@@ -169,3 +204,39 @@ def test_mentions_are_told(paper):
         told[0].startswith("Printed in OBR Sec. 5.3 text (Fig. 5): Llama-2-7B, Wanda+OBR vs Wanda")
         and "0.53" in told[0]
     )
+
+
+def test_quant_only_of_table_2_stands_beside_three_bit_weights(paper):
+    """The paper heads these rows W4; its other tables have 3-bit weights for quant-only."""
+    made = built(paper, "table2")
+    frame = made.frame.set_index("recipe")
+    quoted = frame[["wikitext2_paper", "mean_paper"]]
+    assert quoted.loc["rtn_3bit_a8"].tolist() == [80.525, 39.98] and quoted.loc["rtn_3bit_w"].tolist() == [
+        80.25,
+        40.04,
+    ]
+    assert quoted.loc[["rtn_a8", "rtn_w"]].isna().all(axis=None)
+    assert any("quoted beside 3-bit RTN" in note for note in made.notes)
+
+
+# A compression's time has nothing to do with the bits of activations.
+@pytest.mark.parametrize("name", [name for name in merged("config.yaml")["tables"] if name != "time"])
+def test_quotes_stand_beside_recipes_of_the_same_bits_and_sparsity(paper, name):
+    config, _ = paper
+    entry, models = config.raw["tables"][name], config.raw["models"]
+    rows = [row for row in artefacts.resolve_rows(entry, config.recipes) if row.recipe and row.published]
+    quotes = published.Quotes(entry, models, rows, PUBLISHED)
+    for model in entry["models"]:
+        for row in rows:
+            for found in quotes.printed.get((model, row.key), pd.DataFrame()).itertuples():
+                ours = row.recipe
+                bits = (found.w_bits, found.a_bits, found.kv_bits)
+                own = tuple(str(part.bits) for part in (ours, ours.activations, ours.keys))
+                if (name, found.method) == ("table2", "QuaRot(quant-only)"):  # printed as W4; see the table's note
+                    bits, own = bits[1:], own[1:]
+                assert all(b in ("", o) for b, o in zip(bits, own, strict=True)), (model, row.key, bits, own)
+                assert found.sparsity in ("", _sparsity(ours)), (model, row.key, found.sparsity)
+
+
+def _sparsity(recipe) -> str:
+    return recipe.pattern if recipe.pattern not in (None, "unstructured") else f"{recipe.sparsity:g}"

@@ -32,6 +32,7 @@ class Row:
     """One recipe of a table or figure. `checkpoint` is the recipe whose folder holds its weights.
 
     variants: the same recipe under each of several seeds, itself included; empty where one seed is asked for.
+    published_bits: bits per weight at which the published figure draws the row; None where it counts as ours does.
     A row that only quotes has no recipe.
     """
 
@@ -41,6 +42,7 @@ class Row:
     checkpoint: str
     published: dict | None
     variants: tuple["Row", ...] = ()
+    published_bits: float | None = None
 
     @property
     def seeds(self) -> tuple["Row", ...]:
@@ -60,8 +62,8 @@ class Metric:
 
 
 def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
-    """The `rows` of an entry, each a recipe key, `{recipe, label?, published?, variants?}` or, for a row that
-    only quotes, `{label, published}`.
+    """The `rows` of an entry, each a recipe key, `{recipe, label?, published?, published_bits?, variants?}` or, for
+    a row that only quotes, `{label, published}`.
 
     Raises:
         ObrError: no rows, or a recipe (or the one that its `weights` names) is not in the config.
@@ -77,7 +79,8 @@ def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
             continue
         label = item.get("label")
         variants = tuple(_row(key, recipes, label, None) for key in item.get("variants") or [])
-        rows.append(replace(_row(item["recipe"], recipes, label, published), variants=variants))
+        row = _row(item["recipe"], recipes, label, published)
+        rows.append(replace(row, variants=variants, published_bits=item.get("published_bits")))
     return rows
 
 

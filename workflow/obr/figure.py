@@ -28,7 +28,6 @@ from obr.sheet import (
     activations,
     add_legend,
     confess,
-    dense_handles,
     dense_lines,
     handle,
     log_scale,
@@ -38,6 +37,7 @@ from obr.sheet import (
     place_ticks,
     published_handle,
     save,
+    unique,
 )
 
 SWEPT = {"sparsity": "Sparsity (%)", "alpha": "α", "bits": "Weight bits"}
@@ -67,12 +67,13 @@ def draw(
     for model in entry.get("models") or []:
         model_label(models, model)
     quotes = Quotes(entry, models, rows, published) if rows else None
-    told = entry.get("mentions") or []
+    told, note = entry.get("mentions") or [], entry.get("note")
     numbers = load(published) if told or entry.get("published") else None
     with matplotlib.rc_context(STYLE):
         source = Source(entry, models, Path(results), rows, quotes, numbers, shapes or [])
         sheet = KINDS[kind](source)
         sheet.remarks += mentions(numbers, told, notes=False) if told else []
+        sheet.remarks += [note] if note else []
         if entry.get("title"):
             sheet.figure.suptitle(textwrap.fill(entry["title"], int(sheet.figure.get_figwidth() * 12)))
         add_legend(sheet)
@@ -86,31 +87,33 @@ def perplexity_bits(source: Source) -> Sheet:
     """Perplexity against theoretical bits per weight: a panel per model, a colour per activation setting, or per
     value of the recipes' field `group_by`.
 
-    The dense model is a dashed line; hollow points are published values. Of a row with several seeds the mean is
-    drawn, with a bar of one standard deviation to either side. Settings are set a little apart, since most recipes
-    have the same size.
+    The dense model is a dashed line; hollow points are published values, at `published_bits` of their row where it
+    has some. Of a row with several seeds the mean is drawn, with a bar of one standard deviation to either side.
+    Settings are set a little apart, since most recipes have the same size.
     """
     metric, sheet = only_text(source.entry), new_sheet(len(source.labels), height=3.0)
     compressed = [row for row in source.rows if row.recipe.method != "dense"]
     groups = [_group(row, source.entry.get("group_by")) for row in compressed]
     colours = dict(zip(dict.fromkeys(groups), cycle(COLOURS)))
     marks = _marks(compressed, groups)
-    apart = " (colours set a little apart)" if len(colours) > 1 else ""
+    apart, dense = " (colours set a little apart)" if len(colours) > 1 else "", []
     for panel, (model, label) in zip(sheet.panels, source.labels.items()):
         panel.set(title=label, xlabel=f"Bits per weight{apart}", ylabel=f"{metric.heading} perplexity")
-        dense_lines(source, panel, model, metric.key)
+        dense += dense_lines(source, panel, model, metric)
         sizes = [_theoretical_bits(source, model, row) for row in compressed]
-        for row, group, place in zip(compressed, groups, _apart(sizes, groups)):
+        for row, group, size, place in zip(compressed, groups, sizes, _apart(sizes, groups)):
             values = [measured(source, model, run, metric.key) for run in row.seeds]
             spread = np.std(values, ddof=1) if len(values) > 1 else None
             style = {"color": colours[group], "marker": marks[row.key][1], "linestyle": ""}
             panel.errorbar(place, np.mean(values), spread, capsize=2, **style)
             printed = source.quotes.value(model, row, metric.published)
-            panel.plot(place, printed, fillstyle="none", markersize=8, **style)
+            there = place if row.published_bits is None else place - size + row.published_bits
+            panel.plot(there, printed, fillstyle="none", markersize=8, **style)
             confess(sheet, f"{label}, {row.label}", float(np.mean(values)))
         log_scale(panel)
-        place_ticks(panel, [round(size, 2) for size in sizes])
-    sheet.handles += dense_handles(source.rows)
+        printed_at = [row.published_bits for row in compressed if row.published_bits is not None]
+        place_ticks(panel, [round(size, 2) for size in [*sizes, *printed_at]])
+    sheet.handles += unique(dense)
     sheet.handles += [handle(name, marker, color="0.3") for name, marker in dict.fromkeys(marks.values())]
     sheet.handles += [Patch(color=c, label=group) for group, c in colours.items()]
     published_handle(sheet)
@@ -162,12 +165,12 @@ def sweep(source: Source) -> Sheet:
     x, group_by = source.entry.get("x"), source.entry.get("group_by") or "method"
     if x not in SWEPT:
         raise ObrError(f"Sweep over {x!r} is not possible; set x to one of {', '.join(SWEPT)}.")
-    metric, sheet = only_text(source.entry), new_sheet(len(source.labels))
+    metric, sheet, dense = only_text(source.entry), new_sheet(len(source.labels)), []
     lines = _sweep_lines(source.rows, x, group_by)
     styles = dict(zip(lines, zip(cycle(COLOURS), cycle(MARKERS))))
     for panel, (model, label) in zip(sheet.panels, source.labels.items()):
         panel.set(title=label, xlabel=SWEPT[x], ylabel=f"{metric.heading} perplexity")
-        dense_lines(source, panel, model, metric.key)
+        dense += dense_lines(source, panel, model, metric)
         for group, line in lines.items():
             colour, marker = styles[group]
             values = [measured(source, model, row, metric.key) for row in line.values()]
@@ -178,7 +181,7 @@ def sweep(source: Source) -> Sheet:
                 confess(sheet, f"{label}, {row.label}", value)
         log_scale(panel)
         place_ticks(panel, [place for line in lines.values() for place in line])
-    sheet.handles += dense_handles(source.rows)
+    sheet.handles += unique(dense)
     sheet.handles += [handle(g, marker, color=colour, linestyle="-") for g, (colour, marker) in styles.items()]
     published_handle(sheet)
     return sheet

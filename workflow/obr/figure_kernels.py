@@ -57,7 +57,8 @@ def _draw(panel: Axes, name: str, series: list[tuple], shapes: list[str]) -> Non
     most = max((rows.loc[rows["kernel"] == kernel, column].max() for kernel, rows, *_ in series), default=1.0)
     unit, scale = ("G", 1000.0) if name == "speed" and most < 1 else ("T" if name == "speed" else "G", 1.0)
     panel.set(ylabel=label.format(unit))
-    offsets = np.linspace(-0.36, 0.36, len(series)) if len(series) > 1 else [0.0]
+    reach = min(0.32, 0.06 * (len(series) - 1))  # to either side of a shape's place; 0.5 is the line between two
+    offsets = np.linspace(-reach, reach, len(series))
     for (kernel, found, fill, colour, marker), offset in zip(series, offsets):
         part = found[found["kernel"] == kernel].groupby("shape").first().reindex(shapes)
         places, values = np.arange(len(shapes)) + offset, scale * part[column].astype(float)

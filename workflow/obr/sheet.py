@@ -13,12 +13,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from obr.artefacts import Row, metrics_of, model_label, read_perplexity, value_of
+from obr.artefacts import Metric, Row, metrics_of, model_label, read_perplexity, value_of
 from obr.errors import ObrError
 from obr.files import whole
 from obr.published import Quotes
 
 COLUMN, PAGE = 3.5, 7.0  # inches: one column of a two-column paper, and its whole width
+REMARK_LINE = 0.13  # inches: the height of a line of 7-point text
 # Okabe and Ito's palette, told apart by colour-blind readers; its yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -129,16 +130,26 @@ def handle(label: str, marker: str, linestyle: str = "", **style) -> Line2D:
     return Line2D([], [], label=label, marker=marker, linestyle=linestyle, **style)
 
 
-def dense_handles(rows: list[Row]) -> list[Line2D]:
-    """The legend's entry for the uncompressed model, if a row is it."""
-    dense = any(row.recipe.method == "dense" for row in rows)
-    return [handle(METHODS["dense"][0], "", "--", color="0.4", linewidth=1)] if dense else []
+DENSE = {"color": "0.4", "linewidth": 1}
 
 
-def dense_lines(source: Source, panel: Axes, model: str, text: str) -> None:
-    """A dashed line at the perplexity of the uncompressed model."""
+def dense_lines(source: Source, panel: Axes, model: str, metric: Metric) -> list[Line2D]:
+    """A dashed line at the perplexity of the uncompressed model, a dotted one where it is published; the legend's
+    entries for the lines that were drawn."""
+    entries = []
     for row in (row for row in source.rows if row.recipe.method == "dense"):
-        panel.axhline(measured(source, model, row, text), color="0.4", linestyle="--", linewidth=1, zorder=1)
+        panel.axhline(measured(source, model, row, metric.key), linestyle="--", zorder=1, **DENSE)
+        entries.append(handle(METHODS["dense"][0], "", "--", **DENSE))
+        printed = source.quotes.value(model, row, metric.published)
+        if np.isfinite(printed):
+            panel.axhline(printed, linestyle=":", zorder=1, **DENSE)
+            entries.append(handle(f"{METHODS['dense'][0]}, published", "", ":", **DENSE))
+    return entries
+
+
+def unique(handles: list[Line2D]) -> list[Line2D]:
+    """One legend entry of each label, in the order of their first."""
+    return list({entry.get_label(): entry for entry in handles}.values())
 
 
 def measured(source: Source, model: str, row: Row, text: str) -> float:
@@ -171,9 +182,13 @@ def confess(sheet: Sheet, what: str, value: float) -> None:
 
 
 def add_legend(sheet: Sheet) -> None:
-    """One legend below all panels; remarks stand over it, wrapped to the figure's width."""
-    width = sheet.figure.get_figwidth()
+    """One legend below all panels; remarks stand over it, wrapped to the figure's width.
+
+    Remarks of more than three lines make the figure higher, so that panels keep their size.
+    """
+    width, height = sheet.figure.get_size_inches()
     title = "\n".join(textwrap.fill(remark, int(width * 17)) for remark in sheet.remarks)
+    sheet.figure.set_figheight(height + REMARK_LINE * max(0, title.count("\n") + 1 - 3))
     longest = max((len(handle.get_label()) for handle in sheet.handles), default=1)
     columns = max(1, int(width * 17 / (longest + 8)))
     sheet.figure.legend(
