@@ -74,7 +74,7 @@ class Report:
     """What a compression did; becomes the manifest.
 
     allocation: what it was told to do layer by layer. slopes: mean squares of the outputs' gradients by layer, if
-    rows are weighed by them; not in the manifest.
+    rows are weighed by them; not in the manifest. released: what was verified of a checkpoint that others made.
     """
 
     recipe: Recipe
@@ -84,6 +84,7 @@ class Report:
     source: dict | None = None
     allocation: dict | None = None
     slopes: dict[str, Tensor] | None = None
+    released: dict | None = None
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     device: str = "cpu"
@@ -328,6 +329,7 @@ class Writer:
             "rotation": report.rotation,
             "source": report.source,
             **({"allocation": report.allocation} if report.allocation is not None else {}),
+            **({"released": report.released} if report.released is not None else {}),
             **({"held_out_error": _mean([row.held_out_error for row in layers])} if report.recipe.held_out else {}),
             "seconds": report.seconds,
             "device": report.device,

@@ -151,8 +151,11 @@ def _ostquant(file: _File) -> OSTQuant:
     return OSTQuant(file.dimensions, parameters, transforms)
 
 
-def _flatquant(file: _File) -> FlatQuant:
-    """`flat_matrices.pth`: {layer: {name: tensor}}; stored inverses are inverse transposes, and must fit."""
+def flatquant_names() -> dict[str, str]:
+    """{name of a tensor below a layer in FlatQuant's files: name of a block's parameter here}.
+
+    A stored inverse transpose is called as its matrix, with ".dual".
+    """
     groups = {"self_attn.ln_trans": "qkv", "mlp.up_gate_trans": "up_gate", "mlp.down_trans": "down"}
     heads = {"self_attn.o_trans": "o.heads", "self_attn.kcache_trans": "keys", "self_attn.vcache_trans": "value"}
     names = {}
@@ -169,19 +172,25 @@ def _flatquant(file: _File) -> FlatQuant:
             names[f"{path}.act_quantizer.clip_factor_a_{bound}"] = f"{role}.range_{end}"
         for role in ("keys", "values"):
             names[f"self_attn.{role[0]}_cache_quantizer.clip_factor_a_{bound}"] = f"{role}.range_{end}"
-    names = {re.escape(old): new for old, new in names.items()}
+    return names
+
+
+def _flatquant(file: _File) -> FlatQuant:
+    """`flat_matrices.pth`: {layer: {name: tensor}}; stored inverses are inverse transposes, and must fit."""
+    names = {re.escape(old): new for old, new in flatquant_names().items()}
     parameters = {}
     for index, layer in file.layers().items():
         tensors = file.renamed(layer, names)
         for name in [name for name in tensors if name.endswith(".dual")]:
-            _check_dual(
+            check_dual(
                 tensors.get(name.removesuffix(".dual")), tensors.pop(name), f"{file.what}: layer {index} {name}"
             )
         parameters |= {f"blocks.{index}.{name}": tensor for name, tensor in tensors.items()}
     return FlatQuant(file.dimensions, parameters)
 
 
-def _check_dual(matrix: Tensor | None, dual: Tensor, what: str) -> None:
+def check_dual(matrix: Tensor | None, dual: Tensor, what: str) -> None:
+    """Raise ObrError unless `dual` (n, n) is the inverse transpose of `matrix`, to DUAL_ERROR."""
     error = torch.inf
     if matrix is not None and matrix.ndim == 2 and matrix.shape == dual.shape:
         error = float((matrix.double().mT @ dual.double() - torch.eye(len(dual), dtype=torch.float64)).abs().max())

@@ -137,7 +137,7 @@ class Rotation(ABC):
         expected, sizes = self.expected(), self.sizes()
         _check_names(set(self.parameters), set(expected), f"{what}: the {self.kind} rotation")
         for name, parameter in expected.items():
-            _check_parameter(self.parameters[name], parameter, f"{what}: {name}")
+            check_parameter(self.parameters[name], parameter, f"{what}: {name}")
         _check_names(set(self.transforms), set(sizes), f"{what}: the {self.kind} rotation")
         for name, size in sizes.items():
             _check_transform(self.transforms[name], size, f"{what}: transform {name!r}")
@@ -188,7 +188,8 @@ def _check_names(there: set[str], expected: set[str], what: str) -> None:
         raise ObrError(f"{what} lacks {missing[:3]} and has {unexpected[:3]} too many; it is another model's.")
 
 
-def _check_parameter(tensor: Tensor, parameter: Parameter, what: str) -> None:
+def check_parameter(tensor: Tensor, parameter: Parameter, what: str) -> None:
+    """Raise ObrError unless a tensor is what a parameter must be. what: its name in messages."""
     sizes = zip(tensor.shape, parameter.shape, strict=False)
     if tensor.ndim != len(parameter.shape) or any(e not in (None, n) for n, e in sizes):
         raise ObrError(
