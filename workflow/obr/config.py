@@ -100,6 +100,8 @@ class Config:
             raise ObrError(f"{where} has {' and '.join(kinds) or 'no source'}; give one of text, generated and mix.")
         if "text" in entry:
             self._defined("texts", entry["text"], f"{where}.text")
+        elif entry.get("sampling") == "documents":
+            raise ObrError(f"{where}.sampling is 'documents', but its windows are of no text; drop it, or give text.")
         for name in entry.get("mix", []):
             self._defined("calibrations", name, f"{where}.mix")
             if "mix" in self.raw["calibrations"][name]:
