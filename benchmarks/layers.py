@@ -17,7 +17,7 @@ def real_layer(results: Path, block: int, name: str, group: str) -> tuple[Tensor
         results / "models" / MODEL, results / "rotations" / ROTATION / f"{MODEL}.safetensors", device="cpu"
     )
     cached = hessians.load(results / "hessians" / MODEL / ROTATION / CALIBRATION / block_file(block))
-    return blocks.load(block).get_submodule(name).weight.detach(), cached[group]
+    return blocks.load(block).get_submodule(name).weight.detach(), cached[group].hessian
 
 
 def made_layer(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:

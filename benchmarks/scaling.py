@@ -45,7 +45,7 @@ def _accumulated(tokens: int, columns: int, repeats: int) -> list[float]:
         accumulator = Accumulator(columns, len(windows), windows.device)
         for window in windows:
             accumulator(window)
-        return accumulator.matrix()
+        return accumulator.moments().hessian
 
     accumulate()
     return timed(accumulate, repeats)[0]

@@ -242,7 +242,7 @@ def test_losses_at_the_references_are_divergences_of_models_with_that_layer_chan
     assert options == [asdict(Option("gptq", 3)), asdict(Option("joint", 4, 0.5))]
     model = obr.load_model(made / "models/tiny", device="cpu")
     layer, name = model.model.layers[0].mlp.up_proj, "mlp.up_proj"
-    x = hessian.load(made / "hessians/tiny/none/c/block_000.safetensors")["up_gate"]
+    x = hessian.load(made / "hessians/tiny/none/c/block_000.safetensors")["up_gate"].hessian
     weight, row = layer.weight.data, next(r for r in told["layers"] if (r["block"], r["layer"]) == (0, name))
     with torch.no_grad():
         dense = model(tokens).logits.double().log_softmax(-1)

@@ -106,6 +106,10 @@ def test_only_models_limits_tables_and_figures():
             {"calibrations__d": {"mix": ["c", "c"], "seqlen": 64}},
             "calibrations.d takes 64 windows of 64 tokens from 'c'",
         ),
+        (
+            {"calibrations__d": {"generated": {}, "sampling": "documents"}},
+            "calibrations.d.sampling is 'documents', but its windows are of no text; drop it, or give text",
+        ),
         ({"calibrations__d": {"nsamples": 4}}, "calibrations.d has no source; give one of text, generated and mix"),
         ({"calibrations__d": {"text": "train", "generated": {}}}, "calibrations.d has text and generated; give one"),
         ({"calibrations__c__text": "gone"}, "calibrations.c.text is 'gone', which texts does not define"),
@@ -142,6 +146,7 @@ def test_recipes_mean_what_they_say():
     assert Recipe.parse({"method": "dense", "bits": 4}).bits == 16
     assert Recipe.parse({"method": "gptq", "calibration": "c"}).sparsity == 0
     assert Recipe.parse({"method": "wanda", "mask": "random", "calibration": "c"}).mask == "wanda"
+    assert Recipe.parse({"method": "wanda", "mask": "wanda_harmonic", "calibration": "c"}).mask == "wanda_harmonic"
     assert Recipe.parse({"method": "obr_rtn", "pattern": "1:4", "calibration": "c"}).sparsity == 0.75
     recipe = Recipe.parse({"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 8}})
     assert recipe.setting == "W4A16K4V8" and recipe.keys == QuantizerSettings(4)

@@ -1,5 +1,6 @@
 """Windows over tokens, calibration files, and what is said when a text is too short."""
 
+import json
 import os
 import random
 import warnings
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obr.data import (
+    Documents,
     calibrate,
     calibration_tokens,
     evaluation_windows,
@@ -21,8 +23,8 @@ from obr.data import (
     tokenize,
 )
 from obr.errors import ObrError
-from obr.fetch import cache_dir
-from obr.texts import download_text
+from obr.fetch import cache_dir, sha256_of
+from obr.texts import download_documents, download_text
 
 WORDS = [
     "the",
@@ -130,7 +132,7 @@ def test_evaluation_windows_drop_only_the_tail(total, seqlen, limit):
     assert torch.equal(windows.flatten(), torch.arange(used // seqlen * seqlen))
 
 
-@pytest.mark.parametrize("wrong", [{"sampling": "documents"}, {"nsamples": 0}, {"seqlen": 0}])
+@pytest.mark.parametrize("wrong", [{"sampling": "sentences"}, {"nsamples": 0}, {"seqlen": 0}])
 def test_calibration_refuses_senseless_settings(tokenizer, text, wrong):
     (value,) = wrong.values()
     with pytest.raises(ObrError, match=str(value)):
@@ -196,6 +198,143 @@ def test_read_text_keeps_line_ends_and_refuses_other_encodings(tmp_path):
         read_text(tmp_path / "b.txt")
     with pytest.raises(ObrError, match=r"c\.txt cannot be read .*download_text"):
         read_text(tmp_path / "c.txt")
+
+
+# ------------------------------------------------------------------------------------ documents
+
+
+def documents_of(lengths: list[int]) -> list[str]:
+    """Documents of so many tokens each with the tokenizer's BOS, word j of document i known by both."""
+    return [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(length - 1)) for i, length in enumerate(lengths)]
+
+
+def as_released(tokenizer, documents, nsamples, seqlen, seed) -> list[list[int]]:
+    """GPTQ's loop over C4: the module's own generator, seeded, and one document tokenised at each draw."""
+    random.seed(seed)
+    windows = []
+    for _ in range(nsamples):
+        while True:
+            i = random.randint(0, len(documents) - 1)
+            tokens = tokenizer(documents[i])["input_ids"]
+            if len(tokens) >= seqlen:
+                break
+        j = random.randint(0, len(tokens) - seqlen - 1)
+        windows.append(tokens[j : j + seqlen])
+    return windows
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40).filter(lambda t: t != 12), min_size=1, max_size=30),
+    nsamples=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_windows_inside_documents_are_drawn_as_gptq_draws_them(tokenizer, lengths, nsamples, seed):
+    documents, seqlen = documents_of(lengths), 12
+    options = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "sampling": "documents"}
+    if max(lengths) < seqlen:
+        with pytest.raises(ObrError, match=f"none of the {len(lengths)} documents has more than 12 tokens"):
+            calibration_tokens(tokenizer, documents, **options)
+        return
+    wanted = as_released(tokenizer, documents, nsamples, seqlen, seed)
+    assert calibration_tokens(tokenizer, documents, **options).tolist() == wanted
+
+
+def test_a_document_of_just_one_window_is_drawn_again(tokenizer):
+    """GPTQ's loop takes it, and then has no place to draw; the draws around it are the same."""
+    documents = documents_of([12, 30, 12, 30])
+    with pytest.raises(ValueError, match="empty range"):
+        as_released(tokenizer, documents, 8, 12, seed=0)
+    generator, wanted = random.Random(0), []
+    while len(wanted) < 8:
+        tokens = tokenizer(documents[generator.randint(0, 3)])["input_ids"]
+        if len(tokens) > 12:
+            start = generator.randint(0, 30 - 12 - 1)
+            wanted.append(tokens[start : start + 12])
+    options = {"nsamples": 8, "seqlen": 12, "seed": 0, "sampling": "documents"}
+    assert calibration_tokens(tokenizer, documents, **options).tolist() == wanted
+    with pytest.raises(ObrError, match="none of the 2 documents has more than 12 tokens"):
+        calibration_tokens(tokenizer, documents[::2], **options)
+
+
+class Counted(list):
+    """Documents that count how often each is asked for."""
+
+    def __init__(self, documents):
+        super().__init__(documents)
+        self.asked = [0] * len(documents)
+
+    def __getitem__(self, index):
+        self.asked[index] += 1
+        return super().__getitem__(index)
+
+
+def test_only_documents_that_are_drawn_are_read_and_short_ones_once(tokenizer):
+    documents = Counted(documents_of([5] * 300 + [40]))
+    options = {"nsamples": 1, "seqlen": 12, "seed": 1, "sampling": "documents"}
+    calibration_tokens(tokenizer, documents, **options)
+    assert 0 < sum(documents.asked[:300]) < 300 and max(documents.asked[:300]) == 1
+    everything = Counted(documents_of([5] * 300))
+    with pytest.raises(ObrError, match="none of the 300 documents"):
+        calibration_tokens(tokenizer, everything, **options)
+    assert everything.asked == [1] * 300
+
+
+def test_begin_of_sequence_tokens_are_each_documents_own(tokenizer):
+    options = {"nsamples": 20, "seqlen": 12, "seed": 0, "sampling": "documents"}
+    drawn = calibration_tokens(tokenizer, documents_of([13] * 5), **options)
+    assert (drawn[:, 0] == 1).all() and not (drawn[:, 1:] == 1).any()  # 13 tokens leave one place, the first
+    drawn = calibration_tokens(tokenizer, documents_of([14] * 5), bos=False, **options)
+    assert not (drawn == 1).any()
+
+
+def test_a_text_of_the_wrong_kind_is_refused(tokenizer, text, tmp_path):
+    with pytest.raises(ObrError, match="sampling 'documents' needs separate documents, but the text is one text"):
+        calibration_tokens(tokenizer, text, sampling="documents")
+    with pytest.raises(ObrError, match="sampling 'random' needs one text, but the text is separate documents"):
+        calibration_tokens(tokenizer, [text])
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    for name, sampling in (("words.txt", "documents"), ("words.jsonl", "random")):
+        (tmp_path / name).write_text(text)
+        spec = {"nsamples": 2, "seqlen": 8, "sampling": sampling}
+        with pytest.raises(ObrError, match=f"sampling '{sampling}' needs .*, but .*{name} is "):
+            calibrate(tmp_path / "tiny", tmp_path / name, spec, tmp_path / "out.safetensors")
+
+
+def test_calibrate_draws_from_a_file_of_documents(tokenizer, tmp_path):
+    """The rows of a text file, an empty one and one with line ends inside it among them."""
+    rows = [*documents_of([5, 30, 20]), "", "the\u2028old\r\nhouse " * 9]
+    (tmp_path / "in.txt").write_text("".join(f"{row}\n" for row in rows[:3]))
+    download_documents({"source": "path", "path": str(tmp_path / "in.txt"), "rows": "wikitext"}, tmp_path / "d.jsonl")
+    assert list(Documents(tmp_path / "d.jsonl")) == [f"{row}\n" for row in rows[:3]]
+
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = Documents(tmp_path / "d.jsonl")
+    assert list(documents) == rows and documents.sha256 == sha256_of(tmp_path / "d.jsonl")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    options = {"nsamples": 6, "seqlen": 12, "seed": 3, "sampling": "documents"}
+    for name in ("one", "two"):
+        calibrate(tmp_path / "tiny", tmp_path / "d.jsonl", {**options, "text": "d"}, tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    tokens, about = load_tokens(tmp_path / "one")
+    assert tokens.tolist() == as_released(tokenizer, rows, 6, 12, seed=3)
+    wanted = {"model": "tiny", "text": "d", "text_sha256": documents.sha256, "documents": 5, "bos": None, **options}
+    assert wanted.items() <= about.items() and "tokens_in_text" not in about
+
+
+def test_a_broken_file_of_documents_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text('"one"\n{"text": "two"}\nthree\n')
+    documents = Documents(tmp_path / "d.jsonl")
+    assert len(documents) == 3 and documents[0] == "one"
+    for index in (1, 2):
+        with pytest.raises(
+            ObrError, match=rf"line {index + 1} of .*d\.jsonl is not a JSON string: give the file that"
+        ):
+            _ = documents[index]
+    with pytest.raises(IndexError):
+        _ = documents[3]
+    with pytest.raises(ObrError, match=r"gone\.jsonl cannot be read .*: run the stage download_documents"):
+        Documents(tmp_path / "gone.jsonl")
 
 
 def test_wikitext_has_the_tokens_everybody_counts(tmp_path):

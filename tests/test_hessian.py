@@ -41,12 +41,20 @@ def test_sums_and_triangles_are_whole(columns, tmp_path):
     accumulator = hessian.Accumulator(columns, len(inputs), torch.device("cpu"))
     for x in inputs:
         accumulator(x)
-    matrix = accumulator.matrix()
+    moments = accumulator.moments()
+    matrix = moments.hessian
     wanted = 2 / 3 * sum(x[0].double().T @ x[0].double() for x in inputs)
     assert torch.allclose(matrix.double(), wanted, atol=1e-4) and torch.equal(matrix, matrix.T)
-    hessian.save({"qkv": matrix, "o": 2 * matrix}, tmp_path / "block.safetensors")
-    assert torch.equal(hessian.load(tmp_path / "block.safetensors", groups=["o"])["o"], 2 * matrix)
-    assert hessian.load(tmp_path / "block.safetensors").keys() == {"qkv", "o"}
+    harmonic = sum(x[0].double().square().sum(0) / number for number, x in enumerate(inputs, start=1))
+    assert torch.allclose(moments.harmonic.double(), harmonic, rtol=1e-5)
+    path = tmp_path / "block.safetensors"
+    hessian.save({"qkv": moments, "o": hessian.Moments(2 * matrix)}, path)
+    found = hessian.load(path, groups=["qkv"], harmonic=True)["qkv"]
+    assert torch.equal(found.hessian, matrix) and torch.equal(found.harmonic, moments.harmonic)
+    assert torch.equal(hessian.load(path, groups=["o"])["o"].hessian, 2 * matrix)
+    assert hessian.load(path).keys() == {"qkv", "o"}
+    with pytest.raises(ObrError, match="has no harmonic norms, which mask wanda_harmonic needs; delete its folder"):
+        hessian.load(path, harmonic=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -300,7 +300,8 @@ def test_a_spoilt_safetensors_file_is_refused_or_read(kind, model, tmp_path):
         tokens = torch.randint(0, VOCABULARY, (4, 16))
         save_file({"tokens": tokens}, path, metadata={"calibration": json.dumps({"nsamples": 4})})
     if kind == "hessian":
-        hessian.save({"qkv": torch.eye(16), "o": torch.eye(16)}, path)
+        moments = hessian.Moments(torch.eye(16), torch.ones(16))
+        hessian.save({"qkv": moments, "o": moments}, path)
     if kind == "rotation":
         make({"kind": "quarot"}, model, path)
     sizes, read = Dimensions.of(config_of(model)), READERS[kind]
@@ -322,8 +323,9 @@ def test_files_of_other_shapes_are_named(model, tmp_path):
         save_file({"tokens": tokens}, path, metadata=about)
         with pytest.raises(ObrError, match="not a whole file of calibration tokens"):
             load_tokens(path)
-    for size in (10**9, 3, -4, "4"):
-        save_file({"o": torch.zeros(10)}, path, metadata={"sizes": json.dumps({"o": size})})
+    wrong = [{"o": torch.zeros(10), "o.harmonic": norms} for norms in (torch.zeros(3), torch.zeros(4).int())]
+    for size, tensors in [(size, {"o": torch.zeros(10)}) for size in (10**9, 3, -4, "4")] + [(4, t) for t in wrong]:
+        save_file(tensors, path, metadata={"sizes": json.dumps({"o": size})})
         with pytest.raises(ObrError, match="is not a whole Hessian file"):
             hessian.load(path)
 

@@ -44,6 +44,7 @@ def test_scores():
     weight, diagonal = torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 1.0])
     assert SCORES["magnitude"](weight).tolist() == [[1, 2]]
     assert SCORES["wanda"](weight, hessian_diagonal=diagonal).tolist() == [[3, 2]]
+    assert SCORES["wanda_harmonic"](weight, harmonic=diagonal).tolist() == [[3, 2]]
     assert SCORES["sparsegpt"](weight, inverse_factor_diagonal=torch.tensor([0.5, 4])).tolist() == [[4, 0.25]]
     random = SCORES["random"](weight, seed=3)
     assert torch.equal(random, SCORES["random"](weight, seed=3)) and not torch.equal(

@@ -110,7 +110,7 @@ def test_drifts_are_sums_over_both_models_inputs(tokens):
         seen[which] = torch.cat([row[0] for row in rows]).double()
     found = target.collect(compressed, block, dense.layout, hidden, hidden, arguments[0], "down")
     own = seen["compressed"]
-    assert torch.allclose(found.hessian.double(), own.T @ own / 2, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.moments.hessian.double(), own.T @ own / 2, rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.drift.double(), (seen["dense"] - own).T @ own / 2, rtol=1e-4, atol=1e-4)
     assert all(block.get_submodule(name).observer is None for name in dense.layout.linears)
 

@@ -10,7 +10,7 @@ import pytest
 
 from obr import fetch
 from obr.errors import ObrError
-from obr.texts import download_text, wikitext_rows
+from obr.texts import download_documents, download_text, wikitext_rows
 from wheels import make_wheel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -52,6 +52,37 @@ def test_a_text_from_a_file(tmp_path):
         "rows.txt",
         "rows.json",
     }
+
+
+def test_stripped_rows_are_joined_as_flatquant_joins_them(tmp_path):
+    """FlatQuant strips every row of WikiText-2 and drops none."""
+    (tmp_path / "in.txt").write_text("\n = A = \n\n hello \n")
+    source = {"source": "path", "path": str(tmp_path / "in.txt"), "rows": "wikitext"}
+    assert wikitext_rows((tmp_path / "in.txt").read_text()) == ["", " = A = \n", "", " hello \n"]
+    download_text(source | {"strip": True}, tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text() == "\n\n= A =\n\n\n\nhello"
+    download_text(source | {"strip": False}, tmp_path / "out.txt")
+    assert (tmp_path / "out.txt").read_text() == "\n\n = A = \n\n\n\n\n hello \n"
+
+
+def test_documents_are_kept_apart(tmp_path):
+    raw = "one \u2028 é\n\n three\n"
+    (tmp_path / "in.txt").write_text(raw)
+    source = {"source": "path", "path": str(tmp_path / "in.txt"), "rows": "wikitext", "strip": True}
+    download_documents(source, tmp_path / "documents/a.jsonl")
+    content = '"one \u2028 é"\n""\n"three"\n'
+    assert (tmp_path / "documents/a.jsonl").read_text() == content
+    assert json.loads((tmp_path / "documents/a.json").read_text()) == {
+        "source": source,
+        "revision": None,
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "characters": 12,
+        "rows": 3,
+    }
+    (tmp_path / "in.txt").write_text("\n\n \n")
+    with pytest.raises(ObrError, match="has no text: correct its entry"):
+        download_documents(source, tmp_path / "documents/b.jsonl")
+    assert sorted(path.name for path in (tmp_path / "documents").iterdir()) == ["a.json", "a.jsonl"]
 
 
 def test_texts_that_are_none(tmp_path):
@@ -143,6 +174,11 @@ C4_LIKE = HUB_TEXT | {"data_files": "en/train.0.json.gz"}
         (C4_LIKE | {"rows": 1, "min_chars": 7}, "a longer document"),
         (C4_LIKE | {"rows": 3, "join": "|"}, "| one \n|a longer document"),
         (HUB_TEXT | {"split": "test", "data_files": "test.jsonl"}, "\n\n one \n"),
+        (HUB_TEXT | {"split": "test", "data_files": ["test.jsonl"]}, "\n\n one \n"),
+        (HUB_TEXT | {"data_files": {"train": "en/train.0.json.gz"}}, "\n\n one \n\n\na longer document\n\né"),
+        (HUB_TEXT | {"data_files": {"train": "en/train.0.json.gz"}, "rows": 1, "min_chars": 7}, "a longer document"),
+        (C4_LIKE | {"strip": True}, "\n\none\n\na longer document\n\né"),
+        (C4_LIKE | {"strip": True, "min_chars": 5}, "one\n\na longer document"),
     ],
 )
 def test_a_text_from_the_hub(dataset, tmp_path, source, wanted):
@@ -150,6 +186,19 @@ def test_a_text_from_the_hub(dataset, tmp_path, source, wanted):
     assert (tmp_path / "out.txt").read_text() == wanted
     assert json.loads((tmp_path / "out.json").read_text())["revision"] == COMMIT
     assert dataset.options["streaming"] is ("rows" in source)
+
+
+def test_documents_from_the_hub_are_all_rows(dataset, tmp_path):
+    """As config.yaml names C4: data_files by split, and no limit of rows."""
+    source = HUB_TEXT | {"data_files": {"train": "en/train.0.json.gz"}}
+    download_documents(source, tmp_path / "out.jsonl")
+    documents = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert documents == ["", " one \n", "a longer document", "é"]
+    assert json.loads((tmp_path / "out.json").read_text())["revision"] == COMMIT
+    assert dataset.options["streaming"] is False
+    with pytest.raises(ObrError, match=r"row 0 of .* has no text in column 'sentence'"):
+        download_documents(source | {"column": "sentence"}, tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists() and not (tmp_path / "none.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     stage("download-model", download_model, "Fetch a model into a folder.", "entry", "out")
     stage("check-model", check_model, "Check recipes against a model's sizes.", "entry", "model", "out")
     stage("download-text", download_text, "Fetch a text into a file.", "entry", "out")
+    stage("download-documents", download_documents, "Fetch a text's documents into a file.", "entry", "out")
     stage("download-task", download_task, "Fetch a zero-shot task.", "entry", "text?", "out")
     stage("download-rotation", download_rotation, "Make a model's rotation.", "entry", "model", "out", "trust")
     stage(
@@ -148,6 +149,12 @@ def download_text(entry: dict, out: Path) -> None:
     from obr.texts import download_text
 
     download_text(entry, out)
+
+
+def download_documents(entry: dict, out: Path) -> None:
+    from obr.texts import download_documents
+
+    download_documents(entry, out)
 
 
 def download_task(entry: dict, text: Path | None, out: Path) -> None:

@@ -218,7 +218,7 @@ class Statistics:
     def __init__(
         self, blocks: Blocks, recipe: Recipe, tokens: Tensor | None, cached: Path | None, room: Room | None = None
     ):
-        self.blocks, self.cached, self.chosen = blocks, cached, recipe.chosen(len(blocks))
+        self.blocks, self.recipe, self.cached, self.chosen = blocks, recipe, cached, recipe.chosen(len(blocks))
         self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
         self.dense, self.dense_hidden, self.held_out = None, None, None
@@ -262,10 +262,11 @@ class Statistics:
                 found = Collected(hessian.collect(block, layout, self.hidden, arguments, [group], whole=False)[group])
             if self.held_out is not None:
                 held_out = hessian.collect(block, layout, self.held_out, arguments, [group], whole=False)
-                found.held_out = held_out[group]
+                found.held_out = held_out[group].hessian
             return found
         if self.cached is not None:
-            return Collected(hessian.load(self.cached / block_file(index), self.blocks.device, [group])[group])
+            path, harmonic = self.cached / block_file(index), self.recipe.needs_harmonic
+            return Collected(hessian.load(path, self.blocks.device, [group], harmonic)[group])
         return None
 
     def advances(self, index: int) -> bool:
@@ -308,7 +309,10 @@ def compress_group(
     The report's seconds are the group's, shared out by size.
     """
     started = time.monotonic()
-    factors = Hessian(collected.hessian, report.recipe.damp, f"block {index} {group}") if collected else None
+    factors = None
+    if collected is not None:
+        moments, name = collected.moments, f"block {index} {group}"
+        factors = Hessian(moments.hessian, report.recipe.damp, name, moments.harmonic)
     linears: dict[str, QuantLinear] = {name: block.get_submodule(name) for name in layout.groups[group]}
     wanted = {name: linear.weight for name, linear in linears.items()}
     if collected is not None and collected.drift is not None:

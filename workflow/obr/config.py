@@ -105,6 +105,8 @@ class Config:
                 f"{where}.bos is {json.dumps(bos)}, which is of windows of a text; leave it out"
                 f"{', or use window' if 'generated' in entry else ''}."
             )
+        elif entry.get("sampling") == "documents":
+            raise ObrError(f"{where}.sampling is 'documents', but its windows are of no text; drop it, or give text.")
         for name in entry.get("mix", []):
             self._defined("calibrations", name, f"{where}.mix")
             if "mix" in self.raw["calibrations"][name]:

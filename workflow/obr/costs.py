@@ -277,6 +277,7 @@ CONSTANT = {
     "allocate": 1.5,
     "download_rotation": 6.0,
     "download_text": 2.0,
+    "download_documents": 40.0,
     "download_task": 2.0,
     "download_model": 7.0,
     "download_released": 12.0,
@@ -342,8 +343,8 @@ def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:
 
 
 def hessian_bytes(sizes: Sizes) -> float:
-    """Of the cached Hessians of a model: one triangle in float32."""
-    return 2.0 * sizes.blocks * sum(n * (n + 1) for n in sizes.inputs)
+    """Of the cached Hessians of a model: one triangle and the harmonic norms of each, in float32."""
+    return 2.0 * sizes.blocks * sum(n * (n + 3) for n in sizes.inputs)
 
 
 def sizes_in(folder: Path) -> Sizes | None:

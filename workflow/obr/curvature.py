@@ -19,18 +19,26 @@ class Hessian:
         matrix: (n, n), undamped.
         damp: added to the diagonal, in units of its mean. If the matrix cannot be factored, ten times the
             damping is tried, up to three times; `damp` then holds the value used and `flags` says so.
+        harmonic: (n,), squared norms of the inputs' columns with sequence i weighted by 1/i, for the mask
+            "wanda_harmonic"; None if they are not known.
 
     Raises:
-        ObrError: values that are not finite, or no factor even with the largest damping.
+        ObrError: values that are not finite, norms of another size, or no factor even with the largest damping.
     """
 
-    def __init__(self, matrix: Tensor, damp: float = 0.01, name: str = "layer"):
+    def __init__(self, matrix: Tensor, damp: float = 0.01, name: str = "layer", harmonic: Tensor | None = None):
         if not torch.isfinite(matrix).all():
             raise ObrError(
                 f"{name}: the Hessian has NaN or infinite values; check the calibration activations (half "
                 "precision overflows on some models: use dtype float32 or bfloat16) and rebuild it."
             )
+        if harmonic is not None and (harmonic.shape != matrix.shape[:1] or not (harmonic >= 0).all()):
+            raise ObrError(
+                f"{name}: harmonic has shape {tuple(harmonic.shape)}; it must hold the squared norms, 0 or more, of "
+                f"{len(matrix)} columns."
+            )
         self.matrix = matrix.float()
+        self.harmonic = None if harmonic is None else harmonic.to(self.matrix)
         self.damp, self.name, self.flags = damp, name, []
         self._tails: dict[int, tuple[Tensor, Tensor]] = {}
         self.diagonal = self.matrix.diagonal().clone()

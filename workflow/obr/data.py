@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import random
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from obr.errors import ObrError, first_line
 from obr.files import read_json, whole
 from obr.layout import needs_bos
 
-SAMPLINGS = ("random", "sequential")
+SAMPLINGS = ("random", "sequential", "documents")
+DOCUMENTS = ".jsonl"  # suffix of a file with one JSON string per line
 SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling")
 PROBE = "a b"  # a text that shows which tokens a tokenizer adds around every text
 
@@ -90,7 +93,7 @@ def window_bos(tokenizer, bos: bool | str | None) -> int | None:
 
 def calibration_tokens(
     tokenizer,
-    text: str,
+    text: str | Sequence[str],
     *,
     nsamples: int = 128,
     seqlen: int = 2048,
@@ -98,17 +101,30 @@ def calibration_tokens(
     bos: bool | str | None = None,
     sampling: str = "random",
 ) -> torch.LongTensor:
-    """Calibration samples (nsamples, seqlen) of token ids out of one text.
+    """Calibration samples (nsamples, seqlen) of token ids out of one text, or out of a list of documents.
 
-    "random": windows [i, i + seqlen) with i = `random.Random(seed).randint(0, t - seqlen - 1)`, drawn as GPTQ
-    draws them from WikiText-2; they may overlap. "sequential": the first nsamples windows, end to end.
-    The text is one string, also where it was joined from documents: GPTQ draws its C4 samples from inside
-    single documents longer than seqlen, while here a window may cross from one document into the next.
+    "random": windows [i, i + seqlen) of one text with i = `random.Random(seed).randint(0, t - seqlen - 1)`, drawn as
+    GPTQ draws them from WikiText-2; they may overlap. "sequential": the first nsamples windows, end to end.
+    "documents": one window inside each of nsamples documents, drawn as GPTQ draws them from C4; see
+    `document_windows`.
     bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of the text, drawn likewise.
-    Raises ObrError if the text is too short.
+    Raises ObrError if the text is too short, if no document is longer than seqlen, or if the text is a list where
+    one string is needed, or the reverse.
     """
+    _check_sampling(sampling, not isinstance(text, str), "the text")
+    if sampling == "documents":
+        return document_windows(tokenizer, text, nsamples, seqlen, seed, bos)
     tokens = tokenize(tokenizer, text, bos)
     return sample_windows(tokens, nsamples, seqlen, seed, sampling, window_bos(tokenizer, bos))
+
+
+def _check_sampling(sampling: str, documents: bool, what: str) -> None:
+    """Raise ObrError unless the sampling is known and is for what is given: separate documents, or one text."""
+    if sampling not in SAMPLINGS:
+        raise ObrError(f"sampling {sampling!r} is unknown: choose one of {', '.join(SAMPLINGS)}.")
+    if documents != (sampling == "documents"):
+        needed, given = ("one text", "separate documents") if documents else ("separate documents", "one text")
+        raise ObrError(f"sampling {sampling!r} needs {needed}, but {what} is {given}: correct one of the two.")
 
 
 def sample_windows(
@@ -119,14 +135,12 @@ def sample_windows(
     sampling: str = "random",
     bos_token_id: int | None = None,
 ) -> torch.LongTensor:
-    """Windows (nsamples, seqlen) of tokens (t,), chosen as `calibration_tokens` says.
+    """Windows (nsamples, seqlen) of tokens (t,), "random" or "sequential" as `calibration_tokens` says.
 
     bos_token_id: the first token of every window, followed by seqlen - 1 tokens of the text; None for none.
     """
-    if sampling not in SAMPLINGS:
-        raise ObrError(f"sampling {sampling!r} is unknown: choose one of {', '.join(SAMPLINGS)}.")
-    if nsamples < 1 or seqlen < 1:
-        raise ObrError(f"nsamples {nsamples} and seqlen {seqlen} must be at least 1: correct the config.")
+    _check_sampling(sampling, False, "the text")
+    _check_windows(nsamples, seqlen)
     if bos_token_id is not None:
         windows = sample_windows(_behind_bos(tokens, seqlen, bos_token_id), nsamples, seqlen - 1, seed, sampling)
         return _begun(windows, bos_token_id)
@@ -142,6 +156,84 @@ def sample_windows(
     generator = random.Random(seed)
     starts = [generator.randint(0, total - seqlen - 1) for _ in range(nsamples)]
     return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def document_windows(
+    tokenizer, documents: Sequence[str], nsamples: int, seqlen: int, seed: int = 0, bos: bool | str | None = None
+) -> torch.LongTensor:
+    """Windows (nsamples, seqlen), each inside one of n documents, drawn as GPTQ's loader draws them from C4.
+
+    With one `random.Random(seed)`, for each window: a document `randint(0, n - 1)`, again until it has more than
+    seqlen tokens, then the window [j, j + seqlen) with j = `randint(0, t - seqlen - 1)`, t its number of tokens.
+    A document is tokenised when it is drawn, by itself, with special tokens as `tokenize` adds them. One of exactly
+    seqlen tokens is drawn again; GPTQ's loader accepts it and then ends in an error. All other draws are the same.
+    bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of a document, drawn likewise.
+    Raises ObrError if no document has more than seqlen tokens.
+    """
+    _check_windows(nsamples, seqlen)
+    if (first := window_bos(tokenizer, bos)) is not None:
+        if seqlen < 2:
+            raise ObrError(f"seqlen {seqlen} has no room for a token after BOS: use 2 or more.")
+        return _begun(document_windows(tokenizer, documents, nsamples, seqlen - 1, seed, bos=False), first)
+    generator, short, windows = random.Random(seed), set(), []
+    while len(windows) < nsamples:
+        if len(short) == len(documents):
+            raise ObrError(
+                f"none of the {len(documents)} documents has more than {seqlen} tokens, which sampling documents "
+                "needs: choose a smaller seqlen, other documents, or sampling random."
+            )
+        number = generator.randint(0, len(documents) - 1)
+        if number in short:
+            continue
+        tokens = tokenize(tokenizer, documents[number], bos)
+        if len(tokens) <= seqlen:
+            short.add(number)
+            continue
+        start = generator.randint(0, len(tokens) - seqlen - 1)
+        windows.append(tokens[start : start + seqlen])
+    return torch.stack(windows)
+
+
+def _check_windows(nsamples: int, seqlen: int) -> None:
+    if nsamples < 1 or seqlen < 1:
+        raise ObrError(f"nsamples {nsamples} and seqlen {seqlen} must be at least 1: correct the config.")
+
+
+class Documents(Sequence):
+    """The documents of a file with one JSON string per line; only those asked for are read.
+
+    sha256: of the file. Raises ObrError if the file is missing, or a line that is asked for is no JSON string.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path, self.starts, digest = Path(path), array("Q", [0]), hashlib.sha256()
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    digest.update(line)
+                    self.starts.append(self.starts[-1] + len(line))
+        except OSError as error:
+            raise ObrError(
+                f"documents file {path} cannot be read ({error.strerror}): run the stage download_documents."
+            ) from error
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            line = file.read(self.starts[index + 1] - self.starts[index])
+        with contextlib.suppress(ValueError):
+            if isinstance(document := json.loads(line), str):
+                return document
+        raise ObrError(
+            f"line {index + 1} of {self.path} is not a JSON string: give the file that the stage "
+            "download_documents writes."
+        )
 
 
 def evaluation_windows(
@@ -201,6 +293,7 @@ def missing_bos(windows: torch.LongTensor, tokenizer, model_type: str) -> str | 
 def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Path | str) -> None:
     """Write the safetensors file `out`: tokens (nsamples, seqlen) int64 of a text by a model's tokenizer.
 
+    text_file: UTF-8 text, or with sampling "documents" a `.jsonl` file with one JSON string per line.
     spec: keyword arguments of `calibration_tokens`, and optionally `text`, a name of the text to be noted.
     Raises ObrError for unknown keys, a folder without tokenizer, or a text too short.
     """
@@ -211,17 +304,23 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
     options = {"nsamples": 128, "seqlen": 2048, "seed": 0, "bos": None, "sampling": "random"}
     options |= {key: spec[key] for key in SPEC_KEYS if key in spec}
     tokenizer = _tokenizer(model_dir)
-    text = read_text(text_file)
-    bos = options.pop("bos")
-    stream = tokenize(tokenizer, text, bos)
-    tokens = sample_windows(stream, **options, bos_token_id=window_bos(tokenizer, bos))
+    _check_sampling(options["sampling"], text_file.suffix == DOCUMENTS, str(text_file))
+    if options["sampling"] == "documents":
+        text = Documents(text_file)
+        sha256, size = text.sha256, {"documents": len(text)}
+        tokens = calibration_tokens(tokenizer, text, **options)
+    else:
+        text = read_text(text_file)
+        stream = tokenize(tokenizer, text, options["bos"])
+        sha256, size = hashlib.sha256(text.encode("utf-8")).hexdigest(), {"tokens_in_text": len(stream)}
+        drawn = {key: value for key, value in options.items() if key != "bos"}
+        tokens = sample_windows(stream, **drawn, bos_token_id=window_bos(tokenizer, options["bos"]))
     about = {
         "model": model_dir.name,
         "text": spec.get("text", text_file.stem),
-        "text_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        "text_sha256": sha256,
         **options,
-        "bos": bos,
-        "tokens_in_text": len(stream),
+        **size,
         "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
     }
@@ -249,8 +348,8 @@ def load_tokens(path: Path | str) -> tuple[torch.LongTensor, dict]:
     """Tokens (nsamples, seqlen) that `write_tokens` wrote, and what was noted about them.
 
     Noted: model, text, text_sha256, nsamples, seqlen, tokens, tokenizer; of windows of a text also seed, sampling,
-    bos and tokens_in_text, of others how they came about. Raises ObrError if the file is missing, damaged or
-    another kind of file.
+    bos and its size, as tokens_in_text or as documents; of others how they came about. Raises ObrError if the file
+    is missing, damaged or another kind of file.
     """
     from safetensors import SafetensorError, safe_open
 

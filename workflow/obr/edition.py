@@ -24,7 +24,7 @@ def transpose(raw: dict) -> None:
     if not edition:
         return
     for recipe in raw["recipes"].values():
-        for key in ("calibration", "rotation"):
+        for key in ("calibration", "rotation", "mask"):
             if recipe.get(key):
                 recipe[key] = edition.get(f"{key}s", {}).get(recipe[key], recipe[key])
     for rotation in raw.get("rotations", {}).values():

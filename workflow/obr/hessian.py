@@ -1,12 +1,14 @@
 """Hessians of a model's layer inputs: collected block by block, cached as one triangle each.
 
 H = 2/S Σ_s X_sᵀ X_s over S calibration sequences, X_s (t, n) the inputs of one sequence, tokens summed;
-collected behind online transforms and in front of activation quantisers, in float32.
+collected behind online transforms and in front of activation quantisers, in float32. Beside it the harmonic norms of
+the inputs' columns, Σ_s ‖X_s[:, j]‖² / s with s from 1, for the mask "wanda_harmonic".
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +28,24 @@ from obr.provenance import fingerprint
 from obr.resume import Unfinished
 
 TILE = 1024  # columns of the tiles in which symmetric matrices are summed and mirrored
+ROWS = 64  # tokens whose squares are summed at a time: they stay in the processor's cache
+
+
+@dataclass
+class Moments:
+    """Second moments of the inputs of a group of layers: hessian (n, n), and harmonic (n,), None if not known."""
+
+    hessian: Tensor
+    harmonic: Tensor | None = None
 
 
 class Accumulator:
-    """Sums 2/S XᵀX of a layer's inputs; `matrix()` (n, n) is the Hessian once all S sequences were seen."""
+    """Sums the second moments of a layer's inputs (…, n), called with each of S sequences in their order."""
 
     def __init__(self, columns: int, sequences: int, device: torch.device):
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.factor = 2 / sequences
+        self.harmonic = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.factor, self.seen = 2 / sequences, 0
 
     def __call__(self, x: Tensor) -> None:
         """Add one sequence's inputs x (..., n), tile by tile on and above the diagonal."""
@@ -41,10 +53,13 @@ class Accumulator:
         for start in range(0, x.shape[1], TILE):
             rows = slice(start, start + TILE)
             self.upper[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=self.factor)
+        self.seen += 1
+        for part in x.split(ROWS):
+            self.harmonic += part.square().sum(0) / self.seen
 
-    def matrix(self) -> Tensor:
-        """The sum so far, (n, n)."""
-        return _mirror(self.upper)
+    def moments(self) -> Moments:
+        """The sums so far; those of all S sequences are the Hessian 2/S Σ XᵀX and the harmonic norms."""
+        return Moments(_mirror(self.upper), self.harmonic)
 
 
 class _Captured(Exception):
@@ -53,8 +68,8 @@ class _Captured(Exception):
 
 def collect(
     block: nn.Module, layout: Layout, hidden: Activations, arguments: dict, groups: list[str], whole: bool
-) -> dict[str, Tensor]:
-    """{group: (n, n)}: Hessians of some groups of a block.
+) -> dict[str, Moments]:
+    """{group: moments of its inputs} of some groups of a block.
 
     hidden: b inputs (1, s, d). groups: keys of `layout.groups`. whole: run every pass to its end and replace
     the inputs by the block's outputs; otherwise each stops where the last group's inputs are known.
@@ -77,7 +92,7 @@ def collect(
     finally:
         for linear in observed.values():
             linear.observer = None
-    return {group: accumulator.matrix() for group, accumulator in accumulators.items()}
+    return {group: accumulator.moments() for group, accumulator in accumulators.items()}
 
 
 def inputs_of(block: nn.Module, name: str, states: Tensor, arguments: dict) -> Tensor:
@@ -103,8 +118,8 @@ def _then_stop(take: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 @torch.no_grad()
 def dense_hessians(
     blocks: Blocks, tokens: Tensor, room: Room | None = None, finished: int = 0, progress: bool = True
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yields (index, {group: (n, n)}) for the blocks of an uncompressed model, in turn.
+) -> Iterator[tuple[int, dict[str, Moments]]]:
+    """Yields (index, {group: moments of its inputs}) for the blocks of an uncompressed model, in turn.
 
     tokens: (b, s). room: for the hidden states. finished: so many blocks are not asked for; the hidden states
     are passed through them again, which costs little beside a Hessian and needs nothing kept on the disk.
@@ -147,20 +162,20 @@ def hessian(
     run = fingerprint("hessian", model, files, device=str(blocks.target), dtype=str(blocks.dtype))
     unfinished = Unfinished(out, run)
     finished = unfinished.finished(len(blocks))
-    for index, matrices in dense_hessians(blocks, windows, Room(megabytes, unfinished.folder), finished):
-        _check_finite(index, matrices)
-        unfinished.keep(index, partial(save, matrices), {})
-        matrices.clear()  # before the next block's are made
+    for index, moments in dense_hessians(blocks, windows, Room(megabytes, unfinished.folder), finished):
+        _check_finite(index, moments)
+        unfinished.keep(index, partial(save, moments), {})
+        moments.clear()  # before the next block's are made
     (out / "hessian.json").unlink(missing_ok=True)  # of older ones, which go now
     unfinished.move(len(blocks))
     write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
     unfinished.remove()
 
 
-def _check_finite(index: int, matrices: dict[str, Tensor]) -> None:
+def _check_finite(index: int, moments: dict[str, Moments]) -> None:
     """Raise ObrError at the first block whose inputs are not finite; those of all later ones are not, either."""
-    for group, matrix in matrices.items():
-        if not matrix.isfinite().all():
+    for group, found in moments.items():
+        if not found.hessian.isfinite().all():
             raise ObrError(
                 f"block {index} {group}: the Hessian has NaN or infinite values; check the model's weights, or "
                 "compute in float32 or bfloat16, since half precision overflows on some models."
@@ -184,28 +199,60 @@ def clip_weights(blocks: StreamedBlocks) -> None:
     blocks.rotation.clip = True
 
 
-def save(matrices: dict[str, Tensor], path: Path) -> None:
-    """Write the upper triangles of symmetric matrices, float32."""
+def save(moments: dict[str, Moments], path: Path) -> None:
+    """Write one block's moments in float32: the upper triangle of each Hessian, and `{group}.harmonic` (n,)."""
     tensors = {
-        name: matrix.masked_select(_triangle(len(matrix), matrix.device)).cpu() for name, matrix in matrices.items()
+        group: found.hessian.masked_select(_triangle(len(found.hessian), found.hessian.device)).cpu()
+        for group, found in moments.items()
     }
+    for group, found in moments.items():
+        if found.harmonic is not None:
+            tensors[_harmonic(group)] = found.harmonic.cpu()
     with whole(path) as partial:
-        save_file(tensors, partial, metadata={"sizes": json.dumps({k: len(m) for k, m in matrices.items()})})
+        sizes = {group: len(found.hessian) for group, found in moments.items()}
+        save_file(tensors, partial, metadata={"sizes": json.dumps(sizes)})
 
 
-def load(path: Path, device: torch.device | str = "cpu", groups: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """{group: (n, n)} of one block, or of some groups of it. Raises ObrError if the file is missing or broken."""
+def _harmonic(group: str) -> str:
+    """Name of a group's harmonic norms in a file."""
+    return f"{group}.harmonic"
+
+
+def load(
+    path: Path, device: torch.device | str = "cpu", groups: Iterable[str] | None = None, harmonic: bool = False
+) -> dict[str, Moments]:
+    """{group: moments} of one block, or of some groups of it.
+
+    harmonic: whether the harmonic norms are needed, which files of earlier versions lack. Raises ObrError if the file
+    is missing or broken, or lacks what is needed.
+    """
+    found = {}
     try:
         with safe_open(path, framework="pt") as file:
-            sizes = json.loads(file.metadata()["sizes"])
-            triangles = {name: file.get_tensor(name).to(device) for name in groups or sizes}
-            for name, triangle in triangles.items():
-                if triangle.shape != (sizes[name] * (sizes[name] + 1) // 2,) or not triangle.is_floating_point():
-                    raise ValueError(f"{name} is not the triangle of a matrix of size {sizes[name]}")
+            sizes, names = json.loads(file.metadata()["sizes"]), set(file.keys())
+            for group in groups or sizes:
+                n, norms = sizes[group], _harmonic(group)
+                triangle = _read(file, group, n * (n + 1) // 2, device)
+                found[group] = Moments(triangle, _read(file, norms, n, device) if norms in names else None)
     except BROKEN_FILE as error:
         why = first_line(error)
         raise ObrError(f"{path} is not a whole Hessian file ({why}); delete and rebuild it.") from error
-    return {name: _symmetric(triangle, sizes[name]) for name, triangle in triangles.items()}
+    for group, moments in found.items():
+        if harmonic and moments.harmonic is None:
+            raise ObrError(
+                f"{path} has no harmonic norms, which mask wanda_harmonic needs; delete its folder and run the stage "
+                "hessian again, or use mask wanda."
+            )
+        moments.hessian = _symmetric(moments.hessian, sizes[group])
+    return found
+
+
+def _read(file, name: str, length: int, device: torch.device | str) -> Tensor:
+    """A tensor (length,) of floats. Raises ValueError for any other."""
+    tensor = file.get_tensor(name).to(device)
+    if tensor.shape != (length,) or not tensor.is_floating_point():
+        raise ValueError(f"{name} has not the shape ({length},)")
+    return tensor
 
 
 def _triangle(n: int, device: torch.device | str) -> Tensor:

@@ -18,6 +18,7 @@ from obr.recipe import Option, Recipe
 
 # Downloads in GB where the config does not tell: rough sizes of what the hub sends.
 TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
+UNPACKED = 2.6  # size of a shard of C4 as text beside its compressed file
 OVERHEAD = 0.3  # seconds that Snakemake spends on a job
 TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
 TIMED = ("compress", "generate", "gradients", "hessian", "learn_rotation", "perplexity", "sensitivity", "zero_shot")
@@ -165,10 +166,11 @@ class Prices:
             sizes, source = self.sizes(model), (recipe or self.config["models"][model])["source"]["source"]
             size = 2.0 * (sizes.block * sizes.blocks + sizes.ends) / 1e9
             return {"path": 0.0, "pypi": WHEEL_GB}.get(source, size), size
-        if job.rule == "download_text":
+        if job.rule in ("download_text", "download_documents"):
             entry = self.config["texts"][job.wildcards["text"]]
-            size = C4_SHARD_GB if "c4" in entry.get("repo", "") else TEXT_GB
-            return (0.0 if entry["source"] == "path" else size), size
+            shard = "c4" in entry.get("repo", "")
+            size = C4_SHARD_GB if shard else TEXT_GB
+            return (0.0 if entry["source"] == "path" else size), size * (UNPACKED if shard else 1)
         if job.rule == "download_task":
             source = self.config["zero_shot"][job.wildcards["task"]]["source"]["source"]
             return (TASK_GB if source == "hub" else 0.0), TASK_GB

@@ -20,6 +20,15 @@ def wanda(weight: Tensor, *, hessian_diagonal: Tensor, **_) -> Tensor:
     return weight.abs() * hessian_diagonal.sqrt()
 
 
+def wanda_harmonic(weight: Tensor, *, harmonic: Tensor, **_) -> Tensor:
+    """|w| √a with a_j = Σ_i ‖X_i[:, j]‖² / i over the calibration sequences X_i in their order, i from 1.
+
+    The statistic of OBR's released code for QuaRot and FlatQuant, a running mean whose earlier terms are not scaled
+    down: of 128 sequences the first counts 18 % and the last 0.14 %, where the mean (`wanda`) has 0.78 % for each.
+    """
+    return weight.abs() * harmonic.sqrt()
+
+
 def sparsegpt(weight: Tensor, *, inverse_factor_diagonal: Tensor, **_) -> Tensor:
     """w² / d² with d the diagonal of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023)."""
     return (weight / inverse_factor_diagonal).square()
@@ -35,6 +44,7 @@ def random(weight: Tensor, *, seed: int = 0, **_) -> Tensor:
 SCORES: dict[str, Callable[..., Tensor]] = {
     "magnitude": magnitude,
     "wanda": wanda,
+    "wanda_harmonic": wanda_harmonic,
     "sparsegpt": sparsegpt,
     "random": random,
 }

@@ -10,22 +10,17 @@ from math import comb
 from obr.errors import ObrError
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-# Which methods remove weights; the value is the mask that belongs to the method, None if the recipe chooses.
-PRUNING = {
-    "magnitude": "magnitude",
-    "wanda": "wanda",
-    "sparsegpt_gptq": "sparsegpt",
-    "obr_rtn": None,
-    "obr_gptq": None,
-    "joint": None,  # chooses weight by weight, as it rounds
-    "released": None,  # nothing is computed: a checkpoint that others pruned and quantised
-}
+# Methods that remove weights. "joint" chooses weight by weight, as it rounds. "released" computes nothing: it is a
+# checkpoint that others pruned and quantised.
+PRUNING = ("magnitude", "wanda", "sparsegpt_gptq", "obr_rtn", "obr_gptq", "joint", "released")
 METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
 SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 BUDGETS = ("model", "block")  # over whose layers an allocation's bits are spread
 ROW_WEIGHTS = ("none", "gradient")
 GROUPED = ("rtn", "gptq")  # methods that can give groups of columns scales of their own
-MASK_NAMES = ("magnitude", "wanda", "sparsegpt", "random")
+MASK_NAMES = ("magnitude", "wanda", "wanda_harmonic", "sparsegpt", "random")
+# Methods whose mask the recipe chooses, and among which masks.
+MASKS_OF = {"wanda": ("wanda", "wanda_harmonic"), "obr_rtn": MASK_NAMES, "obr_gptq": MASK_NAMES}
 # Methods whose weights do not depend on calibration data.
 DATA_FREE = ("dense", "rtn", "magnitude", "released")
 # Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
@@ -198,6 +193,8 @@ class Recipe:
     """How a model is compressed and evaluated; the config's `recipes` entries, field by field.
 
     sparsity: fraction of the weights of each linear layer that is removed (implied by `pattern`).
+    mask: the score by which weights are removed, a key of SCORES (methods "obr_rtn" and "obr_gptq"; "wanda" takes
+    "wanda" or "wanda_harmonic"). "wanda_harmonic" depends on the order of the calibration windows.
     scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
     sweeps: of annealing, by the method "joint": more take longer and leave less error.
     row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
@@ -295,7 +292,7 @@ class Recipe:
             recipe = replace(recipe, sparsity=0.0, pattern=None)
         if recipe.pattern:
             recipe = replace(recipe, sparsity=Pattern.parse(recipe.pattern).sparsity)
-        if recipe.method in ("magnitude", "wanda"):
+        if recipe.method in ("magnitude", "wanda") and recipe.mask not in MASKS_OF.get(recipe.method, ()):
             recipe = replace(recipe, mask=recipe.method)
         if recipe.method == "dense":
             recipe = replace(recipe, bits=16)
@@ -374,6 +371,17 @@ class Recipe:
     @property
     def prunes(self) -> bool:
         return self.method in PRUNING
+
+    @property
+    def chosen_mask(self) -> str | None:
+        """The mask by whose score weights are removed; None where none are, or the method finds its own mask."""
+        pruned = [(option.method, option.prunes) for option in self.options] or [(self.method, self.sparsity > 0)]
+        return self.mask if any(method in MASKS_OF and prunes for method, prunes in pruned) else None
+
+    @property
+    def needs_harmonic(self) -> bool:
+        """Whether a mask is chosen by the score "wanda_harmonic", whose norms a Hessian does not hold."""
+        return self.chosen_mask == "wanda_harmonic"
 
     @property
     def needs_hessian(self) -> bool:

@@ -13,7 +13,7 @@ from obr.errors import ObrError
 from obr.methods import METHODS
 from obr.prune import SCORES, check_mask, mask_from_scores
 from obr.quantize import Grid
-from obr.recipe import PRUNING, Pattern, Recipe
+from obr.recipe import Pattern, Recipe
 from obr.refit import refit_scale
 
 
@@ -55,7 +55,7 @@ def restore(
             calls (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
         method: a key of METHODS, or "dense".
         options: of `restore_together`: bits, sparsity, pattern, mask, alpha, scope, sweeps, group, refit, damp,
-            clip, seed, row_weights.
+            clip, seed, row_weights, harmonic.
 
     Raises:
         ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
@@ -83,6 +83,7 @@ def restore_together(
     clip: str = "mse",
     seed: "int | dict[str, int]" = 0,
     row_weights: "Tensor | dict[str, Tensor] | None" = None,
+    harmonic: Tensor | None = None,
 ) -> dict[str, Restored]:
     """`restore` for layers that read the same input, such as q, k and v: their rows are solved as one layer's.
 
@@ -97,6 +98,9 @@ def restore_together(
         seed: of random masks; a dictionary gives each layer its own.
         row_weights: (r,), or by layer, how much an error in a row counts beside others of its layer, where these
             share a budget (scope "layer"); 1 by default.
+        harmonic: (n,), for the mask "wanda_harmonic": Σ_i ‖X_i[:, j]‖² / i over calibration sequences X_i (t, n) in
+            their order, i from 1, as in `sum(x.square().sum(0) / i for i, x in enumerate(sequences, 1))`. A
+            `Hessian` brings its own.
 
     Raises:
         ObrError: as `restore`, with the layer's name.
@@ -112,7 +116,7 @@ def restore_together(
     )  # fmt: skip
     pattern = pattern if recipe.prunes else None
     for name, weight in weights.items():
-        hessian = _checked_hessian(weight, hessian, recipe, name)
+        hessian = _checked_hessian(weight, hessian, recipe, name, harmonic)
         if pattern is not None:
             pattern.check_width(weight.shape[1], name)
     dense = {name: weight.float() for name, weight in weights.items()}
@@ -184,7 +188,7 @@ def _restored(
     return restored
 
 
-def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str) -> Hessian | None:
+def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str, harmonic: Tensor | None) -> Hessian | None:
     if weight.ndim != 2:
         raise ObrError(f"{name}: the weight has shape {tuple(weight.shape)}; it must be a matrix (r, n).")
     if not torch.isfinite(weight).all():
@@ -193,11 +197,19 @@ def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str) -> Hess
         if recipe.needs_hessian:
             raise ObrError(f"{name}: method {recipe.method} needs a Hessian.")
         return None
-    hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian, recipe.damp, name)
+    if not isinstance(hessian, Hessian):
+        hessian = Hessian(hessian, recipe.damp, name, harmonic)
+    elif harmonic is not None and harmonic is not hessian.harmonic:
+        raise ObrError(f"{name}: harmonic is given beside a Hessian object; give it to that object.")
     if tuple(hessian.matrix.shape) != (weight.shape[1],) * 2:
         raise ObrError(
             f"{name}: the Hessian has shape {tuple(hessian.matrix.shape)}, but the weight has "
             f"{weight.shape[1]} columns; it must be (n, n)."
+        )
+    if recipe.needs_harmonic and hessian.harmonic is None:
+        raise ObrError(
+            f"{name}: mask wanda_harmonic needs column norms weighted by sequence, which a Hessian does not hold; "
+            "give them as `harmonic`, or use mask wanda."
         )
     return hessian
 
@@ -213,13 +225,14 @@ def _choose_mask(weight: Tensor, hessian, recipe: Recipe, mask, pattern) -> Tens
         return mask.clone()
     if not recipe.sparsity or recipe.method in ("sparsegpt_gptq", "joint"):  # they fill it as they go
         return torch.ones_like(weight, dtype=torch.bool)
-    score = PRUNING[recipe.method] or recipe.mask
     statistics = {"seed": recipe.seed}
-    if score == "wanda":
+    if recipe.mask == "wanda":
         statistics["hessian_diagonal"] = hessian.diagonal
-    if score == "sparsegpt":
+    if recipe.mask == "wanda_harmonic":
+        statistics["harmonic"] = hessian.harmonic
+    if recipe.mask == "sparsegpt":
         statistics["inverse_factor_diagonal"] = hessian.inverse_factor.diagonal()
-    return mask_from_scores(SCORES[score](weight, **statistics), recipe.sparsity, pattern)
+    return mask_from_scores(SCORES[recipe.mask](weight, **statistics), recipe.sparsity, pattern)
 
 
 def relative_error(dense: Tensor, result: Tensor, hessian: Hessian | None) -> float:

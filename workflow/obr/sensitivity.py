@@ -35,7 +35,7 @@ from obr.resume import Unfinished
 @torch.no_grad()
 def predicted_losses(
     blocks: Blocks,
-    hessians: Iterable[tuple[int, dict[str, Tensor]]],
+    hessians: Iterable[tuple[int, dict[str, hessian.Moments]]],
     slopes: dict[str, Tensor],
     options: tuple[Option, ...],
     seqlen: int,
@@ -47,7 +47,7 @@ def predicted_losses(
     Masks and codes are found as by recipes with their other settings left at the defaults, joint without annealing.
 
     Args:
-        blocks: of the dense model, rotated as it is to be. hessians: (index, {group: (n, n)}), see `dense_hessians`.
+        blocks: of the dense model, rotated as it is to be. hessians: (index, {group: moments}), see `dense_hessians`.
         slopes: G of every layer, not normalised, see `squared_gradients`.
         seqlen: tokens of a calibration window, which the Hessians sum up.
 
@@ -61,7 +61,7 @@ def predicted_losses(
             weights = {f"{index}.{name}": block.get_submodule(name).weight for name in names}
             if lacking := [name for name in weights if name not in slopes]:
                 raise ObrError(f"Layer {lacking[0]} has no output gradients; they are of another model.")
-            factors = Hessian(matrices.pop(group), name=f"block {index} {group}")
+            factors = Hessian(matrices.pop(group).hessian, name=f"block {index} {group}")
             measured = []
             for number, option in enumerate(options):
                 restored = _restored(weights, factors, option)
@@ -139,7 +139,7 @@ def scaled(layers: list[dict], measured: dict[int, dict[str, float]], options: t
 
 def measured_losses(
     blocks: Blocks,
-    hessians: Iterable[tuple[int, dict[str, Tensor]]],
+    hessians: Iterable[tuple[int, dict[str, hessian.Moments]]],
     slopes: dict[str, Tensor],
     options: tuple[Option, ...],
     tokens: Tensor,

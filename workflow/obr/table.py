@@ -33,6 +33,10 @@ HESSIANS = {
     "sequential": "of each block's inputs from the already compressed blocks before it",
     "cached": "of the dense model, rotated where the recipe rotates",
 }
+MASKS = {
+    "wanda": "from the mean over calibration sequences",
+    "wanda_harmonic": "from a sum in which calibration sequence i counts 1/i, as in the released code",
+}
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Evidence:
     zero_shot: list[tuple[str, str, dict]] = field(default_factory=list)  # model label, task, artefact
     manifests: dict[tuple[str, str], dict] = field(default_factory=dict)  # by (model label, row label)
     quoted: list[tuple[str, pd.DataFrame]] = field(default_factory=list)  # model label: row label, its rows
+    masks: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # row labels, by mask
 
 
 def build(entry: dict, recipes: dict, models: dict, results: Path, published: Path) -> Table:
@@ -78,6 +83,8 @@ def build(entry: dict, recipes: dict, models: dict, results: Path, published: Pa
                 manifests = [read_manifest(results, model, each) for each in row.seeds]
                 evidence.manifests[label, row.label] = manifests[0]
                 record |= pd.DataFrame([_details(details, manifest) for manifest in manifests]).mean().to_dict()
+            if row.recipe is not None and row.recipe.chosen_mask in MASKS:
+                evidence.masks[row.recipe.chosen_mask][row.label] = None
             records.append(record)
     if not records:
         raise ObrError(f"Table {entry.get('title', '')!r} has nothing to show; give it rows with recipes.")
@@ -203,7 +210,7 @@ def _notes(
         "held_out_error": "Held-out error: the same on windows that no Hessian has seen.",
     }
     notes += [text for detail, text in meanings.items() if detail in (entry.get("details") or [])]
-    notes += _compression_notes(evidence) + _origin_notes(evidence)
+    notes += _compression_notes(evidence) + _mask_notes(evidence) + _origin_notes(evidence)
     if any(metric.kind == "minutes" for metric in metrics):
         notes.append(_time_note(evidence))
     if frame is not None:
@@ -270,6 +277,13 @@ def _compression_notes(evidence: Evidence) -> list[str]:
         notes.append(f"Hessians: {kind}, {HESSIANS.get(kind, 'of unknown origin')}{_whose(hessians, labels)}.")
     used = [(model, manifest.get("calibration") or {}) for (model, _), manifest in evidence.manifests.items()]
     return notes + _bos_notes("Calibration", used)
+
+
+def _mask_notes(evidence: Evidence) -> list[str]:
+    """Which norms Wanda's masks are from; nothing where all are of the mean."""
+    if "wanda_harmonic" not in evidence.masks:
+        return []
+    return [f"Mask {m}: norms {MASKS[m]}{_whose(evidence.masks, rows)}." for m, rows in evidence.masks.items()]
 
 
 def _whose(groups: dict, labels: dict) -> str:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from obr.activations import Activations
 from obr.curvature import Hessian
-from obr.hessian import Accumulator, inputs_of
+from obr.hessian import Accumulator, Moments, inputs_of
 from obr.layout import Layout
 
 
 @dataclass
 class Collected:
-    """Of a group's inputs: their Hessian (n, n), how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), and the
-    Hessian (n, n) of held-out windows."""
+    """Of a group's inputs: their moments, how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), and the Hessian
+    (n, n) of held-out windows."""
 
-    hessian: Tensor
+    moments: Moments
     drift: Tensor | None = None
     held_out: Tensor | None = None
 
@@ -38,7 +38,7 @@ def collect(
     arguments: dict,
     group: str,
 ) -> Collected:
-    """Hessian and drift of a group of `block`, beside `dense`, the block before compression.
+    """Moments and drift of a group of `block`, beside `dense`, the block before compression.
 
     hidden, dense_hidden: b inputs (1, s, d) of either.
     """
@@ -51,7 +51,7 @@ def collect(
         wanted = inputs_of(dense, name, dense_states, arguments)
         total(inputs)
         drift.addmm_((wanted - inputs).T, inputs, alpha=total.factor)
-    return Collected(total.matrix(), drift)
+    return Collected(total.moments(), drift)
 
 
 def shifted(weight: Tensor, drift: Tensor, hessian: Hessian, share: float) -> Tensor:

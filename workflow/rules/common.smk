@@ -166,6 +166,14 @@ def rotation_input(wildcards):
     return {"rotation": path} if wildcards.rotation != "none" else {}
 
 
+def calibration_text(wildcards):
+    """The text that windows are drawn from: joined, or its documents apart."""
+    entry = config["calibrations"][wildcards.calibration]
+    if entry.get("sampling") == "documents":
+        return f"{RESULTS}/documents/{entry['text']}.jsonl"
+    return f"{RESULTS}/texts/{entry['text']}.txt"
+
+
 def learning_tokens(wildcards):
     """The windows that a rotation is learned from."""
     calibration = config["rotations"][wildcards.rotation]["learn"]["calibration"]

@@ -68,6 +68,29 @@ rule download_text:
         "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
 
 
+# The same texts with their rows apart, for calibrations with `sampling: documents`.
+rule download_documents:
+    output:
+        documents=f"{RESULTS}/documents/{{text}}.jsonl",
+        about=f"{RESULTS}/documents/{{text}}.json",
+    log:
+        f"{RESULTS}/logs/download_documents/{{text}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/download_documents/{{text}}.tsv"
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=lambda wildcards: json.dumps(config["texts"][wildcards.text], sort_keys=True),
+        code=code_of("texts"),
+    shell:
+        "obr download-documents --entry {params.entry:q} --out {output.documents} >{log} 2>&1"
+
+
 rule download_task:
     input:
         unpack(task_text),
@@ -155,7 +178,7 @@ rule learn_rotation:
 rule calibrate:
     input:
         model=f"{RESULTS}/models/{{model}}/source.json",
-        text=lambda wildcards: f"{RESULTS}/texts/{config['calibrations'][wildcards.calibration]['text']}.txt",
+        text=calibration_text,
     output:
         f"{RESULTS}/calibration/{{calibration}}/{{model}}.safetensors",
     log:
