@@ -5,15 +5,22 @@ import pytest
 import torch
 
 import mma
-from obr import int4, kernel_benchmark, kernels
+from obr import caches, int4, kernel_benchmark, kernels
 from obr.errors import ObrError
 
 SHAPE = {"name": "tiny", "tokens": 20, "columns": 128, "rows": 64}
 
 
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    monkeypatch.setattr(caches, "size", lambda: 1 << 20)
+
+
 def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
     out = tmp_path / "kernels" / "cpu.csv"
-    kernel_benchmark.benchmark({"shapes": list(shapes), "repeats": 3, "warmup": 1, **entry}, "cpu", out)
+    kernel_benchmark.benchmark(
+        {"shapes": list(shapes), "seconds": 60, "repeats": 3, "warmup": 1, **entry}, "cpu", out
+    )
     assert [path.name for path in out.parent.iterdir()] == ["cpu.csv"]
     return pd.read_csv(out)
 
@@ -28,7 +35,7 @@ def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
     assert set(times[ok]["kernel"]) >= {"fp32", "bf16", "fp16", "int8", "int4 weight"}
     packed = [name for name in kernels.KERNELS if name.startswith("packed int4")]
     assert len(packed) == 6 and set(times[ok]["kernel"]) >= set(packed)
-    assert times[~ok]["status"].str.startswith(("not available: ", "failed, ")).all()
+    assert times[~ok]["status"].str.startswith(("not available: ", "skipped: ", "failed, ")).all()
     assert times[~ok]["median_ms"].isna().all()
     assert (times[~ok]["kernel"].str.endswith("2:4")).any()
     cutlass = times[times["kernel"].isin(["int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)", "fp16 (CUTLASS)"])]
@@ -36,8 +43,14 @@ def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
         "not available: INT4 tensor cores are on CUDA devices only"
     }
     assert times["read_gb_s"][ok].nunique() == 1
+    assert set(times["repeats"][ok]) == {3} and times["repeats"][~ok].isna().all()
+    assert set(times["cache_mb"]) == {1} and set(times["buffer_mb"]) == {4}
     bound = times["weight_bytes"] / times["read_gb_s"] / 1e9 / times["median_ms"] * 1e3
-    assert times["of_bound"][ok].to_list() == pytest.approx(bound[ok].to_list())
+    within, beyond = ok & (bound <= 1), ok & (bound > 1)
+    assert times["of_bound"][within].to_list() == pytest.approx(bound[within].to_list())
+    assert times["of_bound"][beyond].isna().all()
+    assert all(said.startswith("weights may stay in the cache") for said in times["caution"][beyond])
+    assert times["caution"][~beyond].isna().all()
 
 
 def test_numbers_of_a_line(tmp_path):
@@ -100,12 +113,41 @@ def test_sizes_are_known_without_a_gpu(tmp_path):
     kernel_benchmark.sizes(entry, tmp_path / "cuda.csv")
     lines = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
     assert not any(name.startswith("packed") for name in lines.index)
-    assert set(lines["status"]) == {"not available: no CUDA device was at hand"}
+    assert set(lines["status"]) == {"not available: there is no CUDA device"}
     assert lines[["median_ms", "tops_dense"]].isna().all(axis=None)
     names = ["fp16", "int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)"]
     assert (lines.loc[names, "weight_bytes"] / 2**20).tolist() == [32, 8, 5]
     assert lines.loc[names, "gop"].tolist() == pytest.approx([2199.02, 2199.02, 1099.51], abs=0.01)
     assert pd.isna(lines.loc["int8 2:4", "weight_bytes"])  # cuSPARSELt alone can tell
+
+
+def test_emulated_fp8_is_skipped_with_the_reason_and_native_fp8_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_multiplies_fp8", lambda: False)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **b: pytest.fail("an emulated product was run"))
+    line = run(tmp_path, kernels=["fp8"]).iloc[0]
+    assert line["status"].startswith("skipped: this processor has no FP8 products")
+    assert pd.isna(line["median_ms"]) and pd.isna(line["caution"])
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "_multiplies_fp8", lambda: True)
+    assert run(tmp_path, kernels=["fp8"]).iloc[0]["status"] == "ok"
+
+
+@pytest.mark.parametrize("megabytes", [480, 2048])
+def test_weights_that_may_stay_in_a_large_cache_have_no_share_of_the_bound(tmp_path, monkeypatch, megabytes):
+    monkeypatch.setattr(caches, "size", lambda: megabytes << 20)
+    times = run(tmp_path, kernels=["fp32", "packed int4", "fp16 2:4"], buffer_mb=2).set_index("kernel")
+    assert set(times["cache_mb"]) == {megabytes} and set(times["buffer_mb"]) == {2}
+    assert times[["read_gb_s", "of_bound"]].isna().all(axis=None)
+    said = times["caution"].dropna().to_dict()
+    wanted = f"weights may stay in the cache: {megabytes} MB of cache, 2 MB read before each run"
+    assert said == {"fp32": wanted, "packed int4": wanted}
+
+
+def test_a_cache_of_unknown_size_is_said_to_be_assumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(caches, "size", lambda: None)
+    line = run(tmp_path, kernels=["fp32"], repeats=1, warmup=0, buffer_mb=128).iloc[0]
+    assert (line["cache_mb"], line["buffer_mb"]) == (64, 128)
+    assert line["caution"].startswith("the system reports no cache size, 64 MB assumed")
 
 
 def test_executed_operations_leave_out_zeros():
@@ -169,6 +211,11 @@ def test_two_of_four_keeps_the_larger_half():
         ({"shapes": [{"tokens": 2, "columns": 0, "rows": 3}]}, "cpu", "positive whole numbers"),
         ({"kernels": ["fp3"]}, "cpu", "'fp3' is unknown"),
         ({"repeats": 0}, "cpu", "repeats 0"),
+        ({"warmup": -1}, "cpu", "no negative warmup"),
+        ({"seconds": 0}, "cpu", "seconds 0 is no positive number"),
+        ({"seconds": float("inf")}, "cpu", "seconds inf is no positive number"),
+        ({"seconds": "1"}, "cpu", "seconds '1' is no positive number"),
+        ({"buffer_mb": 0}, "cpu", "buffer_mb 0 is no positive whole number"),
         ({}, "gpu0", "'gpu0' is unknown"),
         ({}, "cuda:99", "'cuda:99' is not there"),
     ],

@@ -41,7 +41,7 @@ LAYERS = [
     ["compression", "released", "packed"],
     ["pretrained", "export"],
     ["verify", "repeat"],
-    ["evaluate", "zero_shot", "kernels"],
+    ["evaluate", "zero_shot", "kernels", "caches", "stopwatch"],
     ["kernel_benchmark"],
     ["published"],
     ["artefacts", "errata"],

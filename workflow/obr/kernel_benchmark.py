@@ -1,19 +1,23 @@
-"""The benchmark of kernels: products of `kernels` are checked, then timed, on the device at hand."""
+"""The benchmark of kernels: products of `kernels` are checked, then timed, on this device."""
 
+import math
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from obr import int4
+from obr import int4, stopwatch
+from obr.caches import Caches
 from obr.errors import ObrError, first_line
 from obr.files import write_text
-from obr.kernels import KERNELS, LAYOUTS, Case, Lacking
+from obr.kernels import KERNELS, LAYOUTS, Case, Emulated, Lacking
+from obr.stopwatch import Budget
 
 # Largest error, over the largest entry of the exact product, of a sound kernel with this output; rounding the
 # output alone costs half a unit in the last place: 3e-8 (fp32), 2.4e-4 (fp16), 2e-3 (bf16).
@@ -29,6 +33,7 @@ COLUMNS = (
     "median_ms",
     "p25_ms",
     "p75_ms",
+    "repeats",
     "weight_bytes",
     "bits_per_weight",
     "tops_dense",
@@ -36,59 +41,65 @@ COLUMNS = (
     "gop",
     "read_gb_s",
     "of_bound",
+    "cache_mb",
+    "buffer_mb",
+    "caution",
     "sm_mhz",
     "sm_mhz_most",
     "device",
     "threads",
     "torch",
 )
-NOT_RUN = "not available: no CUDA device was at hand"
+NOT_RUN = "not available: there is no CUDA device"
 
 
 def benchmark(entry: dict, device: str, out: Path) -> None:
     """Check and time kernels on `device`; one line of the CSV file `out` for each shape and kernel.
 
-    entry: {shapes: [{name?, tokens, columns, rows}], repeats: 20, warmup: 3, kernels?: names}.
-    A product is (tokens, columns) x (rows, columns)^T. Each is first compared with the float64 product of the
-    operands it multiplies (`checked`: largest error over the largest entry of the exact product); one that is
-    wrong is refused and not timed. One that device or build lacks has the reason in `status`, and no time.
+    entry: {shapes: [{name?, tokens, columns, rows}], seconds: 1, repeats: 20, warmup: 3, buffer_mb: 256,
+    kernels?: names}. A product is (tokens, columns) x (rows, columns)^T. Each is first compared with the float64
+    product of the operands it multiplies (`checked`: largest error over the largest entry of the exact product). A
+    wrong product is refused and not timed. A kernel that device or build lack, or that PyTorch would emulate, has the
+    reason in `status`, and no time.
 
-    Times in ms: median and quartiles of `repeats` runs. On CUDA by events, the L2 cache overwritten before
-    each run; on the CPU by the clock, the caches filled with other data before each run.
-    read_gb_s: 10^9 bytes that these threads read from memory in a second, median of as many reads (CPU only).
-    of_bound: the time in which the weight's bytes can be read at that speed, as a share of the median; a
-    product of few tokens cannot exceed 1.
+    median_ms, p25_ms, p75_ms: median and quartiles of as many runs as the column `repeats` says: the entry's
+    `repeats`, or what fits in its `seconds`: at least three, or one where a single run takes longer than that.
+    On CUDA by events, the L2 cache overwritten before each run; on the CPU by the clock, the caches filled with other
+    data before each run.
+    cache_mb, buffer_mb: 2^20 bytes of the last-level caches, and of the data that replaces their content before each
+    run. On the CPU the buffer is four times the caches, but no more than the entry's `buffer_mb`.
+    caution: says where weights may have stayed in the caches, or where the system does not report their size.
+    read_gb_s: 10^9 bytes that these threads read from memory in a second, median of as many reads; on the CPU only,
+    and not where weights may stay in the caches.
+    of_bound: the time in which the weight's bytes can be read at that speed, as a share of the median; at most 1.
     tops_dense: 2 * tokens * rows * columns / time, in 10^12 a second, zeros counted as if they were
     multiplied; tops_executed: only what the kernel multiplies, half of that for 2:4 sparsity; gop: the operations
     that it carries out, in 10^9.
     sm_mhz, sm_mhz_most: clock of the multiprocessors right after a kernel's runs, and the highest there is (CUDA).
 
     Raises:
-        ObrError: the entry names no or an impossible shape or an unknown kernel, or there is no such device.
+        ObrError: the entry names no or an impossible shape, an unknown kernel or an impossible budget, or there is no
+            such device.
     """
     import pandas as pd
 
     target = _device(device)
-    repeats, warmup = int(entry.get("repeats", 20)), int(entry.get("warmup", 3))
-    if repeats < 1 or warmup < 0:
-        raise ObrError(f"Benchmark repeats {repeats} and warmup {warmup}: at least one repeat, no negative warmup.")
     names, machine = _kernel_names(entry), _machine(target)
-    speed = _read_speed(repeats) if target.type == "cpu" else None
-    timer = _cuda_times if target.type == "cuda" else _cpu_times
-    lines = []
+    bench = _Bench(target, _budget(entry), _caches(entry, target))
+    speed, lines = bench.read_speed(), []
     for shape in _shapes(entry):
+        x, weight = bench.operands(shape)
         for name in names:
-            line = _measure(KERNELS[name], shape, target, timer, repeats, warmup)
-            if speed is not None and "median_ms" in line:
-                bound = line["weight_bytes"] / speed * 1e3
-                line |= {"read_gb_s": speed / 1e9, "of_bound": bound / line["median_ms"]}
-            lines.append({**shape, "kernel": name, **line, **machine})
+            line = bench.measure(KERNELS[name], x, weight)
+            if "median_ms" in line:
+                line |= _bound(line, speed, bench.caches)
+            lines.append({**shape, "kernel": name, **line, **machine, **bench.about})
     frame = pd.DataFrame(lines, columns=list(COLUMNS))
     write_text(frame.to_csv(index=False), out)
 
 
 def sizes(entry: dict, out: Path) -> None:
-    """The CSV file of `benchmark` for a CUDA device that is not there: what can be known without one.
+    """The CSV file of `benchmark` where there is no CUDA device: what can be computed without one.
 
     For each shape and kernel the bytes of a weight, laid out as the kernel reads it, and the operations; `status`
     says that it was not run, and there is no time. Errors as `benchmark`.
@@ -149,6 +160,29 @@ def _kernel_names(entry: dict) -> list[str]:
     return names
 
 
+def _budget(entry: dict) -> Budget:
+    budget = Budget(entry.get("seconds", 1.0), entry.get("repeats", 20), entry.get("warmup", 3))
+    if not (isinstance(budget.seconds, int | float) and 0 < budget.seconds < math.inf):
+        raise ObrError(f"Benchmark seconds {budget.seconds!r} is no positive number; give a kernel 1, say.")
+    counts = (budget.repeats, budget.warmup)
+    if not all(isinstance(count, int) for count in counts) or budget.repeats < 1 or budget.warmup < 0:
+        raise ObrError(
+            f"Benchmark repeats {budget.repeats!r} and warmup {budget.warmup!r}: set at least one repeat and no "
+            "negative warmup."
+        )
+    return budget
+
+
+def _caches(entry: dict, device: torch.device) -> Caches:
+    limit = entry.get("buffer_mb", 256)
+    if not isinstance(limit, int) or limit < 1:
+        raise ObrError(f"Benchmark buffer_mb {limit!r} is no positive whole number; set the default, 256.")
+    if device.type == "cuda":
+        last_level = torch.cuda.get_device_properties(device).L2_cache_size
+        return Caches(last_level, True, 2 * last_level)
+    return Caches.of_this_machine(limit << 20)
+
+
 def _machine(device: torch.device) -> dict:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else _processor()
@@ -166,27 +200,81 @@ def _processor() -> str:
 # --- Checking and timing ------------------------------------------------------------------------------
 
 
-def _measure(kernel: Callable, shape: dict, device, timer: Callable, repeats: int, warmup: int) -> dict:
-    """What a line says of one kernel: its status, and its times if it is there and right."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape["tokens"], shape["columns"], generator=generator).to(device)
-    weight = torch.randn(shape["rows"], shape["columns"], generator=generator).to(device)
-    with torch.inference_mode():
+@dataclass(frozen=True)
+class _Bench:
+    """What all lines of a benchmark share: the device, the time a kernel may take, the caches to be cleared."""
+
+    device: torch.device
+    budget: Budget
+    caches: Caches
+
+    @property
+    def about(self) -> dict:
+        return {"cache_mb": self.caches.bytes / 2**20, "buffer_mb": self.caches.buffer / 2**20}
+
+    @cached_property
+    def filler(self) -> Tensor:
+        return self.caches.filler()
+
+    def times(self, run: Callable[[], object], each: float) -> list[float]:
+        """Milliseconds of each run. each: seconds that a run took before."""
+        if self.device.type == "cuda":
+            return stopwatch.cuda_times(run, self.device, self.budget, self.caches.buffer)
+        return stopwatch.cpu_times(run, self.filler, self.budget, each)
+
+    def read_speed(self) -> float | None:
+        """Bytes a second that PyTorch's threads read from memory.
+
+        None on CUDA, without a compiler for the loop, and where the memory that is read may lie in the caches.
+        """
+        if self.device.type == "cuda" or not self.caches.cleared:
+            return None
+        memory, threads = self.caches.filler(), torch.get_num_threads()
         try:
-            case = kernel(x, weight)
-            product = case.run()
-        except (Lacking, ObrError) as reason:
-            return {"status": f"not available: {reason}"}
-        except (RuntimeError, AttributeError) as error:
-            # PyTorch says in these that a build, a device or a shape is not provided for; so may a fault of ours,
-            # hence its kind and words stand in the table and the figure.
-            return {"status": f"failed, {type(error).__name__}: {first_line(error)}"}
-        error, allowed = _error(case, product), TOLERANCE[product.dtype]
-        if not error <= allowed:
-            return {"status": f"refused: error {error:.2g} is above {allowed:g}", "checked": error}
-        times = timer(case.run, device, repeats, warmup)
-    status = f"ok, {case.remark}" if case.remark else "ok"
-    return {"status": status, "checked": error, **_figures(case, times, shape), **_clocks(device)}
+            seconds, _ = stopwatch.taken(lambda: int4.read_memory(memory, threads))
+        except ObrError:
+            return None
+        times = self.times(lambda: int4.read_memory(memory, threads), seconds)
+        return memory.nbytes / statistics.median(times) * 1e3
+
+    def operands(self, shape: dict) -> tuple[Tensor, Tensor]:
+        """Random x (t, n) and weight (r, n), float32."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape["tokens"], shape["columns"], generator=generator)
+        weight = torch.randn(shape["rows"], shape["columns"], generator=generator)
+        return x.to(self.device), weight.to(self.device)
+
+    def measure(self, kernel: Callable, x: Tensor, weight: Tensor) -> dict:
+        """What a line says of one kernel: its status, and its times if it is there and right."""
+        shape = {"tokens": len(x), "columns": x.shape[1], "rows": len(weight)}
+        with torch.inference_mode():
+            try:
+                case = kernel(x, weight)
+                seconds, product = stopwatch.taken(case.run)
+            except (Lacking, ObrError) as reason:
+                return {"status": f"{'skipped' if isinstance(reason, Emulated) else 'not available'}: {reason}"}
+            except (RuntimeError, AttributeError) as error:
+                # PyTorch says in these that a build, a device or a shape is not provided for; so may a fault of ours,
+                # hence its kind and words stand in the table and the figure.
+                return {"status": f"failed, {type(error).__name__}: {first_line(error)}"}
+            error, allowed = _error(case, product), TOLERANCE[product.dtype]
+            if not error <= allowed:
+                return {"status": f"refused: error {error:.2g} is above {allowed:g}", "checked": error}
+            times = self.times(case.run, seconds)
+        status = f"ok, {case.remark}" if case.remark else "ok"
+        return {"status": status, "checked": error, **_figures(case, times, shape), **_clocks(self.device)}
+
+
+def _bound(line: dict, speed: float | None, caches: Caches) -> dict:
+    """Of a kernel that was timed: its share of the read bound, or why it has none. speed: bytes a second."""
+    cautions = [caches.caution] if caches.caution else []
+    found = {}
+    if speed is not None:
+        share = line["weight_bytes"] / speed * 1e3 / line["median_ms"]
+        found = {"read_gb_s": speed / 1e9, "of_bound": share if share <= 1 else None}
+        if share > 1:
+            cautions.append("weights may stay in the cache: they were read faster than memory is")
+    return {**found, "caution": "; ".join(cautions) or None}
 
 
 def _clocks(device: torch.device) -> dict:
@@ -220,7 +308,8 @@ def _figures(case: Case, times: list[float], shape: dict) -> dict:
     extent = _extent(sum(part.nbytes for part in case.stored), case.executed, shape)
     executed = extent["gop"] / median  # 10^9 in a thousandth of a second: 10^12 a second
     speeds = {"tops_dense": executed / case.executed, "tops_executed": executed}
-    return {"median_ms": median, "p25_ms": p25, "p75_ms": p75, **extent, **speeds}
+    spread = {"p25_ms": p25, "p75_ms": p75, "repeats": len(times)}
+    return {"median_ms": median, **spread, **extent, **speeds}
 
 
 def _extent(weight_bytes: int | None, executed: float, shape: dict) -> dict:
@@ -230,50 +319,3 @@ def _extent(weight_bytes: int | None, executed: float, shape: dict) -> dict:
     if weight_bytes is None:
         return {"gop": gop}
     return {"weight_bytes": weight_bytes, "bits_per_weight": 8 * weight_bytes / weights, "gop": gop}
-
-
-def _cpu_times(run: Callable, device, repeats: int, warmup: int) -> list[float]:
-    for _ in range(warmup):
-        run()
-    others = _more_than_caches()
-    times = []
-    for _ in range(repeats):
-        others.sum()
-        start = time.perf_counter_ns()
-        run()
-        times.append((time.perf_counter_ns() - start) / 1e6)
-    return times
-
-
-def _more_than_caches() -> Tensor:
-    """Four times as many bytes as the largest cache holds, of 64 MB where the system does not tell."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    largest = max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=64 << 20)
-    return torch.ones(largest // 2, dtype=torch.int64)
-
-
-def _read_speed(repeats: int) -> float | None:
-    """Bytes a second that PyTorch's threads read from memory; None without a compiler for the loop."""
-    memory, threads = _more_than_caches(), torch.get_num_threads()
-    try:
-        times = _cpu_times(lambda: int4.read_memory(memory, threads), None, repeats, 1)
-    except ObrError:
-        return None
-    return memory.nbytes / statistics.median(times) * 1e3
-
-
-def _cuda_times(run: Callable, device: torch.device, repeats: int, warmup: int) -> list[float]:
-    with torch.cuda.device(device):
-        cache = torch.empty(
-            2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device
-        )
-        for _ in range(warmup):
-            run()
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, stop in pairs:
-            cache.zero_()
-            start.record()
-            run()
-            stop.record()
-        torch.cuda.synchronize(device)
-    return [start.elapsed_time(stop) for start, stop in pairs]

@@ -1,4 +1,4 @@
-"""Matrix products of the device at hand, PyTorch's and this package's, each with its operands in place.
+"""Matrix products of this device, PyTorch's and this package's, each with its operands in place.
 
 PyTorch has no INT4 x INT4 product and no unstructured sparse one; what it has is taken as it is: dense products,
 INT8, FP8, INT4 weights with 16-bit activations, and 2:4 sparsity. `int4` multiplies packed 4-bit weights, in every
@@ -21,6 +21,10 @@ from obr.recipe import Pattern, QuantizerSettings
 
 class Lacking(Exception):
     """This device or build does not have the kernel; the message is the reason, in words."""
+
+
+class Emulated(Lacking):
+    """PyTorch would compute the product with other instructions, so slowly that nobody runs it on this device."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,18 @@ def _int8(x: Tensor, weight: Tensor) -> Case:
 def _fp8(x: Tensor, weight: Tensor) -> Case:
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         raise Lacking("FP8 products need CUDA compute capability 8.9 or later")
+    if not x.is_cuda and not _multiplies_fp8():
+        raise Emulated("this processor has no FP8 products (AMX with AVX10.2), and PyTorch would emulate them")
     x, weight = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     one = torch.ones((), device=x.device)
     scales = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
     return Case(lambda: torch._scaled_mm(x, weight.t(), **scales), x, weight, (weight,))
+
+
+def _multiplies_fp8() -> bool:
+    """Whether the CPU has AMX-FP8, which comes with AVX10.2; newer versions of PyTorch report AVX10.2."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("amx_tile") and has.get("avx10_2"))
 
 
 def _int4_weight(x: Tensor, weight: Tensor) -> Case:
