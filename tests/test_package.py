@@ -107,7 +107,7 @@ def test_the_digest_sees_code_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(digest, "ROOT", package)
 
     def now():
-        digest._parsed.cache_clear()
+        digest._imports.cache_clear()
         digest._tree.cache_clear()
         return digest.digest("a")
 

@@ -54,13 +54,10 @@ def _path(module: str) -> str | None:
 
 
 @cache
-def _parsed(path: str) -> ast.Module:
-    return ast.parse((ROOT / path).read_text())
-
-
 def _imports(path: str) -> list[str]:
+    """Modules of the package, and names in them, that a file imports; walked once, since stages share most files."""
     names = []
-    for node in ast.walk(_parsed(path)):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):

@@ -35,29 +35,34 @@ except ObrError as error:
 RESULTS = CONFIG.results
 PUBLISHED = f"{workflow.basedir}/workflow/published/results.csv"
 
-# A pattern of the recipes that are released checkpoints; one that matches nothing where there are none.
-RELEASED = "|".join(re.escape(key) for key, r in CONFIG.parsed.items() if r.method == "released") or "(?!)"
 
-# Rotations that are learned here.
-LEARNED = "|".join(re.escape(key) for key, r in config["rotations"].items() if "learn" in r) or "(?!)"
+def one_of(names):
+    """A regular expression that matches these names alone; one that matches nothing where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
 
-# Calibrations that the model writes itself, and mixtures of others.
-GENERATED, MIXED = (
-    "|".join(re.escape(key) for key, c in config["calibrations"].items() if kind in c) or "(?!)"
-    for kind in ("generated", "mix")
+
+# Every wildcard takes names of the config alone, and rules that make the same file each take names of their own. So no
+# input function is called with a name that its section does not have, and a misspelt target is a missing file.
+RELEASED = one_of(key for key, recipe in CONFIG.parsed.items() if recipe.method == "released")
+COMPRESSED = one_of(key for key, recipe in CONFIG.parsed.items() if recipe.method != "released")
+LEARNED = one_of(key for key, entry in config["rotations"].items() if "learn" in entry)
+GIVEN = one_of(key for key, entry in config["rotations"].items() if "learn" not in entry)  # drawn, or from a file
+CUT, GENERATED, MIXED = (
+    one_of(key for key, entry in config["calibrations"].items() if kind in entry)
+    for kind in ("text", "generated", "mix")
 )
 
 
 wildcard_constraints:
-    model="[^/]+",
-    rotation="[^/]+",
-    calibration="[^/]+",
-    recipe="[^/]+",
-    text="[^/]+",
-    task="[^/]+",
-    options="[^/]+",
-    table="[^/]+",
-    figure="[^/]+",
+    model=one_of(config["models"]),
+    rotation=one_of(["none", *config["rotations"]]),
+    calibration=one_of(config["calibrations"]),
+    recipe=one_of(CONFIG.parsed),
+    text=one_of(config["perplexity"]),
+    task=one_of(config["zero_shot"]),
+    options=one_of(config["layer_options"]),
+    table=one_of(config["tables"]),
+    figure=one_of(config["figures"]),
 
 
 def check_writable():

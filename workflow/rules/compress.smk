@@ -132,6 +132,8 @@ rule compress:
         f"{RESULTS}/logs/compress/{{model}}/{{recipe}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/compress/{{model}}/{{recipe}}.tsv"
+    wildcard_constraints:
+        recipe=COMPRESSED,
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]
@@ -159,6 +161,8 @@ rule download_released:
         f"{RESULTS}/logs/download_released/{{model}}/{{recipe}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/download_released/{{model}}/{{recipe}}.tsv"
+    wildcard_constraints:
+        recipe=RELEASED,
     retries: 1
     conda:
         "../../envs/obr.yaml"
@@ -175,9 +179,6 @@ rule download_released:
 
 
 # Recipes of the method `released` are taken over instead of computed.
-ruleorder: released > compress
-
-
 rule released:
     input:
         model=f"{RESULTS}/models/{{model}}/source.json",

@@ -54,6 +54,8 @@ rule download_text:
         f"{RESULTS}/logs/download_text/{{text}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/download_text/{{text}}.tsv"
+    wildcard_constraints:
+        text=one_of(config["texts"]),
     retries: 1
     conda:
         "../../envs/obr.yaml"
@@ -125,6 +127,8 @@ rule download_rotation:
         f"{RESULTS}/logs/download_rotation/{{rotation}}/{{model}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/download_rotation/{{rotation}}/{{model}}.tsv"
+    wildcard_constraints:
+        rotation=GIVEN,
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -142,9 +146,6 @@ rule download_rotation:
 
 
 # Rotations with a `learn` are learned instead of drawn or downloaded.
-ruleorder: learn_rotation > download_rotation
-
-
 rule learn_rotation:
     input:
         model=f"{RESULTS}/models/{{model}}/source.json",
@@ -185,6 +186,8 @@ rule calibrate:
         f"{RESULTS}/logs/calibrate/{{calibration}}/{{model}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/calibrate/{{calibration}}/{{model}}.tsv"
+    wildcard_constraints:
+        calibration=CUT,
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -199,10 +202,6 @@ rule calibrate:
     shell:
         "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
         "{params.trust} >{log} 2>&1"
-
-
-ruleorder: generate > calibrate
-ruleorder: mix > calibrate
 
 
 rule generate:
