@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from obr import figure
 from obr.errors import ObrError
 from obr.figure_layers import LAYER_KINDS
-from obr.sheet import COLUMN, Sheet
+from obr.sheet import COLUMN, PAGE, Sheet
 from test_table import ENTRY, MODELS, OBR, PUBLISHED, RECIPES, TABLE_1, fabricate
 
 ALPHAS = (0.25, 0.5, 0.75)
@@ -151,13 +152,79 @@ def test_layer_errors_by_kind(results, monkeypatch, tmp_path):
     assert drawn.remarks == ["Llama-2-7B, RTN: compressed without calibration data, no error known"]
 
 
+def bars(panel) -> list[tuple[str, float, bool]]:
+    """(kernel, length, whether it is hatched) of each bar from the top."""
+    first = panel.figure.axes[0]  # has the names for all
+    rows = {y: label.get_text() for y, label in zip(first.get_yticks(), first.get_yticklabels())}
+    found = {bar.get_y() + bar.get_height() / 2: bar for bar in panel.patches}
+    lengths = {min(rows, key=lambda row: abs(row - y)): bar for y, bar in found.items()}
+    return [(rows[y], float(lengths[y].get_width()), bool(lengths[y].get_hatch())) for y in sorted(lengths)]
+
+
+def written(panel) -> list[str]:
+    return [text.get_text() for text in panel.texts]
+
+
 def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
-    drawn = sheet({"kind": "kernels", "device": "cpu"}, results, monkeypatch, tmp_path)
-    assert labels(drawn) == ["fp32", "int8"]
-    assert drawn.remarks == ["2:4 not timed: not available: CPU"]
-    assert [y for _, y in points(drawn.panels[1])] == pytest.approx([10, 10, 200, 200])
-    assert "Gop/s" in drawn.panels[1].get_ylabel()
-    assert drawn.panels[0].get_yscale() == "log"
+    entry = {"kind": "kernels", "device": "cpu", "panels": ["time", "speed"]}
+    drawn = sheet(entry, results, monkeypatch, tmp_path)
+    assert labels(drawn) == ["PyTorch", "quartiles"]
+    assert drawn.remarks == ["2:4 not available: CPU"]
+    headed = ["decode", "fp32", "int8", "prefill", "fp32", "int8"]
+    assert [label.get_text() for label in drawn.panels[0].get_yticklabels()] == headed
+    assert bars(drawn.panels[0]) == [("fp32", 2.0, False), ("int8", 0.1, False)] * 2
+    assert [length for _, length, _ in bars(drawn.panels[1])] == pytest.approx([10, 200] * 2)
+    assert written(drawn.panels[1]) == ["10", "200"] * 2
+    assert "Gop/s" in drawn.panels[1].get_xlabel()
+    assert drawn.panels[0].get_xscale() == "log" and "log scale" in drawn.panels[0].get_xlabel()
+
+
+def test_packed_kernels_are_beside_pytorchs_with_spread_and_bytes(results, monkeypatch, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    skipped, refused = "skipped: this processor has no FP8 products", "refused: error 1 is above 0.1"
+    rest = "weights may stay in the cache: 480 MB of cache, 256 MB read before each run"
+    lines = [
+        {
+            "shape": shape,
+            "kernel": name,
+            "status": status,
+            "median_ms": ms,
+            "p25_ms": ms and ms - 1,
+            "p75_ms": ms and 9,
+        }
+        | {"weight_bytes": mib and mib * 2**20, "of_bound": share, "caution": ms and said}
+        for shape, said in (("one", rest), ("many", rest))
+        for name, status, ms, mib, share in (
+            ("packed int4", "ok", 4.0, 8, 0.5),
+            ("fp32", "ok", 7.0, 64, None),
+            ("fp8", skipped, None, None, None),
+            ("int8", refused if shape == "one" else "ok, emulated", None if shape == "one" else 5.0, 16, None),
+        )
+    ]
+    pd.DataFrame(lines).to_csv(copy / "kernels" / "cpu.csv", index=False)
+    drawn = sheet({"kind": "kernels", "device": "cpu"}, copy, monkeypatch, tmp_path)
+    times, sizes = drawn.panels
+    assert [name for name, _, _ in bars(times)] == ["fp32", "packed int4", "fp32", "int8", "packed int4"]
+    assert [length for _, length, _ in bars(sizes)] == [64, 16, 8, 64, 16, 8]
+    assert labels(drawn) == ["PyTorch", "this package", "quartiles", "time to read the weight"]
+    whiskers = [segment for spread in times.collections for segment in spread.get_segments()]
+    assert [(left, right) for (left, _), (right, _) in whiskers] == [(6, 9), (3, 9), (6, 9), (4, 9), (3, 9)]
+    ticks = [line for line in times.get_lines() if np.ptp(line.get_ydata()) > 0.5]
+    assert [line.get_xdata()[0] for line in ticks] == [2.0, 2.0]  # half of the packed kernel's 4 ms
+    tones = {bar.get_facecolor() for bar in times.patches}
+    greys = sorted(np.dot(tone[:3], (0.299, 0.587, 0.114)) for tone in tones)
+    assert len(greys) == 2 and greys[1] - greys[0] > 0.25 and greys[0] > 0.35  # black whiskers are seen on both
+    assert drawn.remarks == [f"fp8 {skipped}", f"int8 (one) {refused}", "int8 (many): emulated", rest]
+    assert "weights may stay in the cache" in drawn.figure.legends[0].get_title().get_text()
+
+
+def test_a_caution_that_concerns_some_kernels_names_them(results, monkeypatch, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    times = pd.read_csv(copy / "kernels" / "cpu.csv")
+    times["caution"] = [None, "read twice", None, None, None, None]
+    times.to_csv(copy / "kernels" / "cpu.csv", index=False)
+    drawn = sheet({"kind": "kernels", "device": "cpu"}, copy, monkeypatch, tmp_path)
+    assert drawn.remarks[1:] == ["int8 (decode): read twice"]
 
 
 def test_products_that_were_not_run_have_published_times_beside_their_sizes(results, monkeypatch, tmp_path):
@@ -165,20 +232,50 @@ def test_products_that_were_not_run_have_published_times_beside_their_sizes(resu
     lines = [
         {"shape": "paper", "kernel": kernel, "status": "not available: no CUDA device", "median_ms": None}
         | {"tops_dense": None, "weight_bytes": mib * 2**20, "gop": 1000.0}
-        for kernel, mib in (("fp16", 32), ("int4", 8), ("other", 1))
+        for kernel, mib in (("fp16", 32), ("int4 (CUTLASS)", 8), ("other", 1))
     ]
     pd.DataFrame(lines).to_csv(copy / "kernels" / "cuda.csv", index=False)
     name = "GEMM W 4096x4096, X 32x2048x4096"
-    entry = {"kind": "kernels", "device": "cuda", "panels": ["time", "memory"], "kernels": ["fp16", "int4"]}
+    entry = {"kind": "kernels", "device": "cuda", "panels": ["time", "memory"], "kernels": ["fp16", "int4 (CUTLASS)"]}
     entry["published"] = {"source": "obr", "table": "OBR Figure 1b / motivation.jpg"}
     drawn = sheet(entry, copy, monkeypatch, tmp_path, [{"name": "paper", "published": name}])
-    assert points(drawn.panels[0]) == []
-    assert [y for _, y in points(drawn.panels[0], hollow=True)] == [9.54, 2.73, 2.02]
-    assert [y for _, y in points(drawn.panels[1])] == [32, 8]
-    assert [y for _, y in points(drawn.panels[1], hollow=True)] == [32, 8, 5]
-    assert drawn.remarks == ["fp16, int4 not timed: not available: no CUDA device"]
-    with pytest.raises(ObrError, match="has no kernel 'fp3'; it has fp16, int4, other"):
+    times, sizes = ([bar[1:] for bar in bars(panel)] for panel in drawn.panels)
+    assert times == [(9.54, True), (2.73, True), (2.02, True)]
+    assert sizes == [(32, False), (8, False), (32, True), (8, True), (5, True)]
+    assert labels(drawn) == ["PyTorch", "this package", "published"]
+    assert drawn.remarks == ["fp16, int4 (CUTLASS) not available: no CUDA device"]
+    with pytest.raises(ObrError, match=r"has no kernel 'fp3'; it has fp16, int4 \(CUTLASS\), other"):
         sheet({**entry, "kernels": ["fp3"]}, copy, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(("figure_key", "timed"), [("fig1b", False), ("fig4", True), ("kernels_cpu", True)])
+def test_the_papers_figures_of_kernels_fit_a_page(results, monkeypatch, tmp_path, figure_key, timed):
+    """As the config has them, from a benchmark of the config's shapes, timed or with sizes alone."""
+    copy = shutil.copytree(results, tmp_path / "results")
+    config = yaml.safe_load((Path(__file__).parents[1] / "config.yaml").read_text())
+    entry, shapes = config["figures"][figure_key], config["kernels"]["shapes"]
+    names = entry.get("kernels") or ["fp32", "fp16", "bf16", "int8", "packed int4", "packed int4 50 %"]
+    status, measured = "ok" if timed else "not available: no device", ("median_ms", "p25_ms", "p75_ms", "tops_dense")
+    lines = [
+        {"shape": shape["name"], "kernel": name, "status": status, "weight_bytes": 2**23, "gop": 1.0}
+        | dict.fromkeys(measured, shape["tokens"] / 1e4 if timed else None)
+        for shape in shapes
+        if shape.get("device", entry["device"]) == entry["device"]
+        for name in names
+    ]
+    pd.DataFrame(lines).to_csv(copy / "kernels" / f"{entry['device']}.csv", index=False)
+    drawn = sheet(entry, copy, monkeypatch, tmp_path, shapes)
+    width, height = drawn.figure.get_size_inches()
+    assert width == PAGE and height < 9.5
+    hatched = [hatch for panel in drawn.panels for _, _, hatch in bars(panel)]
+    assert any(hatched) == (entry["device"] == "cuda")
+    ours = [hatch for hatch in hatched if not hatch]
+    count = len(entry.get("shapes", [])) or sum(s.get("device", "cpu") == "cpu" for s in shapes)
+    per_panel = count * len(names)
+    wanted = {"time": timed, "speed": timed, "operations": True, "memory": True, "bound": False}
+    assert len(ours) == per_panel * sum(wanted[panel] for panel in entry["panels"])
+    sizes = {label.get_fontsize() for panel in drawn.panels for label in panel.get_yticklabels()}
+    assert min(sizes) >= 5.5  # points
 
 
 def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
