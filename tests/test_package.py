@@ -20,7 +20,7 @@ PACKAGE = ROOT / "workflow" / "obr"
 LAYERS = [
     ["errors", "files", "registration", "arguments"],
     ["fetch", "native"],
-    ["recipe", "edition", "config", "digest", "device", "foreign"],
+    ["recipe", "edition", "config", "digest", "device", "foreign", "local"],
     ["allocation"],
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],

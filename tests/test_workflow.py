@@ -68,6 +68,25 @@ def test_changing_a_pattern_reruns_that_recipe_only(finished):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "untouched"),
+    [
+        ("heldout.txt", "download_text", "compress"),
+        ("train.txt", "download_text", "download_model"),
+        ("model/config.json", "download_model", "download_text"),
+    ],
+)
+def test_a_local_source_that_changes_reruns_what_reads_it(finished, tiny_folder, tmp_path, name, first, untouched):
+    copy = tmp_path / "tiny"
+    shutil.copytree(tiny_folder, copy)
+    assert jobs(finished, CONFIG, OBR_TINY=str(copy)) == {}  # the same contents under another modification time
+    with (copy / name).open("a", encoding="utf-8") as file:
+        file.write("\n")
+    os.utime(copy / name, (0, 0))  # older than every result
+    found = jobs(finished, CONFIG, OBR_TINY=str(copy))
+    assert found[first] == 1 and "table" in found and untouched not in found, found
+
+
 def test_a_new_label_compresses_nothing(finished):
     assert set(jobs(finished, changed(recipes__obr_gptq__label="other"))) == {"table", "figure"}
 

@@ -11,6 +11,7 @@ from snakemake.utils import validate
 
 from obr import config as obr_config
 from obr import digest as obr_digest
+from obr import local as obr_local
 from obr.errors import ObrError
 
 try:
@@ -212,6 +213,19 @@ def task_text(wildcards):
 
 def task_text_flag(wildcards, input):
     return f"--text {input.text}" if "text" in input.keys() else ""
+
+
+def local_of(section):
+    """JSON of the state of the local files that a config entry names; a changed file then reruns its job."""
+
+    def local(wildcards):
+        names = {"perplexity": "text", "zero_shot": "task"}
+        entry = config[section][wildcards[names.get(section, section.rstrip("s"))]]
+        source = entry.get("source")
+        source = source if isinstance(source, dict) else entry
+        return json.dumps(obr_local.state(source, wildcards.get("model", "")), sort_keys=True)
+
+    return local
 
 
 def task_source(wildcards):

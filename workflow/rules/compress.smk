@@ -173,6 +173,7 @@ rule download_released:
     params:
         entry=lambda wildcards: json.dumps(config["recipes"][wildcards.recipe]["source"], sort_keys=True),
         out=subpath(output[0], parent=True),
+        local=local_of("recipes"),
         code=code_of("released"),
     shell:
         "obr download-released --entry {params.entry:q} --out {params.out} >{log} 2>&1"
@@ -204,6 +205,7 @@ rule released:
         released=subpath(input.released, parent=True),
         trust=trust_of,
         out=subpath(output.manifest, parent=True),
+        local=local_of("recipes"),
         code=code_of("released"),
     shell:
         "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
