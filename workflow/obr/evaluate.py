@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obr import data
+from obr import data, dtypes
 from obr.activations import Room
 from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
@@ -73,8 +73,8 @@ def perplexity_stage(
 ) -> dict:
     """The stage: perplexity of a checkpoint on a text.
 
-    spec: {"seqlen", "tokens" (limit, or None), "bos"}. recipe: whose activation settings apply.
-    room: for the hidden states of the text.
+    spec: {"seqlen", "tokens" (limit, or None), "bos"}. recipe: whose activation settings apply. dtype: of the
+    computation, before the recipe's own. room: for the hidden states of the text.
     """
     started = time.monotonic()
     blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
@@ -92,7 +92,7 @@ def perplexity_stage(
         "tokens_in_text": len(tokens),
         "setting": blocks.recipe.setting,
         "device": str(blocks.target),
-        "dtype": str(blocks.dtype).removeprefix("torch."),
+        "dtype": dtypes.name_of(blocks.dtype),
         "versions": versions(),
         "seconds": time.monotonic() - started,
     }

@@ -1,7 +1,8 @@
 """Hessians of a model's layer inputs: collected block by block, cached as one triangle each.
 
 H = 2/S Σ_s X_sᵀ X_s over S calibration sequences, X_s (t, n) the inputs of one sequence, tokens summed;
-collected behind online transforms and in front of activation quantisers, in float32.
+collected behind online transforms and in front of activation quantisers. The sum is in float32; the inputs are in the
+dtype of the computation.
 """
 
 import json
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr import data, rotations
+from obr import data, dtypes, rotations
 from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import whole, write_json
@@ -153,7 +154,8 @@ def hessian(
         matrices.clear()  # before the next block's are made
     (out / "hessian.json").unlink(missing_ok=True)  # of older ones, which go now
     unfinished.move(len(blocks))
-    write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
+    notes = {"calibration": about, "blocks": len(blocks), "dtype": dtypes.name_of(blocks.dtype)}
+    write_json(notes, out / "hessian.json")
     unfinished.remove()
 
 
