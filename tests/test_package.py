@@ -21,7 +21,7 @@ LAYERS = [
     ["errors", "files", "registration", "arguments"],
     ["fetch", "native"],
     ["recipe", "edition", "config", "digest", "device", "foreign", "local"],
-    ["allocation"],
+    ["allocation", "dtypes"],
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],
     ["curvature", "joint"],

@@ -181,7 +181,7 @@ def allocate_stage(recipe: Recipe, sensitivity: Path, out: Path) -> Choice:
             f"{sensitivity} has no losses of block {min(missing)}, on which the recipe acts; measure it again."
         )
     choice = allocate(recipe.allocation, [layer for layer in measured["layers"] if layer["block"] in chosen])
-    write_json(choice.to_dict(), out)
+    write_json(choice.to_dict() | {"dtype": measured.get("dtype")}, out)
     return choice
 
 

@@ -77,7 +77,11 @@ def _object(text: str) -> dict:
 
 def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype", default=None, choices=("float32", "bfloat16", "float16"),
+        help="of the computation; wins over the recipe's; default: the recipe's, else float32 on a CPU and the "
+        "model's own on a GPU",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
 
 

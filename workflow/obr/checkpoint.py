@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr import fetch, foreign, online
+from obr import dtypes, fetch, foreign, online
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import flush, read_json, whole, write_json
 from obr.layout import Layout
@@ -73,12 +73,14 @@ class LayerReport:
 class Report:
     """What a compression did; becomes the manifest.
 
+    dtype: in which what has 16 bits is stored. computed_in: the dtype of the passes; None where nothing is computed.
     allocation: what it was told to do layer by layer. slopes: mean squares of the outputs' gradients by layer, if
     rows are weighed by them; not in the manifest. released: what was verified of a checkpoint that others made.
     """
 
     recipe: Recipe
     dtype: torch.dtype
+    computed_in: torch.dtype | None = None
     calibration: dict | None = None
     rotation: dict | None = None
     source: dict | None = None
@@ -171,11 +173,12 @@ class CheckpointBlocks(StreamedBlocks):
     """The blocks of a packed checkpoint, read and unpacked each time they are asked for.
 
     recipe: whose activation, key and value settings apply; by default the checkpoint's own.
+    dtype: of the computation; None for the recipe's, and without one the device's default.
     """
 
     def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device=None):
         self.manifest = read_manifest(Path(directory))
-        self.recipe = recipe or Recipe.parse(self.manifest["recipe"])
+        self.recipe, dtype = dtypes.settled(recipe or Recipe.parse(self.manifest["recipe"]), dtype)
         super().__init__(Path(directory), None, dtype, device)
         vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         if len(self) != self.manifest["blocks"]:
@@ -234,7 +237,8 @@ def read_manifest(directory: Path) -> dict:
 def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=None, device: str | None = None):
     """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
 
-    recipe: overrides the checkpoint's settings for activations, keys and values.
+    recipe: overrides the checkpoint's settings for activations, keys and values. dtype: of the computation, before
+    the recipe's own.
 
     Raises:
         ObrError: the folder is not a whole checkpoint of this format.
@@ -316,7 +320,8 @@ class Writer:
             "format": FORMAT,
             "recipe": report.recipe.to_dict(),
             "blocks": len(self.blocks),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtypes.name_of(self.dtype),
+            "computed_in": report.computed_in and dtypes.name_of(report.computed_in),
             "bits_per_weight": {"theoretical": theoretical / weights, "file": 8 * packed / weights},
             "file_bytes": sum(path.stat().st_size for path in self.directory.glob("*.safetensors")),
             "linear_weights": weights,

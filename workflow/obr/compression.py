@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from obr import allocation, data, gradients, hessian, sensitivity, target
+from obr import allocation, data, dtypes, gradients, hessian, sensitivity, target
 from obr.activations import Room
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
 from obr.config import check_widths
@@ -45,8 +45,14 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     if isinstance(recipe, dict):
         recipe = Recipe.parse({"calibration": "given", **recipe})
     blocks = Blocks(model)
+    computed_in = model.get_submodule(blocks.layout.embed).weight.dtype
+    if recipe.dtype not in (None, dtypes.name_of(computed_in)):
+        raise ObrError(
+            f"The recipe's dtype is {recipe.dtype}, but the model is in {dtypes.name_of(computed_in)}; load it with "
+            f"dtype=torch.{recipe.dtype}, or leave dtype out."
+        )
     storage = model.config.dtype if model.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    report = Report(recipe, storage, device=str(blocks.device))
+    report = Report(recipe, storage, computed_in, device=str(blocks.device))
     if tokens is not None:
         report.calibration = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "tokens": tokens.numel()}
     rotation = getattr(model, "obr_rotation", None)
@@ -101,17 +107,19 @@ def compress_stage(
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
         hessians: folder of cached Hessians, used if the recipe says so.
         gradient_file, allocation_file: of the stages gradients and allocate, if the recipe needs them.
+        dtype: of the computation, before the recipe's own; None for that, and without one the device's default.
         megabytes: of memory for the hidden states of the calibration, see `Room`.
 
     Raises:
-        ObrError: files that do not fit the recipe, or the blocks of an unfinished run of another one.
+        ObrError: files that do not fit the recipe or its dtype, or the blocks of an unfinished run of another one.
     """
     _check_inputs(recipe, rotation, tokens, hessians)
     _check_layerwise(recipe, gradient_file, allocation_file)
     patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
     check_widths(read_json(model / "config.json"), patterns, model.name)
+    recipe, dtype = dtypes.settled(recipe, dtype)
     blocks = hessian.open_blocks(model, rotation, dtype, device)
-    report = Report(recipe, blocks.storage_dtype, device=str(blocks.target))
+    report = Report(recipe, blocks.storage_dtype, blocks.dtype, device=str(blocks.target))
     report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
     if recipe.clip == "learned":
         hessian.clip_weights(blocks)
@@ -120,26 +128,38 @@ def compress_stage(
     if recipe.needs_hessian and recipe.hessian == "sequential":
         windows, report.calibration = data.load_tokens(tokens)
     elif recipe.needs_hessian or hessians:
-        report.calibration = read_json(hessians / "hessian.json")["calibration"]
+        noted = read_json(hessians / "hessian.json")
+        dtypes.check_shared(recipe, noted.get("dtype"), f"The Hessians in {hessians}")
+        report.calibration = noted["calibration"]
     cached = hessians if windows is None else None
     files = {"rotation": rotation, "calibration": tokens if cached is None else cached / "hessian.json"}
-    if recipe.needs_gradients:
-        files["gradients"] = gradient_file
-        report.slopes, _ = gradients.load(gradient_file, blocks.target)
-    if recipe.allocation is not None:
-        files["allocation"] = allocation_file
-        report.allocation = read_json(allocation_file)
-        asked = recipe.allocation
-        if (report.allocation.get("bits"), report.allocation.get("scope", "model")) != (asked.bits, asked.scope):
-            raise ObrError(
-                f"{allocation_file} is for another budget than the recipe's {asked.bits} bits a {asked.scope}."
-            )
+    files |= _read_layerwise(report, gradient_file, allocation_file, blocks.target)
     run = fingerprint(
         "compression", model, files, device=str(blocks.target), dtype=str(blocks.dtype), recipe=recipe.decisive()
     )
     writer = Writer(out, blocks, report.dtype, run)
     compress_blocks(blocks, windows, cached, report, writer, Room(megabytes, writer.unfinished.folder))
     return writer.finish(report, tokenizer_from=model)
+
+
+def _read_layerwise(
+    report: Report, gradient_file: Path | None, allocation_file: Path | None, device: torch.device
+) -> dict[str, Path]:
+    """Put the output gradients and the allocation that the recipe needs into the report; returns their files."""
+    recipe, files = report.recipe, {}
+    if recipe.needs_gradients:
+        files["gradients"] = gradient_file
+        report.slopes, notes = gradients.load(gradient_file, device)
+        dtypes.check_shared(recipe, notes.get("dtype"), str(gradient_file))
+    if recipe.allocation is not None:
+        files["allocation"] = allocation_file
+        report.allocation, asked = read_json(allocation_file), recipe.allocation
+        dtypes.check_shared(recipe, report.allocation.get("dtype"), str(allocation_file))
+        if (report.allocation.get("bits"), report.allocation.get("scope", "model")) != (asked.bits, asked.scope):
+            raise ObrError(
+                f"{allocation_file} is for another budget than the recipe's {asked.bits} bits a {asked.scope}."
+            )
+    return files
 
 
 def _check_inputs(recipe: Recipe, rotation: Path | None, tokens: Path | None, hessians: Path | None) -> None:

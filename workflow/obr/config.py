@@ -10,7 +10,7 @@ from pathlib import Path
 
 from obr import edition
 from obr.errors import ObrError, printable
-from obr.recipe import EVALUATION_ONLY, Pattern, Recipe
+from obr.recipe import BORROWING, Pattern, Recipe
 
 
 class Config:
@@ -38,6 +38,7 @@ class Config:
                 self._defined("rotations", recipe.rotation, f"recipes.{key}.rotation")
             if recipe.calibration:
                 self._defined("calibrations", recipe.calibration, f"recipes.{key}.calibration")
+            self._check_dtype(key, recipe)
         for key, entry in raw["rotations"].items():
             if "learn" in entry:
                 self._defined("calibrations", entry["learn"]["calibration"], f"rotations.{key}.learn.calibration")
@@ -68,13 +69,23 @@ class Config:
         self._defined("recipes", base, f"recipes.{key}.weights")
         if self.raw["recipes"][base].get("weights"):
             raise ObrError(f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead.")
-        odd = sorted(set(entry) - {"weights", *EVALUATION_ONLY})
+        odd = sorted(set(entry) - {"weights", *BORROWING})
         if odd:
             raise ObrError(
                 f"recipes.{key} borrows the weights of {base!r}, so it may not set {odd[0]!r}; "
-                f"it may set {', '.join(EVALUATION_ONLY[:-1])} and {EVALUATION_ONLY[-1]}."
+                f"it may set {', '.join(BORROWING[:-1])} and {BORROWING[-1]}."
             )
         return {**self._with_options(base), "label": None, **entry}
+
+    def _check_dtype(self, key: str, recipe: Recipe) -> None:
+        """Raise ObrError if a recipe's compression reads shared statistics that are computed in another dtype."""
+        shared = recipe.shared
+        if not shared or recipe.dtype in (None, self.raw.get("dtype")) or self.checkpoint_of(key) != key:
+            return
+        raise ObrError(
+            f"recipes.{key}.dtype is {recipe.dtype!r}, but its {shared[0]} are computed once for all recipes, in the "
+            f"config's dtype, which is {self.raw.get('dtype') or 'null'}; set that dtype, or leave the recipe's out."
+        )
 
     def _with_options(self, key: str) -> dict:
         """A recipe's entry with the options that its allocation names."""
@@ -158,7 +169,7 @@ class Config:
 
     def weight_entry(self, recipe: str) -> str:
         """JSON of what decides a recipe's checkpoint."""
-        return json.dumps(self.parsed[recipe].decisive(), sort_keys=True)
+        return json.dumps(self.parsed[self.checkpoint_of(recipe)].decisive(), sort_keys=True)
 
     def evaluation_entry(self, recipe: str) -> str:
         """JSON of what decides how a recipe's checkpoint is evaluated."""

@@ -24,6 +24,8 @@ def transpose(raw: dict) -> None:
     if not edition:
         return
     for recipe in raw["recipes"].values():
+        if "dtype" in edition:
+            recipe["dtype"] = edition["dtype"]
         for key in ("calibration", "rotation", "mask"):
             if recipe.get(key):
                 recipe[key] = edition.get(f"{key}s", {}).get(recipe[key], recipe[key])

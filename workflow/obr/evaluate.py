@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obr import data
+from obr import data, dtypes
 from obr.activations import Room
 from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
@@ -78,7 +78,7 @@ def perplexity_stage(
     """The stage: perplexity of a checkpoint on a text.
 
     spec: {"seqlen", "tokens" (limit, or None), "bos"}, "bos" as of `data.tokenize`. recipe: whose activation settings
-    apply. room: for the hidden states of the text.
+    apply. dtype: of the computation, before the recipe's own. room: for the hidden states of the text.
 
     Returns what the artefact holds. JSON has no infinity: an infinite perplexity has "value" None and "status" "inf",
     every other one "status" "finite". "note" is there where windows lack a BOS token that the family needs.
@@ -102,7 +102,7 @@ def perplexity_stage(
         "tokens_in_text": len(tokens),
         "setting": blocks.recipe.setting,
         "device": str(blocks.target),
-        "dtype": str(blocks.dtype).removeprefix("torch."),
+        "dtype": dtypes.name_of(blocks.dtype),
         "versions": versions(),
         "seconds": time.monotonic() - started,
     }

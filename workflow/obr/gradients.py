@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obr import data, hessian
+from obr import data, dtypes, hessian
 from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import whole
@@ -147,7 +147,7 @@ def gradients(
     found, loss = squared_gradients(blocks, windows, Room(megabytes, out.parent))
     notes = {
         "calibration": about, "windows": len(windows), "seqlen": windows.shape[1], "tokens": windows.numel(),
-        "loss": loss, "device": str(blocks.target), "blocks": len(blocks),
+        "loss": loss, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype), "blocks": len(blocks),
     }  # fmt: skip
     tensors = {name: found[name].cpu() for name in sorted(found)}
     with whole(out) as partial_file:

@@ -1,7 +1,7 @@
 """Orthogonal matrices of any size as Kronecker products of small ones, Hadamard wherever one is known."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,17 +12,27 @@ from torch import Tensor, nn
 from obr.errors import ObrError
 
 LARGEST_DENSE = 1024  # of a factor that is not Hadamard: larger ones would cost more than they spare
+HALF = (torch.float16, torch.bfloat16)
 _SYLVESTER = 128  # power-of-two parts are applied as dense products of at most this size
 
 
-class Kronecker(nn.Module):
+class Constants(nn.Module):
+    """A module whose buffers keep their dtype when a model is cast: rounded, they would add a systematic error."""
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+
+class Kronecker(Constants):
     """x (..., n) -> (x * signs) (F0 ⊗ F1 ⊗ …)ᵀ, for matrices F that are orthogonal, or at least invertible.
 
     Factors are applied one by one, so the cost is n * Σ size instead of n². An integer stands for an identity
     of that size. Where activations are transformed, the rows of the weight that reads them take the `dual`
     operator: T(x) T.dual(W)ᵀ = x Wᵀ. An orthogonal operator is its own dual. Factors may carry gradients.
 
-    precision: activations are transformed in this dtype if it is wider than theirs; None keeps theirs.
+    precision: activations are transformed in this dtype if it is wider than theirs. None: float16 and bfloat16
+    activations are transformed in float32 up to the product with H_K, a Hadamard matrix that is not Sylvester's. That
+    product is in the activations' dtype, as in the released code of QuaRot. See `_in_half`.
     """
 
     def __init__(self, factors: Sequence[Tensor | int], signs: Tensor | None = None):
@@ -40,14 +50,51 @@ class Kronecker(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype = x.shape, x.dtype
         work = x.to(torch.promote_types(dtype, self.precision or dtype))
+        if work.dtype in HALF:
+            return self._in_half(work).reshape(shape)
         if self.signs is not None:
             work = work * self.signs.to(work)
         work = work.reshape(-1, *self.sizes)
         for axis, factor in enumerate(self.factors(), start=1):
             if factor is not None:
-                fast = self._fast_transform(work) if axis == len(self.sizes) else None
-                work = fast(work, factor.shape[0] ** -0.5) if fast else _apply(work, factor.to(work), axis)
+                work = self._applied(work, factor, axis)
         return work.reshape(shape).to(dtype)
+
+    def _in_half(self, x: Tensor) -> Tensor:
+        """x (..., n) in float16 or bfloat16 -> (-1, *sizes), rounded before a product with H_K and at the end.
+
+        No constant is rounded, so the scale of the result has no systematic error: H_K is multiplied as a matrix of
+        ±1, which any dtype holds, and its 1/√K is multiplied in float32.
+        """
+        work, plain, scale = x.float(), [], 1.0
+        if self.signs is not None:
+            work = work * self.signs.to(work)
+        work = work.reshape(-1, *self.sizes)
+        for axis, (factor, in_half) in enumerate(zip(self.factors(), self._multiplied_in_half, strict=True), start=1):
+            if in_half:
+                plain.append((axis, factor.sign()))
+                scale *= factor.shape[0] ** -0.5
+            elif factor is not None:
+                work = self._applied(work, factor, axis)
+        work = (work * scale if plain else work).to(x.dtype)
+        for axis, factor in plain:
+            work = _apply(work, factor.to(work), axis)
+        return work
+
+    @cached_property
+    def _multiplied_in_half(self) -> list[bool]:
+        """Of each factor: whether it is an H_K that is multiplied in the activations' dtype.
+
+        One without other factors is not: the scaled activations would lie on a coarse grid, and their rounding has a
+        mean error of up to 1e-4 in bfloat16.
+        """
+        found = [f is not None and _is_plus_minus(f) and not is_sylvester(f) for f in self.factors()]
+        alone = all(f is None or one for f, one in zip(self.factors(), found, strict=True))
+        return [one and not alone for one in found]
+
+    def _applied(self, work: Tensor, factor: Tensor, axis: int) -> Tensor:
+        fast = self._fast_transform(work) if axis == len(self.sizes) else None
+        return fast(work, factor.shape[0] ** -0.5) if fast else _apply(work, factor.to(work), axis)
 
     def _fast_transform(self, x: Tensor):
         """The CUDA kernel, where it applies: it has no float64, in which weights are folded."""
@@ -115,6 +162,12 @@ def _apply(x: Tensor, factor: Tensor, axis: int) -> Tensor:
     if x.ndim == 3:  # the first of two factors: one batched product, nothing moved
         return factor @ x
     return (x.movedim(axis, -1) @ factor.T).movedim(-1, axis)
+
+
+def _is_plus_minus(matrix: Tensor) -> bool:
+    """Whether all entries of the matrix (n, n) are ±1/√n, to the rounding of its dtype."""
+    magnitudes, expected = matrix.abs(), matrix.shape[0] ** -0.5
+    return bool(((magnitudes - expected).abs() <= torch.finfo(matrix.dtype).eps * expected).all())
 
 
 def is_sylvester(matrix: Tensor) -> bool:

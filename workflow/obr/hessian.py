@@ -1,8 +1,9 @@
 """Hessians of a model's layer inputs: collected block by block, cached as one triangle each.
 
 H = 2/S Σ_s X_sᵀ X_s over S calibration sequences, X_s (t, n) the inputs of one sequence, tokens summed;
-collected behind online transforms and in front of activation quantisers, in float32. Beside it the harmonic norms of
-the inputs' columns, Σ_s ‖X_s[:, j]‖² / s with s from 1, for the mask "wanda_harmonic".
+collected behind online transforms and in front of activation quantisers. The sums are in float32; the inputs are in
+the dtype of the computation. Beside H the harmonic norms of the inputs' columns, Σ_s ‖X_s[:, j]‖² / s with s from 1,
+for the mask "wanda_harmonic".
 """
 
 import json
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr import data, rotations
+from obr import data, dtypes, rotations
 from obr.activations import Activations, Room
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import whole, write_json
@@ -168,7 +169,8 @@ def hessian(
         moments.clear()  # before the next block's are made
     (out / "hessian.json").unlink(missing_ok=True)  # of older ones, which go now
     unfinished.move(len(blocks))
-    write_json({"calibration": about, "blocks": len(blocks)}, out / "hessian.json")
+    notes = {"calibration": about, "blocks": len(blocks), "dtype": dtypes.name_of(blocks.dtype)}
+    write_json(notes, out / "hessian.json")
     unfinished.remove()
 
 

@@ -293,7 +293,17 @@ class StreamedBlocks(Blocks):
             module = model.get_submodule(part)
             module.weight.data = module.weight.to(dtype)
         embed = model.get_submodule(layout.embed)
-        self._converted = embed.register_forward_hook(lambda _, __, out: out.to(self.dtype))
+        self._converted = embed.register_forward_hook(self._embedded)
+
+    def _embedded(self, embed: nn.Module, tokens: tuple[Tensor], rows: Tensor) -> Tensor:
+        """Embeddings in the dtype of the computation.
+
+        Gemma's are multiplied by √d in the dtype of the stored rows, which rounds the constant; here it is exact.
+        """
+        scale = getattr(embed, "embed_scale", None)
+        if scale is None:
+            return rows.to(self.dtype)
+        return F.embedding(tokens[0], embed.weight).to(self.dtype) * scale.to(self.dtype)
 
     def whole(self) -> nn.Module:
         """The model with all its blocks in place, in the dtype of the computation."""

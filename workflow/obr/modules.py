@@ -119,6 +119,8 @@ def wrap_block(block: nn.Module, layout: Layout) -> None:
 def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
     """Switch on the recipe's quantisation of activations, queries, keys and values in a wrapped block.
 
+    Sets the precision of online transforms as well: the recipe's `online`, at least float32 for queries and keys.
+
     Raises:
         ObrError: a group size that does not divide the channels it groups, or a learned range that is not there.
     """
@@ -140,6 +142,9 @@ def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
     for module in block.modules():
         if isinstance(module, Kronecker):
             module.precision = None if recipe.online == "model" else getattr(torch, recipe.online)
+    for module in quantizer.modules():
+        if isinstance(module, Kronecker):
+            module.precision = module.precision or torch.float32  # of queries and keys
 
 
 def _fitted(

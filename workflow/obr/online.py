@@ -4,18 +4,22 @@ import torch
 from torch import Tensor, nn
 
 from obr.errors import ObrError
-from obr.hadamard import Kronecker
+from obr.hadamard import Constants, Kronecker
 
 
-class Shift(nn.Module):
-    """x (..., n) -> x - offset (n,): what OmniQuant takes off the inputs of a layer (arXiv 2308.13137)."""
+class Shift(Constants):
+    """x (..., n) -> x - offset (n,): what OmniQuant takes off the inputs of a layer (arXiv 2308.13137).
+
+    Subtracted in float32 or wider: the layer's bias holds the exact offset.
+    """
 
     def __init__(self, offset: Tensor):
         super().__init__()
         self.register_buffer("offset", offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x - self.offset.to(x)
+        work = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (work - self.offset.to(work)).to(x.dtype)
 
     def held_in(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Shift":
         return Shift(self.offset.to(device, dtype, copy=True))
@@ -28,7 +32,7 @@ class Shift(nn.Module):
         return cls(tensors[f"{prefix}offset"])
 
 
-class Range(nn.Module):
+class Range(Constants):
     """Learned factors (1,) of a token's smallest and largest value, between which its grid lies."""
 
     def __init__(self, low: Tensor, high: Tensor):

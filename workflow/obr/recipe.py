@@ -26,6 +26,8 @@ DATA_FREE = ("dense", "rtn", "magnitude", "released")
 # Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
 QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
 EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
+BORROWING = ("label", "online", "dtype", *QUANTIZERS)  # what a recipe may set that borrows the weights of another
+DTYPES = ("float32", "float16", "bfloat16")  # of a computation
 
 
 MOST_UNITS = 20  # of a group: a table of all its masks, 2^20 of them, is kept to number them
@@ -206,7 +208,11 @@ class Recipe:
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
     "learned": minmax of weights within the bounds that the rotation has learned.
     hessian_inputs: "plain" or "quantised" (as in evaluation; sequential only).
-    online: least precision of online transforms, "float32", "float64", or "model" for the activations' own.
+    online: least precision of online transforms, "float32", "float64", or "model", which multiplies by Hadamard
+    matrices that are not Sylvester's in the activations' dtype. Queries and keys always have float32 or better.
+    Hessians of plain inputs are collected with "float32".
+    dtype: of the computation, in compression and in evaluation: "float32", "float16" or "bfloat16"; None for the
+    default, float32 on a CPU and the model's own dtype on a GPU.
     o_inputs: o_proj's settings where they differ from `activations`.
     hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
     asymmetry: share, 0 to 1, of the step from a layer's weights to those whose outputs, from inputs out of compressed
@@ -238,6 +244,7 @@ class Recipe:
     asymmetry: float = 0.0
     held_out: int = 0
     online: str = "float32"
+    dtype: str | None = None
     blocks: str | None = None
     seed: int = 0
     allocation: Allocation | None = None
@@ -283,6 +290,8 @@ class Recipe:
         _choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
         _choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
         _choice(recipe.online, ("model", "float32", "float64"), f"{name}.online")
+        if recipe.dtype is not None:
+            _choice(recipe.dtype, DTYPES, f"{name}.dtype")
         if recipe.hessian_inputs == "quantised" and recipe.hessian == "cached":
             raise ObrError(
                 f"{name}: cached Hessians are of plain inputs; use hessian: sequential for quantised ones."
@@ -397,6 +406,16 @@ class Recipe:
     def needs_gradients(self) -> bool:
         return self.row_weights == "gradient"
 
+    @property
+    def shared(self) -> list[str]:
+        """What a compression reads that is computed once for all recipes of a model, rotation and calibration."""
+        used = {
+            "cached Hessians": self.needs_hessian and self.hessian == "cached",
+            "output gradients": self.needs_gradients,
+            "predicted losses": self.allocation is not None,
+        }
+        return [name for name, needed in used.items() if needed]
+
     def chosen(self, count: int) -> range:
         """Which of a model's `count` blocks the recipe acts on. Raises ObrError if that is none."""
         start, end = (self.blocks or ":").split(":")
@@ -431,9 +450,10 @@ class Recipe:
         return f"W{bits}{group}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
 
     def decisive(self) -> dict:
-        """The fields that decide a checkpoint's weights."""
-        kept = QUANTIZERS if self.hessian_inputs == "quantised" else ()
-        return {k: v for k, v in self.to_dict().items() if k in kept or k not in EVALUATION_ONLY}
+        """The fields that decide a checkpoint's weights; a dtype only if the recipe names one."""
+        dropped = {"label"} if self.hessian_inputs == "quantised" else set(EVALUATION_ONLY)
+        dropped |= {"dtype"} if self.dtype is None else set()
+        return {k: v for k, v in self.to_dict().items() if k not in dropped}
 
     def to_dict(self) -> dict:
         """Plain data, as JSON gives it back."""

@@ -104,6 +104,7 @@ def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
     calibration = places.hessians / "hessian.json" if places.hessians else places.tokens
     files = {"rotation": places.rotation, "calibration": calibration, "gradients": places.gradients}
     here = fingerprint("compression", places.model, files, device="cpu", dtype="", recipe=recipe.decisive())
+    made_from = {**made_from, "recipe": Recipe.parse(made_from["recipe"]).decisive()}  # with fields of later versions
     for name in ("model", "rotation", "calibration", "gradients", "recipe"):
         if name in made_from and made_from[name] != here[name]:
             raise ObrError(f"The {name} at hand is not the one that the checkpoint was made from; give that one.")

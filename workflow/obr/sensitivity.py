@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from obr import data, gradients, hessian
+from obr import data, dtypes, gradients, hessian
 from obr.activations import Room
 from obr.curvature import Hessian
 from obr.divergence import divergences, shortened
@@ -213,6 +213,7 @@ def sensitivity(
         "options": [asdict(option) for option in options], "blocks": len(blocks),
         "layers": scaled(layers, found, options), "calibration": about, "gradients": notes,
         "references": list(found), "tokens": windows.numel(), "device": str(blocks.target),
+        "dtype": dtypes.name_of(blocks.dtype),
     }  # fmt: skip
     write_json(told, out / "losses.json")
     unfinished.remove()

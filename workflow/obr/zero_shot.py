@@ -86,6 +86,7 @@ def zero_shot(
         "task_version": found["versions"][name],
         **{package: importlib.metadata.version(package) for package in ("lm_eval", "transformers", "torch")},
         "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(seconds, 3),
     }
 

@@ -109,7 +109,6 @@ def minutes(constant, per_billion):
 
 
 GPU = 1 if config["device"] == "cuda" else 0
-COMPUTE = f"--device {config['device']}" + (f" --dtype {config['dtype']}" if config["dtype"] else "")
 
 
 def trust_of(wildcards):
@@ -118,8 +117,11 @@ def trust_of(wildcards):
 
 
 def compute_of(wildcards):
-    """The flags of a stage that runs a model."""
-    return f"{COMPUTE} {trust_of(wildcards)}".rstrip()
+    """The flags of a stage that runs a model. The config's dtype is for stages without a recipe that names its own."""
+    recipe = CONFIG.parsed.get(wildcards.get("recipe"))
+    own = recipe is not None and recipe.dtype is not None
+    dtype = f"--dtype {config['dtype']}" if config["dtype"] and not own else ""
+    return " ".join(filter(None, (f"--device {config['device']}", dtype, trust_of(wildcards))))
 
 
 def recipe_inputs(wildcards):
