@@ -22,7 +22,8 @@ def zero_shot(
     batch_size: int = 1,
     max_length: int | None = None,
 ) -> dict:
-    """Score `model` on the task without examples in the prompt; nothing is written and no network is used.
+    """Score `model` on the task without examples in the prompt; nothing is written and no network is used. The model
+    is left as it was.
 
     `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
     lose their beginning and are counted under "truncated". Log-likelihoods are summed in float32 whatever
@@ -34,25 +35,23 @@ def zero_shot(
     """
     from lm_eval.evaluator import evaluate
 
+    from obr.unchanged import unchanged
+
     name = read_task(task_dir)["task"]
     if limit is not None and limit < 1:
         raise ObrError(f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all.")
     _check_head(model)
     started = time.perf_counter()
-    was_training = model.training
-    with quiet():
+    with quiet(), unchanged(model):
         lm = _language_model(model, tokenizer, batch_size, max_length)
-        try:
-            # Not simple_evaluate, which would also seed the process's random generators and spend a second
-            # on describing the machine; the scoring is this same call.
-            found = evaluate(
-                lm,
-                {"tasks": {name: load_task(task_dir)}},
-                limit=limit,
-                bootstrap_iters=1,  # switches standard errors on; those of a mean are computed, not drawn
-            )
-        finally:
-            model.train(was_training)
+        # Not simple_evaluate, which would also seed the process's random generators and spend a second
+        # on describing the machine; the scoring is this same call.
+        found = evaluate(
+            lm,
+            {"tasks": {name: load_task(task_dir)}},
+            limit=limit,
+            bootstrap_iters=1,  # switches standard errors on; those of a mean are computed, not drawn
+        )
     seconds = time.perf_counter() - started
 
     _check_finite(found["samples"][name], name)
