@@ -19,7 +19,8 @@ PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
     ["errors", "files", "registration", "arguments"],
-    ["fetch", "native"],
+    ["fetch", "native", "sidefiles", "weights"],
+    ["model_config"],
     ["recipe", "edition", "config", "digest", "device", "foreign", "local"],
     ["allocation", "dtypes"],
     ["quantize", "prune", "hadamard", "solver"],
@@ -28,7 +29,10 @@ LAYERS = [
     ["methods", "refit", "int4", "cuda"],
     ["restoration", "packing"],
     ["layout", "activations", "progress", "provenance"],
-    ["modules", "model"],
+    ["modules"],
+    ["model_check"],
+    ["model"],
+    ["unchanged"],
     ["resume"],
     ["rotations"],
     ["data", "cloze"],

@@ -1,6 +1,6 @@
 """Sparse and quantised language models by Optimal Brain Restoration and its rivals.
 
-    model = obr.load_model("HuggingFaceTB/SmolLM2-135M")
+    model = obr.load_model("path/to/model")  # a folder with config.json and safetensors
     model = obr.rotate(model, "quarot", seed=0)
     model = obr.compress(model, obr.calibration_tokens(tokenizer, text), {"method": "obr_gptq"})
     obr.save(model, "smollm2-obr")

@@ -4,7 +4,8 @@ block_NNN.safetensors   packed linear layers, norms, biases, online transforms
 ends.safetensors        embeddings, final norm, head (unless tied)
 layers.csv              what became of each layer
 manifest.json           recipe, calibration, sizes, versions, hashes of all files and of all they were made from
-config.json, tokenizer  as the model came, and what tells transformers of the format
+config.json             as the model came, and what tells transformers of the format
+side files              tokenizer, generation settings, licence: as the model came, see `sidefiles`
 """
 
 import copy
@@ -18,21 +19,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from obr import dtypes, fetch, foreign, online
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import flush, read_json, whole, write_json
-from obr.layout import Layout
-from obr.model import Blocks, StreamedBlocks, block_file
+from obr.layout import Layout, layout_of
+from obr.model import Blocks, StreamedBlocks, block_file, generation_config
+from obr.model_check import Checked, check_tensors, is_tied, meta_model
+from obr.model_config import load_config
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
 from obr.provenance import software, versions
 from obr.recipe import Recipe
 from obr.restoration import Restored
 from obr.resume import Unfinished
+from obr.sidefiles import GENERATION, copy_side_files, side_files
+from obr.weights import TensorFiles
 
 FORMAT = 1
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*")
+ENDS = "ends.safetensors"
 
 
 @dataclass
@@ -141,32 +147,56 @@ def load_block(blocks: StreamedBlocks, index: int, path: Path) -> nn.Module:
 
 
 def save_ends(model: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> None:
-    """Write embeddings, final norm and, unless tied, the head."""
+    """Write embeddings, final norm and, unless it is the embedding, the head."""
     parts = [layout.embed, layout.final_norm]
-    if not model.config.tie_word_embeddings:
+    if not is_tied(model, layout):
         parts.append(layout.head)
     tensors = {f"{p}.weight": model.get_submodule(p).weight.to("cpu", dtype).contiguous() for p in parts}
     _write(tensors, path, {})
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors to a safetensors file. Raises ObrError at one that is not finite: no model is made of such."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ObrError(f"{path.name}: {name} has NaN or infinite values in {dtype}; the model is not saved.")
     with whole(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
 
 
 def round_ends(model: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
-    """Round embeddings, final norm and head to the dtype in which they are stored, in place."""
+    """Round embeddings, final norm and head to the dtype in which they are stored, in place.
+
+    Raises:
+        ObrError: they have values that this dtype cannot hold.
+    """
     for part in (layout.embed, layout.final_norm, layout.head):
         module = model.get_submodule(part)
-        module.weight.data = module.weight.to(dtype).to(module.weight.dtype)
+        module.weight.data = _rounded(module.weight, dtype, f"{part}.weight")
 
 
 def round_rest(block: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
-    """Round a block's norms and biases to the dtype in which they are stored, in place."""
+    """Round a block's norms and biases to the dtype in which they are stored, in place.
+
+    Raises:
+        ObrError: they have values that this dtype cannot hold.
+    """
     weights = {f"{name}.weight" for name in layout.linears}
     for name, parameter in block.named_parameters():
         if name not in weights:
-            parameter.data = parameter.to(dtype).to(parameter.dtype)
+            parameter.data = _rounded(parameter, dtype, name)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = tensor.to(dtype)
+    if not rounded.isfinite().all() and tensor.isfinite().all():
+        stored = str(dtype).removeprefix("torch.")
+        raise ObrError(
+            f"{name} has values beyond {stored}, in which it would be stored; load the model with obr.load_model, "
+            "which keeps the dtype of its files, or from transformers with dtype=torch.bfloat16."
+        )
+    return rounded.to(tensor.dtype)
 
 
 class CheckpointBlocks(StreamedBlocks):
@@ -183,6 +213,22 @@ class CheckpointBlocks(StreamedBlocks):
         vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         if len(self) != self.manifest["blocks"]:
             raise ObrError(f"{directory} has {self.manifest['blocks']} blocks, its config {len(self)}.")
+
+    def _checked(self) -> Checked:
+        """The checkpoint's configuration and ends; blocks are checked as they are read."""
+        folder, trust = self.directory, foreign.trusted(self.directory)
+        config = load_config(folder, str(folder), trust, packed=True)
+        layout, model = layout_of(config), meta_model(config, trust, str(folder))
+        parts = [layout.embed, layout.final_norm] + ([] if config.tie_word_embeddings else [layout.head])
+        expected = {f"{part}.weight": list(model.get_submodule(part).weight.shape) for part in parts}
+        tensors = TensorFiles(folder, names=[ENDS])
+        return Checked(config, model, tensors, check_tensors(tensors, expected, set(), config.model_type))
+
+    def whole(self) -> nn.Module:
+        model = super().whole()
+        if (settings := generation_config(self.directory)) is not None:
+            model.generation_config = GenerationConfig.from_dict(settings)
+        return model
 
     def load(self, index: int) -> nn.Module:
         block = load_block(self, index, self.directory / block_file(index))
@@ -284,14 +330,16 @@ class Writer:
         blocks = self.blocks
         (self.directory / "manifest.json").unlink(missing_ok=True)  # of an older checkpoint, of which parts go now
         self.unfinished.move(len(blocks))
-        save_ends(blocks.model, blocks.layout, self.directory / "ends.safetensors", self.dtype)
+        save_ends(blocks.model, blocks.layout, self.directory / ENDS, self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
+        config.tie_word_embeddings = is_tied(blocks.model, blocks.layout)
         config.quantization_config = {"quant_method": "obr", "format": FORMAT}  # see `pretrained`
         config.save_pretrained(self.directory)
-        for pattern in TOKENIZER_FILES if tokenizer_from else ():
-            for path in Path(tokenizer_from).glob(pattern):
-                shutil.copy2(path, self.directory)
+        if tokenizer_from:
+            copy_side_files(tokenizer_from, self.directory)
+            if not (self.directory / GENERATION).exists() and (found := generation_config(tokenizer_from)):
+                write_json(found, self.directory / GENERATION)
         if tokenizer_from and foreign.trusted(tokenizer_from):
             for path in Path(tokenizer_from).glob("*.py"):
                 shutil.copy2(path, self.directory)
@@ -306,10 +354,11 @@ class Writer:
 
     def _hashes(self) -> dict[str, str]:
         """sha256 of every file, once they are on the disk."""
-        paths = sorted(path for path in self.directory.iterdir() if path.is_file() and not path.match("*.lock"))
-        for path in paths:
-            flush(path)
-        return {path.name: fetch.sha256_of(path) for path in paths}
+        names = {path.name for path in self.directory.iterdir() if path.is_file() and not path.match("*.lock")}
+        names = sorted(names | set(side_files(self.directory)))
+        for name in names:
+            flush(self.directory / name)
+        return {name: fetch.sha256_of(self.directory / name) for name in names}
 
     def _manifest(self, report: Report) -> dict:
         layers = report.layers
@@ -377,4 +426,6 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
         writer.block(index, blocks.load(index), [row for row in report.layers if row.block == index])
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    # Not by its save_pretrained, which refuses settings that many models ship.
+    write_json(json.loads(model.generation_config.to_json_string()), Path(directory) / GENERATION)
     return writer.finish(report)

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -140,8 +139,9 @@ def download_model(entry: dict, out: Path) -> None:
 
 def check_model(entry: dict, model: Path, out: Path) -> None:
     from obr.config import check_widths
+    from obr.model_config import read_config
 
-    check_widths(json.loads((model / "config.json").read_text()), entry, model.name)
+    check_widths(read_config(model, model.name), entry, model.name)
     write_json(entry, out)
 
 

@@ -19,6 +19,7 @@ from obr.errors import ObrError
 from obr.files import read_json
 from obr.layout import Layout
 from obr.model import Blocks, advance, block_file
+from obr.model_config import read_config
 from obr.modules import QuantLinear, set_quantizers
 from obr.progress import Progress
 from obr.provenance import fingerprint
@@ -34,13 +35,15 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     of the recipe are switched on at the end.
 
     Args:
-        model: a transformers causal LM of a known family.
+        model: a transformers causal LM of a known family, without adapters, hooks or other additions. It is put into
+            evaluation mode.
         tokens: (b, s) calibration windows; None for methods that read no activations.
         recipe: a Recipe, or a dictionary of its fields such as {"method": "obr_gptq"}. What it needs of output
             gradients and allocation is measured first, from the same windows.
 
     Raises:
-        ObrError: what the recipe asks does not fit the model, or a layer cannot be compressed.
+        ObrError: `model_check` refuses the model, what the recipe asks does not fit it, or a layer cannot be
+            compressed.
     """
     if isinstance(recipe, dict):
         recipe = Recipe.parse({"calibration": "given", **recipe})
@@ -51,8 +54,7 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
             f"The recipe's dtype is {recipe.dtype}, but the model is in {dtypes.name_of(computed_in)}; load it with "
             f"dtype=torch.{recipe.dtype}, or leave dtype out."
         )
-    storage = model.config.dtype if model.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    report = Report(recipe, storage, computed_in, device=str(blocks.device))
+    report = Report(recipe, _storage_dtype(model), computed_in, device=str(blocks.device))
     if tokens is not None:
         report.calibration = {"nsamples": len(tokens), "seqlen": tokens.shape[1], "tokens": tokens.numel()}
     rotation = getattr(model, "obr_rotation", None)
@@ -65,6 +67,14 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
         set_quantizers(blocks.load(index), blocks.layout, recipe)
     model.obr_report, model.obr_recipe = report, recipe
     return model
+
+
+def _storage_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a checkpoint keeps what is not quantised: that of the files which obr.load_model has read,
+    for other models their own, and float16 for those in float32."""
+    if (stored := getattr(model, "obr_storage_dtype", None)) is not None:
+        return stored
+    return model.config.dtype if model.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def _measure(blocks: Blocks, tokens: Tensor | None, report: Report, progress: bool) -> None:
@@ -116,7 +126,7 @@ def compress_stage(
     _check_inputs(recipe, rotation, tokens, hessians)
     _check_layerwise(recipe, gradient_file, allocation_file)
     patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
-    check_widths(read_json(model / "config.json"), patterns, model.name)
+    check_widths(read_config(model), patterns, model.name)
     recipe, dtype = dtypes.settled(recipe, dtype)
     blocks = hessian.open_blocks(model, rotation, dtype, device)
     report = Report(recipe, blocks.storage_dtype, blocks.dtype, device=str(blocks.target))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from obr import edition
 from obr.errors import ObrError, printable
+from obr.model_config import read_config, sizes_of
 from obr.recipe import BORROWING, Pattern, Recipe
 
 
@@ -225,7 +226,7 @@ class Config:
 
     def check_widths(self, model: str, config: Path) -> None:
         """Raise ObrError if a recipe's pattern does not divide a layer of the model with this config.json."""
-        check_widths(json.loads(config.read_text()), self.patterns_of(model), model)
+        check_widths(read_config(config.parent, model), self.patterns_of(model), model)
 
     def patterns_of(self, model: str) -> dict[str, str | None]:
         """The patterns that the model's layers are given, by recipe, or by option of a recipe's allocation."""
@@ -241,14 +242,13 @@ class Config:
 def check_widths(config: dict, patterns: dict[str, str | None], model: str) -> None:
     """Raise ObrError if a pattern, given by recipe, does not divide the width of one of the model's layers.
 
-    config: the contents of a transformers config.json.
+    config: the contents of a transformers config.json; sizes that cannot be are refused too.
     """
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    sizes = sizes_of(config, model, ("hidden_size", "intermediate_size", "num_attention_heads"))
     widths = {
-        "q, k, v, up and gate": config["hidden_size"],
-        "o_proj": heads * head_dim,
-        "down_proj": config["intermediate_size"],
+        "q, k, v, up and gate": sizes.hidden,
+        "o_proj": sizes.heads * sizes.head_dim,
+        "down_proj": sizes.intermediate,
     }
     for recipe, pattern in patterns.items():
         for layer, width in widths.items() if pattern else ():

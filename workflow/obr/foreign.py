@@ -24,6 +24,11 @@ def allowed(answer: bool = True) -> Iterator[None]:
         _allowed.reset(token)
 
 
+def is_allowed() -> bool:
+    """Whether models may run their own code here, as inside `allowed`."""
+    return _allowed.get()
+
+
 def trusted(folder: Path | str) -> bool:
     """What transformers is told of a folder as `trust_remote_code`; False outside `allowed`.
 
@@ -41,11 +46,6 @@ def trusted(folder: Path | str) -> bool:
         raise ObrError(f"{folder}/{odd} is not the code that was recorded at the download; download the model again.")
     check_references(folder, str(folder))
     return True
-
-
-def failures(trust: bool, *usual: type[Exception]) -> tuple[type[Exception], ...]:
-    """What loading may raise: the usual exceptions, or any if code of others takes part."""
-    return (Exception,) if trust else usual
 
 
 def refusal(folder: Path, error: Exception) -> ObrError | None:

@@ -1,19 +1,27 @@
 """Decoder models, whole in memory or streamed from disk one block at a time."""
 
 import copy
+import json
+import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from obr import foreign
 from obr.activations import Activations, Room
-from obr.errors import BROKEN_FILE, ObrError, first_line
+from obr.device import taken_away
+from obr.errors import ObrError, first_line
 from obr.layout import Dimensions, layout_of
+from obr.model_check import Checked, check_folder, check_model, is_tied
+from obr.model_config import load_config, read_config
 from obr.modules import ATTENTION, wrap_block
+from obr.sidefiles import GENERATION
+from obr.weights import TensorFiles
+
+__all__ = ["Blocks", "StreamedBlocks", "TensorFiles", "config_of", "load_model", "load_tokenizer"]
 
 
 def default_device() -> str:
@@ -25,52 +33,107 @@ def load_tokenizer(directory: Path):
     trust = foreign.trusted(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
-    except foreign.failures(trust, OSError, ValueError) as error:
-        told = foreign.refusal(directory, error)
-        raise told or ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
+    except Exception as error:  # of any library that reads tokenizers
+        refused = foreign.refusal(directory, error)
+        raise refused or ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
 
 
 def config_of(directory: Path):
     """The transformers configuration of a model folder; see `foreign` for code that the folder brings along.
 
     Raises:
-        ObrError: there is none, or it asks for code of its own.
+        ObrError: there is none, or one that `model_config.load_config` refuses.
     """
-    trust = foreign.trusted(directory)
+    return load_config(Path(directory), str(directory), foreign.trusted(directory))
+
+
+def generation_config(folder: Path) -> dict | None:
+    """The settings of `generate` that belong to a model folder: those of generation_config.json, or, as transformers
+    has it for older models, those in config.json; None if there are none.
+
+    Raises:
+        ObrError: transformers cannot read them.
+    """
+    name = GENERATION if (Path(folder) / GENERATION).is_file() else "config.json"
+    asked = set(GenerationConfig._get_default_generation_params())
+    if name == "config.json" and not asked & {key for key, value in read_config(folder).items() if value is not None}:
+        return None
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
-    except foreign.failures(trust, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        told = foreign.refusal(directory, error)
-        raise told or ObrError(f"{directory} holds no model ({first_line(error)}).") from error
+        options = {"config_file_name": name, "local_files_only": True}
+        found = GenerationConfig.from_pretrained(folder, **options, _from_model_config=name == "config.json")
+        return json.loads(found.to_json_string())
+    except Exception as error:  # of a validator
+        why = first_line(error) or type(error).__name__
+        raise ObrError(f"{name} of {folder} cannot be read ({why}); correct it, or choose another model.") from error
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
-    """A whole transformers model in evaluation mode.
+    """A whole transformers model in evaluation mode, without gradients.
+
+    Nothing is downloaded. `obr.compress` keeps the dtype in which the folder stores its weights, whatever `dtype` the
+    model computes in.
+
+    Args:
+        directory: a folder with config.json and safetensors, or the name of a repository that is already in the
+            cache of the hub, such as "HuggingFaceTB/SmolLM2-135M" after `hf download HuggingFaceTB/SmolLM2-135M`.
 
     Raises:
-        ObrError: the folder holds no model, or one of a family that `layout` does not know.
+        ObrError: there is no such folder, or `model_check` refuses what is in it.
     """
-    config, trust = config_of(directory), foreign.trusted(directory)
+    folder = _local_folder(directory)
+    checked, trust = check_folder(folder), foreign.trusted(folder)
+    checked.config.transformers_weights = checked.tensors.entry  # transformers prefers model.safetensors to an index
     try:
         options = {"trust_remote_code": trust, "use_safetensors": True, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **options)
-    except foreign.failures(trust, OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(folder, config=checked.config, dtype=dtype, **options)
+    except Exception as error:  # of transformers, or of the model's own code
+        if taken_away(error):
+            raise
         raise ObrError(f"{directory} cannot be loaded as a model: {first_line(error)}.") from error
-    layout_of(model.config)
+    del model.config.transformers_weights
+    model.obr_storage_dtype = checked.dtype
     return model.eval().requires_grad_(False).to(device or default_device())
 
 
-class Blocks:
-    """The decoder blocks of a model in memory; the base of the streamed ones.
+def _local_folder(directory: str | Path) -> Path:
+    """A folder, or the cached one of a repository on the hub. Raises ObrError if there is neither."""
+    if Path(directory).is_dir():
+        return Path(directory)
+    name = str(directory)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import snapshot_download
 
-    model: a transformers causal LM whose embeddings, final norm and head are in place.
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except Exception as error:  # not cached, or no name of a repository
+            raise ObrError(
+                f"{name} is neither a folder nor a repository in the hub's cache; obr.load_model downloads nothing: "
+                f"run `hf download {name}` first, or give a folder."
+            ) from error
+    raise ObrError(f"{name} is not a folder; give the folder of a downloaded model.")
+
+
+class Blocks:
+    """The decoder blocks of a model in memory, wrapped as they are loaded; the base of the streamed ones.
+
+    model: a transformers causal LM whose embeddings, final norm and head are in place. It changes: it is put into
+    evaluation mode, attends by this package's attention, and its blocks' linear layers become QuantLinear.
+
+    Raises:
+        ObrError: `model_check.check_model` refuses the model.
     """
 
     def __init__(self, model: nn.Module):
+        layout = check_model(model)
+        if not is_tied(model, layout):
+            model.config.tie_word_embeddings = False
+        self._hold(model.eval())
+        model.set_attn_implementation(ATTENTION)
+
+    def _hold(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
         self.layout = layout_of(model.config)
         self.dimensions = Dimensions.of(model.config)
-        model.set_attn_implementation(ATTENTION)
 
     def __len__(self) -> int:
         return self.dimensions.blocks
@@ -100,8 +163,9 @@ class Blocks:
         of its blocks, so that position embeddings and masks are what the family makes them.
 
         Raises:
-            ObrError: tokens that the model does not have, or no room for the states.
+            ObrError: no windows of tokens, tokens that the model does not have, or no room for the states.
         """
+        _check_windows(tokens)
         known = self.model.get_submodule(self.layout.embed).weight.shape[0]
         if strange := [int(t) for t in (tokens.max(), tokens.min()) if not 0 <= int(t) < known]:
             raise ObrError(
@@ -115,7 +179,7 @@ class Blocks:
         try:
             hidden = None
             for index, window in enumerate(tokens.to(self.device)):
-                parent(input_ids=window[None], use_cache=False)
+                parent(input_ids=window[None], **CALL)
                 states = recorders[0].hidden
                 if hidden is None:
                     hidden = Activations(len(tokens), states.shape[1:], states.dtype, self.device, room)
@@ -123,6 +187,23 @@ class Blocks:
         finally:
             setattr(parent, attribute, originals)
         return hidden, [recorder.arguments for recorder in recorders]
+
+
+# How a model is called, whatever its configuration would have it return besides.
+CALL = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
+
+def _check_windows(tokens) -> None:
+    """Raise ObrError unless these are windows of tokens (b, s)."""
+    if not isinstance(tokens, Tensor):
+        raise ObrError(
+            f"tokens is a {type(tokens).__name__}; give a tensor of windows (b, s), as torch.tensor([ids])."
+        )
+    if tokens.ndim != 2 or not tokens.numel() or tokens.is_floating_point() or tokens.is_complex():
+        kind = f"{tuple(tokens.shape)} of {str(tokens.dtype).removeprefix('torch.')}"
+        raise ObrError(
+            f"tokens has shape {kind}; give windows of token ids (b, s), at least one token in one window."
+        )
 
 
 class _Recorder(nn.Module):
@@ -163,61 +244,8 @@ def passed(block: nn.Module, hidden: Activations, arguments: dict, room: Room | 
     return leaving
 
 
-class TensorFiles:
-    """The tensors of a folder of safetensors files, read one at a time by name."""
-
-    def __init__(self, directory: Path):
-        self.directory = Path(directory)
-        self.files: dict[str, Path] = {}
-        for path in sorted(self.directory.glob("*.safetensors")):
-            with self._open(path) as file:
-                self.files |= dict.fromkeys(file.keys(), path)
-        if not self.files:
-            raise ObrError(f"{directory} holds no safetensors files; download or convert the model first.")
-
-    @staticmethod
-    def _open(path: Path):
-        try:
-            return safe_open(path, framework="pt")
-        except BROKEN_FILE as error:
-            raise ObrError(f"{path} is not a whole safetensors file ({first_line(error)}).") from error
-
-    def read(self, names: dict[str, str], *to) -> dict[str, Tensor]:
-        """Tensors by the keys of `names`, whose values are names in the files; to: as of `Tensor.to`.
-
-        A file is opened for every tensor anew: what has been read stays mapped, and counts as resident, as long
-        as the file is open. Raises ObrError if a tensor lacks, or is none of floating-point numbers.
-        """
-        tensors: dict[str, Tensor] = {}
-        for key, name in names.items():
-            if name not in self.files:
-                raise ObrError(f"{self.directory} has no tensor {name!r}; it is not a whole model.")
-            with self._open(self.files[name]) as file:
-                tensor = file.get_tensor(name)
-            if not tensor.is_floating_point():
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise ObrError(
-                    f"{self.directory}: {name} holds {kind}, no weights; choose a model that is not quantised."
-                )
-            tensors[key] = tensor.to(*to)
-        return tensors
-
-    def check(self, name: str, found: Tensor, wanted: Tensor) -> None:
-        """Raise ObrError unless the tensor `name` has the shape that the configuration gives it."""
-        if found.shape != wanted.shape:
-            found, wanted = (" x ".join(map(str, tensor.shape)) for tensor in (found, wanted))
-            raise ObrError(
-                f"{self.directory}: {name} is {found}, by config.json it should be {wanted}; fetch the model again."
-            )
-
-
-def empty_model(config, trust: bool = False) -> nn.Module:
-    """A model of this configuration with no memory behind its weights; its rotary embedding is real.
-
-    trust: whether code beside the configuration may be run.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust)
+def with_buffers(model: nn.Module, config) -> nn.Module:
+    """A model without memory behind its weights, its buffers (rotary embeddings, scales) made real, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if any(True for _ in child.buffers(recurse=False)) and not list(child.parameters()):
@@ -241,41 +269,30 @@ class StreamedBlocks(Blocks):
     """
 
     def __init__(self, directory: Path, rotation=None, dtype: torch.dtype | None = None, device: str | None = None):
-        config = config_of(directory)
-        layout_of(config)
         self.directory, self.rotation = Path(directory), rotation
+        checked = self._checked()
         self.target = torch.device(device or default_device())
-        self.dtype = dtype or (torch.float32 if self.target.type == "cpu" else config.dtype or torch.bfloat16)
-        self.storage_dtype = config.dtype or torch.float16
-        self.files = TensorFiles(directory)
-        super().__init__(empty_model(config, foreign.trusted(directory)))
-        self._check_modules()
+        self.storage_dtype, self.files = checked.dtype, checked.tensors
+        self.dtype = dtype or (torch.float32 if self.target.type == "cpu" else checked.dtype)
+        self._hold(with_buffers(checked.model, checked.model.config))
+        self.model.set_attn_implementation(ATTENTION)
         self._load_ends()
+
+    def _checked(self) -> Checked:
+        return check_folder(self.directory)
 
     @property
     def device(self) -> torch.device:
         return self.target
 
-    def _check_modules(self) -> None:
-        """Raise ObrError unless the family's modules are there; code of a model's own may call them otherwise."""
-        layout, first = self.layout, f"{self.layout.blocks}.0."
-        names = [layout.embed, layout.final_norm, layout.head]
-        present = {name for name, _ in self.model.named_modules()}
-        for name in [*names, *(first + part for part in (*layout.linears, *layout.norms.values()))]:
-            if name not in present:
-                family = self.config.model_type
-                raise ObrError(f"{self.directory} has no module {name}, as {family} models have; use a native model.")
-
     def _load_ends(self) -> None:
         layout, model = self.layout, self.model
         names = {f"{part}.weight": f"{part}.weight" for part in (layout.embed, layout.final_norm)}
-        if f"{layout.head}.weight" in self.files.files:
+        if not self.config.tie_word_embeddings:
             names[f"{layout.head}.weight"] = f"{layout.head}.weight"
         tensors = self.files.read(names, self.target, torch.float32)
-        tensors.setdefault(f"{layout.head}.weight", tensors[f"{layout.embed}.weight"])
         for name, tensor in tensors.items():
             module = model.get_submodule(name.rpartition(".")[0])
-            self.files.check(name, tensor, module.weight)
             module.weight = nn.Parameter(tensor, requires_grad=False)
         if self.config.tie_word_embeddings:
             model.get_submodule(layout.head).weight = model.get_submodule(layout.embed).weight
@@ -323,8 +340,6 @@ class StreamedBlocks(Blocks):
         dtype = self.dtype if self.rotation is None else torch.float32
         names = {name: prefix + name for name in block.state_dict()}
         tensors = self.files.read(names, self.target, dtype)
-        for name, wanted in block.state_dict().items():
-            self.files.check(names[name], tensors[name], wanted)
         block.load_state_dict(tensors, assign=True)
         block.requires_grad_(False)
         wrap_block(block, self.layout)

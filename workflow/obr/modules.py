@@ -74,6 +74,12 @@ class KeyValueQuantizer(nn.Module):
         self.keys = QuantizerSettings()
         self.values = QuantizerSettings()
 
+    @property
+    def active(self) -> bool:
+        """Whether it does anything."""
+        settings = (self.queries, self.keys, self.values)
+        return self.transform is not None or any(part.bits < 16 for part in settings)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """query (b, h, s, m), key and value (b, k, s, m), quantised token by token over all KV heads."""
         if self.transform is not None:

@@ -12,6 +12,7 @@ from obr.artefacts import HEADINGS, number, read_artefact, value_of
 from obr.errors import ObrError
 from obr.files import become, whole_folder, write_text
 from obr.recipe import Recipe
+from obr.sidefiles import files_of
 
 # The hub's names of licences that the models' own records spell otherwise.
 LICENCES = {"apache-2.0": "apache-2.0", "mit": "mit", "llama2": "llama2", "llama3": "llama3", "llama3.1": "llama3.1"}
@@ -54,13 +55,14 @@ def assemble(checkpoint: Path, card: str, folder: Path) -> None:
 
 
 def _fill(checkpoint: Path, card: str, folder: Path) -> None:
-    hidden = {path for pattern in LEFT_OUT for path in checkpoint.glob(pattern)}
-    for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and path not in hidden:
+    hidden = {path.name for pattern in LEFT_OUT for path in checkpoint.glob(pattern)}
+    for name in files_of(checkpoint):
+        if name.split("/")[0] not in hidden:
+            (folder / name).parent.mkdir(exist_ok=True)
             try:
-                os.link(path, folder / path.name)
+                os.link(checkpoint / name, folder / name)
             except OSError:
-                shutil.copy2(path, folder / path.name)
+                shutil.copy2(checkpoint / name, folder / name)
     write_text(card, folder / "README.md")
 
 

@@ -19,6 +19,7 @@ from obr.prune import check_mask
 from obr.recipe import Pattern, Recipe
 from obr.released import Verified
 from obr.restoration import Restored
+from obr.sidefiles import files_of
 
 NUMBER = (int, float)
 # What a manifest must have, and of which type.
@@ -72,7 +73,7 @@ def _lacking(directory: Path, manifest: dict) -> Iterator[str]:
 def _files(directory: Path, manifest: dict) -> Iterator[str]:
     """By name, then by hash; the manifest cannot hold its own."""
     beside = {"manifest.json", "README.md"}  # a model card comes later
-    present = {path.name for path in directory.iterdir() if path.name[0] != "."} - beside
+    present = {name for name in files_of(directory) if name[0] != "."} - beside
     for name, sha256 in manifest["files"].items():
         if name not in present:
             yield f"{directory} lacks {name}, which its manifest lists; compress it again, or fetch the file."

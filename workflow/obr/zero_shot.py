@@ -27,7 +27,8 @@ def zero_shot(
     max_length: int | None = None,
     bos: bool | str | None = None,
 ) -> dict:
-    """Score `model` on the task without examples in the prompt; nothing is written and no network is used.
+    """Score `model` on the task without examples in the prompt; nothing is written and no network is used. The model
+    is left as it was.
 
     `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
     lose their beginning, BOS included, and are counted under "truncated". Log-likelihoods are summed in float32
@@ -48,27 +49,25 @@ def zero_shot(
     """
     from lm_eval.evaluator import evaluate
 
+    from obr.unchanged import unchanged
+
     name = read_task(task_dir)["task"]
     if limit is not None and limit < 1:
         raise ObrError(f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all.")
     _check_head(model)
     before = _before(model, tokenizer, bos)
     started = time.perf_counter()
-    was_training = model.training
-    with quiet():
+    with quiet(), unchanged(model):
         lm = _language_model(model, tokenizer, batch_size, max_length, before)
         task = load_task(task_dir)
-        try:
-            # Not simple_evaluate, which would also seed the process's random generators and spend a second
-            # on describing the machine; the scoring is this same call.
-            found = evaluate(
-                lm,
-                {"tasks": {name: task}},
-                limit=limit,
-                bootstrap_iters=1,  # switches standard errors on; those of a mean are computed, not drawn
-            )
-        finally:
-            model.train(was_training)
+        # Not simple_evaluate, which would also seed the process's random generators and spend a second
+        # on describing the machine; the scoring is this same call.
+        found = evaluate(
+            lm,
+            {"tasks": {name: task}},
+            limit=limit,
+            bootstrap_iters=1,  # switches standard errors on; those of a mean are computed, not drawn
+        )
     seconds = time.perf_counter() - started
 
     return {

@@ -4,7 +4,6 @@ b-bit codes lie in 32-bit words, a scale a row, embeddings and norms at 16 bits.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +13,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obr.checkpoint import TOKENIZER_FILES
 from obr.export import Source
 from obr.files import become, read_json, whole_folder, write_json
 from obr.packing import unpack
+from obr.sidefiles import copy_side_files
 
 
 def write(source: Source, out: Path) -> str:
@@ -33,9 +32,7 @@ def write(source: Source, out: Path) -> str:
         )
         config = read_json(source.folder / "config.json") | {"quantization_config": _settings(source, bits)}
         write_json(config, folder / "config.json")
-        for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-            for path in source.folder.glob(pattern):
-                shutil.copy2(path, folder)
+        copy_side_files(source.folder, folder)
         become(folder, out)
     return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
 

@@ -90,11 +90,16 @@ def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
         kind: a name of KINDS, drawn from `seed`, or a rotation that `load` has read.
         clip: also shrink weights to the ranges that the rotation has learned for them, for `clip: learned`;
         this does change the logits.
+
+    Raises:
+        ObrError: `model_check` refuses the model, or the rotation does not fit it.
     """
-    from obr.layout import layout_of
+    from obr.model_check import check_model, is_tied
     from obr.modules import ATTENTION, wrap_block
 
-    layout = layout_of(model.config)
+    layout = check_model(model)
+    if not is_tied(model, layout):
+        model.config.tie_word_embeddings = False
     rotation = draw(kind, Dimensions.of(model.config), seed) if isinstance(kind, str) else kind
     rotation.to(model.get_submodule(layout.embed).weight.device).clip = clip
     rotation.fold_ends(model, layout)

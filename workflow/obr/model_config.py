@@ -1,0 +1,256 @@
+"""config.json of a model: read and checked before anything is built from it.
+
+Two readers: `sizes_of` for stages that only count, without transformers, and `load_config` for those that build the
+model. Whatever transformers raises about a value ends in one sentence. A null counts as absent where transformers
+gives no meaning to it.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from obr.errors import ObrError, first_line
+from obr.weights import HEADER_DTYPES
+
+# Largest values that are built or counted; beyond them a number is a mistake that would fill the memory.
+LARGEST = {"num_hidden_layers": 10_000, "max_window_layers": 10_000, "num_labels": 100_000}
+LARGEST_SIZE = 2**31
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+HEAD_DIMS = {"gemma": 256, "qwen3": 128}  # of families whose head_dim has a default of its own
+# How a model is called, not what it computes: this package calls it in its own way. Values from then on.
+CALLS = {
+    "attn_implementation": None, "_attn_implementation": None, "output_attentions": False,
+    "output_hidden_states": False, "return_dict": True, "use_return_dict": None, "torchscript": False,
+}  # fmt: skip
+# Keys that say that the weights are stored in another format, whatever their value.
+QUANTISED = re.compile(r"quantization|quantisation|quantize|quant_|_quant$|compression|sparsity|^(awq|gptq|bnb|fp8)")
+# Keys that transformers obeys and the streamed path could not, and what each does.
+NOT_SUPPORTED = {
+    "per_layer_config": "gives blocks sizes of their own",
+    "configuration_files": "sends transformers to other files than config.json",
+    "transformers_weights": "sends transformers to other weights than the index names",
+    "fusion_config": "has transformers fuse modules",
+    "distributed_config": "splits the model over processes",
+    "is_encoder_decoder": "makes an encoder and a decoder of the model",
+    "pruned_heads": "removes attention heads",
+} | dict.fromkeys(
+    ("text_config", "vision_config", "audio_config", "decoder", "encoder", "generator"), "nests another model"
+)
+# Words in keys that change what a model computes. A key with one of them must be one of the family's own.
+COMPUTES = re.compile(
+    r"softcap|scale|scaling|multiplier|window|layer_types|attention|attn|rope|rotary|alibi|expert|moe|router|clip"
+    r"|activation|hidden_act|parallel_(attn|attention|block|residual)|mtp|nextn|qk_|per_layer|block_configs|sink"
+    r"|causal|bidirectional|lora|adapter|peft|draft|eagle|medusa|^mup|pruned"
+)
+# Keys with such a word that change nothing, and spellings that transformers turns into the family's own.
+HARMLESS = re.compile(
+    r"drop|init|loss|flash|impl|sdpa|xformers|kernel|backend|eager|checkpoint|^rope_(theta|scaling|parameters)$"
+    r"|^original_max_position_embeddings$|^head_dim$|^attention_bias$"
+)
+WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")
+TRUE_IS_USUAL = ("is_causal", "causal", "use_rope", "scale_attn_weights")
+
+
+@dataclass(frozen=True)
+class RawSizes:
+    """Sizes in a config.json: hidden d, intermediate f, heads h, KV heads k, head dim m, blocks, vocabulary v.
+
+    Those that the caller does not need may be None.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    blocks: int | None
+    vocabulary: int | None
+
+
+def read_config(folder: Path, what: str | None = None) -> dict:
+    """The contents of a folder's config.json. what: the model's name in messages. Raises ObrError."""
+    what = what or str(folder)
+    try:
+        raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ObrError(
+            f"{what} holds no model: config.json is missing or not JSON ({first_line(error)}); fetch the model again "
+            "or choose another."
+        ) from error
+    if not isinstance(raw, dict):
+        raise ObrError(
+            f"config.json of {what} holds a JSON {type(raw).__name__}, not an object; choose another model."
+        )
+    return raw
+
+
+def sizes_of(raw: dict, what: str, needed: tuple[str, ...] = SIZES) -> RawSizes:
+    """The sizes in the contents of a config.json; transformers is not needed.
+
+    what: the model's name in messages. needed: keys that must be there; the others of SIZES may be missing.
+
+    Raises:
+        ObrError: a size is missing, or no positive whole number.
+    """
+    _check_numbers(raw, what)
+    for key in needed:
+        if raw.get(key) is None:
+            raise ObrError(f"config.json of {what} has no {key}; add it, or choose another model.")
+    hidden, intermediate, heads, blocks, vocabulary = (raw.get(key) for key in SIZES)
+    head_dim = raw.get("head_dim") or HEAD_DIMS.get(str(raw.get("model_type")))
+    return RawSizes(
+        hidden, intermediate, heads, raw.get("num_key_value_heads") or heads, head_dim or max(1, hidden // heads),
+        blocks, vocabulary,
+    )  # fmt: skip
+
+
+def _check_numbers(raw: dict, what: str) -> None:
+    """Raise ObrError at a size that is no whole number from 1 on, or one too large to be meant."""
+    for key in (*SIZES, *OPTIONAL_SIZES, *LARGEST):
+        value, largest = raw.get(key), LARGEST.get(key, LARGEST_SIZE)
+        if value is None:
+            continue
+        least = 1 if key in (*SIZES, *OPTIONAL_SIZES) else 0
+        if type(value) is not int or not least <= value <= largest:
+            raise ObrError(
+                f"{key} in config.json of {what} is {value!r}; it must be a whole number from {least} to {largest:,}."
+            )
+
+
+def load_config(folder: Path, what: str, trust: bool = False, packed: bool = False):
+    """The transformers configuration of a model folder, in which the model can be called as this package does.
+
+    what: its name in messages. trust: the folder's own code may be run. packed: the folder is a packed checkpoint.
+
+    Raises:
+        ObrError: config.json asks for code that is not trusted, says that the weights are quantised, holds values
+            that transformers refuses, or keys that neither transformers nor this package would obey.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    raw = read_config(folder, what)
+    kind, own_code = _model_type(raw, what, trust, CONFIG_MAPPING)
+    _check_storage(raw, what, packed)
+    _check_numbers(raw, what)
+    if not own_code:
+        _check_keys(raw, kind, CONFIG_MAPPING[kind], what)
+    try:
+        if own_code:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+            config.return_dict, config.output_hidden_states, config._output_attentions = True, False, False
+            config._attn_implementation = None
+        else:
+            plain = {key: value for key, value in raw.items() if key not in CALLS}
+            config = CONFIG_MAPPING[kind].from_dict(plain, name_or_path=str(folder))
+    except Exception as error:  # of a validator, or of the model's own code
+        why = _reason(error)
+        raise ObrError(f"config.json of {what} cannot be loaded ({why}): correct it, or choose another.") from error
+    check_sizes(config, what)
+    named = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    if named not in ("None", *HEADER_DTYPES.values()):
+        raise ObrError(f"dtype in config.json of {what} is {named}, no floating-point type of weights; correct it.")
+    return config
+
+
+def _model_type(raw: dict, what: str, trust: bool, known) -> tuple[str, bool]:
+    """(model_type, whether the configuration is a class of the folder's own code)."""
+    kind, auto_map = raw.get("model_type"), raw.get("auto_map") or {}
+    if auto_map and not isinstance(auto_map, dict):
+        raise ObrError(f"auto_map in config.json of {what} is {auto_map!r}, no mapping; choose another model.")
+    native = isinstance(kind, str) and kind in known
+    if not native and not auto_map:
+        raise ObrError(
+            f"model_type {kind!r} of {what} is unknown to this transformers: choose a model with native support."
+        )
+    if not native and not trust:
+        raise ObrError(
+            f"model_type {kind!r} of {what} needs the repository's own code: choose a model with native support, or "
+            "read the code and set trust_remote_code: true for this model in the config."
+        )
+    return kind, bool(trust and (auto_map.get("AutoConfig") or not native))
+
+
+def _check_storage(raw: dict, what: str, packed: bool) -> None:
+    """Raise ObrError if the configuration says that weights are not stored as plain numbers."""
+    for key, value in raw.items():
+        if not QUANTISED.search(key) or value is None or value is False:
+            continue
+        method = value.get("quant_method") if isinstance(value, dict) else value
+        if key == "quantization_config" and method == "obr":
+            if packed:
+                continue
+            raise ObrError(f"{what} is a packed checkpoint of this package, not a model: read it with obr.load.")
+        raise ObrError(
+            f"the model of {what} is quantised already ({method}), says {key} in config.json: "
+            "choose its full-precision original."
+        )
+
+
+def _check_keys(raw: dict, kind: str, family: type, what: str) -> None:
+    """Raise ObrError at a key that changes what the model computes and that nobody would obey."""
+    for key, does in NOT_SUPPORTED.items():
+        if raw.get(key):
+            raise ObrError(f"{key} in config.json of {what} {does}, which is not supported: choose another model.")
+    declared = getattr(family, "__dataclass_fields__", {})
+    for key, value in raw.items():
+        computes = COMPUTES.search(key) and not HARMLESS.search(key) and key not in CALLS
+        if computes and key not in declared and not _is_neutral(key, value, raw, declared):
+            raise ObrError(
+                f"{key} in config.json of {what} is {value!r}, which {kind} models of transformers do not obey: "
+                "remove it if the weights were trained without it, or choose another model."
+            )
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    turned = [part.get("partial_rotary_factor") for part in (raw, rope) if isinstance(part, dict)]
+    if any(part is not None and part != 1 for part in turned):
+        raise ObrError(
+            f"partial_rotary_factor in config.json of {what} is not 1, which {kind} models of transformers do not "
+            "obey: choose another model."
+        )
+
+
+def _is_neutral(key: str, value, raw: dict, declared) -> bool:
+    """Whether a key that the family does not have asks for nothing but what is computed anyway."""
+    if key in TRUE_IS_USUAL:
+        return value is True or value is None
+    if key == "hidden_activation":  # of Gemma, whose "gelu" transformers takes for its approximation by tanh
+        usual = raw.get("hidden_act") or "gelu_pytorch_tanh"
+        return value in (None, "gelu_pytorch_tanh" if usual == "gelu" else usual)
+    if key == "layer_types":
+        windowed = raw.get("model_type") == "mistral" and raw.get("sliding_window", True)
+        return value is None or set(value) <= {"sliding_attention" if windowed else "full_attention"}
+    if key in WINDOWS and not raw.get("sliding_window"):
+        return True
+    if key in WINDOWS and "sliding_window" not in declared:
+        return raw.get("use_sliding_window") is False
+    if key == "use_sliding_window":
+        return value is True
+    return not value or (value == 1 and value is not True)
+
+
+def check_sizes(config, what: str) -> None:
+    """Raise ObrError unless a transformers configuration has the sizes of a decoder, which fit each other.
+
+    config: of any family; what it does not have is left to `layout.layout_of`.
+    """
+    _check_numbers({key: getattr(config, key, None) for key in (*SIZES, *OPTIONAL_SIZES)}, what)
+    heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if heads and kv_heads and heads % kv_heads:
+        raise ObrError(
+            f"num_key_value_heads in config.json of {what} is {kv_heads}, which does not divide its {heads} "
+            "attention heads; choose another model."
+        )
+    pad, vocabulary = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(pad, int) and vocabulary and not -vocabulary <= pad < vocabulary:
+        raise ObrError(
+            f"pad_token_id in config.json of {what} is {pad}, which is none of its {vocabulary} tokens; correct it, "
+            "or set it to null."
+        )
+
+
+def _reason(error: Exception) -> str:
+    """What a validator says: the name of the field, and the reason below it."""
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    said = " ".join(lines[:2])[:300].rstrip(".: ")
+    return said or type(error).__name__
