@@ -32,7 +32,7 @@ LAYERS = [
     ["modules"],
     ["model_check"],
     ["model"],
-    ["unchanged"],
+    ["unchanged", "checkpoint_files", "model_state"],
     ["resume"],
     ["rotations"],
     ["data", "cloze"],

@@ -22,12 +22,22 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from obr import dtypes, fetch, foreign, online
+from obr.checkpoint_files import (
+    ENDS,
+    FORMAT,
+    check_files,
+    check_no_strays,
+    check_replaceable,
+    read_manifest,
+    remove_outdated,
+)
 from obr.errors import BROKEN_FILE, ObrError, first_line
-from obr.files import flush, read_json, whole, write_json
+from obr.files import become, flush, whole, whole_folder, write_json
 from obr.layout import Layout, layout_of
 from obr.model import Blocks, StreamedBlocks, block_file, generation_config
 from obr.model_check import Checked, check_tensors, is_tied, meta_model
 from obr.model_config import load_config
+from obr.model_state import check_before_saving, check_block_as_compressed, check_stored, refuse_plain_saving
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
 from obr.provenance import software, versions
@@ -35,10 +45,8 @@ from obr.recipe import Recipe
 from obr.restoration import Restored
 from obr.resume import Unfinished
 from obr.sidefiles import GENERATION, copy_side_files, side_files
+from obr.unchanged import ReadOnlyBlocks
 from obr.weights import TensorFiles
-
-FORMAT = 1
-ENDS = "ends.safetensors"
 
 
 @dataclass
@@ -208,11 +216,15 @@ class CheckpointBlocks(StreamedBlocks):
 
     def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device=None):
         self.manifest = read_manifest(Path(directory))
+        check_files(Path(directory), self.manifest)
         self.recipe, dtype = dtypes.settled(recipe or Recipe.parse(self.manifest["recipe"]), dtype)
         super().__init__(Path(directory), None, dtype, device)
         vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         if len(self) != self.manifest["blocks"]:
             raise ObrError(f"{directory} has {self.manifest['blocks']} blocks, its config {len(self)}.")
+        if (stored := dtypes.name_of(self.storage_dtype)) != self.manifest.get("dtype"):
+            named = self.manifest.get("dtype")
+            raise ObrError(f"{directory} stores {ENDS} in {stored}, its manifest says {named}; compress it again.")
 
     def _checked(self) -> Checked:
         """The checkpoint's configuration and ends; blocks are checked as they are read."""
@@ -270,16 +282,6 @@ def fill_block(
         raise ObrError(f"{what}: missing {missing[:3]}, unexpected {unexpected[:3]}; it is another model's.")
 
 
-def read_manifest(directory: Path) -> dict:
-    """The manifest of a checkpoint. Raises ObrError if there is none, or of another format."""
-    manifest = read_json(Path(directory) / "manifest.json")
-    if manifest.get("format") != FORMAT:
-        raise ObrError(
-            f"{directory} has format {manifest.get('format')!r}, this version reads {FORMAT}; compress it again."
-        )
-    return manifest
-
-
 def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=None, device: str | None = None):
     """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
 
@@ -293,6 +295,7 @@ def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=Non
     blocks = CheckpointBlocks(Path(directory), recipe, dtype, device)
     model = blocks.whole()
     model.obr_recipe = blocks.recipe
+    refuse_plain_saving(model)
     return model
 
 
@@ -304,11 +307,12 @@ class Writer:
         run: what decides the blocks, as plain data, see `Unfinished`.
 
     Raises:
-        ObrError: the unfinished blocks there are of another run.
+        ObrError: the unfinished blocks there are of another run; the folder holds files of something else.
     """
 
     def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype, run: dict | None = None):
         self.directory, self.blocks, self.dtype, self.run = Path(directory), blocks, dtype, run
+        check_no_strays(self.directory)
         self.unfinished = Unfinished(self.directory, run)
 
     def finished(self, index: int) -> tuple[list[LayerReport], float] | None:
@@ -330,6 +334,7 @@ class Writer:
         blocks = self.blocks
         (self.directory / "manifest.json").unlink(missing_ok=True)  # of an older checkpoint, of which parts go now
         self.unfinished.move(len(blocks))
+        remove_outdated(self.directory, len(blocks))
         save_ends(blocks.model, blocks.layout, self.directory / ENDS, self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
@@ -414,18 +419,38 @@ def _recipe_of(layer: LayerReport, report: Report) -> Recipe:
 def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
     """Write a model compressed in memory by `obr.compress` as a packed checkpoint; returns its manifest.
 
+    What is written is what the model computes; anything else is refused. The folder appears whole, in place of an
+    older checkpoint if there is one.
+
+        obr.save(model, "compressed", tokenizer)
+
+    Args:
+        directory: new, empty, or an older checkpoint. tokenizer: saved beside the weights.
+
     Raises:
-        ObrError: the model was not compressed.
+        ObrError: the model was not compressed in memory, or was changed since; the folder holds other files.
     """
-    report = getattr(model, "obr_report", None)
-    if report is None:
-        raise ObrError("The model is not compressed; run obr.compress before obr.save.")
-    blocks = Blocks(model)
-    writer = Writer(Path(directory), blocks, report.dtype)
-    for index in range(len(blocks)):
-        writer.block(index, blocks.load(index), [row for row in report.layers if row.block == index])
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-    # Not by its save_pretrained, which refuses settings that many models ship.
-    write_json(json.loads(model.generation_config.to_json_string()), Path(directory) / GENERATION)
-    return writer.finish(report)
+    check_before_saving(model)
+    directory, report, blocks = Path(directory), model.obr_report, ReadOnlyBlocks(model)
+    layout, dtype = blocks.layout, report.dtype
+    if len(report.layers) != len(blocks) * len(layout.linears):
+        raise ObrError(f"The model has {len(blocks)} blocks, other than when it was compressed; compress it again.")
+    for part in (layout.embed, layout.final_norm, layout.head):
+        check_stored(model.get_submodule(part).weight, dtype, f"{part}.weight")
+    check_replaceable(directory)
+    chosen = report.recipe.chosen(len(blocks))
+    with whole_folder(directory) as folder:
+        writer = Writer(folder, blocks, dtype)
+        for index in range(len(blocks)):
+            block = blocks.load(index)
+            check_block_as_compressed(
+                block, layout, report.recipe, index in chosen, dtype, f"{layout.blocks}.{index}"
+            )
+            writer.block(index, block, [row for row in report.layers if row.block == index])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        # Not by its save_pretrained, which refuses settings that many models ship.
+        write_json(json.loads(model.generation_config.to_json_string()), folder / GENERATION)
+        manifest = writer.finish(report)
+        become(folder, directory)
+    return manifest

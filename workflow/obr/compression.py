@@ -20,7 +20,8 @@ from obr.files import read_json
 from obr.layout import Layout
 from obr.model import Blocks, advance, block_file
 from obr.model_config import read_config
-from obr.modules import QuantLinear, set_quantizers
+from obr.model_state import changing, check_before_compression, refuse_plain_saving
+from obr.modules import QuantLinear, quantizer_settings, set_quantizers
 from obr.progress import Progress
 from obr.provenance import fingerprint
 from obr.recipe import Recipe
@@ -47,6 +48,7 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     """
     if isinstance(recipe, dict):
         recipe = Recipe.parse({"calibration": "given", **recipe})
+    check_before_compression(model)
     blocks = Blocks(model)
     computed_in = model.get_submodule(blocks.layout.embed).weight.dtype
     if recipe.dtype not in (None, dtypes.name_of(computed_in)):
@@ -61,11 +63,17 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     if recipe.clip == "learned" and not (rotation and rotation.clip):
         raise ObrError("clip 'learned' needs weights that obr.rotate has shrunk: rotate with clip=True.")
     report.rotation = rotation.about() if rotation else None
+    if recipe.needs_hessian and tokens is None:
+        raise ObrError(f"Method {recipe.method} reads calibration windows; give tokens (b, s).")
+    chosen = recipe.chosen(len(blocks))
+    quantizer_settings(blocks.load(chosen[0]), blocks.layout, recipe)  # what does not fit is refused before a change
     _measure(blocks, tokens, report, progress)
-    compress_blocks(blocks, tokens, None, report, progress=progress)
-    for index in recipe.chosen(len(blocks)):
-        set_quantizers(blocks.load(index), blocks.layout, recipe)
-    model.obr_report, model.obr_recipe = report, recipe
+    with changing(model, "obr.compress"):
+        compress_blocks(blocks, tokens, None, report, progress=progress)
+        for index in chosen:
+            set_quantizers(blocks.load(index), blocks.layout, recipe)
+        model.obr_report, model.obr_recipe = report, recipe
+    refuse_plain_saving(model)
     return model
 
 

@@ -130,27 +130,40 @@ def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
     Raises:
         ObrError: a group size that does not divide the channels it groups, or a learned range that is not there.
     """
-    attention = block.get_submodule(layout.attention)
+    for path, settings in quantizer_settings(block, layout, recipe).items():
+        module, _, name = path.rpartition(".")
+        setattr(block.get_submodule(module), name, settings)
+    for name in layout.linears:
+        block.get_submodule(name).observes_quantised = recipe.hessian_inputs == "quantised"
+    for module in block.modules():
+        if isinstance(module, Kronecker):
+            module.precision = None if recipe.online == "model" else getattr(torch, recipe.online)
+    for module in block.get_submodule(layout.attention).key_value_quantizer.modules():
+        if isinstance(module, Kronecker):
+            module.precision = module.precision or torch.float32  # of queries and keys
+
+
+def quantizer_settings(block: nn.Module, layout: Layout, recipe: Recipe) -> dict[str, QuantizerSettings]:
+    """{path of the attribute in a wrapped block: settings} of the recipe's quantisers.
+
+    Raises:
+        ObrError: as `set_quantizers`.
+    """
+    attention, found = block.get_submodule(layout.attention), {}
     for name in layout.linears:
         linear, settings = block.get_submodule(name), recipe.activations
         if recipe.o_inputs is not None and name in layout.groups["o"]:
             settings = recipe.o_inputs
         if recipe.int8_down_proj and name in layout.groups["down"] and settings.bits < 8:
             settings = replace(settings, bits=8)
-        width = linear.weight.shape[1]
-        linear.activations = _fitted(settings, width, attention.head_dim, linear.range, f"the inputs of {name}")
-        linear.observes_quantised = recipe.hessian_inputs == "quantised"
-    quantizer, m = attention.key_value_quantizer, attention.head_dim
+        width, what = linear.weight.shape[1], f"the inputs of {name}"
+        found[f"{name}.activations"] = _fitted(settings, width, attention.head_dim, linear.range, what)
+    quantizer, m, place = attention.key_value_quantizer, attention.head_dim, f"{layout.attention}.key_value_quantizer"
     queries, channels = (block.get_submodule(layout.groups["qkv"][i]).weight.shape[0] for i in (0, 2))
-    quantizer.queries = _fitted(recipe.queries, queries, m, None, "the queries of a token")
-    quantizer.keys = _fitted(recipe.keys, channels, m, quantizer.key_range, "the keys of a token")
-    quantizer.values = _fitted(recipe.values, channels, m, quantizer.value_range, "the values of a token")
-    for module in block.modules():
-        if isinstance(module, Kronecker):
-            module.precision = None if recipe.online == "model" else getattr(torch, recipe.online)
-    for module in quantizer.modules():
-        if isinstance(module, Kronecker):
-            module.precision = module.precision or torch.float32  # of queries and keys
+    found[f"{place}.queries"] = _fitted(recipe.queries, queries, m, None, "the queries of a token")
+    found[f"{place}.keys"] = _fitted(recipe.keys, channels, m, quantizer.key_range, "the keys of a token")
+    found[f"{place}.values"] = _fitted(recipe.values, channels, m, quantizer.value_range, "the values of a token")
+    return found
 
 
 def _fitted(

@@ -8,6 +8,7 @@ from obr import checkpoint, int4, native
 from obr.checkpoint import CheckpointBlocks
 from obr.errors import ObrError
 from obr.layout import Layout
+from obr.model_state import refuse_plain_saving
 from obr.modules import QuantLinear
 from obr.packing import unpack
 from obr.recipe import Recipe
@@ -95,6 +96,7 @@ def load(
     blocks = PackedBlocks(Path(directory), Recipe.parse(recipe) if recipe is not None else None, dtype, device)
     model = blocks.whole()
     model.obr_recipe = blocks.recipe
+    refuse_plain_saving(model)
     return model
 
 

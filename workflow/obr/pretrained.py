@@ -59,9 +59,21 @@ class PackedReader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         from obr.layout import layout_of
+        from obr.modules import ATTENTION
 
+        layout, asked = layout_of(model.config), model.config._attn_implementation
+        if asked not in (None, "sdpa", ATTENTION):
+            raise ObrError(
+                f"A packed checkpoint attends by this package's own attention, not by {asked!r}; leave out "
+                "attn_implementation."
+            )
+        if layout.head not in dict(model.named_modules()):
+            raise ObrError(
+                f"A packed checkpoint is read as a causal language model, not as a {type(model).__name__}; use "
+                "AutoModelForCausalLM, whose `.model` gives hidden states."
+            )
         self.folder = Path(checkpoint_files[0]).parent
-        model.set_submodule(layout_of(model.config).blocks, nn.ModuleList())
+        model.set_submodule(layout.blocks, nn.ModuleList())
         return model
 
     def _process_model_after_weight_loading(self, model, **_):

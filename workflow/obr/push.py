@@ -5,10 +5,12 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from obr import fetch
 from obr.artefacts import HEADINGS, number, read_artefact, value_of
+from obr.checkpoint_files import check_contents, check_replaceable, read_manifest
 from obr.errors import ObrError
 from obr.files import become, whole_folder, write_text
 from obr.recipe import Recipe
@@ -33,36 +35,45 @@ def push(
     licence: instead of the one recorded when the base model was fetched. HF_ENDPOINT names another hub.
 
     Raises:
-        ObrError: no whole checkpoint, no licence known, a name that is none, or a hub that refuses.
+        ObrError: no whole checkpoint, no licence known, a name that is none, a folder with other files, or a hub that
+            refuses.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ObrError(f"--repo {repo!r} is not the name of a hub repository; write it as owner/name.")
-    manifest = read_artefact(Path(checkpoint) / "manifest.json")
+    manifest = read_manifest(Path(checkpoint))
+    check_contents(Path(checkpoint), manifest)
+    if folder is not None:
+        check_replaceable(folder)
     card = model_card(Path(checkpoint), manifest, repo, licence)
     if folder is not None:
         assemble(Path(checkpoint), card, folder)
         return str(folder)
     with whole_folder(Path(checkpoint).with_name(Path(checkpoint).name + ".push")) as temporary:
-        _fill(Path(checkpoint), card, temporary)
+        _fill(Path(checkpoint), card, temporary, _link)
         return _upload(temporary, repo, private)
 
 
 def assemble(checkpoint: Path, card: str, folder: Path) -> None:
-    """The checkpoint's files and its card in a folder of their own; large files are linked where that is possible."""
+    """Copy the checkpoint's files and write its card, into a folder that the user may then edit."""
     with whole_folder(Path(folder)) as temporary:
-        _fill(checkpoint, card, temporary)
+        _fill(checkpoint, card, temporary, shutil.copy2)
         become(temporary, Path(folder))
 
 
-def _fill(checkpoint: Path, card: str, folder: Path) -> None:
+def _link(origin: Path, target: Path) -> None:
+    """Link a file where the file system can, else copy it."""
+    try:
+        os.link(origin, target)
+    except OSError:
+        shutil.copy2(origin, target)
+
+
+def _fill(checkpoint: Path, card: str, folder: Path, place: Callable[[Path, Path], None]) -> None:
     hidden = {path.name for pattern in LEFT_OUT for path in checkpoint.glob(pattern)}
     for name in files_of(checkpoint):
         if name.split("/")[0] not in hidden:
             (folder / name).parent.mkdir(exist_ok=True)
-            try:
-                os.link(checkpoint / name, folder / name)
-            except OSError:
-                shutil.copy2(checkpoint / name, folder / name)
+            place(checkpoint / name, folder / name)
     write_text(card, folder / "README.md")
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from obr import data, gradients, hessian
-from obr.checkpoint import Report, load_block, read_manifest, round_ends, round_rest
+from obr.checkpoint import Report, load_block, round_ends, round_rest
+from obr.checkpoint_files import check_files, read_manifest
 from obr.compression import Statistics, compress_group
 from obr.errors import ObrError
 from obr.model import StreamedBlocks, block_file
@@ -53,6 +54,7 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
         ObrError: the manifest does not suffice, or an input is missing or not the one it names.
     """
     directory, manifest = Path(directory), read_manifest(Path(directory))
+    check_files(directory, manifest)
     recipe = Recipe.parse(manifest["recipe"])
     made_from = manifest.get("inputs")
     if made_from is None:

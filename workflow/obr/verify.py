@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from obr import fetch
 from obr.allocation import chosen_options
-from obr.checkpoint import CheckpointBlocks, LayerReport, read_manifest
+from obr.checkpoint import CheckpointBlocks, LayerReport
+from obr.checkpoint_files import read_manifest
 from obr.errors import ObrError
 from obr.layout import Layout
 from obr.packing import Packed, unpack

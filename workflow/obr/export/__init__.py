@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from obr import online
-from obr.checkpoint import CheckpointBlocks, read_manifest
+from obr.checkpoint import CheckpointBlocks
+from obr.checkpoint_files import read_manifest
 from obr.errors import ObrError
 from obr.recipe import QUANTIZERS, QuantizerSettings, Recipe
 

@@ -4,6 +4,7 @@ b-bit codes lie in 32-bit words, a scale a row, embeddings and norms at 16 bits.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,15 +14,19 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from obr.errors import ObrError
 from obr.export import Source
 from obr.files import become, read_json, whole_folder, write_json
 from obr.packing import unpack
-from obr.sidefiles import copy_side_files
+from obr.sidefiles import copy_side_files, files_of, is_side_file
+
+OWN = re.compile(r"model-(ends|\d{3,})\.safetensors|model\.safetensors\.index\.json|config\.json")
 
 
 def write(source: Source, out: Path) -> str:
     """Write the folder `out`, one file a block; returns a sentence on it."""
     index, bits, written = {}, {}, 0
+    _check_replaceable(out)
     with whole_folder(out) as folder:
         for file, tensors in _files(source, bits):
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -31,10 +36,35 @@ def write(source: Source, out: Path) -> str:
             {"metadata": {"total_size": written}, "weight_map": index}, folder / "model.safetensors.index.json"
         )
         config = read_json(source.folder / "config.json") | {"quantization_config": _settings(source, bits)}
-        write_json(config, folder / "config.json")
+        write_json(both_spellings(config), folder / "config.json")
         copy_side_files(source.folder, folder)
         become(folder, out)
     return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise ObrError unless `out` is absent, empty, or an older export and nothing but that."""
+    if out.exists() and not out.is_dir():
+        raise ObrError(f"{out} is a file; choose a folder for the export.")
+    for name in files_of(out) if out.is_dir() else []:
+        if not (OWN.fullmatch(name) or is_side_file(name)):
+            raise ObrError(f"{out} holds {name}, which is no part of an export; move it, or choose another folder.")
+
+
+def both_spellings(config: dict) -> dict:
+    """A config.json with the keys of transformers 5 and, beside them, those that version 4 and vLLM read.
+
+    Version 4 takes a default, without a warning, for each key that it does not find under its own name.
+    """
+    rope = dict(config.get("rope_parameters") or {})
+    older = {"torch_dtype": config.get("dtype")}
+    if rope:
+        older["rope_theta"] = rope.pop("rope_theta", None)
+        plain = rope.get("rope_type", "default") == "default"
+        older["rope_scaling"] = None if plain else rope
+        if "partial_rotary_factor" in rope:
+            older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return config | {key: value for key, value in older.items() if value is not None or key == "rope_scaling"}
 
 
 def _files(source: Source, bits: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -193,6 +193,11 @@ def _check(source: Source) -> None:
             f"Models of type {config.model_type!r} are not exported to GGUF, only {', '.join(ARCHITECTURES)}; "
             "choose compressed-tensors."
         )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ObrError(
+            f"The model's activation is {config.hidden_act}, llama.cpp's {config.model_type} has SiLU alone; choose "
+            "compressed-tensors."
+        )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
         raise ObrError(

@@ -92,20 +92,24 @@ def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
         this does change the logits.
 
     Raises:
-        ObrError: `model_check` refuses the model, or the rotation does not fit it.
+        ObrError: `model_check` refuses the model, it is rotated or compressed already, or the rotation does not fit.
     """
     from obr.model_check import check_model, is_tied
+    from obr.model_state import changing, check_before_rotation, refuse_plain_saving
     from obr.modules import ATTENTION, wrap_block
 
     layout = check_model(model)
+    check_before_rotation(model)
     if not is_tied(model, layout):
         model.config.tie_word_embeddings = False
     rotation = draw(kind, Dimensions.of(model.config), seed) if isinstance(kind, str) else kind
     rotation.to(model.get_submodule(layout.embed).weight.device).clip = clip
-    rotation.fold_ends(model, layout)
-    for index, block in enumerate(model.get_submodule(layout.blocks)):
-        wrap_block(block, layout)
-        rotation.fold_block(block, index, layout)
-    model.set_attn_implementation(ATTENTION)
-    model.obr_rotation = rotation
+    with changing(model, "obr.rotate"):
+        rotation.fold_ends(model, layout)
+        for index, block in enumerate(model.get_submodule(layout.blocks)):
+            wrap_block(block, layout)
+            rotation.fold_block(block, index, layout)
+        model.set_attn_implementation(ATTENTION)
+        model.obr_rotation = rotation
+    refuse_plain_saving(model)
     return model
