@@ -1,6 +1,7 @@
 """Publishing: the folder that would be uploaded, the card in it, and the upload to a stand-in of the hub."""
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -36,9 +37,11 @@ def checkpoint(tmp_path):
     """A checkpoint in a results folder, with evaluations of it and of the dense model."""
     folder = tmp_path / "results/compressed/llama/obr_gptq"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps(MANIFEST))
-    (folder / "block_000.safetensors").write_bytes(b"weights")
-    (folder / "config.json").write_text("{}")
+    contents = {"block_000.safetensors": b"weights", "ends.safetensors": b"ends", "config.json": b"{}"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "blocks": 1, "files": files}))
     (folder / "leftover.tmp").write_text("half")
     for recipe, value in (("dense", 5.47), ("obr_gptq", 8.4)):
         for stage, name, content in (
@@ -56,7 +59,9 @@ def test_a_dry_run_writes_exactly_what_would_be_uploaded(checkpoint, tmp_path):
     command = ["push", "--checkpoint", str(checkpoint), "--repo", "me/small", "--dry-run", str(out)]
     run = subprocess.run([sys.executable, "-m", "obr.cli", *command], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == str(out), run.stderr
-    assert {p.name for p in out.iterdir()} == {"README.md", "block_000.safetensors", "config.json", "manifest.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "README.md", "block_000.safetensors", "config.json", "ends.safetensors", "manifest.json",
+    }  # fmt: skip
     assert (out / "block_000.safetensors").read_bytes() == b"weights"
     assert not (checkpoint / "README.md").exists() and not list(checkpoint.parent.glob("*.push*"))
 
@@ -93,8 +98,37 @@ def test_an_unknown_licence_must_be_given_and_an_odd_one_is_named(checkpoint):
 def test_mistakes_are_told_in_a_sentence(checkpoint, tmp_path):
     with pytest.raises(ObrError, match="'small' is not the name of a hub repository; write it as owner/name"):
         push(checkpoint, "small", tmp_path / "out")
-    with pytest.raises(ObrError, match=r"manifest\.json is missing"):
+    with pytest.raises(ObrError, match=r"is no packed checkpoint: it has no manifest\.json"):
         push(tmp_path, "me/small", tmp_path / "out")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ObrError, match=r"holds thesis\.txt and is no checkpoint"):
+        push(checkpoint, "me/small", tmp_path / "thesis")
+
+
+def test_the_upload_folder_shares_nothing_with_the_checkpoint(checkpoint, tmp_path):
+    push(checkpoint, "me/small", tmp_path / "out")
+    (tmp_path / "out/config.json").write_text("edited", encoding="utf-8")
+    assert (checkpoint / "config.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda folder: (folder / "block_000.safetensors").write_bytes(b"changed"), "block_000.* is not the file"),
+        (lambda folder: (folder / "config.json").write_bytes(b"{ }"), "config.json is not the file"),
+        (lambda folder: (folder / "ends.safetensors").unlink(), "lacks ends.safetensors"),
+        (
+            lambda folder: (folder / "block_001.safetensors").write_bytes(b"more"),
+            "block_001.* is not in the manifest",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_as_written_is_not_pushed(checkpoint, tmp_path, change, refusal):
+    change(checkpoint)
+    with pytest.raises(ObrError, match=refusal):
+        push(checkpoint, "me/small", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 class Hub(BaseHTTPRequestHandler):
