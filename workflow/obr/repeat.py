@@ -55,10 +55,12 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     directory, manifest = Path(directory), read_manifest(Path(directory))
     recipe = Recipe.parse(manifest["recipe"])
     made_from = manifest.get("inputs")
+    if recipe.method == "released":
+        raise ObrError(f"{directory} holds layers that others released; verify it without --recompute.")
     if made_from is None:
         raise ObrError(
-            f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory, or "
-            "taken over); they cannot be made again."
+            f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory); they "
+            "cannot be made again."
         )
     places = _found(directory, recipe, places)
     _check(made_from, recipe, places)
