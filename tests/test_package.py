@@ -19,8 +19,8 @@ PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
     ["errors", "files", "registration", "arguments"],
-    ["fetch", "native"],
-    ["recipe", "edition", "config", "digest", "device", "foreign"],
+    ["fetch", "native", "rows"],
+    ["recipe", "edition", "config", "digest", "device", "foreign", "processor"],
     ["allocation"],
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],
