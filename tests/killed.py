@@ -20,7 +20,7 @@ import time
 import torch
 from transformers.models.llama import modeling_llama  # noqa: F401  what the commands would import
 
-from obr import cli, compression, digest, hessian
+from obr import cli, compression, digest, hessian, released
 
 
 def kill_before(event: str, count: int, folder: str | None) -> None:
@@ -82,7 +82,7 @@ def run(arguments: list[str], log: str, unfinished: str, kill: dict | None) -> d
 
 
 if __name__ == "__main__":
-    for module in (compression, hessian):  # once for all forks
+    for module in (compression, hessian, released):  # once for all forks
         digest.digest(module.__name__.removeprefix("obr."))
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

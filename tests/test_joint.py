@@ -2,9 +2,12 @@
 
 import itertools
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from obr import annealing, native, packing
 from obr import joint as joint_module
@@ -98,13 +101,18 @@ def row_losses(change, hessian):
     return ((change @ hessian) * change).sum(1)
 
 
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no compiler, so there is nothing to compare")
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("parts", [None, [slice(0, 5), slice(5, 12)]])
-def test_a_compiled_step_of_admm_is_the_same_step(dtype, pattern, parts):
-    if native.library() is None:
-        pytest.skip("no compiler, so there is nothing to compare")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_compiled_step_of_admm_is_the_same_step(dtype, pattern, parts, tied):
     weight, hessian = layer(12, 64)
+    if tied:  # equal gains, and fewer that are not zero than are kept
+        weight, hessian = (weight * 1.2).round(), torch.eye(64)
     pattern = pattern and Pattern.parse(pattern)
     grid, root = Grid.fit(weight, 4), hessian.diagonal().sqrt()
     worth = torch.rand(12, 1, generator=torch.Generator().manual_seed(0)) + 0.5 if parts else torch.ones(12, 1)
@@ -112,13 +120,13 @@ def test_a_compiled_step_of_admm_is_the_same_step(dtype, pattern, parts):
     ends = []
     for step in (joint_module._step, joint_module._compiled_step):
         target = weight * root
-        dual, product, moved = 0.1 * target.roll(1, 1), (0.1 * target.roll(1, 0)).to(dtype), target.to(dtype)
+        dual, image, moved = 0.1 * target.roll(1, 1), (0.1 * target.roll(1, 0)).to(dtype), target.to(dtype)
+        if tied:
+            dual, image = torch.zeros_like(dual), torch.zeros_like(image)
         projected, support = torch.zeros_like(target), torch.zeros(12, 64, dtype=torch.bool)
-        step(dual, product, moved, target, root, projected, support, grid, budget)
-        ends.append((dual, moved.float(), projected, support))
-    for torch_s, compiled in zip(*ends, strict=True):
-        # In another order the sums differ in the last digits; another code would be a step of the grid away.
-        torch.testing.assert_close(compiled, torch_s, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+        step(dual, image, moved, target, root, projected, support, grid, budget)
+        ends.append((dual, moved, projected, support))
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
     assert ends[0][3].sum() == 12 * 32
 
 
@@ -162,33 +170,89 @@ def test_row_weights_draw_the_budget():
         restore(weight, hessian, "joint", row_weights=weights[:4])
 
 
+@contextmanager
+def no_compiler():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        yield
+
+
+@needs_compiler
+@given(
+    method=st.sampled_from(["joint", "joint", "joint", "gptq", "obr_gptq", "sparsegpt_gptq"]),
+    pattern=st.sampled_from([*PATTERNS, None, None]),
+    scope=st.sampled_from(["row", "layer"]),
+    rows=st.integers(1, 9),
+    columns=st.sampled_from([16, 48, 144, 272]),
+    bits=st.sampled_from([2, 3, 4, 8, 16]),
+    sparsity=st.sampled_from([0.5, 0.0, 0.8]),
+    group=st.sampled_from([None, 16, 40]),
+    seed=st.integers(0, 99),
+    tied=st.booleans(),
+)
+@settings(deadline=None, max_examples=20)
+def test_without_a_compiler_the_same_comes_out(
+    method, pattern, scope, rows, columns, bits, sparsity, group, seed, tied
+):
+    """To the last bit, on widths that are no multiple of the lanes or the block, with dead columns and ties."""
+    weight, hessian = layer(rows, columns, seed, tokens=2 * columns)
+    if tied:
+        weight = (weight * 3).round() / 3
+    hessian[:, 5] = hessian[5] = 0
+    options = {"bits": bits}
+    if method == "joint":
+        options |= {"pattern": pattern, "sparsity": sparsity, "sweeps": 3}
+        options |= {"scope": "row" if pattern else scope}
+    elif method == "gptq" and bits < 16:
+        options |= {"group": group}
+    compiled = restore(weight, hessian, method, **options)
+    with no_compiler():
+        found = restore(weight, hessian, method, **options)
+    for part in ("weight", "mask", "codes", "scale"):
+        one, other = getattr(compiled, part), getattr(found, part)
+        assert one is other is None or torch.equal(one, other), part
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"pattern": "4:8"}, {"pattern": "paired 4:8"}])
+def test_without_a_compiler_longer_annealing_is_the_same_too(options):
+    weight, hessian = layer(5, 112, tokens=224)
+    compiled = restore(weight, hessian, "joint", sweeps=14, **options)
+    with no_compiler():
+        found = restore(weight, hessian, "joint", sweeps=14, **options)
+    assert torch.equal(compiled.weight, found.weight) and torch.equal(compiled.mask, found.mask)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_without_a_compiler_the_same_comes_out(pattern, monkeypatch):
-    """Other noise, so other codes, but no other error; without noise the same sweeps to the last code."""
+def test_the_gradient_is_kept_up_to_date(pattern, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     weight, hessian = layer(6, 144, tokens=288)
-    hessian[:, 5] = hessian[5] = 0  # a dead column, and a width that is no multiple of the lanes or the block
+    hessian[:, 5] = hessian[5] = 0
     weight[:, 5] = 0
     factors = Hessian(hessian)
-    descents, errors = [], []
-    for compiled in (native.library, lambda: None):
-        monkeypatch.setattr(native, "library", compiled)
-        found = restore(weight, hessian, "joint", pattern=pattern, sweeps=10)
-        errors.append(found.relative_error)
-        start = restore(weight, hessian, "wanda", pattern=pattern)
-        grid, support = Grid.fit(weight, 4), start.mask.clone()
-        descent = annealing.Descent.begin(weight, start.weight, factors.damped(), factors.dead, grid)
-        parsed = Pattern.parse(pattern) if pattern else None
-        descent.sweep([0.0] * 3, support=support, pattern=parsed)
-        drift = (descent.codes - weight / grid.scale) @ factors.damped() - descent.gradient
-        assert drift.abs().max() < 1e-4 * descent.gradient.abs().max().clamp_min(hessian.diagonal().max())
-        assert not descent.codes[~support].any() and not descent.codes[:, 5].any()
-        descents.append((descent.codes.clone(), support))
-    assert (descents[0][0] == descents[1][0]).float().mean() > 0.99
-    assert (descents[0][1] == descents[1][1]).float().mean() > 0.99
-    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    found = restore(weight, hessian, "wanda", pattern=pattern)
+    grid, support = Grid.fit(weight, 4), found.mask.clone()
+    descent = annealing.Descent.begin(weight, found.weight, factors.damped(), factors.dead, grid)
+    parsed = Pattern.parse(pattern) if pattern else None
+    assert descent.sweep([0.0] * 3, support=support, pattern=parsed) > 0
+    drift = (descent.codes - weight / grid.scale) @ factors.damped() - descent.gradient
+    assert drift.abs().max() < 1e-4 * descent.gradient.abs().max().clamp_min(hessian.diagonal().max())
+    assert not descent.codes[~support].any() and not descent.codes[:, 5].any()
 
 
-@pytest.mark.skipif(native.library() is None, reason="no compiler")
+def test_noise_is_triangular_and_the_same_everywhere():
+    noise = annealing.triangular(20, 5000, 3) * annealing.TRIANGLE
+    assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02) and noise.abs().max() < 2.45
+    assert (annealing.triangular(2, 3, 0) == torch.tensor(TRIANGULAR)).all()
+
+
+# Drawn once, on an AMD EPYC: another machine, or another version of PyTorch, has to draw the same.
+TRIANGULAR = [[-32400, 10135, 19071], [43924, 1113, 10734]]
+
+
+@needs_compiler
 def test_threads_do_not_matter():
     weight, hessian = layer(37, 96)
     before = torch.get_num_threads()

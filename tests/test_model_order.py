@@ -152,7 +152,7 @@ def test_a_step_that_cannot_follow_is_refused_and_changes_nothing(make, step, re
         (lambda m: m.model.layers[1].input_layernorm.weight.data.add_(1e-5), "input_layernorm.weight has changed"),
         (lambda m: m.model.embed_tokens.weight.data.add_(1e-5), "embed_tokens.weight has changed"),
         (
-            lambda m: setattr(m.model.layers[0].self_attn.q_proj, "activations", QuantizerSettings(bits=8)),
+            lambda m: setattr(m.model.layers[0].mlp.up_proj, "activations", QuantizerSettings(bits=8)),
             "quantiser",
         ),
         (lambda m: m.model.layers.append(m.model.layers.pop(1)) or m.model.layers.pop(1), "blocks|module"),

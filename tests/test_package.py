@@ -19,9 +19,9 @@ PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
     ["errors", "files", "registration", "arguments"],
-    ["fetch", "native", "sidefiles", "weights"],
+    ["fetch", "native", "rows", "sidefiles", "weights"],
     ["model_config"],
-    ["recipe", "edition", "config", "digest", "device", "foreign", "local"],
+    ["recipe", "edition", "config", "digest", "device", "foreign", "local", "processor"],
     ["allocation", "dtypes"],
     ["quantize", "prune", "hadamard", "solver"],
     ["online", "annealing"],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obr.errors import ObrError
-from obr.prune import SCORES, check_mask, mask_from_scores
+from obr.prune import SCORES, check_mask, mask_from_ranks, mask_from_scores
 from obr.recipe import Pattern
 
 PATTERNS = ["2:4", "4:8", "8:16", "paired 4:8", "1:4"]
@@ -38,6 +38,20 @@ def test_unstructured_removes_the_same_number_from_every_row(rows, columns, spar
 
 def test_of_equal_scores_the_first_go():
     assert mask_from_scores(torch.zeros(1, 4), 0.5).tolist() == [[False, False, True, True]]
+
+
+@given(rows=st.integers(1, 5), groups=st.integers(1, 4), text=st.sampled_from(PATTERNS), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_of_equal_scores_in_a_group_the_first_go(rows, groups, text, seed):
+    pattern, generator = Pattern.parse(text), torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 3, (rows, groups * pattern.group), generator=generator).float()
+    kept, units = pattern.units
+    for group, mask in zip(
+        scores.view(-1, pattern.group), mask_from_ranks(scores, pattern).view(-1, pattern.group), strict=True
+    ):
+        of = group.view(units, -1).sum(1).tolist()
+        stays = sorted(sorted(range(units), key=lambda i: (of[i], i))[units - kept :])
+        assert mask.view(units, -1).all(1).nonzero()[:, 0].tolist() == stays
 
 
 def test_scores():

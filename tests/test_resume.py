@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from obr.rotations.source import make
+from released_files import FlatModel, written
 from running import digests
 
 BLOCKS = 6
@@ -22,14 +23,16 @@ BLOCKS = 6
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Folder with a random model of six blocks, its rotation and tokens to calibrate on."""
+    """Folder with a random model of six blocks, its rotation, tokens to calibrate on, and a released checkpoint."""
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    written(folder, FlatModel(model).state_dict())
     make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
     tokens = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
@@ -68,11 +71,11 @@ def kills_of(kind: str, out: Path, times: list[float], draw: random.Random) -> I
     yield {"renames": draw.randint(2, 7)}  # the first is the note of whose run it is
     unmoved = BLOCKS - len(list(out.glob("block_*.safetensors")))
     yield {"moves": draw.randint(min(2, unmoved + 1), unmoved + 1), "folder": str(out)}
-    if kind == "sequential":
+    if kind in ("sequential", "released"):
         yield {"removals": draw.randint(1, BLOCKS + 1), "folder": str(out) + ".unfinished"}
 
 
-@pytest.mark.parametrize("kind", ["hessian", "cached", "sequential"])
+@pytest.mark.parametrize("kind", ["hessian", "cached", "sequential", "released"])
 def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command, tmp_path):
     common = ["--model", inputs / "model", "--rotation", inputs / "rotation.safetensors"]
     tokens = ["--tokens", inputs / "tokens.safetensors"]
@@ -81,6 +84,9 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command
         tokens = ["--hessians", tmp_path / "h"]
     if kind == "hessian":
         stage = ["hessian", *common, *tokens]
+    elif kind == "released":
+        entry = {"method": "released", "sparsity": 0.5, "rotation": "flatquant"}
+        stage = ["released", "--entry", json.dumps(entry), *common[:2], "--released", inputs / "released"]
     else:
         entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random", "hessian": kind}
         stage = ["compress", "--entry", json.dumps(entry), *common, *tokens]

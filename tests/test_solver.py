@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from obr import solver
+from obr import processor, rows, solver
 from obr.errors import ObrError
 
 ROWS, COLUMNS = 40, 96
@@ -56,11 +56,29 @@ def test_tighter_tolerance_comes_closer():
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
-def test_rows_are_independent_of_their_chunk(monkeypatch):
+def test_a_row_does_not_depend_on_the_rows_beside_it(products, monkeypatch):
+    """Not on how soon they converge either, nor on whether bfloat16 suffices for them."""
+    monkeypatch.setattr(solver, "LOW_ITERATIONS", 8)  # not enough for some of the rows
     matrix, target, support = problem()
     whole = solver.images_on_support(matrix, target, support)
-    monkeypatch.setitem(solver.CHUNK, "cpu", (1, 7))
-    assert (whole - solver.images_on_support(matrix, target, support)).norm() < 5e-3 * whole.norm()
+    for some in (slice(0, 1), slice(7, 20), torch.arange(ROWS).flip(0)):
+        assert torch.equal(solver.images_on_support(matrix, target[some], support[some]), whole[some])
+    monkeypatch.setitem(rows.PART, "cpu", 16)
+    parted = solver.images_on_support(matrix, target, support)
+    assert torch.equal(solver.images_on_support(matrix, target[17:18], support[17:18]), parted[17:18])
+    assert (whole - parted).norm() < 5e-3 * whole.norm()
+
+
+def test_rows_that_bfloat16_does_not_suffice_for_go_on_in_float32(monkeypatch):
+    monkeypatch.setattr(solver, "product_dtype", lambda device: torch.bfloat16)
+    matrix, target, support = problem()
+    expected, again = direct(matrix, target, support), []
+    monkeypatch.setattr(solver, "_in_full", lambda *given, of=solver._in_full: again.append(given[2]) or of(*given))
+    for iterations in (1, 8, 30):
+        monkeypatch.setattr(solver, "LOW_ITERATIONS", iterations)
+        image = solver.images_on_support(matrix, target, support, tolerance=1e-3)
+        assert (image - expected).norm() < 0.01 * expected.norm()
+    assert int(again[0].sum()) > int(again[1].sum()) > 0 and len(again) == 2
 
 
 def test_hopeless_systems_are_reported(products, monkeypatch):
@@ -69,6 +87,16 @@ def test_hopeless_systems_are_reported(products, monkeypatch):
         solver.images_on_support(*problem(condition=1e6))
 
 
-def test_the_dtype_of_products_is_what_the_cpu_has():
+def test_the_dtype_of_products_is_what_the_cpu_has_or_what_is_asked_for(monkeypatch):
+    monkeypatch.delenv(processor.VARIABLE, raising=False)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    assert solver.product_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
+    assert processor.product_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
+    for name, dtype in processor.PRODUCTS.items():
+        monkeypatch.setenv(processor.VARIABLE, name)
+        assert processor.product_dtype("cpu") == dtype and processor.about("cpu")["products"] == name
+    monkeypatch.setattr(processor, "_required", "float32")
+    assert processor.product_dtype("cpu") == torch.float32  # a checkpoint's own, whatever the variable says
+    monkeypatch.setattr(processor, "_required", None)
+    monkeypatch.setenv(processor.VARIABLE, "half")
+    with pytest.raises(ObrError, match="OBR_PRODUCTS is 'half'; set it to float32 or bfloat16, or unset it"):
+        processor.product_dtype("cpu")

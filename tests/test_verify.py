@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr import cli, fetch
+from obr import cli, compression, fetch, processor
 from obr.compression import compress_stage
 from obr.hessian import hessian
 from obr.provenance import software
@@ -70,6 +70,49 @@ def test_a_whole_checkpoint_is_told_to_be_whole(results, kind, capsys):
     assert out.count("made again: identical") == 3 and out.endswith("is what its manifest says.\n"), out
 
 
+def compressed(results: Path, out: Path) -> dict:
+    """The manifest of a checkpoint with cached Hessians, made now."""
+    folder, rotation = (
+        results / "hessians" / MODEL / "quarot/c",
+        results / "rotations/quarot" / f"{MODEL}.safetensors",
+    )
+    recipe = Recipe.parse({**RECIPE, "hessian": "cached"})
+    return compress_stage(results / "models" / MODEL, recipe, out, rotation=rotation, hessians=folder, device="cpu")
+
+
+def test_layers_are_made_again_with_the_products_of_their_block(results, monkeypatch, capsys):
+    """A run that was interrupted, and went on where products are of another dtype."""
+    out = results / "compressed" / MODEL / "interrupted"
+    whole_block = compression._compress_block
+
+    def interrupted(block, index, *more):
+        if index == 1:
+            raise KeyboardInterrupt
+        return whole_block(block, index, *more)
+
+    monkeypatch.setenv("OBR_PRODUCTS", "bfloat16")
+    monkeypatch.setattr(compression, "_compress_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(results, out)
+    monkeypatch.setattr(compression, "_compress_block", whole_block)
+    monkeypatch.setenv("OBR_PRODUCTS", "float32")
+    manifest = compressed(results, out)
+    assert [(p["products"], p["blocks"]) for p in manifest["processors"]] == [("bfloat16", [0]), ("float32", [1, 2])]
+    for name in ("float32", "bfloat16"):
+        monkeypatch.setenv("OBR_PRODUCTS", name)
+        assert cli.main(["verify", str(out), "--recompute", "21"]) == 0
+        assert capsys.readouterr().out.count("made again: identical") == 21
+    manifest["processors"][0].update(name="Z80", products="float32")  # not what made them
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    cli.main(["verify", str(out), "--recompute", "21"])
+    told = capsys.readouterr().out
+    assert " of its weights differ (made by Z80 (" in told and "float32 products, again by " in told
+    for malformed in ([{}], 3, [{**manifest["processors"][0], "products": "half"}], [{"blocks": [0]}]):
+        (out / "manifest.json").write_text(json.dumps({**manifest, "processors": malformed}))
+        assert cli.main(["verify", str(out), "--recompute", "1"]) == 1
+        assert "manifest.json has malformed 'processors'; it was altered: compress again." in capsys.readouterr().err
+
+
 def test_other_inputs_are_noticed_before_anything_is_made_again(results, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     make({"kind": "quarot", "seed": 1}, results / "models" / MODEL, other)
@@ -100,6 +143,7 @@ def test_the_manifest_has_a_bill_of_all_software(results, tmp_path):
     manifest = json.loads((results / "compressed" / MODEL / "cached/manifest.json").read_text())
     bill, locks = manifest["software"], ("requirements.lock", "requirements.torch.lock")
     assert bill == software() and manifest["instructions"]
+    assert manifest["processors"] == [processor.about("cpu") | {"blocks": [0, 1, 2]}]
     assert bill["lock"] == {name: fetch.sha256_of(ROOT / name) for name in locks}
     assert bill["packages"]["torch"] == torch.__version__ and bill["packages"]["obr"]
     # what they require in turn, under an extra (lm-eval[hf]) too, and nothing that is only there for tests

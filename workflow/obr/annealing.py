@@ -5,6 +5,9 @@ h the Hessian's diagonal), is moved by random noise and projected: rounded to a 
 `h c (2t - c)` exceeds the row's price, or if it lies on a support that is given. With a pattern, every weight that
 is kept may move to a better place of its group. As the noise dies away the codes settle in a good local minimum.
 Nothing here knows a budget: whoever calls sets the prices.
+
+The noise is the same in every row, so a row's result does not depend on its place. On a CPU the sweeps are compiled
+(native.cpp) or, without a compiler, made by PyTorch, with the same operations in the same order and the same result.
 """
 
 import ctypes
@@ -14,13 +17,18 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from obr import native
 from obr.quantize import Grid
 from obr.recipe import Pattern
+from obr.rows import product
 
 LANES = 16  # entries that the compiled loop looks at together; rows are padded to whole multiples
-BLOCK = 128  # columns whose changes are carried to the others in one product
+BLOCK = 128  # columns whose changes PyTorch carries to the others together
+TILE = 1 << 16  # elements of the gradient, such as stay in a CPU's cache, to which it carries them
+_ALL = slice(None)
+TRIANGLE = 6**0.5 / 65536  # brings the triangular noise from -65535 to 65535 to unit deviation
 
 
 @dataclass
@@ -71,7 +79,7 @@ class Descent:
 
     def renew(self, weight: Tensor) -> None:
         """Compute the gradient anew towards `weight (r, n)`."""
-        self.gradient.copy_((self.codes - weight / self.grid.scale) @ self.hessian)
+        self.gradient.copy_(product(self.codes - weight / self.grid.scale, self.hessian))
 
     @cached_property
     def rough(self) -> Tensor:
@@ -100,92 +108,157 @@ class Descent:
 
         prices: (r,) least gain in loss of a weight that is kept. support: (r, n) bool, instead: which are kept.
         pattern: of the support, within whose groups weights move to better places; it is updated. spread: (r,)
-        multiplies the deviations. rough: changes are carried to the gradient with the Hessian in bfloat16, where
-        loops are compiled: half the memory to read; `renew` takes the rounding out.
+        multiplies the deviations. rough: on a CPU changes are carried to the gradient with the Hessian in bfloat16,
+        half the memory to read; `renew` takes the rounding out.
         """
         rows = len(self.codes)
         prices = self.codes.new_zeros(rows) if prices is None else prices / self.grid.scale[:, 0].square()
         spread = self.codes.new_ones(rows) if spread is None else spread
-        compiled = native.library() if self.codes.device.type == "cpu" else None
-        if compiled is None:
-            generator = torch.Generator(self.codes.device).manual_seed(seed)
-            chosen = (prices, support, pattern)
-            return sum(self._sweep(float(d) * spread[:, None], *chosen, generator) for d in deviations)
-        hessian = self.rough if rough else self.hessian
-        spread, deviations = spread.float().contiguous(), torch.tensor(deviations, dtype=torch.float32)
+        deviations = self.codes.new_tensor(deviations)[:, None] * spread * TRIANGLE  # (sweeps, r)
+        noise = triangular(len(deviations), self.codes.shape[1], seed).to(self.codes.device)
+        on_cpu = self.codes.device.type == "cpu"
+        hessian = self.rough if rough and on_cpu else self.hessian
+        if on_cpu and native.library() is not None:
+            return self._compiled(hessian, deviations.contiguous(), noise, prices, support, pattern)
+        hessian, chosen = hessian.float(), (prices, support, pattern)
+        return sum(self._sweep(hessian, d[:, None] * z, *chosen) for d, z in zip(deviations, noise, strict=True))
+
+    def _compiled(self, hessian: Tensor, deviations: Tensor, noise: Tensor, prices, support, pattern) -> int:
+        """Sweep with noise (sweeps, n) in multiples of `deviations (sweeps, r)`, in compiled loops."""
+        rows, columns, stride = *self.codes.shape, self.codes.stride(0)
+        noise, inverse = (functional.pad(x, (0, stride - columns)) for x in (noise, self.inverse))
+        compiled = native.library()
         compiled.anneal.restype = ctypes.c_int64
         return compiled.anneal(
             native.pointer(hessian), ctypes.c_int(hessian.dtype == torch.bfloat16),
-            native.pointer(self.inverse), native.pointer(self.codes), native.pointer(self.gradient),
-            native.pointer(support) if support is not None else None, native.pointer(prices), native.pointer(spread),
-            ctypes.c_int64(rows), ctypes.c_int64(self.codes.shape[1]), ctypes.c_int64(self.codes.stride(0)),
+            native.pointer(inverse), native.pointer(self.codes), native.pointer(self.gradient),
+            native.pointer(support) if support is not None else None, native.pointer(prices),
+            ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(stride),
             ctypes.c_int(pattern.group if pattern else 0), ctypes.c_int(2 if pattern and pattern.paired else 1),
             ctypes.c_float(self.grid.low), ctypes.c_float(self.grid.high),
-            native.pointer(deviations), ctypes.c_int(len(deviations)), ctypes.c_uint64(seed),
+            native.pointer(noise), native.pointer(deviations), ctypes.c_int(len(noise)),
             ctypes.c_int(torch.get_num_threads()),
         )  # fmt: skip
 
-    def _sweep(self, deviation: Tensor, prices, support, pattern, generator) -> int:
-        """One sweep in PyTorch: all rows in step, the columns of a block one by one, or group by group."""
+    def _sweep(self, hessian: Tensor, noise: Tensor, prices: Tensor, support, pattern) -> int:
+        """One sweep in PyTorch, with noise (r, n): all rows in step, column by column or group by group."""
         step, changes = pattern.group if pattern else 1, 0
         width = max(step, BLOCK // step * step)
         for first in range(0, self.codes.shape[1], width):
             block = slice(first, first + width)
-            codes, gradient = self.codes[:, block].clone(), self.gradient[:, block].clone()
-            noise = torch.randn(codes.shape, generator=generator, device=codes.device) * deviation
-            local, inverse = self.hessian[block, block], self.inverse[block]
-            for start in range(0, codes.shape[1], step):
-                part, whole = slice(start, start + step), slice(first + start, first + start + step)
-                if pattern is not None:
-                    to = self._moved(
-                        codes[:, part], gradient[:, part], noise[:, part], support[:, whole], whole, pattern
-                    )
+            swept = _Block.of(self, hessian, block)
+            for start in range(0, swept.codes.shape[1], step):
+                place = slice(start, start + step)
+                moves, own = noise[:, block][:, place], None if support is None else support[:, block][:, place]
+                if pattern is None:
+                    swept.round(start, moves[:, 0], None if own is None else own[:, 0], prices)
                 else:
-                    optimum = codes[:, part] - gradient[:, part] * inverse[part] + noise[:, part]
-                    to = self._nearest(optimum)
-                    gains = to * (2 * optimum - to) * self.diagonal[whole]
-                    to *= (support[:, whole] if support is not None else gains > prices[:, None]) & ~self.dead[whole]
-                gradient += (to - codes[:, part]) @ local[part]
-                codes[:, part] = to
-            moved = codes - self.codes[:, block]
-            changes += int(moved.count_nonzero())
-            self.gradient += moved @ self.hessian[block]
-            self.codes[:, block] = codes
+                    swept.move(place, moves, own, pattern)
+            if self.codes.device.type == "cpu":
+                swept.carry(self.gradient, hessian[block])
+            else:
+                self.gradient += (swept.codes - self.codes[:, block]) @ hessian[block]
+            self.codes[:, block] = swept.codes
+            changes += sum(int(by.count_nonzero()) for _, _, by in swept.made)
         return changes
 
-    def _moved(self, codes: Tensor, gradient: Tensor, noise: Tensor, support: Tensor, whole: slice, pattern: Pattern):
-        """The codes (r, m) of a group after every unit that is kept went where it gains most; `support` follows."""
-        unit, rows = 2 if pattern.paired else 1, torch.arange(len(codes), device=codes.device)
-        local, inverse = self.hessian[whole, whole], self.inverse[whole]
-        codes, gradient, cross = codes.clone(), gradient.clone(), local.diagonal(1)[::2]
+
+def triangular(sweeps: int, columns: int, seed: int) -> Tensor:
+    """Noise (sweeps, columns): whole numbers, float32, from -65535 to 65535, the same on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    halves = torch.randint(1 << 16, (2, sweeps, columns), generator=generator)
+    return (halves.sum(0) - 65535).float()
+
+
+@dataclass
+class _Block:
+    """Columns of all rows while they are swept in PyTorch, with the operations of native.cpp in their order.
+
+    hessian: (w, w) of the columns. inverse: (w,) one over its diagonal, 0 for dead columns. codes, gradient: (r, w).
+    made: the changes in turn, (rows (k,), the column of each, or of all of them, and by how much (k,)).
+    """
+
+    hessian: Tensor
+    inverse: Tensor
+    grid: Grid
+    codes: Tensor
+    gradient: Tensor
+    made: list[tuple[Tensor | slice, Tensor | int, Tensor]]
+
+    @classmethod
+    def of(cls, descent: Descent, hessian: Tensor, block: slice) -> "_Block":
+        """A copy of some columns of a descent."""
+        codes, gradient = descent.codes[:, block].clone(), descent.gradient[:, block].clone()
+        return cls(hessian[block, block].contiguous(), descent.inverse[block], descent.grid, codes, gradient, [])
+
+    def carry(self, gradient: Tensor, hessian: Tensor) -> None:
+        """Add all changes to the whole gradient (r, n), in turn; hessian: (w, n) rows of the block's columns."""
+        width = max(1, TILE // len(gradient))
+        for first in range(0, gradient.shape[1], width):
+            tile = slice(first, first + width)
+            sums, rows = gradient[:, tile].contiguous(), hessian[:, tile].contiguous()
+            for some, column, by in self.made:
+                sums[some] += by[:, None] * rows[column]
+            gradient[:, tile] = sums
+
+    def round(self, column: int, noise: Tensor, support: Tensor | None, prices: Tensor) -> None:
+        """Bring one column to its optimum and noise (r,), on `support (r,)` or where it gains its price (r,)."""
+        t = self.codes[:, column] - self.gradient[:, column] * self.inverse[column] + noise
+        to = self._nearest(t)
+        kept = support if support is not None else to * (to - 2 * t) + prices * self.inverse[column] < 0
+        to = to * (kept & (self.inverse[column] > 0))
+        self._change(_ALL, column, to - self.codes[:, column])
+
+    def move(self, place: slice, noise: Tensor, support: Tensor, pattern: Pattern) -> None:
+        """Take every unit out that is kept in the group `place`, and bring it to where it gains most: its own place
+        or a free one. noise, support: (r, group); support follows."""
+        unit = 2 if pattern.paired else 1
         for start in range(0, pattern.group, unit):
-            taken = slice(start, start + unit)
-            active = support[:, start].clone()
-            out = codes[:, taken] * active[:, None]
-            slopes = gradient - out @ local[taken]
-            to, gains = torch.zeros_like(codes), torch.zeros_like(codes)
-            for k in range(unit):
-                at = slice(k, None, unit)
-                optimum = noise[:, at] - slopes[:, at] * inverse[at]
-                aim = optimum
-                if unit == 2 and k == 0:  # the first of a pair goes to its optimum beside a free second
-                    ratio, back = cross * inverse[::2], cross * inverse[1::2]
-                    aim = (optimum + slopes[:, 1::2] * inverse[1::2] * ratio) / (1 - ratio * back)
-                to[:, at] = self._nearest(aim).masked_fill_(self.dead[whole][at], 0)
-                gains[:, at] = to[:, at] * (2 * optimum - to[:, at]) * self.diagonal[whole][at]
-                if unit == 2:  # and the second to its own beside that
-                    slopes[:, 1::2] += to[:, ::2] * cross * (k == 0)
-            gains = gains.unflatten(1, (-1, unit)).sum(2)
+            active, slopes = support[:, start].clone(), self.gradient[:, place].clone()
+            for column in range(place.start + start, place.start + start + unit):
+                slopes -= self.codes[:, column, None] * self.hessian[column, place]
+            codes, gains = self._best(place, slopes, noise, unit)
             free = ~support[:, ::unit]
             free[:, start // unit] = True
-            best = gains.masked_fill_(~free, -torch.inf).argmax(1)
-            change = torch.zeros_like(codes)
-            change[:, taken] -= out
-            support[:, taken] &= ~active[:, None]
-            for k in range(unit):
-                place = best * unit + k
-                change[rows, place] += to[rows, place] * active
-                support[rows, place] |= active
-            codes += change
-            gradient += change @ local
-        return codes
+            to = gains.masked_fill_(~free, -torch.inf).argmax(1) * unit  # of equal ones the first
+            stays, leaves = active & (to == start), (active & (to != start)).nonzero()[:, 0]
+            to = to[leaves]
+            for i in range(unit):
+                column = place.start + start + i
+                self._change(_ALL, column, (codes[:, start + i] - self.codes[:, column]) * stays)
+                self._change(leaves, column, -self.codes[leaves, column])
+                self._change(leaves, place.start + to + i, codes[leaves, to + i])  # where the code was 0
+                support[leaves, start + i] = False
+                support[leaves, to + i] = True
+
+    def _best(self, place: slice, slopes: Tensor, noise: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+        """Of each unit of a group the best codes (r, group), and what they gain (r, units).
+
+        slopes, noise: (r, group). The first of a pair goes to its optimum beside a free second, the second to its own
+        beside that.
+        """
+        inverse, cross = self.inverse[place], self.hessian[place, place].diagonal(1)[::2]
+        codes, gains, dead = torch.zeros_like(slopes), torch.zeros_like(slopes[:, ::unit]), inverse == 0
+        for k in range(unit):
+            at = slice(k, None, unit)
+            slope = slopes[:, at] if k == 0 else slopes[:, at] + codes[:, ::2] * cross
+            optimum = noise[:, at] - slope * inverse[at]
+            aim = optimum
+            if unit == 2 and k == 0:
+                own, other = inverse[::2], inverse[1::2]
+                back = slopes[:, 1::2] * other * cross * own
+                aim = (optimum + back) / (1 - cross * own * cross * other)
+            codes[:, at] = self._nearest(aim).masked_fill_(dead[at], 0)
+            gained = codes[:, at] * (2 * optimum - codes[:, at]) / inverse[at]
+            gains += gained.masked_fill_(dead[at], 0)
+        return codes, gains
+
+    def _nearest(self, t: Tensor) -> Tensor:
+        return t.round().clamp_(self.grid.low, self.grid.high)
+
+    def _change(self, rows: "Tensor | slice", column: "Tensor | int", by: Tensor) -> None:
+        """Change codes of some rows (k,) in each one's column (k,), or in one, by so much (k,); note it."""
+        if by.any():
+            self.codes[rows, column] += by
+            self.gradient[rows] += by[:, None] * self.hessian[column]
+            self.made.append((rows, column, by))

@@ -90,6 +90,7 @@ class Report:
     dtype: in which what has 16 bits is stored. computed_in: the dtype of the passes; None where nothing is computed.
     allocation: what it was told to do layer by layer. slopes: mean squares of the outputs' gradients by layer, if
     rows are weighed by them; not in the manifest. released: what was verified of a checkpoint that others made.
+    processors: that computed, as `processor.about` has them, each with the numbers of its `blocks`.
     """
 
     recipe: Recipe
@@ -104,6 +105,15 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     device: str = "cpu"
+    processors: list[dict] = field(default_factory=list)
+
+    def made_by(self, processor: dict, index: int) -> None:
+        """Note which processor compressed a block."""
+        for known in self.processors:
+            if known == processor | {"blocks": known["blocks"]}:
+                known["blocks"].append(index)
+                return
+        self.processors.append(processor | {"blocks": [index]})
 
 
 def store(linear: QuantLinear, restored: Restored, dtype: torch.dtype) -> None:
@@ -315,18 +325,28 @@ class Writer:
         check_no_strays(self.directory)
         self.unfinished = Unfinished(self.directory, run)
 
-    def finished(self, index: int) -> tuple[list[LayerReport], float] | None:
-        """The report of a block that an interrupted run has finished, and its seconds; None if it has not."""
+    def finished(self, index: int) -> tuple[list[LayerReport], float, dict] | None:
+        """The report of a block that an interrupted run has finished, its seconds and its processor; None if it has
+        not."""
         note = self.unfinished.note(index)
-        return ([LayerReport.of(row) for row in note["layers"]], note["seconds"]) if note else None
+        if not note:
+            return None
+        return [LayerReport.of(row) for row in note["layers"]], note["seconds"], note["processor"]
 
     def load(self, index: int) -> nn.Module:
         """A finished block."""
         return load_block(self.blocks, index, self.unfinished.file(index))
 
-    def block(self, index: int, block: nn.Module, rows: list[LayerReport], seconds: float = 0.0) -> None:
-        """Write a block, compressed in so many seconds."""
-        note = {"layers": [row.noted() for row in rows], "seconds": seconds}
+    def block(
+        self,
+        index: int,
+        block: nn.Module,
+        rows: list[LayerReport],
+        seconds: float = 0.0,
+        processor: dict | None = None,
+    ) -> None:
+        """Write a block, compressed in so many seconds by a processor."""
+        note = {"layers": [row.noted() for row in rows], "seconds": seconds, "processor": processor}
         self.unfinished.keep(index, lambda path: save_block(block, self.blocks.layout, path, self.dtype), note)
 
     def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
@@ -394,6 +414,7 @@ class Writer:
             "device": report.device,
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
+            "processors": report.processors,
             "inputs": self.run,
             "versions": versions(),
             "software": software(),

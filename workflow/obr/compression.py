@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from obr import allocation, data, dtypes, gradients, hessian, sensitivity, target
+from obr import allocation, data, dtypes, gradients, hessian, processor, sensitivity, target
 from obr.activations import Room
 from obr.checkpoint import LayerReport, Report, Writer, round_ends, round_rest, store
 from obr.config import check_widths
@@ -220,7 +220,7 @@ def compress_blocks(
     writer: where finished blocks go, and where those of an interrupted run are found.
     room: for the hidden states.
     """
-    started = time.monotonic()
+    started, here = time.monotonic(), processor.about(torch.device(report.device).type)
     round_ends(blocks.model, blocks.layout, report.dtype)
     if writer is not None and writer.unfinished.finished(len(blocks)) == len(blocks):
         tokens = None  # only the last moves of an interrupted run are missing
@@ -232,10 +232,12 @@ def compress_blocks(
                 begun = time.monotonic()
                 block = statistics.prepared(index, blocks.load(index))
                 rows = _compress_block(block, index, blocks.layout, statistics, report, shown)
+                report.made_by(here, index)
                 if writer is not None:
-                    writer.block(index, block, rows, time.monotonic() - begun)
+                    writer.block(index, block, rows, time.monotonic() - begun, here)
             else:
-                rows, seconds = finished
+                rows, seconds, elsewhere = finished
+                report.made_by(elsewhere, index)
                 report.seconds += seconds
                 block = statistics.resumed(index, writer.load(index)) if statistics.advances(index) else None
             report.layers += rows

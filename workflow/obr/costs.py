@@ -14,6 +14,7 @@ from obr.recipe import Option, Recipe
 CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
 JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
 OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
+RELEASED_PASSES = 18.0  # over all weights, what verifying and keeping a released checkpoint takes
 STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
 GROUPS = 4  # of a block, each with a run of the calibration through it
 GROUP_PASSES = 2.0  # of a whole block's work, what these runs take together: each stops at its group
@@ -185,6 +186,12 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
 
 
+def released(sizes: Sizes) -> Work:
+    """Verifying a released checkpoint beside its base model; both are read at 16 bits."""
+    weights = float(sizes.block * sizes.blocks)
+    return Work(elements=RELEASED_PASSES * weights, read=4.0 * (weights + sizes.ends), start=6)
+
+
 def hessian(sizes: Sizes, tokens: int, length: int) -> Work:
     """Collecting cached Hessians."""
     products, runs = sizes.forward(tokens, length), sizes.blocks * tokens / length
@@ -279,7 +286,6 @@ CONSTANT = {
     "download_task": 2.0,
     "download_model": 7.0,
     "download_released": 12.0,
-    "released": 120.0,
     "table": 0.8,
     "figure": 2.2,
     "errata": 5.0,
@@ -323,6 +329,8 @@ def memory(
     elif rule == "perplexity":
         model = ends + 3 * block + element * tokens * sizes.hidden + 8.0 * length * sizes.vocabulary
         base = 0.5
+    elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
+        model, base = 1.5 * ends + 3 * block, 0.9
     elif rule in ("zero_shot", "generate"):
         model = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary
         base = 1.2

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from obr import native
 from obr.annealing import Descent
-from obr.prune import mask_from_scores
+from obr.processor import product_dtype
+from obr.prune import mask_from_ranks, mask_from_scores
 from obr.quantize import Grid
 from obr.recipe import Pattern
-from obr.solver import images_on_support, product_dtype
+from obr.rows import product
+from obr.solver import images_on_support
 
 # (penalty, iterations) of the ADMM: few penalties, since each takes a factorisation, after which an iteration takes
 # one product, in low precision. Chosen, like the noise, by the error on layers of SmolLM2-135M, rotated and not.
@@ -51,10 +53,13 @@ class Budget:
         return self.columns - int(self.columns * self.sparsity)
 
     def select(self, gains: Tensor) -> Tensor:
-        """The mask (r, n) with the largest gains (r, n)."""
-        if self.parts is None or self.pattern is not None:
-            return mask_from_scores(gains, self.sparsity, self.pattern)
-        gains, masks = gains * self.worth, []
+        """The mask (r, n) with the largest gains (r, n), in units that are the same for all rows; of equal ones the
+        last."""
+        if self.pattern is not None:
+            return mask_from_ranks(gains, self.pattern)
+        if self.parts is None:
+            return mask_from_scores(gains, self.sparsity)
+        masks = []
         for part in self.parts:
             scores = gains[part].reshape(1, -1)
             share = (scores.shape[1] - self.kept * len(gains[part]) + 0.5) / scores.shape[1]
@@ -63,7 +68,8 @@ class Budget:
 
     def prices(self, gains: Tensor) -> Tensor:
         """(r,) the least gain that is kept."""
-        kept = torch.where(self.select(gains), gains * self.worth, torch.inf).amin(1)
+        gains = gains * self.worth
+        kept = torch.where(self.select(gains), gains, torch.inf).amin(1)
         for part in self.parts or []:
             kept[part] = kept[part].amin()
         return kept / self.worth[:, 0]
@@ -73,7 +79,8 @@ class Budget:
         ratio = codes.count_nonzero(1) / self.kept
         for part in self.parts or []:
             ratio[part] = ratio[part].mean()
-        prices.mul_((ADAPT * (ratio - 1)).clamp_(-1, 1).exp_())
+        # In float64, where the last bit of an exponential, which may depend on a row's place, is rounded away.
+        prices.mul_((ADAPT * (ratio - 1)).clamp_(-1, 1).double().exp_())
 
 
 def joint(
@@ -169,14 +176,14 @@ def admm(
         shrinkage, previous = shrinkages[penalty], penalty
         moved = (projected - dual - target).to(shrinkage.dtype)
         for _ in range(iterations):
-            step(dual, moved @ shrinkage, moved, target, root, projected, support, grid, budget)
+            step(dual, product(moved, shrinkage), moved, target, root, projected, support, grid, budget)
             first = first or (grid.round(projected / root), support.clone())
     return first, (grid.round(projected / root), support)
 
 
-def _step(dual, product, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
-    """`dual` becomes `b - Π(b)`, `projected` Π(b), `moved` what is multiplied next, b = dual + product + target."""
-    dual += product.to(target.dtype).add_(target)
+def _step(dual, image, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
+    """`dual` becomes `b - Π(b)`, `projected` Π(b), `moved` what is multiplied next, b = dual + image + target."""
+    dual += image.to(target.dtype).add_(target)
     values, kept = project(dual / root, root.square(), grid, budget)
     torch.mul(values, root, out=projected)
     dual -= projected
@@ -184,14 +191,14 @@ def _step(dual, product, moved, target, root, projected, support, grid: Grid, bu
     support.copy_(kept)
 
 
-def _compiled_step(dual, product, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
-    """The same in one pass over memory."""
+def _compiled_step(dual, image, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
+    """The same in one pass over memory, with the same result to the last bit."""
     parts = [] if budget.pattern else budget.parts or []
     ends = torch.tensor([0, *(part.stop for part in parts)])
     pattern, rows, columns = budget.pattern, *target.shape
     kept = columns // pattern.group * pattern.kept if pattern else budget.kept
     native.library().alternate(
-        native.pointer(dual), native.pointer(product), native.pointer(moved),
+        native.pointer(dual), native.pointer(image), native.pointer(moved),
         ctypes.c_int(moved.dtype == torch.bfloat16), native.pointer(target), native.pointer(root),
         native.pointer(grid.scale), native.pointer(budget.worth), native.pointer(projected), native.pointer(support),
         ctypes.c_int64(rows), ctypes.c_int64(columns), native.pointer(ends), ctypes.c_int(len(parts)),
@@ -204,7 +211,8 @@ def _compiled_step(dual, product, moved, target, root, projected, support, grid:
 def project(values: Tensor, diagonal: Tensor, grid: Grid, budget: Budget) -> tuple[Tensor, Tensor]:
     """Π: (rounded and pruned, mask) of `values (r, n)`; those with the largest h q (2 v - q) stay."""
     rounded = grid.round(values)
-    support = budget.select(rounded * (2 * values - rounded) * diagonal)
+    gains = (rounded * (2 * values - rounded) * diagonal * budget.worth).clamp_min_(0)  # rounding may leave less
+    support = budget.select(gains)
     return rounded * support, support
 
 
@@ -233,18 +241,18 @@ def anneal(descent: Descent, weight: Tensor, budget: Budget, sweeps: int, suppor
         descent.sweep(part, prices=prices, spread=spread, rough=True, seed=start)
         budget.adapt(prices, descent.codes)
     descent.renew(weight)
-    return budget.select(descent.gains())
+    return budget.select(descent.gains() * budget.worth)
 
 
 def _candidate(weight: Tensor, descent: Descent, support: Tensor, hessian) -> tuple[Tensor, Tensor, Tensor]:
     """(values (r, n), support, losses (r, 1)) that the descent has come to."""
     values = descent.values()
     excess = descent.hessian.diagonal() - hessian.diagonal  # the damping; where columns are dead nothing changes
-    return values, support, descent.losses(weight) - (weight - values).square() @ excess[:, None]
+    return values, support, descent.losses(weight) - ((weight - values).square() * excess).sum(1, keepdim=True)
 
 
 def _losses(change: Tensor, hessian) -> Tensor:
-    return ((change @ hessian.matrix) * change).sum(1, keepdim=True)
+    return (product(change, hessian.matrix) * change).sum(1, keepdim=True)
 
 
 def _best(candidates: list[tuple[Tensor, Tensor, Tensor]], mask: Tensor, budget: Budget) -> Tensor:

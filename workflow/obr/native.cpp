@@ -1,4 +1,7 @@
 // Loops that PyTorch can only run as many passes over memory. Plain C ABI; built on first use by native.py.
+//
+// annealing.py and joint.py have the same loops in PyTorch, with the same results to the last bit. So the compiler may
+// neither contract nor reorder sums (see the flags in native.py), and a change here has to be made there too.
 
 #include <algorithm>
 #include <atomic>
@@ -6,10 +9,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <thread>
 #include <vector>
 
 namespace {
+
+constexpr int kLanes = 16;
 
 template <typename Body>
 void by_rows(int64_t rows, int threads, const Body& body) {
@@ -45,12 +51,16 @@ inline float power(float x, float p) {
 
 float error_of(const float* w, int64_t count, float trial, float low, float high, float exponent) {
     const float inverse = 1.0f / trial;
-    float sum = 0.0f;
-    for (int64_t i = 0; i < count; ++i) {
-        const float code = std::min(std::max(std::nearbyint(w[i] * inverse), low), high);
-        sum += power(std::fabs(code * trial - w[i]), exponent);
-    }
-    return sum;
+    const auto error = [&](float x) {
+        const float code = std::min(std::max(std::nearbyint(x * inverse), low), high);
+        return power(std::fabs(code * trial - x), exponent);
+    };
+    float sums[kLanes] = {};
+    int64_t first = 0;
+    for (; first + kLanes <= count; first += kLanes)
+        for (int k = 0; k < kLanes; ++k) sums[k] += error(w[first + k]);
+    for (; first < count; ++first) sums[0] += error(w[first]);
+    return std::accumulate(sums, sums + kLanes, 0.0f);
 }
 
 void errors_of_rows(const float* weight, const float* scale, int64_t first, int64_t last, int64_t columns, int steps,
@@ -89,7 +99,6 @@ extern "C" void clip_errors(const float* weight, const float* scale, int64_t row
 
 namespace {
 
-constexpr int kLanes = 16;
 constexpr float kNever = 1e30f;  // a price that no gain reaches
 
 inline float widen(float x) { return x; }
@@ -116,39 +125,12 @@ struct Layer {
     float low, high;
 };
 
-// Triangular noise of unit deviation times what is asked for, kLanes streams of xorshift side by side.
-struct Noise {
-    uint32_t state[kLanes];
-
-    explicit Noise(uint64_t seed) {
-        for (auto& s : state) {  // splitmix64
-            uint64_t z = (seed += 0x9e3779b97f4a7c15ull);
-            z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-            z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-            s = static_cast<uint32_t>(z >> 32) | 1u;
-        }
-    }
-
-    void draw(float* out, float deviation) {
-        const float unit = deviation * 2.4494897f / 65536.0f;
-        for (int k = 0; k < kLanes; ++k) {
-            uint32_t s = state[k];
-            s ^= s << 13;
-            s ^= s >> 17;
-            s ^= s << 5;
-            state[k] = s;
-            out[k] = static_cast<float>(static_cast<int32_t>((s & 0xffffu) + (s >> 16)) - 65535) * unit;
-        }
-    }
-};
-
 // One row while it is swept; all arrays are padded to whole lanes.
 template <typename T>
 struct Row {
     const Layer<T>& layer;
     float *codes, *gradient;
-    Noise noise;
-    std::vector<float> price;
+    std::vector<float> price, z;
     int64_t changes = 0;
 
     void set(int64_t column, float to) {
@@ -169,27 +151,31 @@ struct Row {
         return code * (code - 2.0f * t) + price < 0.0f ? code : 0.0f;
     }
 
-    void sweep(float deviation) {
-        float z[kLanes] = {};
+    // noise: of every column, padded, in multiples of `unit`.
+    void sweep(const float* noise, float unit) {
+        draw(noise, unit);
         for (int64_t first = 0; first < layer.columns; first += kLanes) {
-            if (deviation > 0.0f) noise.draw(z, deviation);
             uint32_t moved = 0;
             for (int k = 0; k < kLanes; ++k)
-                moved |= static_cast<uint32_t>(choice(optimum(first + k) + z[k], price[first + k]) != codes[first + k]) << k;
+                moved |= static_cast<uint32_t>(choice(optimum(first + k) + z[first + k], price[first + k]) != codes[first + k]) << k;
             if (!moved) continue;
             const int count = static_cast<int>(std::min<int64_t>(kLanes, layer.columns - first));
             for (int k = __builtin_ctz(moved); k < count; ++k)  // once more, as the gradient changes with every change
-                set(first + k, choice(optimum(first + k) + z[k], price[first + k]));
+                set(first + k, choice(optimum(first + k) + z[first + k], price[first + k]));
         }
+    }
+
+    void draw(const float* noise, float unit) {
+        for (size_t k = 0; k < z.size(); ++k) z[k] = noise[k] * unit;
     }
 
     // Every unit that is kept is taken out in turn and goes to the place in its group where it gains most, its own
     // or one that is free.
-    void sweep_groups(float deviation, uint8_t* mask) {
+    void sweep_groups(const float* noise, float scale, uint8_t* mask) {
         const int group = layer.group, unit = layer.unit;
-        std::vector<float> z((group + kLanes - 1) / kLanes * kLanes), g(group), code(group), best(unit);
+        std::vector<float> g(group), code(group), best(unit);
+        draw(noise, scale);
         for (int64_t first = 0; first < layer.columns; first += group) {
-            for (int k = 0; k < group; k += kLanes) noise.draw(z.data() + k, deviation);
             for (int from = 0; from < group; from += unit) {
                 if (!mask[first + from]) continue;
                 std::copy_n(gradient + first, group, g.begin());
@@ -198,7 +184,7 @@ struct Row {
                 int to = from;
                 for (int u = 0; u < group; u += unit) {
                     if (u != from && mask[first + u]) continue;
-                    const float gain = place(g.data(), first, u, z.data(), code.data());
+                    const float gain = place(g.data(), first, u, z.data() + first, code.data());
                     if (gain > most) {
                         most = gain;
                         to = u;
@@ -242,21 +228,22 @@ struct Row {
 
 template <typename T>
 int64_t anneal_rows(const T* hessian, const float* inverse, float* codes, float* gradient, uint8_t* support,
-                    const float* prices, const float* spread, int64_t rows, int64_t columns, int64_t padded, int group,
-                    int unit, float low, float high, const float* deviations, int sweeps, uint64_t seed, int threads) {
+                    const float* prices, int64_t rows, int64_t columns, int64_t padded, int group, int unit, float low,
+                    float high, const float* noise, const float* deviations, int sweeps, int threads) {
     const Layer<T> layer{hessian, inverse, columns, group, unit, low, high};
     std::atomic<int64_t> changes{0};
     by_rows(rows, threads, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
-            Row<T> row{layer, codes + r * padded, gradient + r * padded,
-                       Noise(seed * 0x2545f4914f6cdd1dull + static_cast<uint64_t>(r) * 0x632be59bd9b4e019ull),
-                       std::vector<float>(padded, kNever)};
+            Row<T> row{layer, codes + r * padded, gradient + r * padded, std::vector<float>(padded, kNever),
+                       std::vector<float>(padded)};
             for (int64_t j = 0; j < columns && group == 0; ++j)
                 if (inverse[j] > 0.0f)
                     row.price[j] = !support ? prices[r] * inverse[j] : support[r * columns + j] ? -kNever : kNever;
-            for (int s = 0; s < sweeps; ++s)
-                group ? row.sweep_groups(deviations[s] * spread[r], support + r * columns)
-                      : row.sweep(deviations[s] * spread[r]);
+            for (int s = 0; s < sweeps; ++s) {
+                const float scale = deviations[s * rows + r];
+                group ? row.sweep_groups(noise + s * padded, scale, support + r * columns)
+                      : row.sweep(noise + s * padded, scale);
+            }
             changes += row.changes;
         }
     });
@@ -270,22 +257,22 @@ int64_t anneal_rows(const T* hessian, const float* inverse, float* codes, float*
 // given; or, where there is a pattern, moved within its group, and the support with it.
 //
 // hessian (columns, columns), float or bfloat16, inverse (padded), codes and gradient (rows, padded), support (rows,
-// columns) or null, prices (rows), deviations (sweeps) of the noise, in codes, times spread (rows). Returns the number
-// of changes.
+// columns) or null, prices (rows), noise (sweeps, padded) in multiples of deviations (sweeps, rows), in codes. Returns
+// the number of changes.
 extern "C" int64_t anneal(const void* hessian, int bfloat, const float* inverse, float* codes, float* gradient,
-                          uint8_t* support, const float* prices, const float* spread, int64_t rows, int64_t columns,
-                          int64_t padded, int group, int unit, float low, float high, const float* deviations,
-                          int sweeps, uint64_t seed, int threads) {
+                          uint8_t* support, const float* prices, int64_t rows, int64_t columns, int64_t padded,
+                          int group, int unit, float low, float high, const float* noise, const float* deviations,
+                          int sweeps, int threads) {
     if (bfloat)
-        return anneal_rows(static_cast<const uint16_t*>(hessian), inverse, codes, gradient, support, prices, spread, rows,
-                           columns, padded, group, unit, low, high, deviations, sweeps, seed, threads);
-    return anneal_rows(static_cast<const float*>(hessian), inverse, codes, gradient, support, prices, spread, rows,
-                       columns, padded, group, unit, low, high, deviations, sweeps, seed, threads);
+        return anneal_rows(static_cast<const uint16_t*>(hessian), inverse, codes, gradient, support, prices, rows, columns,
+                           padded, group, unit, low, high, noise, deviations, sweeps, threads);
+    return anneal_rows(static_cast<const float*>(hessian), inverse, codes, gradient, support, prices, rows, columns,
+                       padded, group, unit, low, high, noise, deviations, sweeps, threads);
 }
 
 namespace {
 
-// What of `count` numbers >= 0 are the `kept` largest: all above `value`, and the first `ties` equal to it.
+// What of `count` numbers >= 0 are the `kept` largest: all above `value`, and the last `ties` equal to it.
 struct Threshold {
     float value;
     int64_t ties;
@@ -323,9 +310,9 @@ Threshold largest(const float* x, int64_t count, int64_t kept) {
     return {number(edge), kept - at_least(number(edge + 1))};
 }
 
-void keep_largest(const float* gains, int64_t count, Threshold& threshold, uint8_t* support) {
+void keep_largest(const float* gains, int64_t count, Threshold threshold, uint8_t* support) {
     for (int64_t j = 0; j < count; ++j) support[j] = gains[j] > threshold.value;
-    for (int64_t j = 0; threshold.ties > 0 && j < count; ++j)
+    for (int64_t j = count - 1; threshold.ties > 0 && j >= 0; --j)
         if (gains[j] == threshold.value) {
             support[j] = 1;
             --threshold.ties;
@@ -339,7 +326,7 @@ void keep_largest_units(const float* gains, int group, int unit, int kept, uint8
         int best = 0;
         for (int u = 0; u < group; u += unit) {
             const float gain = unit == 2 ? gains[u] + gains[u + 1] : gains[u];
-            if (!support[u] && gain > most) {
+            if (!support[u] && gain >= most) {  // of equal ones the last
                 most = gain;
                 best = u;
             }
@@ -385,7 +372,7 @@ struct Alternation {
         for (int64_t j = 0; j < columns; ++j) {
             b[j] += widen(p[j]) + t[j];
             const float v = b[j] / h[j], q = rounded(v, unit, low, high);
-            out[j] = std::max(q * (2.0f * v - q) * h[j] * h[j] * weight, 0.0f);
+            out[j] = std::max(q * (2.0f * v - q) * (h[j] * h[j]) * weight, 0.0f);
         }
     }
 
@@ -406,8 +393,7 @@ void alternate_rows(const Alternation<T>& step, T* moved, float* projected, uint
             step.gains(r, gains);
             if (count > 0) continue;  // they compete with those of other rows
             if (group == 0) {
-                Threshold threshold = largest(gains, columns, kept);
-                keep_largest(gains, columns, threshold, support + r * columns);
+                keep_largest(gains, columns, largest(gains, columns, kept), support + r * columns);
             }
             for (int64_t j = 0; group > 0 && j < columns; j += group)
                 keep_largest_units(gains + j, group, unit, static_cast<int>(kept * group / columns), support + r * columns + j);
@@ -416,8 +402,8 @@ void alternate_rows(const Alternation<T>& step, T* moved, float* projected, uint
     });
     for (int p = 0; p < count; ++p) {
         const int64_t first = parts[p], size = (parts[p + 1] - first) * columns;
-        Threshold threshold = largest(projected + first * columns, size, (parts[p + 1] - first) * kept);
-        keep_largest(projected + first * columns, size, threshold, support + first * columns);
+        const float* gains = projected + first * columns;
+        keep_largest(gains, size, largest(gains, size, (parts[p + 1] - first) * kept), support + first * columns);
     }
     if (count > 0)
         by_rows(rows, threads, [&](int64_t first, int64_t last) {

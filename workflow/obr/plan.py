@@ -106,6 +106,11 @@ class Prices:
             if (device, self.config["device"]) == ("cuda", "cpu"):  # sizes alone: nothing is multiplied
                 return Price(15.0 + OVERHEAD, 1.0)
             return Price(self._kernels(device), 1.0 + self._largest_product(device))
+        if job.rule == "released":  # on the host, whatever the device
+            sizes, recipe = self.sizes(job.wildcards["model"]), self.recipe(job.wildcards["recipe"])
+            seconds = costs.released(sizes).seconds(costs.SPEEDS["cpu"], job.threads) + OVERHEAD
+            kept = sizes.block * sizes.blocks * (2 * (1 - recipe.sparsity) + 1 / 8) + 2.0 * sizes.ends
+            return Price(seconds, costs.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
         constant = costs.CONSTANT.get(job.rule, 5.0)
         fetched, disk = self._downloads(job)
         host, _ = costs.memory(job.rule, costs.Sizes.guessed(0.1), 0, 1, False)
@@ -165,6 +170,8 @@ class Prices:
             recipe = self.config["recipes"].get(job.wildcards.get("recipe"), {})
             sizes, source = self.sizes(model), (recipe or self.config["models"][model])["source"]["source"]
             size = 2.0 * (sizes.block * sizes.blocks + sizes.ends) / 1e9
+            if recipe and source == "path":  # it is read where it lies
+                return 0.0, 1e-3
             return {"path": 0.0, "pypi": WHEEL_GB}.get(source, size), size
         if job.rule in ("download_text", "download_documents"):
             entry = self.config["texts"][job.wildcards["text"]]

@@ -54,24 +54,42 @@ def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern | None = 
     """The mask (r, n) that keeps the highest scores.
 
     Unstructured: of each row the int(n * sparsity) lowest go, of equal ones the first. With a pattern: the
-    highest of each group stay, pairs being judged by their sum.
+    highest of each group stay, pairs being judged by their sum; of equal ones whichever torch.topk leaves, as in
+    the published code.
 
     Raises:
         ObrError: the pattern's group does not divide n.
     """
-    rows, columns = scores.shape
     if pattern is None:
-        return _keep_all_but(scores, int(columns * sparsity))
-    pattern.check_width(columns, "the layer")
+        return _keep_all_but(scores, int(scores.shape[1] * sparsity))
+    pattern.check_width(scores.shape[1], "the layer")
     kept, units = pattern.units
-    grouped = scores.reshape(rows, -1, pattern.group)
-    if pattern.paired:
-        grouped = grouped.unflatten(-1, (-1, 2)).sum(-1)
+    grouped = _units(scores, pattern)
     pruned = grouped.topk(units - kept, dim=-1, largest=False).indices
     mask = torch.ones_like(grouped, dtype=torch.bool).scatter_(-1, pruned, False)
-    if pattern.paired:
-        mask = mask.repeat_interleave(2, dim=-1)
-    return mask.reshape(rows, columns)
+    return _columns(mask, pattern)
+
+
+def mask_from_ranks(scores: Tensor, pattern: Pattern) -> Tensor:
+    """`mask_from_scores` with a pattern, but of equal scores in a group the first go, on every device."""
+    kept, units = pattern.units
+    grouped = _units(scores, pattern)
+    ranks, place = torch.zeros_like(grouped, dtype=torch.int16), torch.arange(units, device=scores.device)
+    for other, score in enumerate(grouped.unbind(-1)):
+        score = score.unsqueeze(-1)
+        ranks += torch.where(place > other, score <= grouped, score < grouped)
+    return _columns(ranks >= units - kept, pattern)
+
+
+def _units(scores: Tensor, pattern: Pattern) -> Tensor:
+    """Scores (r, groups, units) of what a pattern keeps or prunes: weights, or pairs of them."""
+    grouped = scores.reshape(len(scores), -1, pattern.group)
+    return grouped.unflatten(-1, (-1, 2)).sum(-1) if pattern.paired else grouped
+
+
+def _columns(mask: Tensor, pattern: Pattern) -> Tensor:
+    """The mask (r, n) of a mask (r, groups, units)."""
+    return (mask.repeat_interleave(2, dim=-1) if pattern.paired else mask).flatten(1)
 
 
 def _keep_all_but(scores: Tensor, pruned: int) -> Tensor:

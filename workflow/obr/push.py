@@ -188,6 +188,10 @@ def _told(recipe: Recipe) -> dict:
 
 def _commands(recipe: Recipe) -> str:
     entry = shlex.quote(json.dumps(_told(recipe), sort_keys=True))
+    if recipe.method == "released":
+        return (
+            f"Made by\n\n```sh\nobr released --entry {entry} --model MODEL --released DOWNLOAD --out CHECKPOINT\n```"
+        )
     flags = " --rotation ROTATION.safetensors" if recipe.rotation != "none" else ""
     if recipe.needs_hessian:
         flags += " --hessians HESSIANS" if recipe.hessian == "cached" else " --tokens TOKENS.safetensors"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from obr import native
 from obr.recipe import QuantizerSettings
@@ -13,8 +14,11 @@ SHRINK_STEPS = 80
 ERROR_EXPONENT = 2.4
 HALF_RANGE = (2.0**-24, 65504.0)  # the smallest and the largest that float16 holds
 CANDIDATE_MARGIN = 1.0001  # the compiled search finds errors to 1e-5: what comes as near as this is looked at exactly
-# Rows are searched in chunks: on a CPU such as stay in its cache, on a GPU such as keep it busy.
-_SEARCH_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 25}
+# Rows are searched in chunks: on a GPU such as keep it busy, on a CPU so small that PyTorch does not split them among
+# threads. It computes powers in vectors, and the last few of a tensor, or of a thread's share, one by one, which
+# differs in the last bit: rows of whole vectors in one share have all of theirs computed alike.
+_SEARCH_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 25}
+_VECTORS = 32  # elements, a multiple of what PyTorch computes at once
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,11 @@ class Grid:
             worth = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
         scale = self.scale * _shrink(self.scale.device)[worth.int().argmax(1, keepdim=True)]
         open_rows = (worth.sum(1) > 1).nonzero()[:, 0]
-        chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // weight.shape[1])
+        width = -(-weight.shape[1] // _VECTORS) * _VECTORS
+        chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // width)
         for part in open_rows.split(chunk):
-            scale[part] = self._best_of(weight[part], self.scale[part], worth[part])
+            rows = functional.pad(weight[part], (0, width - weight.shape[1]))  # zeros have no error
+            scale[part] = self._best_of(rows, self.scale[part], worth[part])
         return Grid(scale, self.bits)
 
     def _best_of(self, rows: Tensor, full: Tensor, worth: Tensor) -> Tensor:

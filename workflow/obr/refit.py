@@ -7,6 +7,7 @@ from torch import Tensor
 
 from obr.curvature import Hessian
 from obr.quantize import HALF_RANGE, Grid
+from obr.rows import product
 
 # Of a group's own curvature: enough for groups that no input, or no code, tells apart; moves the others by 1e-6.
 _RIDGE = 1e-6
@@ -27,7 +28,7 @@ def refit_scale(weight: Tensor, values: Tensor, hessian: Hessian, grid: Grid) ->
         parts = zip(weight.split(rows), codes.split(rows), grid.scale.split(rows), strict=True)
         grid = replace(grid, scale=torch.cat([_group_scales(*part, hessian.matrix, grid.group) for part in parts]))
         return grid, codes * grid.over(codes.shape[1])
-    images = codes @ hessian.matrix
+    images = product(codes, hessian.matrix)
     power = (codes * images).sum(1, keepdim=True)
     scale = (weight * images).sum(1, keepdim=True) / power
     grid = Grid(torch.where((power > 0) & (scale > 0), scale, grid.scale), grid.bits)
@@ -38,12 +39,12 @@ def _group_scales(weight: Tensor, codes: Tensor, scale: Tensor, matrix: Tensor, 
     """Scales (r, g) of the least loss for `codes (r, n)`, near `scale (r, g)` where the loss does not care."""
     curvature = torch.stack(
         [
-            _by_group((part @ rows) * codes, group)
+            _by_group(product(part, rows) * codes, group)
             for part, rows in zip(codes.split(group, 1), matrix.split(group), strict=True)
         ],
         dim=1,
     ).double()
-    slope = _by_group((weight @ matrix) * codes, group).double()
+    slope = _by_group(product(weight, matrix) * codes, group).double()
     own = curvature.diagonal(dim1=1, dim2=2)
     ridge = torch.where(own > 0, own * _RIDGE, 1.0)
     found, failed = torch.linalg.solve_ex(curvature + torch.diag_embed(ridge), slope + ridge * scale)

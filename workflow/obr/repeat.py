@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from obr import data, gradients, hessian
+from obr import data, gradients, hessian, processor
 from obr.checkpoint import Report, load_block, round_ends, round_rest
 from obr.checkpoint_files import check_files, read_manifest
 from obr.compression import Statistics, compress_group
@@ -36,18 +36,22 @@ class Places:
 
 @dataclass(frozen=True)
 class Repeated:
-    """A layer made anew. identical: to the last bit. differing: fraction of its weights that do."""
+    """A layer made anew. identical: to the last bit. differing: fraction of its weights that do. made_by, again_by:
+    the processors, as `processor.about` has them; made_by is None if the manifest does not say."""
 
     block: int
     layer: str
     identical: bool
     differing: float
+    made_by: dict | None = None
+    again_by: dict | None = None
 
 
 @torch.no_grad()
 def repeat(directory: Path, count: int, places: Places = Places(), device: str | None = None) -> list[Repeated]:
     """Recompute `count` layers, the same ones at every call, and those that share their Hessian.
 
+    Large products are taken in the dtype that the manifest names for the block, whatever this processor would choose.
     With sequential Hessians the calibration windows pass through the checkpoint's own blocks up to the last of them.
 
     Raises:
@@ -57,10 +61,12 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     check_files(directory, manifest)
     recipe = Recipe.parse(manifest["recipe"])
     made_from = manifest.get("inputs")
+    if recipe.method == "released":
+        raise ObrError(f"{directory} holds layers that others released; verify it without --recompute.")
     if made_from is None:
         raise ObrError(
-            f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory, or "
-            "taken over); they cannot be made again."
+            f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory); they "
+            "cannot be made again."
         )
     places = _found(directory, recipe, places)
     _check(made_from, recipe, places)
@@ -76,7 +82,23 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     round_ends(blocks.model, blocks.layout, report.dtype)
     layers = [(index, name) for index in recipe.chosen(len(blocks)) for name in blocks.layout.linears]
     chosen = random.Random("obr verify").sample(layers, min(count, len(layers)))
-    return _repeated(directory, blocks, Statistics(blocks, recipe, windows, places.hessians), report, chosen)
+    statistics = Statistics(blocks, recipe, windows, places.hessians)
+    makers = _makers(directory, manifest)
+    try:
+        return _repeated(directory, blocks, statistics, report, chosen, makers)
+    finally:
+        processor.require_products(None)
+
+
+def _makers(directory: Path, manifest: dict) -> dict[int, dict]:
+    """The processor of each block; none in older manifests. Raises ObrError if the entry is malformed."""
+    try:
+        makers = {index: maker for maker in manifest.get("processors", []) for index in maker["blocks"]}
+        if all(processor.spell(maker) and maker["products"] in processor.PRODUCTS for maker in makers.values()):
+            return makers
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise ObrError(f"{directory}/manifest.json has malformed 'processors'; it was altered: compress again.")
 
 
 def _found(directory: Path, recipe: Recipe, places: Places) -> Places:
@@ -113,8 +135,14 @@ def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
 
 
 def _repeated(
-    directory: Path, blocks: StreamedBlocks, statistics: Statistics, report: Report, chosen: list[tuple[int, str]]
+    directory: Path,
+    blocks: StreamedBlocks,
+    statistics: Statistics,
+    report: Report,
+    chosen: list[tuple[int, str]],
+    makers: dict[int, dict],
 ) -> list[Repeated]:
+    """makers: the processor of each block."""
     layout, found = blocks.layout, []
     wanted = {(index, layout.group_of(name)) for index, name in chosen}
     last = max(index for index, _ in wanted)
@@ -122,6 +150,8 @@ def _repeated(
         for index in range(last + 1) if statistics.hidden is not None else sorted({i for i, _ in wanted}):
             stored = statistics.resumed(index, load_block(blocks, index, directory / block_file(index)))
             if any(index == i for i, _ in wanted):
+                processor.require_products(makers[index]["products"] if index in makers else None)
+                again_by = processor.about(blocks.target.type)
                 block = statistics.prepared(index, blocks.load(index))
                 round_rest(block, layout, report.dtype)
                 for group, names in layout.groups.items():
@@ -131,7 +161,7 @@ def _repeated(
                     for name in names:
                         here, there = block.get_submodule(name), stored.get_submodule(name)
                         if (index, name) in chosen:
-                            found.append(Repeated(index, name, *_compared(here, there)))
+                            found.append(Repeated(index, name, *_compared(here, there), makers.get(index), again_by))
                         here.weight.data = there.weight.data  # what comes after has read the stored ones
             if index < last:
                 statistics.advance(index, stored)
@@ -155,6 +185,12 @@ def differing(one: Tensor, other: Tensor) -> float:
 
 
 def spell(layer: Repeated) -> str:
-    """Such as "block 3 mlp.up_proj, made again: identical"."""
+    """Such as "block 3 mlp.up_proj, made again: identical"; where weights differ and processors do, these too."""
     outcome = "identical" if layer.identical else f"{100 * layer.differing:.3f} % of its weights differ"
+    if (
+        not layer.identical
+        and layer.made_by
+        and layer.made_by != layer.again_by | {"blocks": layer.made_by["blocks"]}
+    ):
+        outcome += f" (made by {processor.spell(layer.made_by)}, again by {processor.spell(layer.again_by)})"
     return f"block {layer.block} {layer.layer}, made again: {outcome}"

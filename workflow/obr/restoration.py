@@ -119,7 +119,7 @@ def restore_together(
         hessian = _checked_hessian(weight, hessian, recipe, name, harmonic)
         if pattern is not None:
             pattern.check_width(weight.shape[1], name)
-    dense = {name: weight.float() for name, weight in weights.items()}
+    dense = {name: weight.float().contiguous() for name, weight in weights.items()}  # sums depend on the layout
     if method == "dense":
         return {n: Restored(w, None, None, torch.ones_like(w, dtype=torch.bool), 0.0, 16) for n, w in dense.items()}
 

@@ -17,6 +17,7 @@ from obr.activations import Activations
 from obr.curvature import Hessian
 from obr.hessian import Accumulator, Moments, inputs_of
 from obr.layout import Layout
+from obr.rows import product
 
 
 @dataclass
@@ -61,4 +62,4 @@ def shifted(weight: Tensor, drift: Tensor, hessian: Hessian, share: float) -> Te
         ObrError: the Hessian cannot be factored.
     """
     weight = weight.float()
-    return weight + share * ((weight @ drift) @ hessian.inverse)
+    return weight + share * product(product(weight, drift), hessian.inverse)

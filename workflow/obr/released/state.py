@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from obr.download import HEADER_DTYPES
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import read_json
+from obr.weights import HEADER_DTYPES
 
 # A single file, or its shards; safetensors are preferred to pickles.
 SINGLE = ("model.safetensors", "pytorch_model.bin")

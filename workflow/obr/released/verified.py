@@ -36,7 +36,9 @@ class Verified:
                 group of a pattern keeps too many weights.
         """
         ordered = weight.sort(dim=1).values
-        levels = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
+        first = torch.ones_like(ordered, dtype=torch.bool)  # of its value in the row
+        first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        levels = first.sum(1)
         zeros = (weight == 0).float().mean(1)
         allowed, asked = 2**recipe.bits, int(weight.shape[1] * recipe.sparsity) / weight.shape[1]
         if int(levels.max()) > allowed:
@@ -56,7 +58,7 @@ class Verified:
         self.least_zeros = min(self.least_zeros, float(zeros.min()))
         self.most_zeros = max(self.most_zeros, float(zeros.max()))
         tolerated = max(ON_GRID, 2 ** (recipe.bits - 1) * torch.finfo(dtype).eps)
-        self.off_grid += int((distance_to_grid(weight, recipe.bits) > tolerated).sum())
+        self.off_grid += int((distance_to_grid(_distinct(ordered, first, levels), recipe.bits) > tolerated).sum())
 
     def resembles(self, likeness: float) -> None:
         """Note the cosine between a layer and the base model's."""
@@ -75,6 +77,14 @@ class Verified:
     def of(cls, note: dict) -> "Verified":
         """From the fields that `vars` gives."""
         return cls(**{field.name: note[field.name] for field in fields(cls)})
+
+
+def _distinct(ordered: Tensor, first: Tensor, levels: Tensor) -> Tensor:
+    """(r, most levels): the different values of each row, then zeros, which are on every grid."""
+    found = ordered.new_zeros(len(ordered), int(levels.max()))
+    rows = first.nonzero()[:, 0]
+    found[rows, torch.arange(len(rows)) - (levels.cumsum(0) - levels)[rows]] = ordered[first]
+    return found
 
 
 def _check_pattern(weight: Tensor, pattern: Pattern, where: str) -> None:

@@ -6,6 +6,7 @@ out what is shared. `had_K` is the Hadamard matrix of an online transform whose 
 """
 
 import re
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ HADAMARD = 1e-2  # largest |H Hᵀ / K - I| of a stored Hadamard matrix (K, K)
 class Wrapped(Reader):
     """The part that both layouts share."""
 
+    online = ("down",)  # groups with a Hadamard transform in front
     buffers = re.compile(r"\.(quantizer|out_quantizer|k_quantizer)\.(maxq|scale|zero)$|rotary_emb\.inv_freq$")
 
     def __init__(self, state: StateDict, blocks: StreamedBlocks):
@@ -37,8 +39,9 @@ class Wrapped(Reader):
         self.ends = self._ends()
         return [*self.ends.values(), *self.linear_parts(), *self.norm_parts(), *self._hadamard_parts()]
 
+    @abstractmethod
     def norm_parts(self) -> list[Part]:
-        raise NotImplementedError
+        """The norms' tensors, as the layout has them."""
 
     def fill_ends(self) -> None:
         model, norm = self.blocks.model, self.layout.final_norm
@@ -74,12 +77,17 @@ class Wrapped(Reader):
 
     def _hadamard_parts(self) -> list[Part]:
         """Those that the file holds."""
-        groups = (self.layout.groups[group][0] for group in ("o", "down"))
-        names = [name for path in groups for name in self._hadamard_names(path) if name in self.state]
+        paths = (self.layout.groups[group][0] for group in self.online)
+        names = [name for path in paths for name in self._hadamard_names(path) if name in self.state]
         return [Part((name,), self.state.shape(name), stored=False) for name in names]
 
     def _inputs(self) -> dict[str, Kronecker]:
-        raise NotImplementedError
+        """Of each group with one. That of o_proj mixes heads."""
+        sizes, found = self.blocks.dimensions, {}
+        for group in self.online:
+            size, rest = (sizes.heads, [sizes.head_dim]) if group == "o" else (sizes.intermediate, [])
+            found[group] = Kronecker([*self._factors(self.layout.groups[group][0], size), *rest])
+        return found
 
     def _sylvester(self, size: int, what: str) -> Kronecker:
         if size & (size - 1):
@@ -89,7 +97,7 @@ class Wrapped(Reader):
             )
         return hadamard(size, torch.Generator(), what)
 
-    def _online(self, path: str, size: int) -> list[Tensor | None]:
+    def _factors(self, path: str, size: int) -> list[Tensor | None]:
         """Factors of the Hadamard transform (size) in front of a layer, with the file's own matrix if it has one.
 
         Raises:
@@ -138,6 +146,7 @@ class QuaRot(Wrapped):
     """QuaRot's layout: norms have a placeholder of one element, heads are mixed in front of o_proj."""
 
     kind = "quarot"
+    online = ("o", "down")
 
     def __init__(self, state: StateDict, blocks: StreamedBlocks):
         super().__init__(state, blocks)
@@ -153,11 +162,6 @@ class QuaRot(Wrapped):
                     "as QuaRot does it."
                 )
         return [Part((name,), self.state.shape(name), stored=False) for name in names]
-
-    def _inputs(self) -> dict[str, Kronecker]:
-        sizes, groups = self.blocks.dimensions, self.layout.groups
-        heads = Kronecker([*self._online(groups["o"][0], sizes.heads), sizes.head_dim])
-        return {"o": heads, "down": Kronecker(self._online(groups["down"][0], sizes.intermediate))}
 
 
 class SpinQuant(Wrapped):
@@ -176,7 +180,3 @@ class SpinQuant(Wrapped):
                 "does it."
             )
         return super().gain(norm)
-
-    def _inputs(self) -> dict[str, Kronecker]:
-        path, size = self.layout.groups["down"][0], self.blocks.dimensions.intermediate
-        return {"down": Kronecker(self._online(path, size))}
