@@ -155,8 +155,8 @@ def test_a_step_that_cannot_follow_is_refused_and_changes_nothing(make, step, re
             lambda m: setattr(m.model.layers[0].mlp.up_proj, "activations", QuantizerSettings(bits=8)),
             "quantiser",
         ),
-        (lambda m: m.model.layers.append(m.model.layers.pop(1)) or m.model.layers.pop(1), "blocks|module"),
-        (lambda m: setattr(m, "obr_changing", "obr.compress"), "did not finish"),
+        (lambda m: m.model.layers.pop(1), "block|module"),
+        (lambda m: setattr(m, "obr_unfinished", "obr.compress"), "did not finish"),
     ],
 )
 def test_a_model_that_was_changed_after_compression_is_not_saved(tmp_path, change, refusal):

@@ -13,12 +13,12 @@ from torch import nn
 from obr import online
 from obr.errors import ObrError
 from obr.layout import Layout
+from obr.model_check import UNFINISHED, check_finished
 from obr.modules import KeyValueQuantizer, QuantLinear, quantizer_settings
 from obr.packing import unpack
 from obr.recipe import Recipe
 
 AGAIN = "load the model again"
-CHANGING = "obr_changing"  # the attribute of a model that a step is changing, or has left unfinished
 
 
 @contextmanager
@@ -28,15 +28,9 @@ def changing(model: nn.Module, step: str) -> Iterator[None]:
     step: such as "obr.rotate". Raises ObrError if an earlier step has not finished.
     """
     check_finished(model)
-    setattr(model, CHANGING, step)
+    setattr(model, UNFINISHED, step)
     yield
-    delattr(model, CHANGING)
-
-
-def check_finished(model: nn.Module) -> None:
-    """Raise ObrError if a step has begun to change the model and has not finished."""
-    if step := vars(model).get(CHANGING):
-        raise ObrError(f"{step} has begun to change this model and did not finish; {AGAIN}.")
+    delattr(model, UNFINISHED)
 
 
 def check_before_rotation(model: nn.Module) -> None:

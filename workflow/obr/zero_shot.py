@@ -49,11 +49,13 @@ def zero_shot(
     """
     from lm_eval.evaluator import evaluate
 
+    from obr.model_check import check_finished
     from obr.unchanged import unchanged
 
     name = read_task(task_dir)["task"]
     if limit is not None and limit < 1:
         raise ObrError(f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all.")
+    check_finished(model)
     _check_head(model)
     before = _before(model, tokenizer, bos)
     started = time.perf_counter()

@@ -6,6 +6,8 @@ does not account for is refused by name, since later stages would leave it out w
 """
 
 from obr.model_check.folder import Checked, check_folder, check_tensors, meta_model
-from obr.model_check.memory import check_model, is_tied
+from obr.model_check.memory import UNFINISHED, check_finished, check_model, is_tied
 
-__all__ = ["Checked", "check_folder", "check_model", "check_tensors", "is_tied", "meta_model"]
+__all__ = [
+    "UNFINISHED", "Checked", "check_finished", "check_folder", "check_model", "check_tensors", "is_tied", "meta_model",
+]  # fmt: skip

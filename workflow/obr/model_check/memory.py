@@ -33,6 +33,7 @@ OTHERWISE = "pass a plain transformers model; merge an adapter first (`model = m
 # Attributes of modules that do not change what is computed, or that transformers itself changes.
 CHANGING = {"training", "gradient_checkpointing", "vocab_size", "padding_idx", "layer_idx", "max_seq_len_cached"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+UNFINISHED = "obr_unfinished"  # attribute of a model: the step that is changing it, or has failed to
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 RECORDING = "transformers.utils.output_capturing"  # whose hooks only note outputs
@@ -44,9 +45,10 @@ def check_model(model: nn.Module) -> Layout:
     Linear layers may be this package's QuantLinear, with what belongs to it. The model is left as it is.
 
     Raises:
-        ObrError: another class, module, parameter, buffer, attribute or hook; an offloaded, quantised or shared
+        ObrError: a step that has not finished, another class, module, parameter, buffer, attribute or hook; an offloaded, quantised or shared
             tensor.
     """
+    check_finished(model)
     _check_class(model)
     layout = layout_of(model.config)
     check_sizes(model.config, "the model")
@@ -65,6 +67,12 @@ def check_model(model: nn.Module) -> Layout:
         raise ObrError("torch has hooks that run for all modules; remove them (`handle.remove()`).")
     _check_tensors(model, layout)
     return layout
+
+
+def check_finished(model: nn.Module) -> None:
+    """Raise ObrError if a step such as `obr.rotate` has begun to change the model and has not finished."""
+    if step := vars(model).get(UNFINISHED):
+        raise ObrError(f"{step} has begun to change this model and did not finish; load the model again.")
 
 
 def _check_class(model) -> None:
