@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -101,8 +101,11 @@ def take(step: str, model, folder):
     return model
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(st.sampled_from(STEPS), min_size=2, max_size=6))
+@example(["rotate", "sparse", "perplexity", "save", "load", "perplexity", "save_pretrained", "rotate"])
+@example(["fuse", "weights", "save", "export", "save_pretrained", "pretrained", "sparse"])
+@example(["activations", "save", "copy", "save", "load", "save", "pretrained", "perplexity"])
 def test_steps_in_any_order_agree_or_are_refused_in_a_sentence(tmp_path_factory, steps):
     folder, model = tmp_path_factory.mktemp("order"), plain_model()
     for step in steps:

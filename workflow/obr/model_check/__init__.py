@@ -9,5 +9,6 @@ from obr.model_check.folder import Checked, check_folder, check_tensors, meta_mo
 from obr.model_check.memory import UNFINISHED, check_finished, check_model, is_tied
 
 __all__ = [
-    "UNFINISHED", "Checked", "check_finished", "check_folder", "check_model", "check_tensors", "is_tied", "meta_model",
+    "UNFINISHED", "Checked", "check_finished", "check_folder", "check_model", "check_tensors", "is_tied",
+    "meta_model",
 ]  # fmt: skip

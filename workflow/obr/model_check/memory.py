@@ -45,8 +45,8 @@ def check_model(model: nn.Module) -> Layout:
     Linear layers may be this package's QuantLinear, with what belongs to it. The model is left as it is.
 
     Raises:
-        ObrError: a step that has not finished, another class, module, parameter, buffer, attribute or hook; an offloaded, quantised or shared
-            tensor.
+        ObrError: a step that has not finished; another class, module, parameter, buffer, attribute or hook; an
+            offloaded, quantised or shared tensor.
     """
     check_finished(model)
     _check_class(model)
