@@ -44,7 +44,7 @@ plan: $(READY)
 
 smoke: $(READY)
 	$(BIN)/python tests/tiny.py results/tiny
-	OBR_TINY="$(CURDIR)/results/tiny" $(SNAKEMAKE) --cores all --configfile tests/config.yaml
+	OBR_TINY="$(CURDIR)/results/tiny" OBR_TESTS="$(CURDIR)/tests" $(SNAKEMAKE) --cores all --configfile tests/config.yaml
 	@cat results/smoke/tables/*.md
 
 test: $(READY)

@@ -8,6 +8,8 @@ import pytest
 import running
 import tiny
 
+os.environ["OBR_TESTS"] = str(Path(__file__).parent)  # read by tests/config.yaml
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:

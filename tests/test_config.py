@@ -171,3 +171,41 @@ def test_paths_are_checked_before_anything_runs(tmp_path, monkeypatch):
         check_paths({"a": {"source": "path", "path": "$HERE/gone.txt"}}, "texts")
     with pytest.raises(ObrError, match=r"zero_shot.a: \$NOWHERE/x names an environment variable that is not set"):
         check_paths({"a": {"source": {"source": "path", "file": "$NOWHERE/x"}}}, "zero_shot")
+
+
+@pytest.mark.parametrize(
+    "entry, sentence",
+    [
+        ({"generated": {}, "bos": "window"}, None),
+        ({"generated": {}, "bos": None}, None),
+        (
+            {"generated": {}, "bos": False},
+            "calibrations.o.bos is false, which is of windows of a text; leave it out, or",
+        ),
+        (
+            {"mix": ["c", "c"], "bos": "window"},
+            'calibrations.o.bos is "window", which is of windows of a text; leave it',
+        ),
+    ],
+)
+def test_bos_of_windows_that_are_of_no_text(entry, sentence):
+    changes = raw(calibrations={"c": {"text": "train"}, "o": entry})
+    if sentence is None:
+        assert Config(changes).raw["calibrations"]["o"] == entry
+    else:
+        with pytest.raises(ObrError, match=sentence):
+            Config(changes)
+
+
+@pytest.mark.parametrize("section, key, values", [
+    ("perplexity", "wikitext2", (None, True, False, "window")),
+    ("calibrations", "wikitext2", (None, True, False, "window")),
+    ("zero_shot", "piqa", (None, True, False, "tokenizer")),
+])  # fmt: skip
+def test_the_schema_knows_every_bos_and_no_other(section, key, values):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    for value in (*values, "text", 2):
+        config[section][key]["bos"] = value
+        told = objection(config, SCHEMA)
+        assert (told is None) == (value in values), (value, told)
+        assert told is None or told.startswith(f"{section}.{key}.bos: ")

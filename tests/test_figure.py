@@ -128,9 +128,10 @@ def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
 
 def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    (copy / "perplexity" / "llama" / "alpha_0.5" / "wikitext2.json").write_text('{"value": NaN}')
+    path = copy / "perplexity" / "llama" / "alpha_0.5" / "wikitext2.json"
+    path.write_text('{"value": null, "status": "inf"}')
     drawn = sheet(ALPHA, copy, monkeypatch, tmp_path)
-    assert drawn.remarks == ["Llama-2-7B, α 0.5: perplexity nan, not shown"]
+    assert drawn.remarks == ["Llama-2-7B, α 0.5: perplexity inf, not shown"]
     assert drawn.figure.legends[0].get_title().get_text() == drawn.remarks[0]
 
 

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from obr import files
+from obr.artefacts import value_of
 from obr.errors import ObrError
 
 
@@ -107,3 +110,21 @@ def test_json_that_is_no_object_is_refused(tmp_path):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ObrError, match=words):
             files.read_json(tmp_path / "a.json")
+
+
+def test_numbers_that_json_lacks_are_named_and_nothing_is_written(tmp_path):
+    for value, place in (
+        ({"layers": [{"loss": 1.0}, {"loss": float("inf")}]}, "layers.1.loss is inf"),
+        ({"a": {"b": (float("nan"),)}}, "a.b.0 is nan"),
+        (float("-inf"), "the value is -inf"),
+    ):
+        with pytest.raises(ObrError, match=f"{place}, which JSON cannot hold"):
+            files.write_json(value, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.floats())
+def test_a_number_and_its_status_survive_json(value):
+    text = files.json_text(files.finite("loss", value, "loss_status"), "it")
+    read = value_of(json.loads(text, parse_constant=pytest.fail), "loss", "loss_status")
+    assert read == value or (read != read and value != value)

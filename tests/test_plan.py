@@ -113,6 +113,14 @@ def test_the_paper_is_priced_with_its_licences(tmp_path):
     assert few.busy < plan.busy / 2 and set(few.by_model) == {"llama-2-7b"}
 
 
+def test_the_sizes_of_every_task_of_the_paper_are_known():
+    tasks = yaml.safe_load((ROOT / "config.yaml").read_text())["zero_shot"]
+    assert {entry["source"]["task"] for entry in tasks.values()} <= set(costs.TASKS)
+    sizes = costs.Sizes.guessed(7.0)
+    one, two = (costs.zero_shot(sizes, task, 100, 1).products for task in ("lambada_openai", "winogrande"))
+    assert one / two == pytest.approx(1 * 90 / (2 * 25), rel=0.01)
+
+
 def fabricated(results: Path, seconds: float) -> None:
     """One timed perplexity of a small model."""
     (results / "models/m").mkdir(parents=True)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from obr.errors import ObrError
+from obr.files import finite
 from obr.push import model_card, push
 
 MANIFEST = {
@@ -86,6 +88,17 @@ def test_the_card_tells_what_it_is_how_good_and_under_which_licence(checkpoint):
         assert text in card, text
     recipe = json.loads(re.search(r"```json\n(.*?)```", card, re.S)[1])
     assert recipe["alpha"] == 0.5 and recipe["keys"]["bits"] == 4
+
+
+def test_the_card_says_what_was_measured_and_shows_infinities(checkpoint, tmp_path):
+    path = tmp_path / "results/perplexity/llama/obr_gptq/wikitext2.json"
+    path.write_text(json.dumps({**finite("value", math.inf), "definition": "made up; no special tokens"}))
+    path = tmp_path / "results/zero_shot/llama/obr_gptq/piqa.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": "no special tokens"}))
+    card = model_card(checkpoint, MANIFEST, "me/small")
+    assert "| obr_gptq | inf | 70.00 |" in card
+    assert "WikiText-2 perplexity: made up; no special tokens. Zero-shot prompts: no special tokens." in card
+    assert "None" not in card
 
 
 def test_an_unknown_licence_must_be_given_and_an_odd_one_is_named(checkpoint):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import obr
+from obr.artefacts import value_of
 from obr.cli import main
 from obr.compression import compress_stage
 from obr.data import calibrate, load_tokens, sample_windows, special_tokens, tokenize
@@ -297,6 +298,23 @@ def test_obr_perplexity_prints_its_definition_and_note(gemma_checkpoint, tmp_pat
         assert main(["perplexity", "--entry", entry, *arguments]) == 0
         assert words in capsys.readouterr().out
     assert "window" not in json.loads((tmp_path / "p.json").read_text())["definition"].rpartition(";")[2]
+
+
+def test_an_infinite_perplexity_is_no_number_in_json(tokenizers, tmp_path, capsys):
+    model = random_model()
+    model.lm_head.weight.data *= 1e4
+    model.save_pretrained(tmp_path / "model")
+    tokenizers[byte_level, "BOS"].save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    compress_stage(tmp_path / "model", Recipe.parse({"method": "dense"}), tmp_path / "packed")
+    arguments = ["--checkpoint", str(tmp_path / "packed"), "--text", str(tmp_path / "text.txt")]
+    assert (
+        main(["perplexity", "--entry", '{"seqlen": 32, "tokens": 128}', *arguments, "--out", str(tmp_path / "p")])
+        == 0
+    )
+    assert capsys.readouterr().out.startswith("perplexity inf: ")
+    found = json.loads((tmp_path / "p").read_text(), parse_constant=pytest.fail)
+    assert (found["value"], found["status"]) == (None, "inf") and value_of(found) == math.inf
 
 
 def test_calibration_files_say_what_gemma_lacks(gemma_checkpoint, tmp_path):

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 from obr import published, table
+from obr.artefacts import metrics_of
 from obr.errors import ObrError
+from obr.files import finite
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
 TASKS = list(published.PAPER_TASKS)
@@ -316,12 +318,51 @@ def test_columns_without_values_are_left_out(results, tmp_path):
     assert "paper" not in heading and "Δ" not in heading and "Sparsity" not in heading
 
 
-def test_an_overflown_perplexity_is_printed(results, tmp_path):
+@pytest.mark.parametrize("value, shown", [(math.inf, "inf | +inf"), (math.nan, "nan | –")])
+def test_an_overflown_perplexity_is_printed(results, tmp_path, value, shown):
     copy = shutil.copytree(results, tmp_path / "results")
     path = copy / "perplexity" / "llama" / "obr" / "wikitext2.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "value": float("nan")}))
+    save(path, {**json.loads(path.read_text()), **finite("value", value)})
+    assert "Infinity" not in path.read_text() and "NaN" not in path.read_text()
     table.write(build(copy, models=["llama"]), tmp_path / "t")
-    assert "| **8.40** | nan | – |" in (tmp_path / "t.md").read_text()
+    assert f"| **8.40** | {shown} |" in (tmp_path / "t.md").read_text()
+    assert shown.split()[0] in (tmp_path / "t.html").read_text().split("<tbody>")[1]
+    assert shown.split()[0] in (tmp_path / "t.tex").read_text()
+    assert pd.read_csv(tmp_path / "t.csv")["wikitext2_ours"][2] == pytest.approx(value, nan_ok=True)
+
+
+def test_notes_say_how_prompts_were_tokenised_and_what_lacks_bos(results, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    for path in copy.glob("zero_shot/llama/*/*.json"):
+        save(path, {**json.loads(path.read_text()), "prompts": "no special tokens"})
+    assert "Zero-shot prompts: no special tokens." in build(copy).notes
+    for path in copy.glob("zero_shot/tiny/*/*.json"):
+        save(
+            path, {**json.loads(path.read_text()), "prompts": "a BOS token before each prompt", "note": "none there"}
+        )
+    for path in copy.glob("perplexity/tiny/*/sotu.json"):
+        save(path, {**json.loads(path.read_text()), "note": "19 of 20 windows have none"})
+    path = copy / "compressed" / "tiny" / "obr" / "manifest.json"
+    save(path, {**json.loads(path.read_text()), "calibration": {"tokens": 9, "note": "3 of 4 windows have none"}})
+    notes = build(copy).notes
+    for text in (
+        "Zero-shot prompts: no special tokens (Llama-2-7B).",
+        "Zero-shot prompts: a BOS token before each prompt (Tiny_1 & co).",
+        "Zero-shot (Tiny_1 & co): none there.",
+        "Perplexity (Tiny_1 & co): 19 of 20 windows have none.",
+        "Calibration (Tiny_1 & co): 3 of 4 windows have none.",
+    ):
+        assert notes.count(text) == 1, text
+
+
+def test_means_stand_beside_the_mean_over_the_same_tasks():
+    def name(tasks) -> str:
+        return next(m.published for m in metrics_of({"zero_shot": tasks, "mean": True}) if m.key == "mean")
+
+    nine = ["boolq", "hellaswag", "lambada_openai", "openbookqa", "piqa", "social_iqa", "winogrande"]
+    assert name(TASKS) == "zeroshot_avg"
+    assert name([*nine, "arc_easy", "arc_challenge"]) == "zeroshot9_avg"
+    assert name([*TASKS, "lambada_openai"]) == name(TASKS[:5]) == ""
 
 
 def test_latex_is_whole_and_escaped(written):

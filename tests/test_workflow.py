@@ -41,6 +41,30 @@ def test_everything_is_made_and_a_second_run_does_nothing(finished):
     assert "Nothing to be done" in snakemake(finished, CONFIG).stdout
 
 
+def test_every_json_file_is_json(finished):
+    """Infinity and NaN are not, though Python reads them."""
+    files = list((finished / SMOKE).rglob("*.json"))
+    for path in files:
+        json.loads(path.read_text(), parse_constant=lambda word, path=path: pytest.fail(f"{path} holds {word}"))
+    assert len(files) > 30
+
+
+def test_evaluations_name_their_special_tokens(finished):
+    notes = {name: (finished / SMOKE / "tables" / f"{name}.md").read_text() for name in ("zero_shot", "last_word")}
+    assert "Zero-shot prompts: no special tokens." in notes["zero_shot"]
+    assert "dropped; no special tokens;" in notes["zero_shot"]  # of perplexity: the tokenizer adds none
+    assert "Zero-shot prompts: a BOS token before each prompt." in notes["last_word"]
+    score = json.loads((finished / SMOKE / "zero_shot/tiny/dense/last_word.json").read_text())
+    assert score["output_type"] == "loglikelihood" and score["n"] == 12 and score["perplexity"] > 1
+
+
+def test_other_special_tokens_rerun_what_they_change(finished):
+    assert jobs(finished, changed(zero_shot__last_word__bos=False)) == {"zero_shot": 1, "table": 1}
+    found = jobs(finished, changed(calibrations__train__bos="window"))
+    assert found["calibrate"] == 1 and found["hessian"] == 3 and "zero_shot" in found
+    assert set(jobs(finished, changed(perplexity__heldout__bos="window"))) == {"perplexity", "table", "figure"}
+
+
 def test_the_orderings_of_the_table(finished):
     table = pd.read_csv(finished / SMOKE / "tables" / "smoke.csv")
     column = next(c for c in table.columns if "heldout" in c and "ours" in c)
@@ -194,6 +218,8 @@ def test_the_report_is_one_file(finished):
         ({"nonsense": 1}, "nonsense"),
         ({"recipes__obr_rtn__sparsity": 1.2}, "1.2"),
         ({"recipes__obr_rtn__method": "magic"}, "magic"),
+        ({"zero_shot__last_word__bos": "window"}, "zero_shot.last_word.bos"),
+        ({"calibrations__generated__bos": True}, "calibrations.generated.bos is true, which is of windows of a text"),
         ({"tables__smoke__models": ["gone"]}, "tables.smoke.models is 'gone', which models does not define"),
         ({"only_models": ["gone"]}, "only_models is 'gone', which models does not define; it defines tiny"),
         ({"texts__train__path": "$OBR_TINY/gone.txt"}, "gone.txt does not exist; correct the path"),

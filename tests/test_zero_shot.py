@@ -252,6 +252,21 @@ def test_hub_source_takes_the_scored_split_at_a_commit(tmp_path, monkeypatch):
     assert question(task, task.eval_docs[1]) == ("Question: What burns?\nAnswer:", ["a rock", "wood"], 1)
 
 
+def test_hub_source_has_tasks_of_one_answer_too(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(fetch, "hub_info", lambda repo, revision, kind: type("Info", (), {"sha": "c0ffee"})())
+    monkeypatch.setattr(
+        datasets, "load_dataset",
+        lambda *names, **options: asked.append((*names, options["split"])) or datasets.Dataset.from_list(LAMBADA),
+    )  # fmt: skip
+    download_task({"source": "hub", "task": "lambada_openai"}, tmp_path / "lambada")
+    assert asked == [("EleutherAI/lambada_openai", "default", "test")]
+    task = load_task(tmp_path / "lambada")
+    assert question(task, task.eval_docs[1]) == ("To mend it use a little", [" glue"], 0)
+
+
 def test_unreachable_hub_is_one_sentence(tmp_path, monkeypatch):
     import datasets
 

@@ -166,7 +166,8 @@ class Quotes:
         if printed is None:
             return None
         chosen = printed[printed["metric"] == metric]
-        _single(chosen, self._filters(model, row) | {"metric": metric})
+        if len(chosen) > 1:
+            _single(chosen, self._filters(model, row) | {"metric": metric})
         return chosen
 
     def any(self, model: str, row) -> bool:

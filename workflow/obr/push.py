@@ -153,14 +153,17 @@ def _what(recipe: Recipe, manifest: dict, base: str | None) -> str:
 def _measured(checkpoint: Path, manifest: dict) -> str:
     """One row of what is known: every evaluation of this checkpoint in its results folder, and of the dense model."""
     results, model, key = checkpoint.parents[2], checkpoint.parent.name, checkpoint.name
-    rows = {}
+    rows, meanings = {}, {}
     for label, recipe in (("dense", "dense"), (key, key)):
         row = {}
         for path in sorted((results / "perplexity" / model / recipe).glob("*.json")):
-            row[f"{HEADINGS.get(path.stem, path.stem)} perplexity"] = f"{value_of(read_artefact(path)):.2f}"
+            score, column = read_artefact(path), f"{HEADINGS.get(path.stem, path.stem)} perplexity"
+            row[column] = f"{value_of(score):.2f}"
+            meanings[f"{column}: {score.get('definition')}."] = score.get("definition")
         for path in sorted((results / "zero_shot" / model / recipe).glob("*.json")):
             score = read_artefact(path)
             row[f"{HEADINGS.get(path.stem, path.stem)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"
+            meanings[f"Zero-shot prompts: {score.get('prompts')}."] = score.get("prompts")
         if row:
             rows[label] = row
     error = manifest.get("relative_error")
@@ -176,6 +179,7 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     lines += [
         f"| {label} | {' | '.join(row.get(column, '–') for column in columns)} |" for label, row in rows.items()
     ]
+    told = " ".join([told, *(text for text, known in meanings.items() if known)])
     return "\n".join([*lines, "", told]).strip()
 
 

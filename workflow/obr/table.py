@@ -141,9 +141,10 @@ def _quoted(metrics, quotes, model, label, row, evidence: Evidence, measured: di
     record = {}
     for metric in metrics:
         chosen = quotes.rows(model, row, metric.published)
-        if chosen is not None:
+        printed = chosen is not None and not chosen.empty
+        if printed:
             evidence.quoted.append((f"{label}: {row.label}", chosen))
-        record[f"{metric.key}_paper"] = quotes.value(model, row, metric.published)
+        record[f"{metric.key}_paper"] = float(chosen["value"].iloc[0]) if printed else float("nan")
         record[f"{metric.key}_delta"] = measured[f"{metric.key}_ours"] - record[f"{metric.key}_paper"]
     return record
 
