@@ -99,7 +99,8 @@ def test_the_printed_sign_is_worse_than_no_compensation():
 
 def test_the_command_lists_them_all(tmp_path):
     out = tmp_path / "errata.md"
-    command = [sys.executable, "-m", "obr.cli", "errata", "--published", str(PUBLISHED), "--out", str(out)]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", "obr.cli", "errata"]
+    subprocess.run([*command, "--published", str(PUBLISHED), "--out", str(out)], check=True)
     text = out.read_text()
     assert text.count("## ") >= 10 and "57.68" in text
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == text

@@ -19,14 +19,15 @@ from obr.evaluate import perplexity
 from obr.files import let_go
 from obr.hadamard import random_orthogonal
 from obr.layout import Dimensions, layout_of
-from obr.learning import learn_rotation, straight_through, whole_model
+from obr.learning import klt, learn_rotation, straight_through, whole_model
 from obr.learning.imitation import kl_top
 from obr.learning.stiefel import CayleySGD
 from obr.learning.task import Kept, Task
 from obr.model import load_model
 from obr.modules import set_quantizers
-from obr.quantize import fake_quantize
+from obr.quantize import Grid, fake_quantize
 from obr.recipe import QuantizerSettings, Recipe
+from obr.rotations.ostquant import OSTQuant
 from test_resume import obr_command  # noqa: F401  a fixture, asked for by name
 
 LOW = {"bits": 3}
@@ -187,6 +188,20 @@ def test_gradients_pass_rounding():
         assert own[0, place] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_searched_scales_are_constants_and_clipped_weights_have_no_gradient():
+    weight = torch.randn(
+        6, 512, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()  # wide: some are clipped
+    grid = Grid.fit(weight.detach(), 3, "mse")
+    quantised = straight_through.clipped_weight(weight, 3)
+    assert torch.equal(quantised.detach(), grid.round(weight.detach()))
+    quantised.sum().backward()
+    codes = weight.detach() / grid.scale
+    inside = (codes.round() >= grid.low) & (codes.round() <= grid.high)
+    assert not inside.all() and torch.allclose(weight.grad, inside.float())
+    assert straight_through.clipped_weight(weight, 16) is weight
+
+
 # --- The network ------------------------------------------------------------------------------------------
 
 
@@ -232,6 +247,39 @@ def test_the_loss_over_parts_of_the_tokens_is_the_loss(folder, tmp_path, monkeyp
     expected = F.cross_entropy(network.logits(states), targets)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(states.grad, torch.autograd.grad(expected, states)[0], atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", ["mse", "minmax"])
+@pytest.mark.parametrize("kind", ["spinquant", "ostquant"])
+def test_the_loss_is_that_of_the_model_with_rounded_weights(kind, clip, folder, tmp_path):
+    """Against the model folded and rounded to nearest layer by layer, without the network."""
+    quantise = {"bits": 3, "clip": clip, "values": LOW}
+    _, curve = learned(folder, tmp_path / "out", kind, steps=1, quantise=quantise)
+    rotation = rotations.draw(kind, Dimensions.of(load_model(folder / "model").config))
+    if kind == "ostquant":
+        del rotation.transforms["query_key"]
+        rotation.parameters = {n: torch.ones_like(p) if ".S_" in n else p for n, p in rotation.parameters.items()}
+    plain, rounded = load_model(folder / "model"), load_model(folder / "model")
+    rotations.rotate(rounded, rotation)
+    round_weights(rounded, 3, clip)
+    for block in rounded.model.layers:
+        set_quantizers(block, layout_of(rounded.config), Recipe.parse({"method": "rtn", "bits": 16, "values": LOW}))
+    tokens = data.load_tokens(folder / "learn")[0][-4:]
+    with torch.no_grad():
+        logits, teacher = rounded(tokens).logits.flatten(0, 1), plain(tokens).logits.flatten(0, 1)
+        expected = float(kl_top(logits, teacher, 1000) / len(logits))
+    if kind == "spinquant":
+        expected = math.log(perplexity(rounded, tokens))
+    assert curve["held_out"].iloc[0] == pytest.approx(expected, rel=2e-3)
+
+
+def test_small_batches_add_up_to_the_gradient_of_the_batch(folder, tmp_path):
+    whole, _ = learned(folder, tmp_path / "whole", "ostquant", steps=2, batch=5)
+    parts, _ = learned(folder, tmp_path / "parts", "ostquant", steps=2, batch=5, micro_batch=2)
+    other, _ = learned(folder, tmp_path / "other", "ostquant", steps=2, batch=2)
+    moved = max((p - other.parameters[name]).abs().max() for name, p in whole.parameters.items())
+    apart = max((p - parts.parameters[name]).abs().max() for name, p in whole.parameters.items())
+    assert apart < 0.05 * moved
 
 
 def test_windows_come_in_order_of_epochs():
@@ -299,6 +347,74 @@ def test_the_curve_is_what_evaluation_finds(folder, spinquant):
     assert perplexity(model, held_out) == pytest.approx(math.exp(curve["held_out"].iloc[-1]), rel=2e-3)
 
 
+@pytest.fixture(scope="module")
+def for_weights(folder, tmp_path_factory):
+    """OSTQuant's rotation learned for 3-bit weights alone, as its command for W4A16KV16 learns for 4 bits."""
+    out = tmp_path_factory.mktemp("learned") / "weights.safetensors"
+    return *learned(folder, out, "ostquant", steps=20, batch=4, every=10, held_out=16, quantise={"bits": 3}), out
+
+
+def test_a_rotation_learned_for_rounded_weights_suits_them_better(folder, ostquant, for_weights):
+    """Than one learned for quantised activations, and than where it started; on windows not learned from."""
+    _, curve, _ = for_weights
+    assert curve["held_out"].iloc[-1] < 0.9 * curve["held_out"].iloc[0]
+    tokens, found = data.load_tokens(folder / "learn")[0][-16:], {}
+    plain = load_model(folder / "model")(tokens).logits.detach().flatten(0, 1)
+    for name, (_, _, out) in {"activations": ostquant, "weights": for_weights}.items():
+        model = load_model(folder / "model")
+        rotations.rotate(model, rotations.load(out, Dimensions.of(model.config)))
+        round_weights(model, 3)
+        with torch.no_grad():
+            found[name] = float(kl_top(model(tokens).logits.flatten(0, 1), plain, plain.shape[1]))
+    assert found["weights"] < 0.9 * found["activations"]
+
+
+def round_weights(model, bits, clip="mse") -> None:
+    """Every linear layer of every block to nearest, in place."""
+    for block in model.model.layers:
+        for path in layout_of(model.config).linears:
+            weight = block.get_submodule(path).weight
+            weight.data = Grid.fit(weight.data, bits, clip).round(weight.data)
+
+
+def test_the_other_start_is_along_the_weights_principal_axes(folder, tmp_path):
+    task = task_of(folder, tmp_path, "ostquant")
+    drawn, turned = OSTQuant.draw(task.dimensions, 0), OSTQuant.draw(task.dimensions, 0)
+    network = whole_model.Network(task, straight_through.flowing)
+    klt.turn(turned, network.plain, network.layout)
+    turned.check("the start")
+    model, readers = load_model(folder / "model", torch.float64), []
+    for block in model.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            readers.append(layer.weight * block.input_layernorm.weight)
+        for layer in (mlp.up_proj, mlp.gate_proj):
+            readers.append(layer.weight * block.post_attention_layernorm.weight)
+    _same_axes(torch.cat(readers), turned.parameters["R_res"] @ drawn.parameters["R_res"].T)
+    k, m = task.dimensions.kv_heads, task.dimensions.head_dim
+    output = model.model.layers[1].self_attn.o_proj.weight
+    for head in range(k):
+        rows = torch.cat(output.split(m, dim=1)[head * task.dimensions.heads // k :][: task.dimensions.heads // k])
+        own, before = turned.parameter(1, "R_ov")[head], drawn.parameter(1, "R_ov")[head]
+        _same_axes(rows, own @ before.T)
+
+
+def _same_axes(rows, axes):
+    """Columns of axes are eigenvectors of the rows' covariance, in order of their eigenvalues."""
+    values = torch.linalg.eigvalsh(torch.cov(rows.detach().T, correction=0))
+    rest = axes.T @ torch.cov(rows.detach().T, correction=0) @ axes - values.diag()
+    assert rest.abs().max() < 1e-6 * values.max()
+
+
+def test_learning_starts_where_it_is_told(folder, tmp_path):
+    _, hadamard = learned(folder, tmp_path / "h", "ostquant", steps=1)
+    rotation, axes = learned(folder, tmp_path / "k", "ostquant", steps=1, start="klt")
+    assert hadamard["held_out"].iloc[0] != axes["held_out"].iloc[0]
+    assert rotation.options["learned"]["start"] == "klt"
+    with pytest.raises(ObrError, match=r"learn\.start is 'orthogonal'; choose hadamard or klt"):
+        learned(folder, tmp_path / "o", "ostquant", start="orthogonal")
+
+
 def test_weights_may_be_quantised_and_products_half_precision(folder, tmp_path):
     entry = {
         "kind": "ostquant",
@@ -339,6 +455,8 @@ def test_what_cannot_be_learned_is_refused_in_a_sentence(folder, tmp_path):
         learned(folder, tmp_path / "out", "spinquant", held_out=24)
     with pytest.raises(ObrError, match="'quarot' is not learned; those that are: spinquant"):
         learned(folder, tmp_path / "out", "quarot")
+    with pytest.raises(ObrError, match="clip is 'learned', but this learner does not learn clips; use mse or minmax"):
+        learned(folder, tmp_path / "out", "ostquant", quantise={"bits": 4, "clip": "learned"})
     (tmp_path / "other").mkdir()
     task_of(folder, tmp_path / "other", "spinquant")
     with pytest.raises(ObrError, match=r"holds the state of another run \(its entry differs\)"):

@@ -12,6 +12,7 @@ import pytest
 
 from obr import artefacts, figure, published, table
 from obr.config import Config
+from obr.recipe import Recipe
 from test_edition import merged
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
@@ -234,6 +235,21 @@ def test_every_number_of_the_papers_tables_has_ours_beside_it(paper):
     missing = tables[~tables.index.isin(QUOTED)]
     assert missing.empty, missing.to_string()
     assert set(tables.loc[[not QUOTED[index] for index in tables.index], "method"]) == {"BitNet b1.58"}
+
+
+def test_each_bit_setting_of_ostquants_table_has_its_own_learned_rotation(paper):
+    """Weights are rounded while learning at W4A16KV16 alone; keys and values where the setting quantises them."""
+    config, _ = paper
+    used = {}
+    for row in artefacts.resolve_rows(config.raw["tables"]["ostquant"], config.recipes):
+        learned = config.raw["rotations"].get(row.recipe.rotation, {"kind": ""})
+        if learned["kind"] in ("spinquant", "ostquant"):
+            used[learned["kind"], row.recipe.setting] = row.recipe.rotation
+            for_ = Recipe.parse({"method": "rtn", "bits": 16, **learned["learn"]["quantise"]})
+            assert for_.bits == (4 if row.recipe.activations.bits == 16 else 16)
+            for part in ("activations", "o_inputs", "keys", "values"):
+                assert getattr(for_, part) == getattr(row.recipe, part), (row.key, part)
+    assert len(used) == 6 == len(set(used.values()))
 
 
 def test_times_stand_in_minutes_beside_the_papers(paper, tmp_path):

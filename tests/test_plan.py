@@ -179,6 +179,15 @@ def test_learning_is_priced_by_its_settings():
     assert costs.memory("learn_rotation", sizes, 0, 512, False)[0] == pytest.approx(4.5, rel=0.5)
 
 
+def test_rounding_weights_while_learning_costs_more_and_more_often_in_parts():
+    sizes, learn = costs.Sizes(576, 1536, 576, 192, 30, 49152), {"steps": 100, "batch": 8}
+    for kind in ("spinquant", "ostquant"):
+        plain = costs.learning(sizes, kind, learn, 136, 512)
+        rounded = costs.learning(sizes, kind, {**learn, "quantise": {"bits": 4}}, 136, 512)
+        parts = costs.learning(sizes, kind, {**learn, "quantise": {"bits": 4}, "micro_batch": 2}, 136, 512)
+        assert plain.elements < rounded.elements < parts.elements and rounded.products < parts.products
+
+
 def test_fewer_blocks_cost_less():
     sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
     whole = Recipe.parse({"method": "obr_gptq", "calibration": "c"})

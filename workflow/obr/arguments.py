@@ -19,6 +19,17 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+ERRATA = "List what is odd in the published tables."
+PUBLISHED = Path(__file__).parents[1] / "published" / "results.csv"
+
+
+def errata_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--published", type=Path, default=PUBLISHED, help="the printed numbers; default: the project's"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="Markdown file to write; default: print the list")
+
+
 VERIFY = "Check a compressed model: hashes, masks, levels, manifest, and layers by making them again."
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from obr import foreign
 from obr.arguments import (
+    ERRATA,
     EXPORT,
     OPTIONS,
     PLAN,
     PUSH,
     VERIFY,
+    errata_options,
     export_options,
     plan_options,
     push_options,
@@ -118,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         "figure", figure, "Draw a figure.",
         "entry", "recipes", "models", "results", "published", "shapes?", "out",
     )  # fmt: skip
-    stage("errata", errata, "List what is odd in the published tables.", "published", "out")
     for name, (function, text, options) in {
         "plan": (plan, PLAN, plan_options),
         "push": (push, PUSH, push_options),
         "verify": (verify, VERIFY, verify_options),
         "export": (export, EXPORT, export_options),
+        "errata": (errata, ERRATA, errata_options),
     }.items():
         command = stages.add_parser(name, help=text, description=text)
         command.set_defaults(stage=function)
@@ -438,10 +440,15 @@ def plan(
     print(spell(found), end="")
 
 
-def errata(published: Path, out: Path) -> None:
-    from obr.errata import write
+def errata(published: Path, out: Path | None) -> None:
+    from obr.errata import markdown
+    from obr.files import write_text
 
-    write(published, out)
+    text = markdown(published)
+    if out:
+        write_text(text, out)
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) ->
     """Learning a rotation by the `learn` of its entry, from all but the held-out ones of these windows.
 
     Forward and backward take three times what forward takes; recomputing adds one. Where scales or affine
-    transforms are learned, every step folds and quantises all weights, and gradients pass through that, too.
+    transforms are learned, every step folds and quantises all weights, and gradients pass through that, too; so
+    does every step for rounded weights. Part by part where `micro_batch` cuts a step's windows.
     """
     default = LEARNING[kind]
     steps, batch, epochs = (learn.get(key, default.get(key, 1)) for key in ("steps", "batch", "epochs"))
@@ -234,6 +235,9 @@ def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) ->
     if "steps" not in default:  # block by block
         steps = epochs * max(1, (windows - held_out) // batch)
     tokens = steps * batch * length
+    parts = steps * -(-batch // (learn.get("micro_batch") or batch))
+    quantise = learn.get("quantise", {})
+    rounds = "steps" in default and quantise.get("bits", 16) < 16
     passes = 4 if learn.get("recompute") else 3
     elements = passes * tokens * sizes.blocks * (4.0 * sizes.hidden + 2.0 * sizes.intermediate)
     products = passes * sizes.forward(tokens, length)
@@ -242,10 +246,14 @@ def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) ->
         products += passes * sizes.logits(tokens) + sizes.forward(looks, length) + sizes.logits(looks)
     else:
         products += sizes.forward(2 * windows * length, length)
-    if kind == "ostquant":  # whose residual rotation is folded on both sides, with gradients; and its teacher
-        products += passes * 2.0 * steps * weights * sizes.hidden + sizes.logits(tokens)
-    if kind != "spinquant":  # which folds nothing anew
-        elements += FOLDED * steps * weights
+    if kind == "ostquant" or rounds:  # the residual rotation is folded on both sides, with gradients
+        products += passes * 2.0 * parts * weights * sizes.hidden
+    if kind == "ostquant":  # its teacher
+        products += sizes.logits(tokens)
+    if kind != "spinquant" or rounds:  # which folds nothing anew for 16-bit weights
+        elements += FOLDED * parts * weights
+    if rounds and quantise.get("clip", "mse") == "mse":
+        elements += CLIP_PASSES * (2 if learn.get("recompute") else 1) * parts * weights
     return Work(products, 0, 0, elements, 2.0 * (weights + sizes.ends), 3 * sizes.blocks * steps, 7)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from obr.files import write_text
 from obr.published import MEAN, PAPER_TASKS, SETTING, load
 
 # A mean rounded to 0.01 of six values rounded to 0.01 is at most this far from theirs.
@@ -57,12 +56,12 @@ def everything(frame: pd.DataFrame) -> dict[str, list[str]]:
     return found
 
 
-def write(published: Path, out: Path) -> None:
-    """Write the oddities of all of the paper's tables as Markdown."""
+def markdown(published: Path) -> str:
+    """The oddities of all of the paper's tables, computed from the file of printed numbers."""
     parts = ["# Oddities of the published tables\n\nEach was found by computing from the printed numbers."]
     for table, sentences in everything(load(published)).items():
         parts.append(f"## {table}\n\n" + "\n".join(f"- {sentence}" for sentence in sentences))
-    write_text("\n\n".join(parts) + "\n", out)
+    return "\n\n".join(parts) + "\n"
 
 
 def _named(setting: tuple) -> str:

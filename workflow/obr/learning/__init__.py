@@ -42,7 +42,12 @@ def learn_rotation(
     if entry["kind"] not in LEARNERS:
         raise ObrError(f"Rotation {entry['kind']!r} is not learned; those that are: {', '.join(LEARNERS)}.")
     task = Task.of(entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32)
-    rotation, curve = LEARNERS[entry["kind"]](task)
+    try:
+        rotation, curve = LEARNERS[entry["kind"]](task)
+    except ObrError:
+        if not task.kept.path.exists():  # refused before the first step: nothing to resume from
+            task.kept.remove()
+        raise
     rotation.options["learned"] = {**entry["learn"], "seed": task.seed, "calibration": task.about}
     rotation.check("what was learned")
     write(curve, Path(out).with_suffix(".csv"))

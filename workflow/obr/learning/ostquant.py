@@ -5,8 +5,9 @@ from geoopt import CanonicalStiefel, ManifoldParameter
 from geoopt.optim import RiemannianAdam
 from torch import Tensor
 
+from obr.errors import ObrError
 from obr.layout import Dimensions
-from obr.learning import straight_through
+from obr.learning import klt, straight_through
 from obr.learning.imitation import imitation
 from obr.learning.task import Task
 from obr.learning.whole_model import Descent, Network, polished, warmed
@@ -19,23 +20,31 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
     Without geoopt's `stabilize`, which doubles the momentum of square matrices each time: what orthogonality steps
     lose, 1e-7 each, the end makes good.
 
-    Own settings: steps, batch, warmup, every, keep_every, recompute as SpinQuant's; lr (of rotations) and lr_scales,
-    cosine to 0; scales (false: rotations alone are learned); top (k of KL-Top); renormalised (probabilities over
-    the top k only); online_query_key (a Hadamard transform of queries and keys). Key scales are one within each
-    RoPE pair, so that the 16-bit model stays what it was.
+    Own settings: steps, batch, micro_batch, warmup, every, keep_every, recompute as SpinQuant's; start (hadamard, or
+    klt: see `obr.learning.klt`); lr (of rotations) and lr_scales, cosine to 0 (the paper's schedule; its scripts name
+    none); scales (false: rotations alone are learned); top (k of KL-Top); renormalised (probabilities over the top k
+    only); online_query_key (a Hadamard transform of queries and keys). Key scales are one within each RoPE pair, so
+    that the 16-bit model stays what it was.
+
+    Raises:
+        ObrError: an unknown `start`, or clips that are to be learned.
     """
     settings = task.settings(
-        steps=100, batch=8, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False, online_query_key=False,
-        scales=True, warmup=0, every=10, keep_every=10, recompute=False,
+        steps=100, batch=8, micro_batch=None, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False,
+        online_query_key=False, scales=True, start="hadamard", warmup=0, every=10, keep_every=10, recompute=False,
     )  # fmt: skip
+    if settings.start not in ("hadamard", "klt"):
+        raise ObrError(f"learn.start is {settings.start!r}; choose hadamard or klt.")
     rotation = OSTQuant.draw(task.dimensions, task.seed)
     if not settings.online_query_key:
         del rotation.transforms["query_key"]
     rotation.to(task.device)
+    network = Network(task, straight_through.flowing, settings.recompute)
+    if settings.start == "klt":
+        klt.turn(rotation, network.plain, network.layout)
     leaves = {
         name: leaf.requires_grad_(settings.scales or ".S_" not in name) for name, leaf in _leaves(rotation).items()
     }
-    network = Network(task, straight_through.flowing, settings.recompute)
     descent = Descent(
         task,
         network,
@@ -49,6 +58,7 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
         keep_every=settings.keep_every,
         factor=warmed(settings.warmup / settings.steps),
         place=lambda values: _placed(values, task.dimensions),
+        micro_batch=settings.micro_batch,
     )
     curve = descent.run()
     rotation.seed = None

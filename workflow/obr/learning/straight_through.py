@@ -78,6 +78,19 @@ def passed_weight(weight: Tensor, bits: int, clip: str = "mse") -> Tensor:
     return _Passed.apply(weight, quantised)
 
 
+def clipped_weight(weight: Tensor, bits: int) -> Tensor:
+    """Weight (r, n) on its rows' symmetric grids, with the scales that the search of `Grid.fit` finds.
+
+    Scales are constants for the gradient, which passes rounding and stops at clipped weights, as in OSTQuant's code
+    (arXiv 2501.13987). Its search minimises squared errors; `Grid.fit` minimises their power 2.4.
+    """
+    if bits == 16:
+        return weight
+    with torch.no_grad():
+        grid = Grid.fit(weight, bits, "mse")
+    return rounded(weight / grid.scale).clamp(grid.low, grid.high) * grid.scale
+
+
 def flowing_weight(weight: Tensor, bits: int, group_size: int | None = None, is_symmetric: bool = True) -> Tensor:
     """Weight (r, n) on min-max grids of its rows, or of their groups of columns, with gradients through the range."""
     if bits == 16:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from obr.errors import ObrError
 from obr.hadamard import Kronecker
 from obr.layout import GROUP_OF
 from obr.learning import straight_through
@@ -31,7 +32,8 @@ class Network:
     """A model rotated and quantised anew in every pass, with gradients on the rotation's parameters.
 
     quantise: `straight_through.passed` or `.flowing`. recompute: keep only what enters each block, and compute
-    it again on the way back. Folds and hidden states are float32; products are of `task.dtype`.
+    it again on the way back. Folds and hidden states are float32; products are of `task.dtype`. The recipe's bits
+    and clip say how weights are rounded in every pass: clip is minmax or mse.
 
     Where weights are quantised, all is folded into them. Where they are not, the residual stream's rotation R is
     not: quantised inputs are turned back by Rᵀ and outputs by R, which is the same and takes fewer operations,
@@ -39,6 +41,11 @@ class Network:
     """
 
     def __init__(self, task: Task, quantise: Callable, recompute: bool = False):
+        if task.recipe.clip == "learned":
+            raise ObrError(
+                "learn.quantise.clip is 'learned', but this learner does not learn clips; use mse or minmax, or kind "
+                "flatquant or omniquant."
+            )
         self.task, self.quantise, self.recompute = task, quantise, recompute
         self.source = StreamedBlocks(task.model, None, torch.float32, task.device)
         self.layout = self.source.layout
@@ -101,9 +108,12 @@ class Network:
         return (out[0] if isinstance(out, tuple) else out).float()
 
     def _weight(self, weight: Tensor) -> Tensor:
-        if self.quantise is straight_through.flowing:
-            return straight_through.flowing_weight(weight, self.task.recipe.bits)
-        return straight_through.passed_weight(weight, self.task.recipe.bits, self.task.recipe.clip)
+        bits, clip = self.task.recipe.bits, self.task.recipe.clip
+        if self.quantise is straight_through.passed:
+            return straight_through.passed_weight(weight, bits, clip)
+        if clip == "mse":
+            return straight_through.clipped_weight(weight, bits)
+        return straight_through.flowing_weight(weight, bits)
 
     def products(self):
         """Products of matrices in the task's dtype."""
@@ -114,17 +124,20 @@ class Network:
         with self.products():
             return self.source.logits(states).float()
 
-    def loss(self, states: Tensor, aims: Tensor, criterion: Criterion, backward: bool = False) -> float:
+    def loss(
+        self, states: Tensor, aims: Tensor, criterion: Criterion, backward: bool = False, share: float = 1.0
+    ) -> float:
         """Mean loss over tokens whose last hidden states are (t, d); aims (t, …): what belongs to each.
 
-        backward: pass gradients on too; those of the logits exist for TOKENS tokens at a time.
+        backward: pass gradients of `share` times the loss on too; those of the logits exist for TOKENS tokens at a
+        time.
         """
         leaf, total = states.detach().requires_grad_(backward), 0.0
         for part, aim in zip(leaf.split(TOKENS), aims.split(TOKENS), strict=True):
             with torch.set_grad_enabled(backward):
                 loss = criterion(self.logits(part), aim) / len(states)
             if backward:
-                loss.backward()
+                (share * loss).backward()
             total += float(loss.detach())
         if backward:
             states.backward(leaf.grad)
@@ -166,9 +179,10 @@ class Objective:
 class Descent:
     """The loop: batches of windows, a step of the optimiser for each, and from time to time a look at `held_out`.
 
-    leaves: what is learned. place: makes the rotation's parameters of them. steps, batch (windows), every (steps
-    between looks), keep_every (steps between states kept for a restart): counts. factor: of the learning rates,
-    by the part of the steps that is done.
+    leaves: what is learned. place: makes the rotation's parameters of them. steps, batch (windows of a step),
+    micro_batch (windows computed at a time, whose gradients are summed; None: the batch), every (steps between
+    looks), keep_every (steps between states kept for a restart): counts. factor: of the learning rates, by the part
+    of the steps that is done.
     """
 
     task: Task
@@ -184,6 +198,7 @@ class Descent:
     factor: Callable[[float], float]
     generator: torch.Generator | None = None
     place: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    micro_batch: int | None = None
 
     def run(self) -> list[dict]:
         """All steps, those that an interrupted run has taken left out; returns the curve."""
@@ -209,22 +224,27 @@ class Descent:
     def _step(self, step: int) -> float:
         chosen = drawn(len(self.task.windows), self.batch, step, self.task.seed)
         self.optimizer.zero_grad()
-        loss = self._loss(self.task.windows[chosen], chosen, backward=True)
+        loss = 0.0
+        for part in chosen.split(self.micro_batch or self.batch):
+            share = len(part) / len(chosen)
+            loss += share * self._loss(self.task.windows[part], part, backward=True, share=share)
         self.optimizer.step()
         return loss
 
-    def _loss(self, windows: Tensor, places: Tensor, backward: bool = False) -> float:
+    def _loss(self, windows: Tensor, places: Tensor, backward: bool = False, share: float = 1.0) -> float:
         aims = self.objective.aims(windows, places).to(self.network.source.device)
         with torch.set_grad_enabled(backward):
             self.rotation.parameters = self.place(self.leaves)
             states = self.network(self.rotation, windows)[:, : aims.shape[1]]
-            return self.network.loss(states.flatten(0, 1), aims.flatten(0, 1), self.objective.criterion, backward)
+            states, aims = states.flatten(0, 1), aims.flatten(0, 1)
+            return self.network.loss(states, aims, self.objective.criterion, backward, share)
 
     def _look(self, step: int, loss: float | None) -> dict:
         """A line of the curve, with the mean loss over the held-out windows."""
         held_out, first = self.task.held_out, len(self.task.windows)
         places = torch.arange(first, first + len(held_out))
-        parts = zip(held_out.split(self.batch), places.split(self.batch), strict=True)
+        at_once = self.micro_batch or self.batch
+        parts = zip(held_out.split(at_once), places.split(at_once), strict=True)
         total = sum(self._loss(windows, where) * len(windows) for windows, where in parts)
         row = {"step": step, "loss": loss, "held_out": total / len(held_out)}
         row = {name: value for name, value in row.items() if value is not None}
