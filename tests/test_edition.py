@@ -120,6 +120,38 @@ def test_the_paper_is_complete_and_every_filter_finds_its_numbers():
     assert quoted > 800
 
 
+def test_the_papers_masks_and_texts_are_those_of_each_front_end():
+    """QuaRot's and FlatQuant's code weigh sequences by 1/i, SpinQuant's does not; C4's windows are in documents."""
+    config = Config(merged("config.yaml"))
+    masks = {
+        name: {config.parsed[row].chosen_mask for row in config.rows(entry)} - {None}
+        for name, entry in config.raw["tables"].items()
+    }
+    both = {"wanda", "wanda_harmonic", "magnitude", "sparsegpt", "random"}
+    wanted = {f"table{n}": {"wanda_harmonic"} for n in (1, 2, 4, 6, 8, 9, 10)} | {"table3": {"wanda"}, "table5": both}
+    wanted |= {
+        "table7": set(),
+        "seeds": {"wanda_harmonic"},
+        "time": {"wanda_harmonic"},
+        "released_7b": {"wanda_harmonic"},
+    }
+    assert {name: masks[name] for name in wanted} == wanted
+    for name, found in masks.items():
+        assert name in wanted or name.startswith(("table1_", "released")) or found <= {"wanda"}, name
+    assert config.raw["calibrations"]["c4"]["sampling"] == "documents"
+    assert "rows" not in config.raw["texts"]["c4_train"]
+    assert {r.calibration for k, r in config.parsed.items() if k.endswith("_c4")} == {"c4"}
+    full = config.raw["texts"]["wikitext2_train_full"]
+    assert full["strip"] is True and "min_chars" not in full
+
+
+def test_an_edition_renames_masks():
+    small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
+    assert not any(recipe.needs_harmonic for recipe in small.parsed.values())
+    assert small.parsed["obr_gptq_w"].mask == small.parsed["wanda_w"].mask == "wanda"
+    assert small.parsed["obr_gptq_sparsegpt"].mask == "sparsegpt"
+
+
 def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
     """Of equal storage, dense 3 bits by GPTQ; and, except where time is the matter, dense 4 bits."""
     config = Config(merged("config.yaml"))

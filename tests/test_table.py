@@ -223,6 +223,19 @@ def test_notes_come_from_the_artefacts(results):
     ):
         assert text in notes
     assert len(set(build(results).notes)) == len(build(results).notes)
+    assert "Mask" not in notes
+
+
+def test_a_note_says_which_norms_wandas_masks_are_from(results, monkeypatch):
+    monkeypatch.setitem(RECIPES, "obr_24", {**RECIPES["obr_24"], "mask": "wanda_harmonic"})
+    notes = [note for note in build(results, rows=["obr_24", "rtn"]).notes if note.startswith("Mask")]
+    released = (
+        "Mask wanda_harmonic: norms from a sum in which calibration sequence i counts 1/i, as in the released code"
+    )
+    assert notes == [f"{released}."]
+    notes = [note for note in build(results, rows=["obr_24", "rtn", "obr"]).notes if note.startswith("Mask")]
+    mean = "Mask wanda: norms from the mean over calibration sequences (OBR (GPTQ))."
+    assert notes == [f"{released} (OBR 2:4).", mean]
 
 
 def test_the_text_of_a_calibration_of_another_name_is_told(tmp_path):

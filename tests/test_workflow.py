@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
 
+from obr.data import document_windows, load_tokens
 from replaced import replaced
 from running import CONFIG, ROOT, SMOKE, snakemake
 
@@ -236,6 +239,22 @@ def test_bad_configs_are_refused_before_any_job(finished, changes, sentence):
     run = snakemake(finished, changed(**changes))
     assert run.returncode != 0 and sentence in run.stdout, run.stdout[-3000:]
     assert "Traceback" not in run.stdout and "localrule" not in run.stdout
+
+
+def test_a_calibration_of_documents_reads_a_texts_rows_kept_apart(finished, tiny_folder):
+    spec = {"text": "train", "sampling": "documents", "nsamples": 4, "seqlen": 64, "seed": 0}
+    target = SMOKE / "calibration/apart/tiny.safetensors"
+    config = changed(calibrations__apart=spec)
+    assert jobs(finished, config, str(target)) == {"download_documents": 1, "calibrate": 1}
+    run = snakemake(finished, config, str(target))
+    assert run.returncode == 0, run.stdout[-3000:]
+    tokens, about = load_tokens(finished / target)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
+    text = (tiny_folder / "train.txt").read_text()
+    assert torch.equal(tokens, document_windows(tokenizer, [text], 4, 64, seed=0)) and about["documents"] == 1
+    assert jobs(finished, changed(calibrations__apart=spec, texts__train__strip=True), str(target)).keys() >= {
+        "download_documents", "calibrate",
+    }  # fmt: skip
 
 
 def test_a_pattern_that_does_not_fit_stops_before_the_hessians(finished, tmp_path):
