@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from obr.errors import ObrError
+from obr.likelihood import log_likelihoods
 from obr.tasks import load_task, quiet, read_task
 
 
@@ -95,6 +96,9 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
             # One more fits: the last token is predicted, never read.
             self.truncated += len(before) + len(after) > self.max_length + 1
             return before, after
+
+        def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None):
+            return log_likelihoods(self.model, requests, self.max_length, self.batch_size)
 
     if tokenizer.pad_token is None:
         # lm-eval gives it one; the caller's tokenizer stays as it is.
