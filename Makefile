@@ -19,13 +19,16 @@ READY := .venv/.ready
 .PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large kernels lint audit clean
 .DEFAULT_GOAL := demo
 
+# Python compiles a module when it is first imported; compiling all of them here would take most of a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
 # By hash, all but torch; it comes last and pinned, so that nothing else chooses its build.
 $(READY): requirements.lock requirements.torch.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11 or the like.")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.torch.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(INSTALL) --no-deps --require-hashes -r requirements.lock
+	$(INSTALL) -r requirements.torch.lock
+	$(INSTALL) --no-deps --editable .
 	@touch $@
 
 demo: $(READY)
@@ -68,7 +71,7 @@ benchmark-large: $(READY)
 
 # Into a folder of their own: PyTorch for CUDA brings its own choice of the same libraries.
 kernels: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	$(INSTALL) --no-deps --require-hashes \
 	--target .venv/cuda --upgrade -r requirements.cuda.lock
 	$(BIN)/python -c 'from obr.cuda import library; print(library.prepare())'
 

@@ -187,11 +187,17 @@ class Prices:
         return [shape for shape in self.config["kernels"]["shapes"] if shape.get("device", device) == device]
 
     def _kernels(self, device: str) -> float:
-        """Every kernel is run about thirty times, and checked in float64 once."""
+        """Of each kernel at each shape: its layout, the check in float64, and its runs within the budget."""
         entry, speeds = self.config["kernels"], costs.SPEEDS[device]
-        runs = 4 * (entry["repeats"] + entry["warmup"]) + 8
-        work = sum(2.0 * s["tokens"] * s["columns"] * s["rows"] for s in self._shapes(device))
-        return 3 * speeds["start"] + runs * work / speeds["products"] + 9 * work / speeds["exact"]
+        count, cleared, laid_out = costs.KERNELS[device]
+        count, seconds = len(entry.get("kernels") or range(count)), 3 * speeds["start"]
+        for shape in self._shapes(device):
+            weights = shape["columns"] * shape["rows"]
+            work = 2.0 * shape["tokens"] * weights
+            run = 4 * work / speeds["products"] + cleared
+            runs = max(run, min(entry["seconds"], run * (entry["repeats"] + entry["warmup"])))
+            seconds += count * (runs + run + work / speeds["exact"] + laid_out * weights)
+        return seconds
 
     def _largest_product(self, device: str) -> float:
         return max((8e-9 * 3 * s["tokens"] * max(s["columns"], s["rows"]) for s in self._shapes(device)), default=0)

@@ -14,6 +14,7 @@ from obr.errors import ObrError
 from obr.files import finite
 from obr.layout import needs_bos
 from obr.packaged import METRICS
+from obr.likelihood import log_likelihoods
 from obr.tasks import load_task, quiet, read_task
 
 
@@ -148,6 +149,9 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
                     "EOS token to begin with: leave out such rows."
                 )
             return [self.prefix_token_id]
+
+        def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None):
+            return log_likelihoods(self.model, requests, self.max_length, self.batch_size)
 
     if tokenizer.pad_token is None:
         # lm-eval gives it one; the caller's tokenizer stays as it is.
