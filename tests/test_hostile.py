@@ -92,7 +92,7 @@ def test_a_model_that_needs_its_own_code_is_refused_without_a_question(model, tm
     for read in (config_of, load_model):
         with pytest.raises(
             ObrError,
-            match="model_type 'secret' of .*copy needs the repository's own code: choose a model with native",
+            match=r"model_type 'secret' of .*copy needs the repository's own code: choose a model with native",
         ):
             read(copy)
     entry = json.dumps({"source": {"source": "path", "path": str(copy)}})

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 from obr.errors import ObrError, first_line
+from obr.sidefiles import is_side_file
 
 # A first contact that takes longer is a machine without the hub. It is tried at each of the host's addresses
 # in turn, so the wait can be a few times this.
@@ -49,6 +50,29 @@ def local_path(name: str) -> Path:
         shown = name if expanded == name else f"{name} ({expanded})"
         raise ObrError(f"path {shown} does not exist: correct `path` in the config.")
     return Path(expanded)
+
+
+def stamp(source: dict, model: str = "") -> str:
+    """A sign of what a local source holds, which changes with it; "" for sources that are not local.
+
+    source: a config's, of kind `path`. model: what `{model}` in a path stands for. Files count by their contents, a
+    model's folder by names, sizes and times of its files: hashing weights takes minutes.
+    """
+    name = source.get("path") or source.get("file")
+    if source.get("source") != "path" or not name:
+        return ""
+    path = Path(os.path.expanduser(os.path.expandvars(name.replace("{model}", model))))
+    if path.is_file():
+        return sha256_of(path)
+    if not path.is_dir():
+        return "missing"
+    found = []
+    for file in sorted(path.iterdir()):
+        counts = file.suffix in (".safetensors", ".bin", ".py") or file.name.endswith((".index.json", "config.json"))
+        if file.is_file() and (counts or is_side_file(file.name)):
+            state = file.stat()
+            found.append(f"{file.name} {state.st_size} {state.st_mtime_ns}")
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 
 def sha256_of(path: Path | str) -> str:

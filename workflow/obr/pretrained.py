@@ -60,8 +60,13 @@ class PackedReader(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         from obr.layout import layout_of
 
-        self.folder = Path(checkpoint_files[0]).parent
-        model.set_submodule(layout_of(model.config).blocks, nn.ModuleList())
+        self.folder, layout = Path(checkpoint_files[0]).parent, layout_of(model.config)
+        if layout.head not in dict(model.named_modules()):
+            raise ObrError(
+                f"{self.folder} is a packed checkpoint of a causal language model; read it with "
+                f"AutoModelForCausalLM, not as {type(model).__name__}."
+            )
+        model.set_submodule(layout.blocks, nn.ModuleList())
         return model
 
     def _process_model_after_weight_loading(self, model, **_):

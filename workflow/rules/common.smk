@@ -11,6 +11,7 @@ from snakemake.utils import validate
 
 from obr import config as obr_config
 from obr import digest as obr_digest
+from obr import fetch as obr_fetch
 from obr.errors import ObrError
 
 try:
@@ -79,6 +80,18 @@ def entry_of(section):
         return json.dumps(config[section][wildcards[names.get(section, section.rstrip("s"))]], sort_keys=True)
 
     return entry
+
+
+def local_files_of(section):
+    """A sign of the local files that a config entry names, so that a change of them is a change of its job."""
+
+    def sign(wildcards):
+        names = {"zero_shot": "task"}
+        entry = config[section][wildcards[names.get(section, section.rstrip("s"))]]
+        source = entry.get("source")
+        return obr_fetch.stamp(source if isinstance(source, dict) else entry, wildcards.get("model", ""))
+
+    return sign
 
 
 def code_of(stage):

@@ -16,6 +16,7 @@ rule download_model:
     params:
         entry=entry_of("models"),
         out=subpath(output.source, parent=True),
+        files=local_files_of("models"),
         code=code_of("download"),
     shell:
         "obr download-model --entry {params.entry:q} --out {params.out} >{log} 2>&1"
@@ -63,6 +64,7 @@ rule download_text:
         runtime=30,
     params:
         entry=lambda wildcards: json.dumps(config["texts"][wildcards.text], sort_keys=True),
+        files=local_files_of("texts"),
         code=code_of("texts"),
     shell:
         "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
@@ -88,6 +90,7 @@ rule download_task:
         entry=task_source,
         text=task_text_flag,
         out=subpath(output[0], parent=True),
+        files=local_files_of("zero_shot"),
         code=code_of("tasks"),
     shell:
         "obr download-task --entry {params.entry:q} {params.text} --out {params.out} >{log} 2>&1"
@@ -112,6 +115,7 @@ rule download_rotation:
         entry=entry_of("rotations"),
         model=subpath(input[0], parent=True),
         trust=trust_of,
+        files=local_files_of("rotations"),
         code=code_of("rotations.source"),
     shell:
         "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} {params.trust} "
