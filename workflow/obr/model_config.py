@@ -142,7 +142,8 @@ def load_config(folder: Path, what: str, trust: bool = False, packed: bool = Fal
             config.return_dict, config.output_hidden_states, config._output_attentions = True, False, False
             config._attn_implementation = None
         else:
-            plain = {key: value for key, value in raw.items() if key not in CALLS}
+            absent = {key for key in ("auto_map", "quantization_config") if raw.get(key) is None}
+            plain = {key: value for key, value in raw.items() if key not in CALLS and key not in absent}
             config = CONFIG_MAPPING[kind].from_dict(plain, name_or_path=str(folder))
     except Exception as error:  # of a validator, or of the model's own code
         why = _reason(error)
