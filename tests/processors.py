@@ -16,8 +16,38 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-FILES = ["rows", "solver", "restoration", "joint", "groups", "prune", "quantize", "packing", "hessian", "target", "models", "held_out", "allocation", "rotations", "int4", "packed", "verify"]
-ISA = ["SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16"]
+FILES = [
+    "rows",
+    "solver",
+    "restoration",
+    "joint",
+    "groups",
+    "prune",
+    "quantize",
+    "packing",
+    "hessian",
+    "target",
+    "models",
+    "held_out",
+    "allocation",
+    "rotations",
+    "int4",
+    "packed",
+    "verify",
+]
+ISA = [
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+    "AVX512_CORE_BF16",
+    "AVX512_CORE_FP16",
+    "AVX512_CORE_AMX",
+    "AVX512_CORE_AMX_FP16",
+]
 BFLOAT16 = {"OBR_PRODUCTS": "bfloat16"}
 # oneDNN takes products in bfloat16, MKL those in float32, PyTorch itself the rest.
 SETTINGS: list[dict[str, str]] = [

@@ -47,6 +47,17 @@ def config_of(directory: Path):
     return load_config(Path(directory), str(directory), foreign.trusted(directory))
 
 
+# Settings of `generate` that the configuration of a model has too, and keeps.
+CONFIGURED = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
 def generation_config(folder: Path) -> dict | None:
     """The settings of `generate` that belong to a model folder: those of generation_config.json, or, as transformers
     has it for older models, those in config.json; None if there are none.
@@ -55,9 +66,10 @@ def generation_config(folder: Path) -> dict | None:
         ObrError: transformers cannot read them.
     """
     name = GENERATION if (Path(folder) / GENERATION).is_file() else "config.json"
-    asked = set(GenerationConfig._get_default_generation_params())
-    if name == "config.json" and not asked & {key for key, value in read_config(folder).items() if value is not None}:
-        return None
+    if name == "config.json":
+        given = {key for key, value in read_config(folder).items() if value is not None}
+        if not given & set(GenerationConfig._get_default_generation_params()) - CONFIGURED:
+            return None
     try:
         options = {"config_file_name": name, "local_files_only": True}
         found = GenerationConfig.from_pretrained(folder, **options, _from_model_config=name == "config.json")

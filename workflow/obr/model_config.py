@@ -44,13 +44,13 @@ COMPUTES = re.compile(
     r"|activation|hidden_act|parallel_(attn|attention|block|residual)|mtp|nextn|qk_|per_layer|block_configs|sink"
     r"|causal|bidirectional|lora|adapter|peft|draft|eagle|medusa|^mup|pruned"
 )
-# Keys with such a word that change nothing, and spellings that transformers turns into the family's own.
+# Keys with such a word that change nothing, or that transformers obeys in every family.
 HARMLESS = re.compile(
     r"drop|init|loss|flash|impl|sdpa|xformers|kernel|backend|eager|checkpoint|^rope_(theta|scaling|parameters)$"
-    r"|^original_max_position_embeddings$|^head_dim$|^attention_bias$"
+    r"|^original_max_position_embeddings$|^head_dim$|^attention_bias$|^is_causal$"
 )
 WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern")
-TRUE_IS_USUAL = ("is_causal", "causal", "use_rope", "scale_attn_weights")
+TRUE_IS_USUAL = ("causal", "use_rope", "scale_attn_weights")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def load_config(folder: Path, what: str, trust: bool = False, packed: bool = Fal
             config.return_dict, config.output_hidden_states, config._output_attentions = True, False, False
             config._attn_implementation = None
         else:
-            plain = {key: value for key, value in raw.items() if key not in CALLS}
+            absent = {key for key in ("auto_map", "quantization_config") if raw.get(key) is None}
+            plain = {key: value for key, value in raw.items() if key not in CALLS and key not in absent}
             config = CONFIG_MAPPING[kind].from_dict(plain, name_or_path=str(folder))
     except Exception as error:  # of a validator, or of the model's own code
         why = _reason(error)
@@ -193,10 +194,12 @@ def _check_keys(raw: dict, kind: str, family: type, what: str) -> None:
     for key, does in NOT_SUPPORTED.items():
         if raw.get(key):
             raise ObrError(f"{key} in config.json of {what} {does}, which is not supported: choose another model.")
+    if not isinstance(raw.get("is_causal"), (bool, type(None))):
+        raise ObrError(f"is_causal in config.json of {what} is {raw['is_causal']!r}; it must be true or false.")
     declared = getattr(family, "__dataclass_fields__", {})
     for key, value in raw.items():
         computes = COMPUTES.search(key) and not HARMLESS.search(key) and key not in CALLS
-        if computes and key not in declared and not _is_neutral(key, value, raw, declared):
+        if computes and key not in declared and not _is_neutral(key, value, raw, family):
             raise ObrError(
                 f"{key} in config.json of {what} is {value!r}, which {kind} models of transformers do not obey: "
                 "remove it if the weights were trained without it, or choose another model."
@@ -210,19 +213,20 @@ def _check_keys(raw: dict, kind: str, family: type, what: str) -> None:
         )
 
 
-def _is_neutral(key: str, value, raw: dict, declared) -> bool:
-    """Whether a key that the family does not have asks for nothing but what is computed anyway."""
+def _is_neutral(key: str, value, raw: dict, family: type) -> bool:
+    """Whether a key that the family's configuration does not have asks for nothing but what is computed anyway."""
+    window = raw.get("sliding_window", getattr(family, "sliding_window", None))  # Mistral has one by default
     if key in TRUE_IS_USUAL:
         return value is True or value is None
     if key == "hidden_activation":  # of Gemma, whose "gelu" transformers takes for its approximation by tanh
         usual = raw.get("hidden_act") or "gelu_pytorch_tanh"
         return value in (None, "gelu_pytorch_tanh" if usual == "gelu" else usual)
     if key == "layer_types":
-        windowed = raw.get("model_type") == "mistral" and raw.get("sliding_window", True)
-        return value is None or set(value) <= {"sliding_attention" if windowed else "full_attention"}
-    if key in WINDOWS and not raw.get("sliding_window"):
+        usual = "sliding_attention" if window and hasattr(family, "sliding_window") else "full_attention"
+        return value is None or (isinstance(value, list) and all(kind == usual for kind in value))
+    if key in WINDOWS and not window:
         return True
-    if key in WINDOWS and "sliding_window" not in declared:
+    if key in WINDOWS and not hasattr(family, "sliding_window"):
         return raw.get("use_sliding_window") is False
     if key == "use_sliding_window":
         return value is True

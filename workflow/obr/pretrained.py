@@ -61,7 +61,8 @@ class PackedReader(HfQuantizer):
         from obr.layout import layout_of
         from obr.modules import ATTENTION
 
-        layout, asked = layout_of(model.config), model.config._attn_implementation
+        self.folder, layout = Path(checkpoint_files[0]).parent, layout_of(model.config)
+        asked = model.config._attn_implementation
         if asked not in (None, "sdpa", ATTENTION):
             raise ObrError(
                 f"A packed checkpoint attends by this package's own attention, not by {asked!r}; leave out "
@@ -69,10 +70,9 @@ class PackedReader(HfQuantizer):
             )
         if layout.head not in dict(model.named_modules()):
             raise ObrError(
-                f"A packed checkpoint is read as a causal language model, not as a {type(model).__name__}; use "
-                "AutoModelForCausalLM, whose `.model` gives hidden states."
+                f"{self.folder} is a packed checkpoint of a causal language model; read it with "
+                f"AutoModelForCausalLM, not as {type(model).__name__}."
             )
-        self.folder = Path(checkpoint_files[0]).parent
         model.set_submodule(layout.blocks, nn.ModuleList())
         return model
 

@@ -13,8 +13,8 @@ from obr.data import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
 from obr.files import finite
 from obr.layout import needs_bos
-from obr.packaged import METRICS
 from obr.likelihood import log_likelihoods
+from obr.packaged import METRICS
 from obr.tasks import load_task, quiet, read_task
 
 

@@ -36,7 +36,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNFINISHED = "obr_unfinished"  # attribute of a model: the step that is changing it, or has failed to
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-RECORDING = "transformers.utils.output_capturing"  # whose hooks only note outputs
+# Hooks of transformers that note outputs, or that ask for gradients of the embeddings.
+HARMLESS_HOOKS = ("install_output_capuring_hook.", "PreTrainedModel.enable_input_require_grads.")
 
 
 def check_model(model: nn.Module) -> Layout:
@@ -128,8 +129,8 @@ def _parents(name: str) -> list[str]:
 def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be_ours: bool) -> None:
     """Raise ObrError unless the module computes what the one that the configuration describes does."""
     where = name or "the model"
-    _check_calls(where, module)
     if may_be_ours and type(module).__module__.startswith("obr."):
+        _check_calls(where, module)
         if isinstance(module, QuantLinear) and "weight" in module._parameters:
             _check_shape(f"{where}.weight", module.weight, wanted.weight)
         return
@@ -137,6 +138,7 @@ def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be
         raise ObrError(f"The model has the extra module {where} ({spell(module)}): {_remedy(module)}.")
     if type(module) is not type(wanted):
         raise ObrError(f"{where} is a {spell(module)}, not a {spell(wanted)}: {_remedy(module)}.")
+    _check_calls(where, module)
     for kind in ("_parameters", "_buffers"):
         found, expected = getattr(module, kind), getattr(wanted, kind)
         for key in sorted({*found, *expected}):
@@ -164,10 +166,9 @@ def _check_shape(name: str, found: Tensor, wanted: Tensor) -> None:
 def _check_calls(where: str, module: nn.Module) -> None:
     """Raise ObrError at what runs besides a module's own forward: a hook, another forward, compiled code."""
     for hook in (hook for kind in HOOKS for hook in getattr(module, kind, {}).values()):
-        if getattr(hook, "__module__", "") != RECORDING:
-            raise ObrError(
-                f"{where} has the hook {getattr(hook, '__qualname__', hook)}: remove it (`handle.remove()`)."
-            )
+        name, owner = getattr(hook, "__qualname__", spell(hook)), getattr(hook, "__module__", "")
+        if not (name.startswith(HARMLESS_HOOKS) and owner.startswith("transformers.")):
+            raise ObrError(f"{where} has the hook {name}: remove it (`handle.remove()`).")
     if "forward" in vars(module):
         raise ObrError(f"{where} has another forward than its class: load the model on one device, without patches.")
     if getattr(module, "_compiled_call_impl", None) is not None:
