@@ -95,3 +95,13 @@ def test_narrow_layers_cost_little_more_than_their_codes(pattern, most):
     layers = [restore(w, None, "magnitude", pattern=pattern, clip="minmax") for w in weights]
     stored = sum(pack(restored, torch.float16).bytes for restored in layers)
     assert 8 * stored / sum(w.numel() for w in weights) <= most
+
+
+@pytest.mark.parametrize("count", [1, 31, 64])
+def test_values_that_do_not_fill_their_places_are_refused(count):
+    restored = restore(*layer(8, 8), "wanda", sparsity=0.5, bits=16)
+    packed = pack(restored, torch.float16)
+    assert packed.tensors["values"].numel() == 32
+    packed.tensors["values"] = torch.ones(count, dtype=torch.float16)
+    with pytest.raises(ObrError, match=f"{count} values for 32 places"):
+        unpack(packed)

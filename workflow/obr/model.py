@@ -164,7 +164,8 @@ class Blocks:
         """(b, s, d) out of the last block -> (b, s, v), divided as Granite divides its own."""
         norm, head = (self.model.get_submodule(n) for n in (self.layout.final_norm, self.layout.head))
         logits = F.linear(norm(hidden), head.weight.to(hidden.dtype), head.bias)
-        return logits / getattr(self.config, "logits_scaling", 1.0)
+        scaling = getattr(self.config, "logits_scaling", 1.0)
+        return logits if scaling == 1 else logits / scaling
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, room: Room | None = None) -> tuple[Activations, list[dict]]:

@@ -39,7 +39,11 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The inverse of `pack_bits`, uint32 (count,). Raises ObrError if the stream is not of that length or type."""
+    """The inverse of `pack_bits`, (count,): uint8 for at most 8 bits, else uint32.
+
+    Raises:
+        ObrError: the stream is not of that length or type.
+    """
     if stream.dtype != np.uint8 or stream.ndim != 1:
         raise ObrError(f"A packed stream is {stream.dtype} {stream.shape}, not a row of bytes; the file is broken.")
     if stream.size != -(-count * bits // 8):
@@ -47,8 +51,16 @@ def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
             f"A packed stream has {stream.size} bytes, not those of {count} numbers of {bits} bits; "
             "the file is broken."
         )
+    if bits > 1 and 8 % bits == 0:
+        numbers = np.empty((stream.size, 8 // bits), dtype=np.uint8)
+        for place in range(0, 8, bits):
+            numbers[:, place // bits] = (stream >> np.uint8(place)) & np.uint8(2**bits - 1)
+        return numbers.reshape(-1)[:count]
     flat = np.unpackbits(stream, count=count * bits, bitorder="little").reshape(count, bits)
-    return flat.astype(np.uint32) @ (np.uint32(1) << np.arange(bits, dtype=np.uint32))
+    numbers = flat[:, 0].astype(np.uint8 if bits <= 8 else np.uint32)
+    for place in range(1, bits):
+        numbers |= flat[:, place].astype(numbers.dtype) << numbers.dtype.type(place)
+    return numbers
 
 
 def pack(restored: Restored, dtype: torch.dtype) -> Packed:
@@ -87,16 +99,15 @@ def unpack(packed: Packed) -> Restored:
         rows, columns = about["shape"]
         pattern = Pattern.parse(about["pattern"]) if about["pattern"] else None
         _check_room(about, tensors, pattern)
-        mask = torch.ones(rows, columns, dtype=torch.bool)
+        mask = np.ones((rows, columns), dtype=bool)
         if about["masked"]:
-            mask = torch.from_numpy(_unpack_mask(tensors["mask"].numpy(), rows, columns, pattern))
-        weight = torch.zeros(rows, columns)
+            mask = _unpack_mask(tensors["mask"].numpy(), rows, columns, pattern)
         if about["bits"] == 16:
-            weight[mask] = _finite(tensors["values"].float(), "values")
-            return Restored(weight, None, None, mask, float("nan"), 16, pattern)
-        codes = torch.zeros(rows, columns, dtype=torch.int8)
-        stream = unpack_bits(tensors["codes"].numpy(), about["bits"], int(mask.sum())).astype(np.int32)
-        codes[mask] = torch.from_numpy((stream - 2 ** (about["bits"] - 1)).astype(np.int8))
+            weight = torch.from_numpy(_placed(_finite(tensors["values"].float(), "values").numpy(), mask))
+            return Restored(weight, None, None, torch.from_numpy(mask), float("nan"), 16, pattern)
+        stream = unpack_bits(tensors["codes"].numpy(), about["bits"], np.count_nonzero(mask))
+        kept = (stream - np.uint8(2 ** (about["bits"] - 1))).view(np.int8)  # bytes wrap: 0 to 255 are -128 to 127
+        codes = torch.from_numpy(_placed(kept, mask))
         group = about.get("group")
         scales = (rows, 1 if group is None else -(-columns // group))
         scale = _finite(tensors["scale"].float() * 2 ** (about["bits"] - 1), "scales").reshape(scales)
@@ -104,7 +115,19 @@ def unpack(packed: Packed) -> Restored:
         weight = codes * Grid(scale, about["bits"], group).over(columns)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise ObrError(f"A packed layer contradicts itself ({first_line(error)}); its file is broken.") from error
-    return Restored(weight, codes, scale, mask, float("nan"), about["bits"], pattern, group=group)
+    return Restored(weight, codes, scale, torch.from_numpy(mask), float("nan"), about["bits"], pattern, group=group)
+
+
+def _placed(kept: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(r, n): the kept values, row by row, where the mask (r, n) is True, and zeros elsewhere."""
+    places = np.count_nonzero(mask)
+    if kept.size != places:
+        raise ValueError(f"{kept.size} values for {places} places")
+    if places == mask.size:
+        return kept.reshape(mask.shape)
+    values = np.zeros(mask.shape, dtype=kept.dtype)
+    values[mask] = kept
+    return values
 
 
 def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None) -> None:
