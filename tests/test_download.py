@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from obr import cli, fetch
-from obr.download import download_model
+from obr.download import dequantise, download_model
 from obr.errors import ObrError
+from obr.weights import INDEX
 from wheels import make_wheel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -213,6 +214,32 @@ def test_a_broken_download_is_taken_up_again(hub, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out.*"))
 
 
+def test_only_the_files_that_the_index_names_are_fetched(hub, tmp_path):
+    for stray in ("model-00002-of-00009.safetensors", "model.fp16.safetensors", "consolidated.safetensors"):
+        save_file({"a": torch.zeros(2)}, hub.folder / stray)
+    (hub.folder / "additional_chat_templates").mkdir()
+    (hub.folder / "additional_chat_templates/tool.jinja").write_text("{{ messages }}")
+    (hub.folder / "original").mkdir()
+    (hub.folder / "original/tokenizer.model").write_bytes(b"of another format")
+    download_model(HUB_MODEL, tmp_path / "out", "auto")
+    weights = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert weights == sorted({*json.loads((hub.folder / INDEX).read_text())["weight_map"].values()})
+    assert (tmp_path / "out/additional_chat_templates/tool.jinja").exists() and not (
+        tmp_path / "out/original"
+    ).exists()
+    assert not [path for path in hub.asked if path.endswith((".fp16.safetensors", "consolidated.safetensors"))]
+
+
+def test_an_adapter_on_the_hub_is_refused_before_the_weights(hub, tmp_path):
+    (hub.folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ObrError, match=r"has the file adapter_config\.json beside its weights: merge the adapter first"
+    ):
+        download_model(HUB_MODEL, tmp_path / "out/model", "auto")
+    assert not list((tmp_path / "out").iterdir())
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+
+
 def test_weights_with_another_hash_than_the_hubs_are_refused(hub, tmp_path):
     hub.claims = "0" * 64
     with pytest.raises(ObrError, match=r"model-00001-of-.* of some/model arrived damaged"):
@@ -381,11 +408,17 @@ def test_sources_that_are_misspelt(tmp_path):
 
 @pytest.fixture
 def gguf(tmp_path):
-    """A Llama of one block in Q8_0 with tied embeddings and a byte-level tokenizer."""
+    return write_gguf(tmp_path / "tiny.gguf")
+
+
+def write_gguf(path: Path, more=lambda writer: None, without: str = "") -> Path:
+    """A Llama of one block in Q8_0 with tied embeddings and a byte-level tokenizer.
+
+    more: adds to the file. without: a tensor that is left out.
+    """
     import gguf
     import numpy as np
 
-    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -405,6 +438,8 @@ def gguf(tmp_path):
     shapes = {f"blk.0.{name}.weight": (count, 64) for name, count in rows.items()}
     shapes |= {"token_embd.weight": (64, 64), "blk.0.ffn_down.weight": (64, 96)}
     shapes |= dict.fromkeys(("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"), (64,))
+    shapes.pop(without, None)
+    more(writer)
     values = np.random.default_rng(0)
     for name, shape in shapes.items():
         weight = values.standard_normal(shape).astype(np.float32) / 8
@@ -452,6 +487,52 @@ def test_a_model_from_a_gguf_in_a_wheel(gguf, cache, tmp_path):
         assert (half(tokens).logits - original(tokens).logits).abs().max() < 0.02
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "half")
     assert tokenizer("abcab", add_special_tokens=False)["input_ids"] == [63, 62]
+
+
+def tensor(name: str, *shape: int):
+    import numpy as np
+
+    return lambda writer: writer.add_tensor(name, np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    "more, without, sentence",
+    [
+        (
+            tensor("rope_freqs.weight", 16),
+            "",
+            r"has the tensor rope_freqs\.weight, which transformers would leave out",
+        ),
+        (tensor("blk.0.attn_q.bias", 64), "", r"has the tensor blk\.0\.attn_q\.bias, which transformers would leave"),
+        (tensor("blk.0.attn_q_norm.weight", 32), "", r"has the tensor blk\.0\.attn_q_norm\.weight"),
+        (lambda w: None, "blk.0.ffn_up.weight", r"lacks 1 tensors of its model \(model\.layers\.0\.mlp\.up_proj"),
+        (
+            lambda w: w.add_logit_scale(0.5),
+            "",
+            r"sets llama\.logit_scale to 0\.5, which transformers would leave out",
+        ),
+        (lambda w: w.add_sliding_window(128), "", r"sets llama\.attention\.sliding_window to 128"),
+        (lambda w: w.add_rope_scaling_factor(4.0), "", r"sets llama\.rope\.scaling\.factor to 4\.0"),
+        (lambda w: w.add_expert_count(8), "", r"sets llama\.expert_count to 8"),
+        (lambda w: w.add_key_length(16), "", r"sets llama\.attention\.key_length to 16"),
+    ],
+)
+def test_what_transformers_would_leave_out_of_a_gguf_is_refused(more, without, sentence, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", more, without)
+    with pytest.raises(ObrError, match=rf"tiny\.gguf {sentence}"):
+        dequantise(path, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_a_gguf_that_change_nothing_are_accepted(tmp_path):
+    def more(writer):
+        writer.add_key_length(32)
+        writer.add_rope_dimension_count(32)
+        writer.add_expert_count(0)
+        writer.add_string("llama.rope.scaling.type", "none")
+
+    dequantise(write_gguf(tmp_path / "tiny.gguf", more), tmp_path / "out", "float16")
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 def test_a_gguf_that_is_none(cache, tmp_path):

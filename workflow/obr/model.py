@@ -68,7 +68,7 @@ def generation_config(folder: Path) -> dict | None:
     name = GENERATION if (Path(folder) / GENERATION).is_file() else "config.json"
     if name == "config.json":
         given = {key for key, value in read_config(folder).items() if value is not None}
-        if not given & set(GenerationConfig._get_default_generation_params()) - CONFIGURED:
+        if not given & set(GenerationConfig._get_default_generation_params()) - {"use_cache"}:  # which stays there
             return None
     try:
         options = {"config_file_name": name, "local_files_only": True}
