@@ -354,7 +354,8 @@ class Writer:
         blocks = self.blocks
         (self.directory / "manifest.json").unlink(missing_ok=True)  # of an older checkpoint, of which parts go now
         self.unfinished.move(len(blocks))
-        remove_outdated(self.directory, len(blocks))
+        if self.run is not None:  # an older checkpoint may lie there; obr.save writes into a new folder
+            remove_outdated(self.directory, len(blocks))
         save_ends(blocks.model, blocks.layout, self.directory / ENDS, self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
