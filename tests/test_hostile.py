@@ -301,8 +301,7 @@ def test_a_spoilt_safetensors_file_is_refused_or_read(kind, model, tmp_path):
         tokens = torch.randint(0, VOCABULARY, (4, 16))
         save_file({"tokens": tokens}, path, metadata={"calibration": json.dumps({"nsamples": 4})})
     if kind == "hessian":
-        moments = hessian.Moments(torch.eye(16), torch.ones(16))
-        hessian.save({"qkv": moments, "o": moments}, path)
+        hessian.save({g: hessian.Moments(torch.eye(16), torch.ones(16)) for g in ("qkv", "o")}, path)
     if kind == "rotation":
         make({"kind": "quarot"}, model, path)
     sizes, read = Dimensions.of(config_of(model)), READERS[kind]
