@@ -81,6 +81,8 @@ rule download_documents:
         f"{RESULTS}/logs/download_documents/{{text}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/download_documents/{{text}}.tsv"
+    wildcard_constraints:
+        text=one_of(config["texts"]),
     retries: 1
     conda:
         "../../envs/obr.yaml"
