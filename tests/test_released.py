@@ -28,6 +28,13 @@ BASES = {
 ENTRY = {"method": "released", "bits": 4, "sparsity": 0.5}
 
 
+@pytest.fixture(autouse=True)
+def no_bill_of_software(monkeypatch):
+    """Manifests of these tests do without what takes most of the time of so small models."""
+    monkeypatch.setattr("obr.checkpoint.software", dict)
+    monkeypatch.setattr("obr.provenance.digest", str)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(base, kind) -> (folder of the base model, the rotated and compressed model, its state dict), made once."""

@@ -28,6 +28,13 @@ RECIPE = Recipe.parse(ENTRY | QUANTISED)
 NAME = "qwen2, 14 heads"
 
 
+@pytest.fixture(autouse=True)
+def no_bill_of_software(monkeypatch):
+    """Manifests of these tests do without what takes most of the time of so small models."""
+    monkeypatch.setattr("obr.checkpoint.software", dict)
+    monkeypatch.setattr("obr.provenance.digest", str)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(base, free) -> (folder of the base model, the naive model, its state dict), made once."""
