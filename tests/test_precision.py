@@ -11,7 +11,8 @@ from obr.hadamard import Kronecker, block_hadamard, hadamard, known_hadamard, sy
 from obr.model import StreamedBlocks
 from obr.modules import set_quantizers
 from obr.online import Range, Shift
-from obr.recipe import Recipe
+from obr.quantize import fake_quantize
+from obr.recipe import QuantizerSettings, Recipe
 from obr.rotations.flatquant import random_invertible
 
 WIDTHS = (14336, 28672, 18944, 11008, 13824, 8960, 17920, 27648)  # of down_proj's inputs
@@ -144,6 +145,38 @@ def test_offsets_are_subtracted_exactly():
     x = torch.randn(500, 64, generator=seeded()).bfloat16()
     expected = (x.double() - offset).bfloat16()
     assert (Shift(torch.full((64,), offset))(x) == expected).double().mean() > 0.999
+
+
+def quantised_in_its_dtype(x: torch.Tensor, settings: QuantizerSettings) -> torch.Tensor:
+    """The formulas of `fake_quantize` with every intermediate result in the dtype of x."""
+    values = x.unflatten(-1, (-1, settings.group_size or x.shape[-1]))
+    levels = 2 ** (settings.bits - settings.symmetric) - 1
+    if settings.symmetric:
+        scale = values.abs().amax(-1, keepdim=True) / levels
+        return ((values / scale).round() * scale).flatten(-2)
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    scale = (high - low) / levels
+    zero = (-low / scale).round()
+    return (((values / scale).round() + zero).clamp(0, levels) - zero).mul(scale).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    "settings, least, most",
+    [
+        (QuantizerSettings(4), 0.999, 1.001),
+        (QuantizerSettings(4, symmetric=False, group_size=128), 0.999, 1.001),
+        (QuantizerSettings(8), 1.02, 1.03),
+        (QuantizerSettings(8, symmetric=False, group_size=128), 1.09, 1.12),
+    ],
+)
+def test_quantisers_compute_in_float32(settings, least, most):
+    """The errors that arithmetic in bfloat16 would leave, over those of float32: docs/differences.md has them."""
+    x = torch.randn(256, 4096, generator=seeded()).bfloat16()
+    ours, theirs = (
+        float((quantise(x, settings).double() - x.double()).norm())
+        for quantise in (fake_quantize, quantised_in_its_dtype)
+    )
+    assert least < theirs / ours < most
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.bfloat16)])
