@@ -114,6 +114,8 @@ def test_a_compressed_model_is_measured_as_it_computes(model, windows, tmp_path,
         before = state(loaded) if not packed else None  # packed layers have no weight to look at
         assert obr.perplexity(loaded, windows) == pytest.approx(own(loaded, windows), rel=1e-5)
         assert packed or state(loaded) == before
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert obr.perplexity(theirs, windows) == pytest.approx(own(theirs, windows), rel=1e-5)
     model.set_attn_implementation("sdpa")  # which would leave keys and values as they are
     with pytest.raises(
         ObrError, match=r"which attention 'sdpa' leaves out; call model\.set_attn_implementation\('obr'\)"

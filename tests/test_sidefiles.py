@@ -14,7 +14,7 @@ from obr.compression import compress_stage
 from obr.download import download_model
 from obr.errors import ObrError
 from obr.export import export
-from obr.model import generation_config
+from obr.model_config import generation_config
 from obr.push import push
 from obr.recipe import Recipe
 from obr.sidefiles import is_side_file, side_files

@@ -34,9 +34,9 @@ from obr.checkpoint_files import (
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.files import become, flush, whole, whole_folder, write_json
 from obr.layout import Layout, layout_of
-from obr.model import Blocks, StreamedBlocks, block_file, generation_config
+from obr.model import Blocks, StreamedBlocks, block_file
 from obr.model_check import Checked, check_tensors, is_tied, meta_model
-from obr.model_config import load_config
+from obr.model_config import generation_config, load_config
 from obr.model_state import check_before_saving, check_block_as_compressed, check_stored, refuse_plain_saving
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack

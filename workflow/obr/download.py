@@ -17,7 +17,7 @@ from obr import fetch, foreign
 from obr.errors import ObrError, first_line
 from obr.files import become, removed_after, whole, whole_folder, write_json
 from obr.layout import layout_of
-from obr.model_config import load_config
+from obr.model_config import generation_config, load_config
 from obr.sidefiles import copy_side_files, files_of, is_side_file
 from obr.weights import INDEX, SINGLE, check_names, weight_files
 
@@ -246,8 +246,7 @@ def check_model(
     """
     from math import prod
 
-    from obr.model import generation_config
-    from obr.model_check import check_folder
+    from obr.model_check.folder import check_folder
 
     checked = check_folder(folder, what, trust, castable)
     generation_config(folder)

@@ -1,14 +1,13 @@
 """Decoder models, whole in memory or streamed from disk one block at a time."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from obr import foreign
 from obr.activations import Activations, Room
@@ -16,12 +15,8 @@ from obr.device import taken_away
 from obr.errors import ObrError, first_line
 from obr.layout import Dimensions, layout_of
 from obr.model_check import Checked, check_folder, check_model, is_tied
-from obr.model_config import load_config, read_config
+from obr.model_config import load_config
 from obr.modules import ATTENTION, wrap_block
-from obr.sidefiles import GENERATION
-from obr.weights import TensorFiles
-
-__all__ = ["Blocks", "StreamedBlocks", "TensorFiles", "config_of", "load_model", "load_tokenizer"]
 
 
 def default_device() -> str:
@@ -56,27 +51,6 @@ CONFIGURED = {
     "output_attentions",
     "output_hidden_states",
 }
-
-
-def generation_config(folder: Path) -> dict | None:
-    """The settings of `generate` that belong to a model folder: those of generation_config.json, or, as transformers
-    has it for older models, those in config.json; None if there are none.
-
-    Raises:
-        ObrError: transformers cannot read them.
-    """
-    name = GENERATION if (Path(folder) / GENERATION).is_file() else "config.json"
-    if name == "config.json":
-        given = {key for key, value in read_config(folder).items() if value is not None}
-        if not given & set(GenerationConfig._get_default_generation_params()) - {"use_cache"}:  # which stays there
-            return None
-    try:
-        options = {"config_file_name": name, "local_files_only": True}
-        found = GenerationConfig.from_pretrained(folder, **options, _from_model_config=name == "config.json")
-        return json.loads(found.to_json_string())
-    except Exception as error:  # of a validator
-        why = first_line(error) or type(error).__name__
-        raise ObrError(f"{name} of {folder} cannot be read ({why}); correct it, or choose another model.") from error
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):

@@ -1,4 +1,4 @@
-"""config.json of a model: read and checked before anything is built from it.
+"""config.json and generation_config.json of a model: read and checked before anything is built from them.
 
 Two readers: `sizes_of` for stages that only count, without transformers, and `load_config` for those that build the
 model. Whatever transformers raises about a value ends in one sentence. A null counts as absent where transformers
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obr.errors import ObrError, first_line
+from obr.sidefiles import GENERATION
 from obr.weights import HEADER_DTYPES
 
 # Largest values that are built or counted; beyond them a number is a mistake that would fill the memory.
@@ -251,6 +252,29 @@ def check_sizes(config, what: str) -> None:
             f"pad_token_id in config.json of {what} is {pad}, which is none of its {vocabulary} tokens; correct it, "
             "or set it to null."
         )
+
+
+def generation_config(folder: Path) -> dict | None:
+    """The settings of `generate` that belong to a model folder: those of generation_config.json, or, as transformers
+    has it for older models, those in config.json; None if there are none.
+
+    Raises:
+        ObrError: transformers cannot read them.
+    """
+    from transformers import GenerationConfig
+
+    name = GENERATION if (Path(folder) / GENERATION).is_file() else "config.json"
+    if name == "config.json":
+        given = {key for key, value in read_config(folder).items() if value is not None}
+        if not given & set(GenerationConfig._get_default_generation_params()) - {"use_cache"}:  # which stays there
+            return None
+    try:
+        options = {"config_file_name": name, "local_files_only": True}
+        found = GenerationConfig.from_pretrained(folder, **options, _from_model_config=name == "config.json")
+        return json.loads(found.to_json_string())
+    except Exception as error:  # of a validator
+        why = first_line(error) or type(error).__name__
+        raise ObrError(f"{name} of {folder} cannot be read ({why}); correct it, or choose another model.") from error
 
 
 def _reason(error: Exception) -> str:

@@ -64,7 +64,7 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
     model = meta_model(config, trust, what)
     check_family(model, layout, what)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = {f"{layout.head}.weight"} if config.tie_word_embeddings else set()
+    tied = set() if untied or not _says_tied(config) else {f"{layout.head}.weight"}
     dtypes = HEADER_DTYPES if castable else STORED
     dtype = check_tensors(tensors, expected, tied, config.model_type, dtypes)
     return Checked(config, model, tensors, dtype, untied)
@@ -160,10 +160,14 @@ def storage_dtype(headers: set[str]) -> torch.dtype:
     return first
 
 
+def _says_tied(config) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def _untied(config, tensors: TensorFiles, layout: Layout) -> bool:
     """Whether the file has a head that differs from the embedding, although the configuration ties the two."""
     head, embed = f"{layout.head}.weight", f"{layout.embed}.weight"
-    return bool(config.tie_word_embeddings) and {head, embed} <= set(tensors.files) and not tensors.equal(head, embed)
+    return _says_tied(config) and {head, embed} <= set(tensors.files) and not tensors.equal(head, embed)
 
 
 def spell(module) -> str:

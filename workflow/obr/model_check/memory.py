@@ -168,7 +168,8 @@ def _check_calls(where: str, module: nn.Module) -> None:
     for hook in (hook for kind in HOOKS for hook in getattr(module, kind, {}).values()):
         name, owner = getattr(hook, "__qualname__", spell(hook)), getattr(hook, "__module__", "")
         if not (name.startswith(HARMLESS_HOOKS) and owner.startswith("transformers.")):
-            raise ObrError(f"{where} has the hook {name}: remove it (`handle.remove()`).")
+            undone = "`handle.remove()`; of torch: `prune.remove`, `remove_weight_norm`"
+            raise ObrError(f"{where} has the hook {name}: remove it ({undone}).")
     if "forward" in vars(module):
         raise ObrError(f"{where} has another forward than its class: load the model on one device, without patches.")
     if getattr(module, "_compiled_call_impl", None) is not None:

@@ -204,7 +204,7 @@ def _smoothquant(file: _File) -> Scaling:
     The scales follow from these and the model's weights (`smoothing_scale`) with the entry's alpha, 0.5 unless
     given. Layers that no norm feeds are in the file and not used.
     """
-    from obr.model import TensorFiles
+    from obr.weights import TensorFiles
 
     known = {f"model.layers.{i}.{path}" for i in range(file.dimensions.blocks) for path in ROLES} | {"lm_head"}
     tensors, files = file.tensors(file.contents), TensorFiles(file.model)
