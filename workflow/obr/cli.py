@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from obr import foreign
+from obr import caching, foreign
 from obr.arguments import (
     ERRATA,
     EXPORT,
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        if sentence := caching.redirect():
+            print(f"obr: {sentence}", file=sys.stderr)
         with foreign.allowed(trust):
             stage(**arguments)
     except ObrError as error:

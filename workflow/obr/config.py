@@ -266,7 +266,7 @@ def check_paths(section: dict, where: str) -> None:
         path = os.path.expandvars(name)
         if "$" in path:
             raise ObrError(f"{where}.{key}: {name} names an environment variable that is not set; set it.")
-        if not Path(path).expanduser().exists():
+        if not Path(os.path.expanduser(path)).exists():
             raise ObrError(f"{where}.{key}: {path} does not exist; correct the path or use another source.")
 
 

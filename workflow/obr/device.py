@@ -28,7 +28,13 @@ def claim(device: str) -> str:
     while True:
         for gpu in gpus:
             path = Path(tempfile.gettempdir()) / f"obr-gpu-{os.getuid()}-{gpu}.lock"
-            file = open(path, "w")  # noqa: SIM115  held on purpose
+            try:
+                file = open(path, "w")  # noqa: SIM115  held on purpose
+            except OSError as error:
+                raise ObrError(
+                    f"{path}, which reserves GPU {gpu}, cannot be opened ({error.strerror}); delete it, or set "
+                    "TMPDIR to a folder that can be written, the same one for all jobs."
+                ) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from obr import caching
 from obr.errors import ObrError, first_line
 
 # A first contact that takes longer is a machine without the hub. It is tried at each of the host's addresses
@@ -57,24 +58,23 @@ def sha256_of(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cache_dir() -> Path:
-    """Folder of verified wheels: `wheels` under $OBR_CACHE, or under ~/.cache/obr."""
-    return Path(os.environ.get("OBR_CACHE") or "~/.cache/obr").expanduser() / "wheels"
-
-
 def wheel(package: str, version: str, sha256: str) -> Path:
     """Path of the wheel `package==version`, fetched with pip once and kept in the cache.
 
     A cached file with another hash is not used but fetched again. Raises ObrError when pip finds no such
-    wheel or no network, when what it fetched has another sha256, or when the cache cannot be written.
+    wheel or no network, when what it fetched has another sha256, or when the folder that OBR_CACHE names cannot be
+    written, or the disk is full.
     """
-    cache, sha256 = cache_dir(), sha256.lower()
+    cache, sha256 = caching.folder("wheels"), sha256.lower()
     stem = re.sub(r"[-_.]+", "_", package).lower()
     for path in sorted(cache.glob("*.whl")):
         if path.name.lower().startswith(f"{stem}-{version}-") and sha256_of(path) == sha256:
             return path
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        if os.environ.get(caching.VARIABLE):
+            cache.mkdir(parents=True, exist_ok=True)
+        else:
+            cache = caching.writable("wheels")
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             found = _pip_download(f"{package}=={version}", folder)
             actual = sha256_of(found)
@@ -111,7 +111,7 @@ def _pip_download(requirement: str, folder: str) -> Path:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ObrError(
             f"pip could not fetch {requirement} ({lines[-1] if lines else 'no message'}): check the network "
-            f"and the package index, or put the wheel into {cache_dir()} by hand."
+            f"and the package index, or put the wheel into {caching.folder('wheels')} by hand."
         )
     return wheels[0]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from obr import caching
 from obr.errors import ObrError
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -43,14 +44,16 @@ def build(sources: list[Path], flags: list[str], compiler: str | None = None) ->
     compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise ObrError("No C++ compiler is found; install g++ or clang++, or name one in $CXX.")
-    path = _folder() / f"{_key(sources, flags, compiler)}.so"
+    name = f"{_key(sources, flags, compiler)}.so"
+    path = caching.folder("native") / name
+    if not path.exists():
+        path = _built(compiler, sources[0], flags, name)
     try:
-        if not path.exists():
-            _compile(compiler, sources[0], flags, path)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = " ".join((getattr(error, "stderr", "") or str(error)).split())[:300]
-        raise ObrError(f"{sources[0].name} cannot be built by {compiler}; install another one ({reason}).") from error
+    except OSError as error:
+        raise ObrError(
+            f"{path} cannot be loaded ({error}); delete it, or set OBR_CACHE to a folder whose programs may run."
+        ) from error
 
 
 def return_freed_memory() -> None:
@@ -67,10 +70,6 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("OBR_CACHE") or "~/.cache/obr").expanduser() / "native"
-
-
 def _key(sources: list[Path], flags: list[str], compiler: str) -> str:
     """Differs with source, flags, compiler and processor, so that machines may share the folder."""
     parts = [*(source.read_text() for source in sources), *flags, compiler, platform.machine(), *processor_flags()]
@@ -84,11 +83,24 @@ def processor_flags() -> list[str]:
     return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
-def _compile(compiler: str, source: Path, flags: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")  # jobs that start together each build their own
-    subprocess.run([compiler, *flags, str(source), "-o", str(partial)], check=True, capture_output=True, text=True)
-    os.replace(partial, path)
+def _built(compiler: str, source: Path, flags: list[str], name: str) -> Path:
+    """Compile `source` into the file `name` of the cache. Raises ObrError as `build` does."""
+    try:
+        path = caching.writable("native") / name
+        partial = path.with_name(f"{name}.{os.getpid()}")  # jobs that start together each build their own
+        command = [compiler, *flags, str(source), "-o", str(partial)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(partial, path)
+        return path
+    except subprocess.CalledProcessError as error:
+        reason = " ".join((error.stderr or str(error)).split())[:300]
+        raise ObrError(f"{source.name} cannot be built by {compiler}; install another one ({reason}).") from error
+    except OSError as error:
+        if error.filename == compiler:
+            remedy = "install g++ or clang++, or name one in $CXX"
+        else:
+            remedy = "set OBR_CACHE to a folder with free space"
+        raise ObrError(f"{source.name} cannot be built by {compiler} ({error}); {remedy}.") from error
 
 
 def clip_errors(weight: Tensor, scale: Tensor, steps: int, low: int, high: int, exponent: float) -> Tensor | None:

@@ -76,7 +76,7 @@ class Prices:
         entry = self.config["models"][model]
         folders = [Path(self.config["results"]) / "models" / model]
         if entry["source"]["source"] == "path":
-            folders.append(Path(os.path.expandvars(entry["source"]["path"])).expanduser())
+            folders.append(Path(os.path.expanduser(os.path.expandvars(entry["source"]["path"]))))
         for folder in folders:
             if sizes := costs.sizes_in(folder):
                 return sizes

@@ -156,7 +156,7 @@ def _hub_rows(source: dict) -> tuple[list[dict], str | None, dict]:
 
 def _file_rows(source: dict) -> tuple[list[dict], None, dict]:
     task, named = source["task"], source["file"]
-    file = Path(os.path.expandvars(named)).expanduser()
+    file = Path(os.path.expanduser(os.path.expandvars(named)))
     if unset := re.search(r"\$\{?(\w+)", str(file)):
         raise ObrError(
             f"the file {named} of task {task} cannot be found because the environment variable {unset[1]} is "
