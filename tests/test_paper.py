@@ -281,6 +281,18 @@ def test_quant_only_of_table_2_stands_beside_three_bit_weights(paper):
     assert any("quoted beside 3-bit RTN" in note for note in made.notes)
 
 
+def test_sparse_rows_stand_beside_dense_ones_of_4_and_3_bits(paper):
+    """In every table that quotes the paper; by GPTQ, of the same rotation and bits of activations."""
+    config, _ = paper
+    for name, entry in config.raw["tables"].items():
+        rows = [row.recipe for row in artefacts.resolve_rows(entry, config.recipes) if row.recipe]
+        sparse = [recipe for recipe in rows if recipe.sparsity and recipe.bits < 16]
+        if entry.get("published") and sparse:
+            dense = {(r.rotation, r.setting) for r in rows if r.method == "gptq"}
+            wanted = {(r.rotation, f"W{bits}" + r.setting.removeprefix("W4")) for r in sparse for bits in (3, 4)}
+            assert wanted <= dense, (name, wanted - dense)
+
+
 # A compression's time has nothing to do with the bits of activations.
 @pytest.mark.parametrize("name", [name for name in merged("config.yaml")["tables"] if name != "time"])
 def test_quotes_stand_beside_recipes_of_the_same_bits_and_sparsity(paper, name):
