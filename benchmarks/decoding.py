@@ -223,7 +223,7 @@ def read_speed(threads: int, clock: Callable[[], float], repeats: int = 5) -> fl
 
 def resident() -> float:
     """Resident memory of this process, in 10^6 bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS"))
 
 

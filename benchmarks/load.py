@@ -51,7 +51,7 @@ def read(checkpoint: Path, blocks: int | None, start, answers) -> None:
 
 def _private() -> int:
     """Bytes of this process that it shares with no other."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
@@ -118,7 +118,7 @@ def snakemake(folder: Path, config: dict, *arguments: str, python: tuple[str, ..
     command = [sys.executable, *python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
     command += ["--configfile", folder / "config.yaml", "--cores", "1", *arguments]
     own = {"OBR_TINY": str(folder), "PYTHONPATH": str(ROOT / "workflow"), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | own)
         _, status, used = os.wait4(process.pid, 0)

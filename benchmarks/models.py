@@ -83,7 +83,7 @@ def write_model(folder: Path, sizes: dict, seed: int = 0) -> None:
 def write_text(path: Path, vocabulary: int, tokens: int, seed: int = 0) -> None:
     """So many random words of the tokenizer's."""
     words = torch.randint(1, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
-    path.write_text(" ".join(f"w{word}" for word in words.tolist()))
+    path.write_text(" ".join(f"w{word}" for word in words.tolist()), encoding="utf-8")
 
 
 def _empty(sizes: dict):

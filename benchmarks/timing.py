@@ -64,7 +64,7 @@ def machine() -> dict[str, str | int]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     if "model name" not in named:
         return platform.processor() or platform.machine()

@@ -64,7 +64,7 @@ def pulled(folder: Path, victim: str, aim: str, draw: random.Random) -> str:
 
     Returns what was killed, "finished" if run or stage had ended before.
     """
-    with open(folder / "output", "a") as output:
+    with open(folder / "output", "a", encoding="utf-8") as output:
         run = subprocess.Popen(
             command(folder, CONFIG, TARGET), stdout=output, stderr=output, env=environment(), start_new_session=True
         )

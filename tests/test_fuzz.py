@@ -100,7 +100,7 @@ def at(value, path):
 
 def peak() -> int:
     """Bytes of address space that this process has had at most."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.split("VmPeak:")[1].split()[0])
 
 

@@ -84,7 +84,7 @@ def learned(spiky, tokens, tmp_path_factory):
         if kind not in done:
             out = folder / f"{kind}.safetensors"
             learn_rotation(entry_of(kind), spiky, tokens, out, "cpu")
-            with open(out.with_suffix(".csv"), newline="") as file:
+            with open(out.with_suffix(".csv"), encoding="utf-8", newline="") as file:
                 done[kind] = out, [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         return done[kind]
 

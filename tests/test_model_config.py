@@ -312,7 +312,7 @@ def test_a_local_text_that_is_edited_is_fetched_again(tiny_folder, tmp_path, mon
     target = "results/smoke/texts/train.txt"
     assert snakemake(tmp_path, CONFIG, target).returncode == 0
     assert "Nothing to be done" in snakemake(tmp_path, CONFIG, "--dry-run", target).stdout
-    with open(tmp_path / "own/train.txt", "a") as text:
+    with open(tmp_path / "own/train.txt", "a", encoding="utf-8") as text:
         text.write("another sentence\n")
     assert "rule download_text" in snakemake(tmp_path, CONFIG, "--dry-run", target).stdout
 

@@ -32,7 +32,7 @@ def demo(tmp_path_factory) -> tuple[dict, list[Job]]:
 
 def timed(name: str) -> dict[str, float]:
     """Seconds of the jobs of a finished run, by rule and names, on an AMD EPYC server."""
-    with open(ROOT / "tests" / "data" / f"{name}_timings.csv", newline="") as file:
+    with open(ROOT / "tests" / "data" / f"{name}_timings.csv", encoding="utf-8", newline="") as file:
         return {row["job"]: float(row["seconds"]) for row in csv.DictReader(file)}
 
 

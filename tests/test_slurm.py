@@ -147,7 +147,7 @@ def test_a_failing_job_fails_the_run_with_its_log_shown(folder):
 
 
 def test_a_cancelled_job_is_taken_up_and_the_workflow_completes(cluster, folder):
-    with open(folder / "output", "w") as output:
+    with open(folder / "output", "w", encoding="utf-8") as output:
         first = subprocess.Popen(on_slurm(folder), stdout=output, stderr=output, env=environment())
         cancelled = None
         while first.poll() is None:

@@ -62,7 +62,7 @@ ENTRY = {
 
 def save(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def fabricate(results: Path) -> Path:
@@ -313,7 +313,7 @@ def test_csv_keeps_all_digits(written, results):
 
 
 def test_markdown_shows_what_is_there(written):
-    lines = Path(f"{written}.md").read_text().splitlines()
+    lines = Path(f"{written}.md").read_text(encoding="utf-8").splitlines()
     rows = {line.split(" | ")[1]: line for line in lines[4:12] if line.startswith("| Llama")} | {
         line.split("|")[2].strip(): line for line in lines[5:8]
     }
@@ -379,7 +379,7 @@ def test_means_stand_beside_the_mean_over_the_same_tasks():
 
 
 def test_latex_is_whole_and_escaped(written):
-    text = Path(f"{written}.tex").read_text()
+    text = Path(f"{written}.tex").read_text(encoding="utf-8")
     assert r"\caption{Main results (50\% \& W4A4KV4)}" in text
     assert r"\label{tab:main.results}" in text
     assert r"Tiny\_1 \& co" in text

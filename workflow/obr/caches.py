@@ -30,8 +30,11 @@ def size() -> int | None:
         if int(folder.parts[-3][3:]) not in usable:
             continue
         try:
-            found = re.fullmatch(r"(\d+)([KMG]?)", (folder / "size").read_text().strip())
-            level, shared = int((folder / "level").read_text()), (folder / "shared_cpu_list").read_text().strip()
+            found = re.fullmatch(r"(\d+)([KMG]?)", (folder / "size").read_text(encoding="utf-8").strip())
+            level, shared = (
+                int((folder / "level").read_text(encoding="utf-8")),
+                (folder / "shared_cpu_list").read_text(encoding="utf-8").strip(),
+            )
         except (OSError, ValueError):
             continue
         if found and int(found[1]):

@@ -369,7 +369,10 @@ class Writer:
         if tokenizer_from and foreign.trusted(tokenizer_from):
             for path in Path(tokenizer_from).glob("*.py"):
                 shutil.copy2(path, self.directory)
-        with whole(self.directory / "layers.csv") as partial, open(partial, "w", newline="") as file:
+        with (
+            whole(self.directory / "layers.csv") as partial,
+            open(partial, "w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in report.layers)

@@ -29,7 +29,7 @@ def claim(device: str) -> str:
         for gpu in gpus:
             path = Path(tempfile.gettempdir()) / f"obr-gpu-{os.getuid()}-{gpu}.lock"
             try:
-                file = open(path, "w")  # noqa: SIM115  held on purpose
+                file = open(path, "w", encoding="utf-8")  # noqa: SIM115  held on purpose
             except OSError as error:
                 raise ObrError(
                     f"{path}, which reserves GPU {gpu}, cannot be opened ({error.strerror}); delete it, or set "
@@ -52,7 +52,9 @@ def _visible() -> list[str]:
         return [gpu for gpu in given.split(",") if gpu.strip()]
     try:
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(
+            query, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
 

@@ -57,7 +57,7 @@ def _path(module: str) -> str | None:
 def _imports(path: str) -> list[str]:
     """Modules of the package, and names in them, that a file imports; walked once, since stages share most files."""
     names = []
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def _imports(path: str) -> list[str]:
 
 @cache
 def _tree(path: str) -> str:
-    tree = ast.parse((ROOT / path).read_text())
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr):

@@ -105,7 +105,7 @@ def open_wheel(package: str, version: str, sha256: str) -> zipfile.ZipFile:
 def _pip_download(requirement: str, folder: str) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "2"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "-d", folder, requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or not wheels:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]

@@ -173,7 +173,7 @@ def hold(path: Path | str) -> None:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(lock, "a+")  # noqa: SIM115  stays open as long as it is held
+        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115  stays open as long as it is held
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

@@ -66,7 +66,7 @@ def pending(
 @contextlib.contextmanager
 def _mute():
     """Nothing on the standard streams, whoever holds them: Snakemake's logger keeps them from before."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         kept = {number: os.dup(number) for number in (1, 2)}
         try:
             for number in kept:

@@ -192,7 +192,7 @@ def _machine(device: torch.device) -> dict:
 def _processor() -> str:
     """The processor's name where the system tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -284,7 +284,9 @@ def _clocks(device: torch.device) -> dict:
     which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", which, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        told = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
+        ).stdout
         now, most = (float(part) for part in told.split(","))
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}

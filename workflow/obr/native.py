@@ -72,14 +72,20 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 def _key(sources: list[Path], flags: list[str], compiler: str) -> str:
     """Differs with source, flags, compiler and processor, so that machines may share the folder."""
-    parts = [*(source.read_text() for source in sources), *flags, compiler, platform.machine(), *processor_flags()]
+    parts = [
+        *(source.read_text(encoding="utf-8") for source in sources),
+        *flags,
+        compiler,
+        platform.machine(),
+        *processor_flags(),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def processor_flags() -> list[str]:
     """What the processor and the system can do, as Linux names it; empty elsewhere."""
     cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
     return next((line.split() for line in lines if line.startswith("flags")), [])
 
 
@@ -89,7 +95,7 @@ def _built(compiler: str, source: Path, flags: list[str], name: str) -> Path:
         path = caching.writable("native") / name
         partial = path.with_name(f"{name}.{os.getpid()}")  # jobs that start together each build their own
         command = [compiler, *flags, str(source), "-o", str(partial)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
         os.replace(partial, path)
         return path
     except subprocess.CalledProcessError as error:

@@ -26,7 +26,9 @@ def software(root: Path = Path(__file__).parents[2]) -> dict:
     """
     packages = _needed("obr")
     locks = [root / name for name in LOCKS if (root / name).is_file()]
-    locked = dict(pin for path in locks for pin in re.findall(r"(?m)^([\w.-]+)==([^\s;\\]+)", path.read_text()))
+    locked = dict(
+        pin for path in locks for pin in re.findall(r"(?m)^([\w.-]+)==([^\s;\\]+)", path.read_text(encoding="utf-8"))
+    )
     locked = {_canonical(name): pinned for name, pinned in locked.items()}
     return {
         "platform": platform.platform(),

@@ -43,7 +43,7 @@ def found_under(results: Path) -> list[Timing]:
             timing = _timing(Path(results), *path.relative_to(folder).with_suffix("").parts)
         except (ObrError, *BROKEN_FILE):
             continue
-        with open(path, newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
                 if timing and row.get("s"):
                     timings.append(Timing(*timing, float(row["s"]), float(row["max_rss"] or 0) / 1000))

@@ -125,7 +125,7 @@ def _rows(path: Path) -> dict[tuple[int, str], LayerReport]:
     """layers.csv by block and layer."""
     kinds = {name: field.type for name, field in LayerReport.__dataclass_fields__.items()}
     try:
-        with open(path, newline="") as file:
+        with open(path, encoding="utf-8", newline="") as file:
             reports = [LayerReport(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ObrError(f"{path} is not a table of layers ({error}); compress the model again.") from error
