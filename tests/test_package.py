@@ -139,6 +139,7 @@ def test_stages_depend_on_what_they_compile():
 def test_editing_restoration_touches_compression_but_not_hessians():
     assert "restoration.py" in digest.closure("compression")
     assert "restoration.py" not in digest.closure("hessian")
+    assert not {"model.py", "modules.py", "quantize.py"} & digest.closure("download")  # gigabytes to fetch again
     for stage in ("data", "download", "texts", "tasks", "rotations.source", "kernel_benchmark", "table", "figure"):
         assert digest.closure(stage) and "restoration.py" not in digest.closure(stage), stage
 
