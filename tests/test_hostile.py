@@ -229,7 +229,7 @@ def test_the_workflow_hands_the_leave_to_run_code_to_every_stage_of_that_model(t
     tiny = CONFIG["models"]["tiny"]
     models = {"trusted": tiny | {"trust_remote_code": True}, "other": tiny}
     config = replaced(CONFIG, models=models, figures={}, tables__zero_shot__models=[*models])
-    config["tables"].pop("smoke")
+    config["tables"] = {"zero_shot": config["tables"]["zero_shot"]}
     run = snakemake(tmp_path, config, "--dry-run", "--printshellcmds", str(SMOKE / "tables/zero_shot.csv"))
     lines = [line for line in run.stdout.splitlines() if line.startswith("Shell command: obr")]
     opening = [line for line in lines if re.search("--model |--checkpoint ", line) and "obr check-model" not in line]
@@ -457,7 +457,7 @@ def test_patterns_beyond_counting_are_refused(text):
 
 def test_a_plain_tensor_file_is_no_checkpoint(tmp_path, capsys):
     save_file({"a": torch.zeros(2)}, tmp_path / "block_000.safetensors")
-    assert "manifest.json cannot be read as JSON" in told(
+    assert "is no packed checkpoint: it has no manifest.json" in told(
         capsys, "perplexity", "--entry", '{"seqlen": 8}', "--checkpoint", tmp_path, "--text", tmp_path / "t",
         "--out", tmp_path / "o",
     )  # fmt: skip

@@ -197,8 +197,11 @@ def test_files_that_change_what_the_weights_mean_are_refused(model, name, remedy
 def test_checkpoints_read_their_own_files_alone(model, tmp_path, windows):
     compress_stage(model, Recipe.parse({"method": "rtn"}), tmp_path / "c", device="cpu")
     value = obr.perplexity(CheckpointBlocks(tmp_path / "c", device="cpu"), windows)
-    save_file(other(model), tmp_path / "c/model.safetensors")
-    save_file(other(model), tmp_path / "c/zz.safetensors")
+    for stray in ("model.safetensors", "zz.safetensors"):
+        save_file(other(model), tmp_path / "c" / stray)
+        with pytest.raises(ObrError, match=f"{stray} is not in the manifest of the checkpoint"):
+            CheckpointBlocks(tmp_path / "c", device="cpu")
+        (tmp_path / "c" / stray).unlink()
     assert obr.perplexity(CheckpointBlocks(tmp_path / "c", device="cpu"), windows) == value
     edit(tmp_path / "c/ends.safetensors", lambda tensors: tensors | {"scale": torch.ones(1)})
     with pytest.raises(ObrError, match=r"has 1 tensors that llama models .* do not have \(scale first\)"):

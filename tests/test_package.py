@@ -32,7 +32,7 @@ LAYERS = [
     ["modules"],
     ["model_check"],
     ["model"],
-    ["unchanged", "checkpoint_files", "model_state"],
+    ["unchanged", "checkpoint_files", "model_state", "model_saving"],
     ["resume"],
     ["rotations"],
     ["data", "cloze"],

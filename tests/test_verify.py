@@ -193,7 +193,7 @@ Q = "self_attn.q_proj"
 @pytest.mark.parametrize(
     "spoil, sentence",
     [
-        (lambda c: (c / "manifest.json").unlink(), "manifest.json cannot be read as JSON"),
+        (lambda c: (c / "manifest.json").unlink(), "is no packed checkpoint: it has no manifest.json"),
         (lambda c: (c / "manifest.json").write_text("[]"), "manifest.json holds a JSON list, not an object"),
         (altered(lambda m: m.pop("recipe")), "manifest.json has no 'recipe'"),
         (altered(lambda m: m.update(blocks="3")), "manifest.json has 'blocks' of type str; it was altered"),

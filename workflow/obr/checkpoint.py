@@ -37,7 +37,8 @@ from obr.layout import Layout, layout_of
 from obr.model import Blocks, StreamedBlocks, block_file
 from obr.model_check import Checked, check_tensors, is_tied, meta_model
 from obr.model_config import generation_config, load_config
-from obr.model_state import check_before_saving, check_block_as_compressed, check_stored, refuse_plain_saving
+from obr.model_saving import check_before_saving, check_block_as_compressed, check_stored
+from obr.model_state import refuse_plain_saving
 from obr.modules import QuantLinear, set_quantizers, wrap_block
 from obr.packing import Packed, pack, unpack
 from obr.provenance import software, versions

@@ -8,7 +8,7 @@ missing or too many is refused.
 
 import re
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -108,7 +108,7 @@ def adopt(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
             finished = writer.unfinished.note(index)
             note = finished or _adopt_block(reader, index, recipe, writer)
             shown.resume() if finished else shown.block()
-            report.layers += [LayerReport(**row) for row in note["layers"]]
+            report.layers += [LayerReport.of(row) for row in note["layers"]]
             report.seconds += note["seconds"]
             verified.join(Verified.of(note["verified"]))
     report.released = {"layout": reader.kind} | vars(verified)
@@ -142,7 +142,7 @@ def _adopt_block(reader: Reader, index: int, recipe: Recipe, writer: Writer) -> 
             _check_likeness(alike[name], own, where)
             verified.resembles(alike[name])
         rows.append(_adopt_layer(block, name, index, own, reader.dtype))
-    note = {"layers": [asdict(row) for row in rows], "verified": vars(verified)}
+    note = {"layers": [row.noted() for row in rows], "verified": vars(verified)}
     note["seconds"] = time.monotonic() - started
     writer.unfinished.keep(index, lambda path: save_block(block, layout, path, reader.dtype), note)
     return note
