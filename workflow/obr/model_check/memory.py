@@ -49,8 +49,8 @@ def check_model(model: nn.Module) -> Layout:
         ObrError: a step that has not finished; another class, module, parameter, buffer, attribute or hook; an
             offloaded, quantised or shared tensor.
     """
-    check_finished(model)
     _check_class(model)
+    check_finished(model)
     layout = layout_of(model.config)
     check_sizes(model.config, "the model")
     reference = meta_model(model.config) if _is_native(model) else _own_meta_model(model)
@@ -72,7 +72,7 @@ def check_model(model: nn.Module) -> Layout:
 
 def check_finished(model: nn.Module) -> None:
     """Raise ObrError if a step such as `obr.rotate` has begun to change the model and has not finished."""
-    if step := vars(model).get(UNFINISHED):
+    if step := getattr(model, "__dict__", {}).get(UNFINISHED):
         raise ObrError(f"{step} has begun to change this model and did not finish; load the model again.")
 
 
