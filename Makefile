@@ -2,6 +2,7 @@
 # make plan    what the paper's tables would cost, before anything starts (PLAN="--configfile ..." for others)
 # make test    everything from nothing: all tests
 # make test-faults   kills, full disks, broken input, at length: 25 kills, 10^5 broken files and configs; mounts as root
+# make test-processors   the numeric tests under each set of instructions that this processor can be held to
 # make test-slurm   the workflow on a SLURM of its own, from Debian's packages; as root
 # make smoke   the whole workflow on a tiny model, trained first
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
@@ -16,7 +17,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-faults test-slurm benchmark benchmark-large kernels lint audit clean
+.PHONY: plan demo demo-wikitext smoke test test-faults test-processors test-slurm benchmark benchmark-large kernels lint audit clean
 .DEFAULT_GOAL := demo
 
 # By hash, all but torch; it comes last and pinned, so that nothing else chooses its build.
@@ -53,6 +54,9 @@ test: $(READY)
 test-faults: $(READY)
 	OBR_KILLS=25 OBR_EXAMPLES=100000 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	$(BIN)/python -m pytest -s tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py tests/test_resume.py
+
+test-processors: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/processors.py
 
 # Where the packages cannot be had, the tests skip and say so.
 test-slurm: $(READY)
