@@ -91,9 +91,7 @@ def _tried(path: Path) -> Path:
 
 def _instead(name: str, why: str) -> Path:
     path = _temporary() / name
-    warnings.warn(
-        f"The cache is in {path}, since {why}; set {VARIABLE} to a folder that can be written.", stacklevel=3
-    )
+    warnings.warn(f"The cache is in {path}, since {why}; set {VARIABLE} to a writable folder.", stacklevel=1)
     return path
 
 

@@ -23,7 +23,9 @@ from obr.recipe import Pattern, QuantizerSettings
 
 HERE = Path(__file__).parent
 SOURCES = [HERE / name for name in ("kernels.cpp", "layout.h", "pool.h", "avx512.h", "avx2.h", "portable.h")]
+# No fused multiply-add, which only some levels have: scales are multiplied in with the same result by all of them.
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-ffp-contract=off"]
 # Best first; what the compiler is told, and by which the processor is known.
 LEVELS: dict[str, list[str]] = {
     "avx512": [
