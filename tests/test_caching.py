@@ -72,9 +72,7 @@ def test_the_cache_is_in_the_home_folder_or_where_the_variable_says(tmp_path, mo
 
 
 def test_without_a_home_the_cache_is_temporary(no_home, scratch):
-    with pytest.warns(
-        UserWarning, match=r"since there is no home folder; set OBR_CACHE to a folder that can be written"
-    ):
+    with pytest.warns(UserWarning, match=r"since there is no home folder; set OBR_CACHE to a writable folder"):
         path = caching.writable("native")
     assert path == scratch / f"obr-{os.getuid()}" / "native" and path.is_dir()
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -187,7 +185,7 @@ def test_commands_run_for_a_user_whom_the_system_does_not_know(home, tmp_path):
         [sys.executable, "-c", library], env=variables, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout == "0.5\n" and "Traceback" not in done.stderr, done.stderr
-    assert "set OBR_CACHE to a folder that can be written" in done.stderr
+    assert "set OBR_CACHE to a writable folder" in done.stderr
     one = [
         sys.executable,
         "-m",
