@@ -472,6 +472,7 @@ def test_a_model_from_a_gguf_in_a_wheel(gguf, cache, tmp_path):
     assert not hasattr(config, "quantization_config")
     about = json.loads((tmp_path / "half/source.json").read_text())
     assert about["dtype"] == "float16" and about["licence"] == "MIT" and about["source"] == source
+    assert {path.name for path in (tmp_path / "half").iterdir()} == {*about["sha256"], "source.json"}
 
     original = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     single = AutoModelForCausalLM.from_pretrained(tmp_path / "single", dtype="auto")

