@@ -2,7 +2,7 @@
 #
 #   snakemake --cores all                                   everything in config.yaml
 #   snakemake --cores all results/tables/table1.csv         one table
-#   snakemake --cores all --config only_models=[llama-2-7b] one model
+#   snakemake --cores all --config only_models=[llama-2-7b]   # one model
 #   snakemake -n                                            what would run, and why
 from snakemake.utils import min_version
 
