@@ -62,6 +62,7 @@ def kernels(source: Source) -> Sheet:
     rows = len(headings) * (1 + APART) + len(bars)
     row = min(ROW, HEIGHT / max(rows, 1))
     sheet = new_sheet(len(chosen), across=len(chosen), height=max(1.2, row * rows + 0.6), sharey=True)
+    sheet.figure.get_layout_engine().set(w_pad=0.14)  # small text is wider at the resolution of a screen
     for name, panel in zip(chosen, sheet.panels):
         _draw(panel, name, bars, TEXT * row / ROW)
         _row_axis(panel, headings, bars, TEXT * row / ROW)
