@@ -18,7 +18,7 @@ from obr.layout import needs_bos
 SAMPLINGS = ("random", "sequential", "documents")
 DOCUMENTS = ".jsonl"  # suffix of a file with one JSON string per line
 SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling")
-PROBE = "a b"  # a text that shows which tokens a tokenizer adds around every text
+PROBE = "a b"  # the text by which `special_tokens` finds what a tokenizer adds
 
 
 def read_text(path: Path | str) -> str:
@@ -277,7 +277,7 @@ def _begun(windows: torch.LongTensor, bos_token_id: int) -> torch.LongTensor:
 
 
 def missing_bos(windows: torch.LongTensor, tokenizer, model_type: str) -> str | None:
-    """A sentence on windows (b, s) without BOS in front, for models that need it there; None if all is well."""
+    """A sentence on windows (b, s) without BOS in front, for families that need it; None if no window lacks it."""
     if not needs_bos(model_type):
         return None
     begun = 0 if tokenizer.bos_token_id is None else int((windows[:, 0] == tokenizer.bos_token_id).sum())
@@ -286,7 +286,7 @@ def missing_bos(windows: torch.LongTensor, tokenizer, model_type: str) -> str | 
         return None
     return (
         f"{model_type} models need a BOS token in front and {without:,} of {len(windows):,} windows have none, "
-        "so the values mean little; set bos to window"
+        "so the values are not meaningful; set bos to window"
     )
 
 
@@ -328,7 +328,7 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
 
 
 def bos_note(windows: torch.LongTensor, tokenizer, model_dir: Path) -> dict:
-    """{"note": sentence} on calibration windows that lack a BOS token which the model needs; else {}."""
+    """{"note": sentence} for calibration windows without the BOS token that the model needs; else {}."""
     config = model_dir / "config.json"
     model_type = read_json(config).get("model_type", "") if config.is_file() else ""
     note = missing_bos(windows, tokenizer, model_type)

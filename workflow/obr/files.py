@@ -77,7 +77,7 @@ def json_text(value: Any, name: Path | str) -> str:
     """A value as indented JSON with a final newline. name: what it becomes, for messages.
 
     Raises:
-        ObrError: a number in it is infinite or NaN, which JSON has no word for; see `finite`.
+        ObrError: a number in it is infinite or NaN, which JSON cannot represent; see `finite`.
     """
     try:
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -22,7 +22,7 @@ def generate(
     Documents begin with the token that begins a text and end where the model ends them, at `seqlen` tokens at most;
     end to end they are cut into windows. The whole model is held in memory.
 
-    spec: nsamples, seqlen, seed, `generated` {temperature, top_p, batch_size}, and `bos`: "window" puts a BOS token
+    spec: nsamples, seqlen, seed, and `generated` {temperature, top_p, batch_size}. `bos`: "window" puts a BOS token
     in front of every window, see `data.sample_windows`.
     Raises ObrError for a tokenizer that knows no token to begin with, and for logits that are not finite.
     """

@@ -18,7 +18,7 @@ class Layout:
     groups: linear layers that read the same input, in the order in which a block computes them; `o` reads the
     attention's output and `down` the gated product. norms: the norm that feeds a group. norm_offset: a norm's
     gain is its weight plus this. query_norm, key_norm: norms (m,) of every head between projection and RoPE.
-    needs_bos: without a beginning-of-sequence token in front, the family's models predict next to nothing.
+    needs_bos: the family's models need a beginning-of-sequence (BOS) token in front of their input.
     """
 
     blocks: str = "model.layers"

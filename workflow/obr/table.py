@@ -259,7 +259,7 @@ def _zero_shot_notes(evidence: Evidence) -> list[str]:
 
 
 def _bos_notes(what: str, found: list[tuple[str, dict]]) -> list[str]:
-    """The notes that artefacts, given with a model's name, carry on a BOS token that the model lacks; each once."""
+    """The artefacts' notes on missing BOS tokens, each once. found: (model label, artefact)."""
     return list(dict.fromkeys(f"{what} ({model}): {about['note']}." for model, about in found if about.get("note")))
 
 

@@ -39,11 +39,11 @@ def zero_shot(
     exp of the mean negative log-likelihood of an answer.
 
     bos: which special tokens are put before a prompt.
-        None: as the released evaluation has it, by lm-eval 0.4.2 and 0.4.4: none, but a beginning-of-sequence (BOS)
-            token for Gemma.
+        None: as in the released evaluation, which uses lm-eval 0.4.2 and 0.4.4: none, but a beginning-of-sequence
+            (BOS) token for Gemma.
         True: a BOS token. False: none.
-        "tokenizer": those that the tokenizer adds before a text, as lm-eval has it by default since 0.4.9.2.
-    Nothing is ever put after a prompt or an answer, and a BOS that the prompt begins with is not doubled.
+        "tokenizer": those that the tokenizer adds before a text, which is lm-eval's default since 0.4.9.2.
+    No special token is put after a prompt or an answer. A BOS that the prompt begins with is not doubled.
 
     Raises ObrError when the task folder is damaged, an answer does not fit `max_length`, the head is tied
     in the configuration only, a log-likelihood is not finite, or `bos` asks for a token that the tokenizer lacks.
@@ -107,10 +107,11 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
     from lm_eval.models.huggingface import HFLM
 
     class PlainLM(HFLM):
-        """HFLM that adds no special tokens but `before` to prompts, and counts the requests it will have to cut.
+        """HFLM that puts `before` in front of prompts, adds no other special token, and counts truncated requests.
 
-        HFLM tokenises question and answer together and the question alone, both with the tokenizer's special tokens,
-        and takes what is longer for the answer: a token added after each text then replaces the answer's first one.
+        HFLM tokenises the question alone and the question with the answer, both with the tokenizer's special tokens.
+        It takes the second from the first's length on for the answer. A token added after each text then drops the
+        first token of the answer.
         """
 
         truncated = 0
@@ -120,7 +121,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
             return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            # Blanks at the question's end count as the answer's, as lm-eval has it.
+            # Spaces at the end of the question belong to the answer, as in lm-eval.
             question = _encode(self.tokenizer, context.rstrip())
             both = _encode(self.tokenizer, context + continuation)
             after = both[len(question) :]
@@ -142,7 +143,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
             return question, after
 
         def _start(self) -> list[int]:
-            """What an answer without a question follows, as lm-eval has it: BOS, or else EOS."""
+            """The token before an answer without a question, as in lm-eval: BOS, or EOS if there is no BOS."""
             if self.prefix_token_id is None:
                 raise ObrError(
                     f"a question of the task is empty and {type(self.tokenizer).__name__} has neither a BOS nor an "
@@ -176,8 +177,8 @@ def _bos_note(model: Any, tokenizer: Any, before: list[int]) -> dict:
     if not needs_bos(family) or (before and before[0] == tokenizer.bos_token_id):
         return {}
     return {
-        "note": f"{family} models need a BOS token in front and the prompts have none, so the values mean little; "
-        "leave bos out"
+        "note": f"{family} models need a BOS token in front and the prompts have none, so the values are not "
+        "meaningful; leave bos out"
     }
 
 

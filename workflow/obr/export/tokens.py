@@ -22,8 +22,8 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> str:
     """Add the tokenizer of a model folder, filled up to `vocabulary` tokens; returns a few words on it.
 
     Raises:
-        ObrError: a tokenizer that llama.cpp would not split text like, or that adds special tokens to a text that no
-            key of GGUF tells of.
+        ObrError: a tokenizer that llama.cpp would not split text like, or that adds special tokens for which GGUF has
+            no key.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -45,7 +45,7 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> str:
 def _added(folder: Path, ids: dict[str, int]) -> dict[str, bool]:
     """Whether the tokenizer adds BOS before and EOS after a text.
 
-    GGUF's reader guesses that from the tokenizer's files, and llama.cpp from the split where the keys are missing.
+    Without these keys llama.cpp decides by the name of the split.
     """
     tokenizer = load_tokenizer(folder)
     added = dict(zip(("bos", "eos"), special_tokens(tokenizer), strict=True))
