@@ -106,7 +106,7 @@ def test_the_paper_is_priced_with_its_licences(tmp_path):
     plan = make(SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path)}, [], 16, 1)
     assert plan.jobs > 900 and plan.gpu > 100 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
     assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
-    assert "Gated" in spell(plan) and "larger GPU" in spell(plan)
+    assert "Gated" in spell(plan) and "larger GPU: some of learn_rotation, zero_shot" in spell(plan)
     few = make(
         SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path), "only_models": ["llama-2-7b"]}, [], 16, 1
     )

@@ -338,7 +338,8 @@ def spell(plan: Plan) -> str:
     device = f", {plan.gpu:.0f} GB of a GPU" if plan.gpu else ""
     lines.append(f"Peak memory of a job: {plan.host:.1f} GB of the host{device}.")
     if plan.gpu > 80:
-        lines.append("Jobs above 80 GB need a larger GPU: zero-shot evaluation loads the whole model on one.")
+        large = ", ".join(sorted(rule for rule, sums in plan.by_rule.items() if sums["gpu"] > 80))
+        lines.append(f"Jobs above 80 GB need a larger GPU: some of {large}, which hold the whole model on one.")
     lines.append(f"Disk: {plan.disk:.1f} GB. Downloads: {plan.fetched:.1f} GB.")
     if plan.gated:
         lines.append(f"Gated, accept the licence on the hub first: {', '.join(sorted(plan.gated))}.")
