@@ -234,7 +234,7 @@ def test_what_others_released_is_neither_made_again_nor_multiplied_packed_nor_al
     assert "holds layers that others released; verify it without --recompute" in capsys.readouterr().err
     more = {"activations": {"bits": 8}, "keys": CACHE, "values": CACHE}
     refused(
-        lambda: obr.load(tmp_path / "out", {**ENTRY, **more}, packed=True), "Released weights are kept at 16 bits"
+        lambda: obr.load(tmp_path / "out", {**ENTRY, **more}, packed=True), "Released weights are stored at 16 bits"
     )
     ran(
         "push",

@@ -109,7 +109,9 @@ def _pack_linears(block: nn.Module, layout: Layout) -> None:
 
 def _check_recipe(recipe: Recipe) -> None:
     if recipe.method == "released":
-        raise ObrError("Released weights are kept at 16 bits, which no packed kernel multiplies; pass packed=False.")
+        raise ObrError(
+            "Released weights are stored at 16 bits, which no packed kernel multiplies; pass packed=False."
+        )
     if recipe.bits > 4:
         raise ObrError(f"Weights of {recipe.bits} bits have no packed kernel; compress with 2 to 4, or packed=False.")
     if recipe.activations.bits > 8:

@@ -1,9 +1,9 @@
-"""Checkpoints as OBR's authors released them, made into packed ones of this project, and verified on the way.
+"""Checkpoints as OBR's authors released them, verified and made into packed checkpoints.
 
-A released checkpoint is the state dict of a transformed model whose linear layers hold fake-quantised 16-bit weights,
-as one of the paper's three front ends has it: QuaRot, SpinQuant (`wrapped`) or FlatQuant (`flatquant`). Which one is
-told from the names and shapes of its tensors. What the quantisers buffered is ignored by name; anything else that is
-missing or too many is refused.
+A released checkpoint is the state dict of a transformed model whose linear layers hold fake-quantised 16-bit weights.
+The paper's front ends write three layouts: QuaRot's, SpinQuant's (module `wrapped`) and FlatQuant's (`flatquant`).
+The layout of a file is determined from the names and shapes of its tensors. Buffers of quantisers are ignored by
+name; other tensors that are missing or unexpected are refused.
 """
 
 import re
@@ -43,8 +43,8 @@ ALIKE = 0.6
 def reader_of(state: StateDict, blocks: StreamedBlocks) -> Reader:
     """The reader for the layout of a file.
 
-    FlatQuant's has transforms as matrices; QuaRot's norms have one element; SpinQuant's have the model's width, and
-    its layers are wrapped.
+    FlatQuant's layout has transforms as matrices. QuaRot's norms have one element. SpinQuant's norms have the model's
+    width, and its layers are wrapped.
 
     Raises:
         ObrError: a file of no layout that is known, or one that does not fit the base model.
@@ -78,13 +78,13 @@ def _layout(state: StateDict, blocks: StreamedBlocks) -> str:
 
 @torch.no_grad()
 def adopt(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
-    """The stage: a released checkpoint, verified, as a packed one; returns the manifest.
+    """The stage: verify a released checkpoint and write it as a packed one; returns the manifest.
 
-    The weights are kept as they are, in the dtype of the file. `released` in the manifest is the layout, and what was
-    verified. An interrupted run goes on with the block it was at.
+    The weights are kept as they are, in the dtype of the file. `released` in the manifest has the layout and what was
+    verified. An interrupted run continues with its first unfinished block.
 
     Args:
-        model: the folder of the base model, for its configuration and tokenizer, and to compare layers with.
+        model: the folder of the base model: configuration, tokenizer, and layers to compare with.
         released: what `download_released` wrote.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Checkpoints of FlatQuant's front end: transforms stand beside fake-quantised weights that were folded for them.
+"""Checkpoints of FlatQuant's front end (Sun et al., arXiv 2410.09426): transforms beside the weights folded for them.
 
-The residual stream is as it was, and norms have their weights, with the scales of the transforms merged. A linear
-layer is inside a module with its learned clips: `q_proj.linear.weight`, `q_proj.clip_factor_w_max`,
-`q_proj.act_quantizer.clip_factor_a_max`. A transform stands as its matrices and their inverses, transposed. One that
-was learned as a free matrix keeps it a second time: `o_trans.linear.weight` is `o_trans.matrix`.
+The residual stream is not transformed. Norms have weights, with the scales of the transforms merged. A linear layer
+is in a module with its learned clips: `q_proj.linear.weight`, `q_proj.clip_factor_w_max`,
+`q_proj.act_quantizer.clip_factor_a_max`. A transform is stored as its matrices and their inverse transposes. A matrix
+that was learned directly is stored twice: `o_trans.linear.weight` equals `o_trans.matrix`.
 """
 
 import re
@@ -24,14 +24,14 @@ from obr.rotations.published import check_dual, flatquant_names
 from obr.rotations.rotation import check_parameter
 
 NEEDED = (*(f"{group}.{side}" for group in PAIRED for side in ("left", "right")), "o.heads")
-LINEAR = re.compile(r"(.*_trans)\.matrix")  # a matrix that a module with a free one holds twice
+LINEAR = re.compile(r"(.*_trans)\.matrix")  # a matrix that is stored twice where it was learned directly
 
 
 class FlatQuant(Reader):
     """FlatQuant's layout, saved after `reparameterize_model` and without `separate_vtrans`.
 
-    Transforms, clips and ranges are those of the rotation of the same name; which of them there are is told from the
-    file's first block. Weights are not clipped again.
+    Transforms, clips and ranges are the parameters of the rotation of the same name. The first block of the file
+    determines which optional ones all blocks have. Weights are not clipped again.
     """
 
     kind = "flatquant"
@@ -72,7 +72,7 @@ class FlatQuant(Reader):
         return self.rotation.about()
 
     def likeness(self, index: int, block: nn.Module) -> dict[str, float]:
-        """Raises ObrError if values are not transformed in v_proj, as with separate_vtrans; the names do not tell."""
+        """Raises ObrError if v_proj was folded without vcache_trans: separate_vtrans has the same names."""
         base, changes, roles = self.blocks.load(index), self.rotation.changes(index), self.layout.roles
 
         def cosine(role: str, changes: fold.Changes) -> float:
@@ -98,7 +98,7 @@ class FlatQuant(Reader):
         return {layout.embed: Part(embed, shape), layout.head: Part(head, shape)}
 
     def _transforms(self, index: int) -> dict[str, Part]:
-        """{parameter: part} of a block; those that a file may lack are all there or none, as in the first block."""
+        """{parameter: part} of a block: the needed ones, and the optional ones that the first block has."""
         files = {new: old for old, new in flatquant_names().items()}
         there = {_unit(name) for name, old in files.items() if any(n in self.state for n in self._names(0, old))}
         shapes = {name: self.everything[f"blocks.{index}.{name.removesuffix('.dual')}"].shape for name in files}
@@ -131,5 +131,5 @@ class FlatQuant(Reader):
 
 
 def _unit(name: str) -> str:
-    """What a parameter comes together with: the dual of a matrix, the other end of a range."""
+    """The name that a matrix shares with its dual, and one end of a range with the other."""
     return re.sub(r"\.dual$|_(low|high)$", "", name)

@@ -19,8 +19,8 @@ from obr.rotations import fold
 class Part:
     """One tensor of a file.
 
-    names: under any of which it may stand, since two modules may share it; the last one is for messages. shape: that
-    it must have. stored: whether it is kept in the dtype of the checkpoint, as weights are.
+    names: any one of which is enough, since modules may share the tensor; messages have the last one. shape: that
+    it must have. stored: whether the dtype of the checkpoint must hold it without rounding, as weights.
     """
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Reader(ABC):
     """
 
     kind = ""  # of the rotation
-    # What quantisers leave in a state dict; they are computed for every token instead.
+    # Buffers that a state dict may have and that are not read.
     buffers = re.compile(r"rotary_emb\.inv_freq$")
 
     def __init__(self, state: StateDict, blocks: StreamedBlocks):
@@ -104,7 +104,7 @@ class Reader(ABC):
         return block.eval().requires_grad_(False)
 
     def take(self, names: tuple[str, ...]) -> Tensor:
-        """The tensor that stands under any of these names. Raises ObrError if it differs between two of them."""
+        """The tensor with any of these names. Raises ObrError if two of them have different values."""
         tensors = [self.state.read(name) for name in names if name in self.state]
         if any(not torch.equal(tensors[0], other) for other in tensors[1:]):
             owner, _, kind = names[-1].rpartition(".")

@@ -1,4 +1,4 @@
-"""The tensors of a downloaded checkpoint by name, whichever files hold them."""
+"""The tensors of a downloaded checkpoint by name, from one file or from shards."""
 
 import re
 import zipfile
@@ -22,7 +22,7 @@ READABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a tensor before it is read. dtype: None for one that torch has no floating-point type for."""
+    """File, shape and type of a tensor. dtype: None if it is not floating-point."""
 
     path: Path
     shape: tuple[int, ...]

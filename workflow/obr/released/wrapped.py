@@ -1,8 +1,8 @@
 """Checkpoints of QuaRot's and SpinQuant's front ends: rotated models whose linear layers are wrapped.
 
-Embeddings and head are rotated. Every linear layer, the head too, is inside a wrapper that refers to its parameters:
-they stand in the file as `q_proj.weight` and as `q_proj.module.weight`, or under one of the two where a writer left
-out what is shared. `had_K` is the Hadamard matrix of an online transform whose size is no power of two.
+Embeddings and head are rotated. Every linear layer, the head included, is in a wrapper that shares its parameters.
+The file has them as `q_proj.weight` and `q_proj.module.weight`, or once if its writer leaves out shared tensors.
+`had_K` is the Hadamard matrix of an online transform whose size is no power of two.
 """
 
 import re
@@ -51,7 +51,7 @@ class Wrapped(Reader):
         model.get_submodule(norm).weight = nn.Parameter(self.gain(norm), requires_grad=False)
 
     def gain(self, norm: str) -> Tensor:
-        """That of a norm without a weight: its gain is in the layers that read it."""
+        """Of a norm whose weight is folded into the layers that read it."""
         return torch.full((self.blocks.dimensions.hidden,), 1 - self.layout.norm_offset)
 
     def changes(self, index: int) -> Changes:
@@ -143,7 +143,7 @@ class Wrapped(Reader):
 
 
 class QuaRot(Wrapped):
-    """QuaRot's layout: norms have a placeholder of one element, heads are mixed in front of o_proj."""
+    """QuaRot's layout (arXiv 2404.00456): norms have one element, heads are mixed in front of o_proj."""
 
     kind = "quarot"
     online = ("o", "down")
@@ -165,7 +165,7 @@ class QuaRot(Wrapped):
 
 
 class SpinQuant(Wrapped):
-    """SpinQuant's layout: norms have weights of one, nothing is online in front of o_proj."""
+    """SpinQuant's layout (arXiv 2405.16406): norms have weights of one, nothing is online in front of o_proj."""
 
     kind = "spinquant"
 
