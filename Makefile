@@ -77,7 +77,7 @@ benchmark-large: $(READY)
 kernels: $(READY)
 	$(INSTALL) --no-deps --require-hashes \
 	--target .venv/cuda --upgrade -r requirements.cuda.lock
-	$(BIN)/python -c 'from obr.cuda import library; print(library.prepare())'
+	$(BIN)/python -c 'from obr.kernels.cuda import library; print(library.prepare())'
 
 lint: $(READY)
 	$(BIN)/ruff check .

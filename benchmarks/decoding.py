@@ -24,17 +24,19 @@ from torch import Tensor, nn
 
 from layers import MODEL
 from models import LLAMA_2_7B, write_model
-from obr import int4, native
-from obr.checkpoint import CheckpointBlocks, read_manifest
-from obr.compression import compress_stage
-from obr.data import evaluation_windows, read_text, tokenize
+from obr.checkpoints import packed_linear
+from obr.checkpoints.format import CheckpointBlocks, read_manifest
+from obr.checkpoints.packed_linear import PackedBlocks, PackedLinear
+from obr.checkpoints.packed_linear import load as load_checkpoint
+from obr.checkpoints.packing import unpack
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
+from obr.data.token_windows import evaluation_windows
+from obr.data.tokenize import read_text, tokenize
 from obr.errors import ObrError
-from obr.evaluate import perplexity
-from obr.model import load_tokenizer
-from obr.packed import PackedBlocks, PackedLinear
-from obr.packed import load as load_checkpoint
-from obr.packing import unpack
-from obr.recipe import Recipe
+from obr.evaluation.perplexity import perplexity
+from obr.kernels.int4 import packed_weight
+from obr.models.loading import load_tokenizer
 from timing import clock_of, machine
 
 DENSE, PACKED = "bfloat16", "packed"
@@ -131,7 +133,7 @@ def check(folder: Path) -> None:
     for name in packed.layout.linears:
         layer, codes = block.get_submodule(name), unpack(twin.get_submodule(name).packed).codes
         x = torch.randn(3, codes.shape[1], generator=torch.Generator().manual_seed(0))
-        rounded = int4.quantize(x, layer.activations, layer.range)
+        rounded = packed_weight.quantize(x, layer.activations, layer.range)
         exact = (rounded.q[:, : codes.shape[1]].double() - rounded.zero[:, None]) @ codes.double().T
         if not torch.equal(layer.kernel.integers(rounded).double(), exact):
             raise ObrError(f"{name} of {folder} is multiplied wrongly; nothing is timed.")
@@ -156,7 +158,7 @@ def write_tokens(folder: Path, kind: str, tokens: int, threads: int) -> dict[str
     before, reads = resident(), [read_speed(threads, clock)]
     model = load(folder, kind)
     seconds = written(model, tokens, clock)
-    native.return_freed_memory()
+    packed_linear.return_freed_memory()
     after = resident()  # not sooner: weights that are mapped come into memory as they are used
     fastest = median([*reads, read_speed(threads, clock)])
     bytes_ = weight_bytes(model)
@@ -216,7 +218,7 @@ def read_speed(threads: int, clock: Callable[[], float], repeats: int = 5) -> fl
     times = []
     for _ in range(repeats):
         start = clock()
-        int4.read_memory(memory, threads)
+        packed_weight.read_memory(memory, threads)
         times.append(clock() - start)
     return memory.nbytes / median(times)
 

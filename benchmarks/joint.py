@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layers import made_layer, real_layer
 from learned_mask import learned_mask
-from obr.restoration import Restored, restore
+from obr.methods.restore import Restored, restore
 from timing import alternately, clock_of, machine, median
 
 LAYERS = {"self_attn.q_proj": "qkv", "self_attn.o_proj": "o", "mlp.up_proj": "up_gate", "mlp.down_proj": "down"}

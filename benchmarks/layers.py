@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from obr import hessian as hessians
-from obr.model import block_file
+from obr.calibration import collect_hessians as hessians
+from obr.rotations import apply
+from obr.runtime.resume import block_file
 
 MODEL, ROTATION, CALIBRATION = "smollm2-135m", "quarot", "sotu"  # as `make demo` names them
 
 
 def real_layer(results: Path, block: int, name: str, group: str) -> tuple[Tensor, Tensor]:
     """A weight (r, n) of the demo's model and the Hessian (n, n) of its inputs that the demo cached."""
-    blocks = hessians.open_blocks(
+    blocks = apply.open_blocks(
         results / "models" / MODEL, results / "rotations" / ROTATION / f"{MODEL}.safetensors", device="cpu"
     )
     cached = hessians.load(results / "hessians" / MODEL / ROTATION / CALIBRATION / block_file(block))

@@ -8,7 +8,7 @@ the closed-form restoration's (OBR, equation 9), while τ falls until the gates 
 import torch
 from torch import Tensor
 
-from obr.prune import mask_from_scores
+from obr.methods.masks import mask_from_scores
 
 STEPS, RATE = 300, 0.01  # from a quarter to five times this rate the error changes by a twentieth at most
 HOT, COLD = 0.5, 0.02  # τ at first and at last, in units of the scores' mean

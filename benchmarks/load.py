@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from obr.errors import ObrError
-from obr.files import whole
+from obr.runtime.files import whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results/load"
@@ -36,7 +36,7 @@ def read(checkpoint: Path, blocks: int | None, start, answers) -> None:
     """Load every block, once all readers are there; tell a hash of all weights, CPU seconds, private memory."""
     import torch
 
-    from obr.checkpoint import CheckpointBlocks
+    from obr.checkpoints.format import CheckpointBlocks
 
     torch.set_num_threads(1)
     start.wait()
@@ -63,7 +63,7 @@ def readers(checkpoint: Path, count: int, blocks: int | None = None) -> list[dic
     """
     import torch
 
-    from obr.checkpoint import CheckpointBlocks
+    from obr.checkpoints.format import CheckpointBlocks
 
     torch.set_num_threads(1)  # threads would not survive the fork
     CheckpointBlocks(checkpoint, dtype=torch.float32, device="cpu")  # imports what all need, once
@@ -185,7 +185,7 @@ def draw(frame: pd.DataFrame, stem: Path) -> None:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from obr.sheet import COLOURS, PAGE, STYLE
+    from obr.report.figures.canvas import COLOURS, PAGE, STYLE
 
     size, values = frame.columns[0], {"cpu_s": "CPU time (s)", "peak_mb": "Peak memory (MB)"}
     with matplotlib.rc_context(STYLE):

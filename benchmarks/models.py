@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from obr.data import calibrate
-from obr.rotations import source
+from obr.data.token_windows import calibrate
+from obr.rotations import obtain
 
 SMOLLM2_135M = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -48,7 +48,7 @@ def write_inputs(folder: Path, sizes: dict, windows: int, seqlen: int) -> Inputs
     inputs = Inputs.below(folder)
     write_model(inputs.model, sizes)
     write_text(inputs.text, sizes["vocab_size"], 2 * windows * seqlen)
-    source.make({"kind": "quarot"}, inputs.model, inputs.rotation)
+    obtain.make({"kind": "quarot"}, inputs.model, inputs.rotation)
     calibrate(inputs.model, inputs.text, {"nsamples": windows, "seqlen": seqlen}, inputs.tokens)
     return inputs
 

@@ -27,7 +27,7 @@ def run_stage(stage: str, *arguments: object) -> dict[str, float]:
         ObrError: the stage failed; what it printed is in the message.
     """
     texts = [json.dumps(a) if isinstance(a, dict) else str(a) for a in arguments]
-    command = [sys.executable, "-c", WATCH, sys.executable, "-m", "obr.cli", stage, *texts]
+    command = [sys.executable, "-c", WATCH, sys.executable, "-m", "obr", stage, *texts]
     done = subprocess.run(command, capture_output=True, text=True)
     found = json.loads(done.stdout) if done.returncode == 0 else {"status": done.returncode}
     if found["status"]:

@@ -10,8 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from obr.files import whole
-from obr.sheet import COLOURS, MARKERS, PAGE, STYLE
+from obr.report.figures.canvas import COLOURS, MARKERS, PAGE, STYLE
+from obr.runtime.files import whole
 from timing import counted
 
 STAGES = {

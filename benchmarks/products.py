@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ggml
-from obr import int4
+from obr.config.pattern import Pattern
+from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
-from obr.prune import mask_from_scores
-from obr.quantize import Grid
-from obr.recipe import Pattern, QuantizerSettings
+from obr.kernels.int4 import packed_weight
+from obr.methods.grid import Grid
+from obr.methods.masks import mask_from_scores
 from timing import alternately, clock_of, machine, median
 
 ACTIVATIONS = QuantizerSettings(bits=8)
@@ -35,7 +36,7 @@ SHAPES = {"down_proj of Llama-2-7B": (4096, 11008), "up_proj of Llama-2-7B": (11
 class Stored:
     """copies: of one weight as a kernel reads it; bytes: of one; exact: (r, n), the numbers or codes of it."""
 
-    copies: list[Tensor] | list[int4.Weight]
+    copies: list[Tensor] | list[packed_weight.Weight]
     bytes: int
     exact: Tensor
 
@@ -89,7 +90,7 @@ def timed(kernels: dict[str, Kernel], memory: Tensor, threads: int, repeats: int
     """Seconds of each kernel, its copies in turn, and of a byte of `memory` read, after one untimed round."""
     turns = {name: itertools.cycle(kernel.copies) for name, kernel in kernels.items()}
     calls = {name: (lambda turn=turn: next(turn)()) for name, turn in turns.items()}
-    calls[READ] = lambda: int4.read_memory(memory, threads)
+    calls[READ] = lambda: packed_weight.read_memory(memory, threads)
     alternately(calls, 1)
     seconds = alternately(calls, repeats, clock_of(threads))[0]
     return {**seconds, READ: [taken / memory.nbytes for taken in seconds[READ]]}
@@ -102,10 +103,10 @@ def store(shape: tuple[int, int], cold: int) -> dict[str, Stored]:
     weights = {name: _copied(weight.to(dtype), weight.to(dtype), cold) for name, dtype in DTYPES.items()}
     grid = Grid.fit(weight, 4, clip="minmax")
     codes = grid.codes(weight)
-    weights["int4"] = _copied(int4.Weight.pack(codes, grid.scale), codes.char(), cold)
+    weights["int4"] = _copied(packed_weight.Weight.pack(codes, grid.scale), codes.char(), cold)
     for name, pattern in PATTERNS.items():
         mask = mask_from_scores(weight.abs(), 0.5, pattern)
-        packed = int4.Weight.pack(codes, grid.scale, mask, pattern)
+        packed = packed_weight.Weight.pack(codes, grid.scale, mask, pattern)
         weights[f"int4 {name}"] = _copied(packed, (codes * mask).char(), cold)
     return weights
 
@@ -133,7 +134,7 @@ def _copies(bytes_: int, cold: int) -> int:
     return max(2, -(-cold // bytes_))
 
 
-def _copied(weight: Tensor | int4.Weight, exact: Tensor, cold: int) -> Stored:
+def _copied(weight: Tensor | packed_weight.Weight, exact: Tensor, cold: int) -> Stored:
     tensor = isinstance(weight, Tensor)
     size = weight.nbytes if tensor else weight.bytes
     others = [weight.clone() if tensor else weight.copy() for _ in range(_copies(size, cold) - 1)]
@@ -150,11 +151,13 @@ def _torch(stored: Stored, x: Tensor) -> Kernel:
 
 
 def _packed(stored: Stored, x: Tensor) -> Kernel:
-    rounded, weight = int4.quantize(x, ACTIVATIONS), stored.copies[0]
+    rounded, weight = packed_weight.quantize(x, ACTIVATIONS), stored.copies[0]
     exact = (rounded.q[:, : weight.columns].double() - rounded.zero[:, None]) @ stored.exact.double().T
     if not torch.equal(weight.integers(rounded).double(), exact):
         raise ObrError(f"The 4-bit product of layout {weight.layout} is wrong; it is not timed.")
-    return Kernel([lambda w=w: w.multiply(int4.quantize(x, ACTIVATIONS)) for w in stored.copies], stored.bytes)
+    return Kernel(
+        [lambda w=w: w.multiply(packed_weight.quantize(x, ACTIVATIONS)) for w in stored.copies], stored.bytes
+    )
 
 
 def _llama(weight: Tensor, x: Tensor, threads: int, cold: int) -> Kernel:

@@ -8,7 +8,7 @@ import pandas as pd
 
 import joint
 import plots
-from obr.files import write_text
+from obr.runtime.files import write_text
 from timing import counted
 
 SPREAD = "Seconds are medians, the least and the most in brackets."

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import published_loop
 from layers import made_layer, real_layer
-from obr.curvature import Hessian
 from obr.errors import ObrError
-from obr.methods import METHODS
-from obr.quantize import Grid
-from obr.restoration import restore
+from obr.methods.grid import Grid
+from obr.methods.layer_hessian import Hessian
+from obr.methods.registry import METHODS
+from obr.methods.restore import restore
 from timing import alternately, machine, median, summary, timed
 
 TIMED = ("obr_gptq", "obr_rtn")

@@ -30,7 +30,7 @@ import stages
 from layers import CALIBRATION, MODEL, ROTATION
 from models import TINY, write_inputs
 from obr.errors import ObrError
-from obr.files import whole
+from obr.runtime.files import whole
 from render import render
 from timing import machine
 

@@ -3,7 +3,7 @@
 import torch
 
 from layers import made_layer
-from obr.hessian import Accumulator
+from obr.calibration.collect_hessians import Accumulator
 from restoration import solver
 from timing import machine, summary, timed
 

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
-from obr import data, hessian
-from obr.model import advance, block_file
-from obr.recipe import Recipe
-from obr.restoration import restore_together
+from obr.calibration import collect_hessians
+from obr.config.recipe import Recipe
+from obr.data import token_windows
+from obr.methods.restore import restore_together
+from obr.models.blocks import advance
+from obr.rotations import apply
+from obr.runtime.resume import block_file
 from peak import run_stage
 from timing import machine, summary, timed
 
@@ -23,20 +26,20 @@ from timing import machine, summary, timed
 @torch.no_grad()
 def measure(model: Path, rotation: Path, tokens: Path, scratch: Path, repeats: int) -> list[dict]:
     """Rows (stage, seconds, tokens, layers). scratch: a folder for what is written on the way."""
-    windows, _ = data.load_tokens(tokens)
+    windows, _ = token_windows.load_tokens(tokens)
     cached = scratch / "hessians"
     cached.mkdir(parents=True, exist_ok=True)
 
     def passes() -> None:
-        blocks = hessian.open_blocks(model, rotation, device="cpu")
+        blocks = apply.open_blocks(model, rotation, device="cpu")
         hidden, arguments = blocks.embed(windows)
         for index in range(len(blocks)):
             advance(blocks.load(index), hidden, arguments[index])
 
     def collected() -> None:
-        blocks = hessian.open_blocks(model, rotation, device="cpu")
-        for index, matrices in hessian.dense_hessians(blocks, windows, progress=False):
-            hessian.save(matrices, cached / block_file(index))
+        blocks = apply.open_blocks(model, rotation, device="cpu")
+        for index, matrices in collect_hessians.dense_hessians(blocks, windows, progress=False):
+            collect_hessians.save(matrices, cached / block_file(index))
             matrices.clear()
 
     seconds = {"passes": timed(passes, repeats)[0], "Hessians": timed(collected, repeats)[0]}
@@ -57,10 +60,10 @@ def measure(model: Path, rotation: Path, tokens: Path, scratch: Path, repeats: i
 def _restoration(model: Path, rotation: Path, cached: Path) -> tuple[float, int]:
     """Seconds in `restore_together` for all layers of the model, and how many these are."""
     recipe = Recipe.parse({"method": "obr_gptq", "calibration": "given"})
-    blocks = hessian.open_blocks(model, rotation, device="cpu")
+    blocks = apply.open_blocks(model, rotation, device="cpu")
     seconds, layers = 0.0, 0
     for index in range(len(blocks)):
-        block, matrices = blocks.load(index), hessian.load(cached / block_file(index))
+        block, matrices = blocks.load(index), collect_hessians.load(cached / block_file(index))
         for group, names in blocks.layout.groups.items():
             weights = {name: block.get_submodule(name).weight for name in names}
             (taken,), _ = timed(lambda w=weights, m=matrices[group].hessian: restore_together(w, m, recipe.method), 1)

@@ -8,9 +8,9 @@ from transformers import AutoConfig
 
 import obr
 from families import FAMILIES, TOKENS, exact_model, random_model
-from obr.layout import Dimensions
-from obr.rotations import load
-from obr.rotations.source import make
+from obr.models.architectures import Dimensions
+from obr.rotations.obtain import make
+from obr.rotations.registry import load
 
 
 def orthogonal(n: int, seed: int) -> Tensor:

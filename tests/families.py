@@ -12,7 +12,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from obr.layout import layout_of
+from obr.models.architectures import layout_of
 
 FAMILIES = {
     "llama": LlamaConfig(hidden_size=96, intermediate_size=344, num_attention_heads=6, num_key_value_heads=2),

@@ -20,7 +20,11 @@ import time
 import torch
 from transformers.models.llama import modeling_llama  # noqa: F401  what the commands would import
 
-from obr import cli, compression, digest, hessian, released
+from obr.calibration import collect_hessians
+from obr.checkpoints.released import stage as released
+from obr.cli import main
+from obr.compression import stage
+from obr.runtime import code_digest
 
 
 def kill_before(event: str, count: int, folder: str | None) -> None:
@@ -72,7 +76,7 @@ def run(arguments: list[str], log: str, unfinished: str, kill: dict | None) -> d
         for kind, event in (("renames", "os.rename"), ("moves", "os.rename"), ("removals", "os.remove")):
             if kind in kill:
                 kill_before(event, kill[kind], kill.get("folder"))
-        status = cli.main(arguments)
+        status = main.main(arguments)
         os.write(writing, json.dumps(times).encode())
         os._exit(status)
     os.close(writing)
@@ -82,7 +86,7 @@ def run(arguments: list[str], log: str, unfinished: str, kill: dict | None) -> d
 
 
 if __name__ == "__main__":
-    for module in (compression, hessian, released):  # once for all forks
-        digest.digest(module.__name__.removeprefix("obr."))
+    for module in (stage, collect_hessians, released):  # once for all forks
+        code_digest.digest(module.__name__.removeprefix("obr."))
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)

@@ -54,7 +54,7 @@ CASES = [
 
 def compress(out: Path) -> None:
     """Write codes and relative errors of some layers to `out`, as this process's environment makes them."""
-    from obr.restoration import restore
+    from obr.methods.restore import restore
     from test_restoration import golden, layer
 
     layers = [layer(40, 160), golden(HERE / "data/small.npz")[1:3]]
@@ -114,7 +114,7 @@ def main() -> int:
     if arguments.compress:
         compress(arguments.compress)
         return 0
-    from obr import processor
+    from obr.runtime import processor
 
     print(processor.spell(processor.about("cpu")), flush=True)
     kinds: list[tuple[str, list]] = []

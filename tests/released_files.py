@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 import obr
 from authors import invertible, scale
-from obr.layout import layout_of
-from obr.quantize import fake_quantize
-from obr.recipe import QuantizerSettings
-from obr.released import download_released
+from obr.checkpoints.released.download import download_released
+from obr.config.quantizer import QuantizerSettings
+from obr.models.architectures import layout_of
+from obr.models.fake_quant import fake_quantize
 from obr.rotations.flatquant import factor_pair
 
 BUFFERS = {"maxq": torch.tensor(7), "scale": torch.zeros(1), "zero": torch.zeros(1)}

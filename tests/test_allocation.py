@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import obr
-from obr import allocation, divergence, gradients, hessian, sensitivity
-from obr.allocation import allocate, choose
-from obr.data import calibrate, load_tokens
+from obr.calibration import collect_hessians, output_gradients
+from obr.config.recipe import Allocation, Option, Recipe
+from obr.data.token_windows import calibrate, load_tokens
 from obr.errors import ObrError
-from obr.files import read_json
-from obr.model import StreamedBlocks
-from obr.recipe import Allocation, Option, Recipe
-from obr.restoration import restore
+from obr.methods.restore import restore
+from obr.mixed_precision import allocate as allocation
+from obr.mixed_precision import divergence, sensitivity
+from obr.mixed_precision.allocate import allocate, choose
+from obr.models.blocks import StreamedBlocks
+from obr.runtime.files import read_json
 
 OPTIONS = [
     {"method": "gptq", "bits": 2},
@@ -144,7 +146,7 @@ def json_of(value):
     ],
 )
 def test_sizes_are_those_of_packed_layers(option, bits):
-    from obr.packing import pack
+    from obr.checkpoints.packing import pack
 
     parsed = Option.parse(option, "option")
     assert parsed.stored_bits(8, 64) == 8 * 64 * bits
@@ -202,8 +204,8 @@ def made(tiny_folder, tmp_path_factory):
     windows = results / "calibration/c/tiny.safetensors"
     calibrate(model, tiny_folder / "train.txt", {"nsamples": 6, "seqlen": 64}, windows)
     folder, slopes = results / "hessians/tiny/none/c", results / "gradients/tiny/none/c.safetensors"
-    hessian.hessian(model, None, windows, folder, torch.float32, "cpu")
-    gradients.gradients(model, None, windows, slopes)
+    collect_hessians.hessian(model, None, windows, folder, torch.float32, "cpu")
+    output_gradients.gradients(model, None, windows, slopes)
     losses = results / "sensitivity/tiny/none/c/mixed"
     sensitivity.sensitivity(model, None, windows, folder, slopes, recipe().options, losses)
     return results
@@ -216,7 +218,7 @@ def test_predicted_losses_are_the_quadratic_form_of_means(made):
     blocks = StreamedBlocks(made / "models/tiny")
     tokens, slopes = (
         load_tokens(made / "calibration/c/tiny.safetensors")[0],
-        gradients.load(made / "gradients/tiny/none/c.safetensors")[0],
+        output_gradients.load(made / "gradients/tiny/none/c.safetensors")[0],
     )
     block, name = blocks.load(0), "self_attn.k_proj"
     with torch.no_grad():
@@ -242,7 +244,7 @@ def test_losses_at_the_references_are_divergences_of_models_with_that_layer_chan
     assert options == [asdict(Option("gptq", 3)), asdict(Option("joint", 4, 0.5))]
     model = obr.load_model(made / "models/tiny", device="cpu")
     layer, name = model.model.layers[0].mlp.up_proj, "mlp.up_proj"
-    x = hessian.load(made / "hessians/tiny/none/c/block_000.safetensors")["up_gate"].hessian
+    x = collect_hessians.load(made / "hessians/tiny/none/c/block_000.safetensors")["up_gate"].hessian
     weight, row = layer.weight.data, next(r for r in told["layers"] if (r["block"], r["layer"]) == (0, name))
     with torch.no_grad():
         dense = model(tokens).logits.double().log_softmax(-1)
@@ -298,7 +300,7 @@ def test_an_interrupted_measurement_goes_on(made, tmp_path, monkeypatch):
 
 def compressed(made, key: str, **changes):
     """(manifest, folder) of a recipe with an allocation, compressed from what the stages have left."""
-    from obr.compression import compress_stage
+    from obr.compression.stage import compress_stage
 
     asked, path = recipe(**changes), made / f"allocations/tiny/{key}.json"
     allocation.allocate_stage(asked, made / "sensitivity/tiny/none/c/mixed/losses.json", path)
@@ -316,9 +318,9 @@ def compressed(made, key: str, **changes):
 def test_layers_become_what_was_chosen_for_them(made, kind):
     import pandas as pd
 
-    from obr.checkpoint import load
-    from obr.repeat import repeat
-    from obr.verify import verify
+    from obr.checkpoints.format import load
+    from obr.checkpoints.verify import verify
+    from obr.compression.recompute import repeat
 
     manifest, folder = compressed(made, kind, bits=2.9, hessian=kind)
     chosen = allocation.chosen_options(manifest["allocation"], "it")
@@ -341,7 +343,7 @@ def test_layers_become_what_was_chosen_for_them(made, kind):
 
 
 def test_blocks_that_are_left_out_have_no_part_in_the_budget(made):
-    from obr.verify import verify
+    from obr.checkpoints.verify import verify
 
     manifest, folder = compressed(made, "part", blocks=":1", scope="row", row_weights="none")
     assert {row["block"] for row in manifest["allocation"]["layers"]} == {0}
@@ -350,7 +352,7 @@ def test_blocks_that_are_left_out_have_no_part_in_the_budget(made):
 
 
 def test_what_is_missing_or_of_another_recipe_is_told(made, tmp_path):
-    from obr.compression import compress_stage
+    from obr.compression.stage import compress_stage
 
     model, files = made / "models/tiny", {"hessians": made / "hessians/tiny/none/c"}
     cached, slopes = recipe(hessian="cached"), made / "gradients/tiny/none/c.safetensors"
@@ -385,7 +387,7 @@ def test_what_is_missing_or_of_another_recipe_is_told(made, tmp_path):
 
 
 def test_the_figure_shows_every_layer(made, tmp_path, monkeypatch):
-    from obr import figure
+    from obr.report.figures import draw as figure
 
     asked, drawn = recipe(2.9, hessian="cached"), []
     path = made / "allocations/tiny/drawn.json"

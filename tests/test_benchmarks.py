@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from obr.errors import ObrError
-from obr.restoration import restore
+from obr.methods.restore import restore
 from test_restoration import layer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from obr import caching, config, device, fetch, native
+from obr.config import workflow
 from obr.errors import ObrError
+from obr.methods import native
+from obr.runtime import cache_folder, compiler, gpu, hub
 from running import CONFIG, command, environment
 
 UNKNOWN = """
@@ -29,11 +31,11 @@ def scratch(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    for name in (caching.VARIABLE, "XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME"):
+    for name in (cache_folder.VARIABLE, "XDG_CACHE_HOME", "MPLCONFIGDIR", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
-    caching._own.cache_clear()
+    cache_folder._own.cache_clear()
     yield folder
-    caching._own.cache_clear()
+    cache_folder._own.cache_clear()
 
 
 @pytest.fixture(params=["none", "missing", "file"])
@@ -65,24 +67,24 @@ def unwritable_home(tmp_path, monkeypatch) -> Path:
 
 def test_the_cache_is_in_the_home_folder_or_where_the_variable_says(tmp_path, monkeypatch, recwarn):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert caching.folder("native") == tmp_path / ".cache/obr/native"
-    monkeypatch.setenv(caching.VARIABLE, "~/other")
-    assert caching.writable("native") == tmp_path / "other/native" and (tmp_path / "other/native").is_dir()
-    assert caching.redirect() is None and not recwarn.list
+    assert cache_folder.folder("native") == tmp_path / ".cache/obr/native"
+    monkeypatch.setenv(cache_folder.VARIABLE, "~/other")
+    assert cache_folder.writable("native") == tmp_path / "other/native" and (tmp_path / "other/native").is_dir()
+    assert cache_folder.redirect() is None and not recwarn.list
 
 
 def test_without_a_home_the_cache_is_temporary(no_home, scratch):
     with pytest.warns(UserWarning, match=r"since there is no home folder; set OBR_CACHE to a writable folder"):
-        path = caching.writable("native")
+        path = cache_folder.writable("native")
     assert path == scratch / f"obr-{os.getuid()}" / "native" and path.is_dir()
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     with pytest.warns(UserWarning), pytest.raises(ObrError, match=r"could not fetch|cannot be written"):
-        fetch.wheel("", "", "0")
+        hub.wheel("", "", "0")
 
 
 def test_a_home_that_cannot_be_written_is_named(unwritable_home, scratch):
     with pytest.warns(UserWarning, match=r"since .*/home/.cache/obr/native cannot be written \(.*set OBR_CACHE"):
-        assert caching.writable("native").is_relative_to(scratch)
+        assert cache_folder.writable("native").is_relative_to(scratch)
 
 
 def test_a_full_disk_is_not_taken_for_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -90,20 +92,20 @@ def test_a_full_disk_is_not_taken_for_a_folder_that_cannot_be_written(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(caching, "_tried", full)
+    monkeypatch.setattr(cache_folder, "_tried", full)
     with pytest.raises(OSError, match="No space left"):
-        caching.writable("native")
+        cache_folder.writable("native")
     monkeypatch.setenv("CXX", sys.executable)
     with pytest.raises(
         ObrError, match=r"native.cpp cannot be built by .*No space left.*set OBR_CACHE to a folder with"
     ):
-        native.build([native.SOURCE], ["-DNEVER_BUILT_BEFORE"])
+        compiler.build([native.SOURCE], ["-DNEVER_BUILT_BEFORE"])
 
 
 def test_a_variable_that_names_no_whole_path_is_refused(monkeypatch):
-    monkeypatch.setenv(caching.VARIABLE, "~nobody-at-all/cache")
+    monkeypatch.setenv(cache_folder.VARIABLE, "~nobody-at-all/cache")
     with pytest.raises(ObrError, match=r"OBR_CACHE is ~nobody-at-all/cache, but there is no home folder"):
-        caching.folder("wheels")
+        cache_folder.folder("wheels")
 
 
 @pytest.mark.parametrize("kind", ["open to all", "link", "file"])
@@ -118,48 +120,48 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(kind, no_home, scr
         place.mkdir()
         place.chmod(0o777)
     with pytest.warns(UserWarning):
-        path = caching.folder("native")
+        path = cache_folder.folder("native")
     assert not path.is_relative_to(place) and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
 def test_no_folder_for_temporary_files_is_a_sentence(no_home, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     with pytest.raises(ObrError, match=r"There is no folder for temporary files .*; set TMPDIR to a writable one"):
-        caching.folder("native")
+        cache_folder.folder("native")
 
 
 def test_a_library_in_a_cache_that_cannot_be_written_is_used(tmp_path, monkeypatch, recwarn):
     if native.library() is None:
         pytest.skip("no compiler")
-    monkeypatch.setenv(caching.VARIABLE, str(tmp_path))
-    native.build([native.SOURCE], native.FLAGS)
-    monkeypatch.setattr(caching, "writable", lambda name: pytest.fail("nothing has to be written"))
-    native.build([native.SOURCE], native.FLAGS)
+    monkeypatch.setenv(cache_folder.VARIABLE, str(tmp_path))
+    compiler.build([native.SOURCE], native.FLAGS)
+    monkeypatch.setattr(cache_folder, "writable", lambda name: pytest.fail("nothing has to be written"))
+    compiler.build([native.SOURCE], native.FLAGS)
     (library,) = (tmp_path / "native").iterdir()
-    monkeypatch.setenv(caching.VARIABLE, str(tmp_path / "other"))  # a name that this process has not loaded
+    monkeypatch.setenv(cache_folder.VARIABLE, str(tmp_path / "other"))  # a name that this process has not loaded
     (tmp_path / "other/native").mkdir(parents=True)
     (tmp_path / "other/native" / library.name).write_bytes(b"cut short")
     with pytest.raises(
         ObrError, match=r"\.so cannot be loaded \(.*\); delete it, or set OBR_CACHE to a folder whose"
     ):
-        native.build([native.SOURCE], native.FLAGS)
+        compiler.build([native.SOURCE], native.FLAGS)
 
 
 def test_other_libraries_keep_their_caches_in_the_temporary_folder(no_home, scratch, monkeypatch):
     for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, "")  # so that what is set here is undone
-    sentence = caching.redirect()
+    sentence = cache_folder.redirect()
     assert "there is no home folder that can be written" in sentence and "set XDG_CACHE_HOME and" in sentence
     assert Path(os.environ["XDG_CACHE_HOME"]).is_relative_to(scratch)
-    assert caching.redirect() is None  # what is set stays
+    assert cache_folder.redirect() is None  # what is set stays
 
 
 def test_a_path_below_no_home_does_not_exist(no_home):
     source = {"source": "path", "path": "~/model"}
     with pytest.raises(ObrError, match="does not exist"):
-        config.check_paths({"m": {"source": source}}, "models")
+        workflow.check_paths({"m": {"source": source}}, "models")
     with pytest.raises(ObrError, match="does not exist"):
-        fetch.local_path("~/model")
+        hub.local_path("~/model")
 
 
 def test_a_gpus_lock_that_cannot_be_opened_is_named(scratch, monkeypatch):
@@ -168,7 +170,7 @@ def test_a_gpus_lock_that_cannot_be_opened_is_named(scratch, monkeypatch):
     with pytest.raises(
         ObrError, match=r"-3.lock, which reserves GPU 3, cannot be opened \(.*\); delete it, or set TMPDIR"
     ):
-        device.claim("cuda")
+        gpu.claim("cuda")
 
 
 @pytest.mark.parametrize("home", [None, "/nowhere/at/all", "unwritable"])
@@ -189,7 +191,7 @@ def test_commands_run_for_a_user_whom_the_system_does_not_know(home, tmp_path):
     one = [
         sys.executable,
         "-m",
-        "obr.cli",
+        "obr",
         "errata",
         "--published",
         "{}/workflow/published/results.csv",

@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from obr.config import Config, check_paths, check_widths, objection
+from obr.config.quantizer import QuantizerSettings
+from obr.config.recipe import Recipe
+from obr.config.workflow import Config, check_paths, check_widths, objection
 from obr.errors import ObrError
-from obr.recipe import QuantizerSettings, Recipe
 from replaced import replaced
 from running import CONFIG, ROOT
 

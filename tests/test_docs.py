@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from obr.config import Config
+from obr.config.workflow import Config
 from running import ROOT, SMOKE, environment
 from test_edition import merged
 

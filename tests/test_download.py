@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from obr import cli, fetch
-from obr.download import dequantise, download_model
+from obr.cli import main
 from obr.errors import ObrError
-from obr.weights import INDEX
+from obr.models.download import dequantise, download_model
+from obr.models.tensor_files import INDEX
+from obr.runtime.files import sha256_of
 from wheels import make_wheel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,7 +93,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             }
             if path.suffix == ".safetensors":
                 hashes = {
-                    "sha256": self.claims or fetch.sha256_of(path),
+                    "sha256": self.claims or sha256_of(path),
                     "size": path.stat().st_size,
                     "pointerSize": 1,
                 }
@@ -153,7 +154,7 @@ def test_a_model_from_the_hub(hub, tiny, tmp_path):
     assert names == {path.name for path in tiny.iterdir()} | {"source.json"}
     about = json.loads((out / "source.json").read_text())
     assert about["revision"] == COMMIT and about["licence"] == "mit" and about["source"] == HUB_MODEL
-    assert about["sha256"] == {name: fetch.sha256_of(out / name) for name in names - {"source.json"}}
+    assert about["sha256"] == {name: sha256_of(out / name) for name in names - {"source.json"}}
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (out, tiny))
     assert ours.dtype == torch.bfloat16 and about["dtype"] == "bfloat16"
     assert about["parameters"] == sum(parameter.numel() for parameter in theirs.parameters())
@@ -275,9 +276,9 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, ca
     for refusal in ("Gated", "Repo", "Revision", None):
         hub.refusal = refusal
         entry = json.dumps({"source": HUB_MODEL})
-        told.append(cli.main(["download-model", "--entry", entry, "--out", str(tmp_path / "out")]))
+        told.append(main.main(["download-model", "--entry", entry, "--out", str(tmp_path / "out")]))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    told.append(cli.main(["download-model", "--entry", entry, "--out", str(tmp_path / "other")]))
+    told.append(main.main(["download-model", "--entry", entry, "--out", str(tmp_path / "other")]))
     assert told == [1, 1, 1, 0, 1] and hub.tokens == {f"Bearer {token}"}
     assert token not in caplog.text and not any(token in text for text in capfd.readouterr())
     written = [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
@@ -299,7 +300,7 @@ def test_an_unreachable_hub_is_told_at_once(monkeypatch, tmp_path):
 def test_a_model_from_a_folder_is_copied_and_left_alone(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_MODELS", str(tiny.parent))
     (tiny / "pytorch_model.bin").write_bytes(b"a pickle")
-    before = {path.name: fetch.sha256_of(path) for path in tiny.iterdir()}
+    before = {path.name: sha256_of(path) for path in tiny.iterdir()}
     source = {"source": "path", "path": "${TINY_MODELS}/tiny"}
     out = tmp_path / "out"
     download_model(source, out, "auto")
@@ -316,7 +317,7 @@ def test_a_model_from_a_folder_is_copied_and_left_alone(tiny, tmp_path, monkeypa
         assert (out / shard.name).stat().st_mode == (out / "config.json").stat().st_mode
         for name, tensor in load_file(shard).items():
             assert torch.equal(load_file(out / shard.name)[name], tensor.half())
-    assert {path.name: fetch.sha256_of(path) for path in tiny.iterdir()} == before
+    assert {path.name: sha256_of(path) for path in tiny.iterdir()} == before
     (tiny / "pytorch_model.bin").unlink()
 
 

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 import obr
-from obr import data, dtypes, hessian
-from obr.checkpoint import CheckpointBlocks, read_manifest
-from obr.cli import main
-from obr.compression import compress_stage
-from obr.config import Config
+from obr.calibration import collect_hessians
+from obr.checkpoints.format import CheckpointBlocks, read_manifest
+from obr.cli.main import main
+from obr.compression.recompute import Places, repeat
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
+from obr.config.workflow import Config
+from obr.data import token_windows
 from obr.errors import ObrError
-from obr.evaluate import perplexity
-from obr.recipe import Recipe
-from obr.repeat import Places, repeat
-from obr.rotations.source import make
+from obr.evaluation.perplexity import perplexity
+from obr.models import dtypes
+from obr.rotations.obtain import make
 from replaced import replaced
 from running import CONFIG, snakemake
 from test_config import RAW
@@ -31,9 +33,9 @@ def prepared(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("precision")
     model = tiny_folder / "model"
     make({"kind": "quarot", "seed": 0}, model, folder / "rotation.safetensors")
-    data.calibrate(model, tiny_folder / "train.txt", WINDOWS, folder / "tokens.safetensors")
+    token_windows.calibrate(model, tiny_folder / "train.txt", WINDOWS, folder / "tokens.safetensors")
     for name in ("float32", "bfloat16"):
-        hessian.hessian(
+        collect_hessians.hessian(
             model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / name, getattr(torch, name)
         )
     return folder

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from jsonschema.validators import Draft202012Validator
 
-from obr import published
-from obr.config import Config
+from obr.config.workflow import Config
 from obr.errors import ObrError
+from obr.report import published
 from replaced import replaced
 from test_config import RAW
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from obr import errata, published
+from obr.report import errata, published
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
 TABLE_1 = "OBR Table 1 / exp_quarot.jpg"
@@ -99,7 +99,7 @@ def test_the_printed_sign_is_worse_than_no_compensation():
 
 def test_the_command_lists_them_all(tmp_path):
     out = tmp_path / "errata.md"
-    command = [sys.executable, "-m", "obr.cli", "errata"]
+    command = [sys.executable, "-m", "obr", "errata"]
     subprocess.run([*command, "--published", str(PUBLISHED), "--out", str(out)], check=True)
     text = out.read_text()
     assert text.count("## ") >= 10 and "57.68" in text

@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import obr
 from families import FAMILIES
-from obr import rotations
-from obr.cli import main
+from obr.cli.main import main
 from obr.errors import ObrError
-from obr.export import export, gguf_file
-from obr.layout import Dimensions
-from obr.model import load_tokenizer
-from obr.modules import QuantLinear
+from obr.export import gguf as gguf_export
+from obr.export.dispatch import export
+from obr.models.architectures import Dimensions
+from obr.models.layers import QuantLinear
+from obr.models.loading import load_tokenizer
+from obr.rotations import registry
 
 HALF = 2.0**-11  # what rounding to float16 takes of a number, at most
 RECIPES = {
@@ -39,7 +40,7 @@ def checkpoints(tiny_folder, prompt, tmp_path_factory):
         model = obr.load_model(tiny_folder / "model", device="cpu")
         made[name] = folder / str(number)
         if "rotation" in recipe:
-            obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), fused=True))
+            obr.rotate(model, registry.draw("quarot", Dimensions.of(model.config), fused=True))
         compressed = obr.compress(model, prompt.repeat(4, 1), {"calibration": "c", **recipe})
         obr.save(compressed, made[name], load_tokenizer(tiny_folder / "model"))
     return made
@@ -75,10 +76,10 @@ def test_blocks_are_what_the_gguf_package_reads():
     codes = torch.randint(-8, 8, (5, 96), dtype=torch.int8)
     scale = (torch.rand(5) * 0.1).half()
     expected = (codes * scale.float()[:, None]).numpy()
-    assert np.array_equal(dequantize(gguf_file.q4_0(codes, scale).numpy(), gguf_file.Kind.Q4_0), expected)
+    assert np.array_equal(dequantize(gguf_export.q4_0(codes, scale).numpy(), gguf_export.Kind.Q4_0), expected)
     wide = torch.randint(-128, 128, (5, 96), dtype=torch.int16)
     expected = (wide * scale.float()[:, None]).numpy()
-    assert np.array_equal(dequantize(gguf_file.q8_0(wide, scale).numpy(), gguf_file.Kind.Q8_0), expected)
+    assert np.array_equal(dequantize(gguf_export.q8_0(wide, scale).numpy(), gguf_export.Kind.Q8_0), expected)
 
 
 @torch.no_grad()

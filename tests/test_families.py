@@ -6,17 +6,17 @@ from transformers import AutoConfig, AutoTokenizer, Gemma2Config, Gemma3TextConf
 
 import obr
 from families import FAMILIES, TOKENS, change, exact_model, random_model
-from obr import online, rotations
 from obr.errors import ObrError
-from obr.hadamard import random_orthogonal
-from obr.layout import Dimensions, layout_of
-from obr.model import StreamedBlocks, run_block
-from obr.rotations import fold
+from obr.models import online_transforms
+from obr.models.architectures import Dimensions, layout_of
+from obr.models.blocks import StreamedBlocks, run_block
+from obr.models.hadamard import random_orthogonal
+from obr.rotations import fold, registry
 from obr.rotations.flatquant import random_scale
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", rotations.KINDS)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_logits_do_not_change(family, kind):
     assert change(exact_model(FAMILIES[family]), lambda m: obr.rotate(m, kind, seed=7)) < 1e-11
     assert change(random_model(FAMILIES[family], torch.float32), lambda m: obr.rotate(m, kind, seed=7)) < 1e-3
@@ -32,7 +32,7 @@ BLOCKED = [(name, b) for name, c in FAMILIES.items() for b in (16, 32, 64, 128) 
 @pytest.mark.parametrize(("family", "block"), BLOCKED)
 def test_rotations_in_blocks_do_not_change_logits(family, block):
     def rotate(model):
-        obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), 7, block=block))
+        obr.rotate(model, registry.draw("quarot", Dimensions.of(model.config), 7, block=block))
 
     assert change(exact_model(FAMILIES[family]), rotate) < 1e-11
 
@@ -40,8 +40,10 @@ def test_rotations_in_blocks_do_not_change_logits(family, block):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fused_rotation_changes_no_logits_and_computes_nothing_at_run_time(family):
     def rotate(model):
-        obr.rotate(model, rotations.draw("quarot", Dimensions.of(model.config), 7, fused=True))
-        assert not any(online.specs(block) for block in model.get_submodule(layout_of(model.config).blocks))
+        obr.rotate(model, registry.draw("quarot", Dimensions.of(model.config), 7, fused=True))
+        assert not any(
+            online_transforms.specs(block) for block in model.get_submodule(layout_of(model.config).blocks)
+        )
 
     assert change(exact_model(FAMILIES[family]), rotate) < 1e-11
 
@@ -52,7 +54,7 @@ def test_streamed_blocks_compute_the_same(family, tmp_path):
     model = random_model(FAMILIES[family], torch.float32)
     model.save_pretrained(tmp_path)
     plain = model(TOKENS).logits
-    rotation = rotations.draw("ostquant", Dimensions.of(model.config), 3)
+    rotation = registry.draw("ostquant", Dimensions.of(model.config), 3)
     blocks = StreamedBlocks(tmp_path, rotation, dtype=torch.float32, device="cpu")
     hidden, arguments = blocks.embed(TOKENS)
     for index in range(len(blocks)):
@@ -77,7 +79,7 @@ def test_families_that_do_not_fold_are_refused_with_the_reason(config, reason):
 
 
 def drawn(model, kind="ostquant"):
-    return rotations.draw(kind, Dimensions.of(model.config), 1)
+    return registry.draw(kind, Dimensions.of(model.config), 1)
 
 
 def wrong_change(family, rotate) -> float:
@@ -93,7 +95,7 @@ def test_an_unrotated_value_bias_shows(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["flatquant", "ostquant"])
 def test_the_inverse_in_place_of_its_transpose_shows(kind, monkeypatch):
-    from obr import hadamard
+    from obr.models import hadamard
 
     for module in (fold, hadamard):
         monkeypatch.setattr(module, "inverse_transposed", lambda x: torch.linalg.inv(x.double()))
@@ -153,10 +155,10 @@ def test_norms_that_are_not_folded_show(kind, monkeypatch):
 
 
 def test_gemma_gains_are_one_more_than_their_weights(monkeypatch):
-    from obr import layout
+    from obr.models import architectures
 
     family = FAMILIES["gemma"]
-    monkeypatch.setitem(layout.FAMILIES, "gemma", layout.Layout())
+    monkeypatch.setitem(architectures.FAMILIES, "gemma", architectures.Layout())
     assert wrong_change("gemma", lambda m: obr.rotate(m, "spinquant")) > 1e-3
     assert family.model_type == "gemma"
 
@@ -202,7 +204,7 @@ def test_an_online_part_left_out_shows(kind, parts):
         assert wrong_change("llama", rotate) > 1e-3, part
 
 
-@pytest.mark.parametrize("kind", rotations.KINDS)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_compressed_checkpoints_compute_what_the_model_in_memory_does(kind, tmp_path):
     """With quantised activations, keys and values, learned ranges where there are some, and everything online."""
     model = random_model(FAMILIES["llama, all heads apart"], torch.float32)
@@ -230,7 +232,7 @@ def change_of(model, config) -> float:
     return float((model(TOKENS).logits - before).norm() / before.norm())
 
 
-@pytest.mark.parametrize("kind", rotations.KINDS)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_a_real_model_keeps_its_logits(kind, real_model):
     """Folded and online parts of each kind, on SmolLM2-135M and a real sentence."""
     tokens = AutoTokenizer.from_pretrained(real_model)(
@@ -239,7 +241,7 @@ def test_a_real_model_keeps_its_logits(kind, real_model):
     )["input_ids"]
     model = obr.load_model(real_model, device="cpu")
     before = model(tokens).logits
-    rotation = rotations.draw(kind, Dimensions.of(AutoConfig.from_pretrained(real_model)), 1)
+    rotation = registry.draw(kind, Dimensions.of(AutoConfig.from_pretrained(real_model)), 1)
     after = obr.rotate(model, rotation)(tokens).logits
     assert float((after - before).abs().max() / before.abs().max()) < 1e-3
     assert torch.equal(after.argmax(-1), before.argmax(-1))

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr import cli
-from obr.files import write_text
-from obr.model import StreamedBlocks
-from obr.rotations.source import make
-from obr.verify import verify
+from obr.checkpoints.verify import verify
+from obr.cli import main
+from obr.models.blocks import StreamedBlocks
+from obr.rotations.obtain import make
+from obr.runtime.files import write_text
 from running import CONFIG, SMOKE, command, digests, environment, snakemake
 
 KILLS = int(os.environ.get("OBR_KILLS", "0"))
@@ -218,7 +218,7 @@ def inputs(tmp_path_factory) -> Path:
     make({"kind": "quarot"}, folder / "model", folder / "rotation")
     tokens = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, folder / "tokens", metadata={"calibration": "{}"})
-    assert cli.main(stage("hessian", folder, folder / "hessians")) == 0
+    assert main.main(stage("hessian", folder, folder / "hessians")) == 0
     return folder
 
 
@@ -240,12 +240,12 @@ def stage(name: str, inputs: Path, out: Path) -> list[str]:
 @pytest.mark.parametrize("name", ["download-model", "rotation", "hessian", "compress"])
 def test_a_full_disk_is_told_and_leaves_nothing_that_passes_for_whole(name, inputs, disk, tmp_path, capsys):
     """With less and less room, and then with enough: as if it had been there from the start."""
-    assert cli.main(stage(name, inputs, tmp_path / "there")) == 0
+    assert main.main(stage(name, inputs, tmp_path / "there")) == 0
     out, failed = disk.place / "out", 0
     for room in (0, 8, 40, 90, 150, 210, 280):
         disk.leave(room * 1024)
         capsys.readouterr()
-        if cli.main(stage(name, inputs, out)) == 0:
+        if main.main(stage(name, inputs, out)) == 0:
             shutil.rmtree(out, ignore_errors=True)
             continue
         failed += 1
@@ -257,7 +257,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_passes_for_whole(name, inpu
             assert not out.exists()
     assert failed >= 2
     disk.leave(3 << 20)
-    assert cli.main(stage(name, inputs, out)) == 0
+    assert main.main(stage(name, inputs, out)) == 0
     here, there = (digests(f) if f.is_dir() else f.read_bytes() for f in (out, tmp_path / "there"))
     assert here == there
     assert {path.name for path in disk.place.iterdir()} == {"out", "filler"}
@@ -266,7 +266,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_passes_for_whole(name, inpu
 @pytest.mark.parametrize("name", ["rotation", "compress"])
 def test_a_disk_that_cannot_be_written_is_told(name, inputs, disk, capsys):
     disk.remount("ro")
-    assert cli.main(stage(name, inputs, disk.place / "out")) == 1
+    assert main.main(stage(name, inputs, disk.place / "out")) == 1
     error = capsys.readouterr().err.strip()
     assert re.fullmatch(
         r"obr: Read-only file system \(.*out.*\); free the space or correct the path, then rerun\.", error
@@ -354,20 +354,20 @@ def test_memory_and_gpus_that_are_taken_away_are_told(fail, sentence, inputs, mo
         return whole(self, index)
 
     monkeypatch.setattr(StreamedBlocks, "load", load)
-    assert cli.main(stage("compress", inputs, tmp_path / "out")) == 1
+    assert main.main(stage("compress", inputs, tmp_path / "out")) == 1
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("obr: ")]
     pattern = ".*".join(map(re.escape, sentence.split(".*")))
     assert len(told) == 1 and re.match(f"obr: {pattern}", told[0]), told
     assert not (tmp_path / "out/manifest.json").exists()
     assert len(list(tmp_path.glob("out.unfinished/block_*.json"))) == 1
     monkeypatch.undo()
-    assert cli.main(stage("compress", inputs, tmp_path / "out")) == 0  # goes on at the second block
+    assert main.main(stage("compress", inputs, tmp_path / "out")) == 0  # goes on at the second block
     assert verify(tmp_path / "out") == []
 
 
 def test_a_gpu_that_is_not_there_is_told(inputs, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert cli.main([*stage("hessian", inputs, tmp_path / "out"), "--device", "cuda"]) == 1
+    assert main.main([*stage("hessian", inputs, tmp_path / "out"), "--device", "cuda"]) == 1
     assert "device is 'cuda' but no NVIDIA GPU is visible; use --config device=cpu." in capsys.readouterr().err
 
 
@@ -377,7 +377,7 @@ def test_a_core_that_is_taken_away_changes_no_byte(inputs, tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     for name in ("whole", "cut"):
         out = tmp_path / name
-        command = [sys.executable, "-m", "obr.cli", *stage("compress", inputs, out), "--threads", "2"]
+        command = [sys.executable, "-m", "obr", *stage("compress", inputs, out), "--threads", "2"]
         process = subprocess.Popen(command, env=environment(OMP_WAIT_POLICY="passive"), stderr=subprocess.DEVNULL)
         while name == "cut" and process.poll() is None:
             if (tmp_path / "cut.unfinished").exists():

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from obr import fetch
 from obr.errors import ObrError
+from obr.runtime import hub
+from obr.runtime.files import sha256_of
 from wheels import make_wheel
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -30,8 +31,8 @@ def fake_pip(monkeypatch, files: list[Path], returncode: int = 0, stderr: str = 
 def test_a_wheel_is_fetched_once(tmp_path, cache, monkeypatch):
     sha256 = make_wheel(tmp_path, "a_package", {"a.txt": b"text"})
     calls = fake_pip(monkeypatch, [tmp_path / "a_package-1.0-py3-none-any.whl"])
-    first = fetch.wheel("A.package", "1.0", sha256.upper())
-    assert fetch.wheel("a-package", "1.0", sha256) == first == cache / "a_package-1.0-py3-none-any.whl"
+    first = hub.wheel("A.package", "1.0", sha256.upper())
+    assert hub.wheel("a-package", "1.0", sha256) == first == cache / "a_package-1.0-py3-none-any.whl"
     assert len(calls) == 1 and calls[0][-1] == "A.package==1.0" and "--no-deps" in calls[0]
     assert [path.name for path in cache.iterdir()] == [first.name]
 
@@ -40,28 +41,28 @@ def test_a_cached_wheel_with_another_hash_is_fetched_again(tmp_path, cache, monk
     sha256 = make_wheel(tmp_path, "a_package", {"a.txt": b"text"})
     (cache / "a_package-1.0-py3-none-any.whl").write_bytes(b"damaged")
     fake_pip(monkeypatch, [tmp_path / "a_package-1.0-py3-none-any.whl"])
-    assert fetch.sha256_of(fetch.wheel("a-package", "1.0", sha256)) == sha256
+    assert sha256_of(hub.wheel("a-package", "1.0", sha256)) == sha256
 
 
 def test_a_wheel_with_the_wrong_hash_is_refused_and_not_kept(tmp_path, cache, monkeypatch):
     sha256 = make_wheel(tmp_path, "a_package", {"a.txt": b"text"})
     fake_pip(monkeypatch, [tmp_path / "a_package-1.0-py3-none-any.whl"])
     with pytest.raises(ObrError, match=rf"a-package==1\.0 has sha256 {sha256}, not {'0' * 64}: correct"):
-        fetch.wheel("a-package", "1.0", "0" * 64)
+        hub.wheel("a-package", "1.0", "0" * 64)
     assert not list(cache.iterdir())
 
 
 def test_pip_has_the_last_word_when_it_fails(monkeypatch):
     fake_pip(monkeypatch, [], 1, "WARNING: retrying\nERROR: No matching distribution found for nil==1\n\n")
     with pytest.raises(ObrError, match=r"fetch nil==1 \(ERROR: No matching distribution .*check the network"):
-        fetch.wheel("nil", "1", "0" * 64)
+        hub.wheel("nil", "1", "0" * 64)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OBR_CACHE", str(tmp_path / "file"))
     with pytest.raises(ObrError, match=r"file/wheels cannot be written .*set OBR_CACHE"):
-        fetch.wheel("nil", "1", "0" * 64)
+        hub.wheel("nil", "1", "0" * 64)
 
 
 def test_other_exceptions_of_the_hub(monkeypatch):
@@ -70,7 +71,7 @@ def test_other_exceptions_of_the_hub(monkeypatch):
     from huggingface_hub import errors
 
     def said(exception):
-        return str(fetch.hub_error(exception, "some/model", "v1"))
+        return str(hub.hub_error(exception, "some/model", "v1"))
 
     try:
         try:

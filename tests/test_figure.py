@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from obr import figure
 from obr.errors import ObrError
-from obr.figure_layers import LAYER_KINDS
-from obr.sheet import COLUMN, PAGE, Sheet
+from obr.report.figures import draw
+from obr.report.figures.canvas import COLUMN, PAGE, Sheet
+from obr.report.figures.layers import LAYER_KINDS
 from test_table import ENTRY, MODELS, OBR, PUBLISHED, RECIPES, TABLE_1, fabricate
 
 ALPHAS = (0.25, 0.5, 0.75)
@@ -61,9 +61,9 @@ def results(tmp_path_factory) -> Path:
 def sheet(entry: dict, results: Path, monkeypatch, tmp_path, shapes=None) -> Sheet:
     """Draw `entry`, look that both files are whole, and hand back what was drawn."""
     drawn = []
-    kind = figure.KINDS[entry["kind"]]
-    monkeypatch.setitem(figure.KINDS, entry["kind"], lambda source: drawn.append(kind(source)) or drawn[0])
-    figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "out" / "figure.name", shapes)
+    kind = draw.KINDS[entry["kind"]]
+    monkeypatch.setitem(draw.KINDS, entry["kind"], lambda source: drawn.append(kind(source)) or drawn[0])
+    draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "out" / "figure.name", shapes)
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(files) == {"figure.name.pdf", "figure.name.png"}
     assert files["figure.name.pdf"].startswith(b"%PDF") and files["figure.name.png"].startswith(b"\x89PNG")
@@ -123,7 +123,7 @@ def test_a_sweep_is_a_line_per_group_in_rising_order(results, monkeypatch, tmp_p
 def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
     entry = {**ALPHA, "rows": ["alpha_0.5", "obr"]}
     with pytest.raises(ObrError, match=r"'alpha_0.5' and 'obr' share alpha 0.5 .*set group_by"):
-        figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
+        draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
 
 
 def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
@@ -315,11 +315,11 @@ def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
 )
 def test_mistakes_are_named(results, tmp_path, entry, message):
     with pytest.raises(ObrError, match=message):
-        figure.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
+        draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
     assert not list(tmp_path.iterdir())
 
 
 def test_drawing_twice_gives_the_same_file(results, tmp_path):
     for name in ("a", "b"):
-        figure.draw(ALPHA, ALL, MODELS, results, PUBLISHED, tmp_path / name)
+        draw.draw(ALPHA, ALL, MODELS, results, PUBLISHED, tmp_path / name)
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from obr import files
-from obr.artefacts import value_of
 from obr.errors import ObrError
+from obr.report.table_rows import value_of
+from obr.runtime import files
 
 
 def test_a_file_replaces_an_older_one_only_when_it_is_whole(tmp_path):
@@ -66,7 +66,8 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b"]
 
 
-HOLDER = "import sys, time; from obr import files; files.hold(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+HOLDER = "import sys, time; from obr.runtime import locks\n"
+HOLDER += "locks.hold(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
 def test_two_processes_do_not_write_one_thing(tmp_path):

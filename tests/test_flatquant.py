@@ -7,10 +7,11 @@ import torch
 import obr
 from authors import inputs_of, invertible, read, refused, rotated, scale, write_model
 from families import FAMILIES, TOKENS, random_model
-from obr import rotations
-from obr.compression import compress_stage
-from obr.quantize import fake_quantize
-from obr.recipe import QuantizerSettings, Recipe
+from obr.compression.stage import compress_stage
+from obr.config.quantizer import QuantizerSettings
+from obr.config.recipe import Recipe
+from obr.models.fake_quant import fake_quantize
+from obr.rotations import registry
 from obr.rotations.flatquant import factor_pair
 from obr.rotations.fold import clipped
 
@@ -147,7 +148,7 @@ def test_clips_wide_open_are_no_clips():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_learned_ranges_shrink_the_grid_of_activations(symmetric):
-    from obr.online import Range
+    from obr.models.online_transforms import Range
 
     x = torch.tensor([[-4.0, -1.0, 0.5, 2.0]])
     learned = QuantizerSettings(8, symmetric, clip_ratio="learned")
@@ -220,7 +221,7 @@ def test_the_stage_does_what_compressing_in_memory_does(sizes, tmp_path):
         first, second = (m.model.layers[0].self_attn.get_submodule(name).weight for m in (loaded, plain))
         assert not torch.equal(first, second), name
     spin = {"rotation": tmp_path / "spin.safetensors", "tokens": tmp_path / "tokens.safetensors", "device": "cpu"}
-    rotations.save(rotations.draw("spinquant", sizes), spin["rotation"])
+    registry.save(registry.draw("spinquant", sizes), spin["rotation"])
     recipe = Recipe.parse({"method": "gptq", "rotation": "spin", "calibration": "c", "clip": "learned"})
     refused(lambda: compress_stage(tmp_path / "model", recipe, tmp_path / "c", **spin), "learned weight clipping")
 

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr.checkpoint import load_block, save_block, store
-from obr.config import Config, objection
+from obr.checkpoints.format import load_block, save_block
+from obr.checkpoints.packing import Packed, pack, unpack
+from obr.checkpoints.writer import store
+from obr.config.workflow import Config, objection
 from obr.errors import ObrError
-from obr.model import StreamedBlocks
-from obr.packing import Packed, pack, unpack
-from obr.restoration import restore
+from obr.methods.restore import restore
+from obr.models.blocks import StreamedBlocks
 from test_restoration import layer
 
 ROOT = Path(__file__).parents[1]

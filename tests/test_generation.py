@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from obr import generation
-from obr.data import load_tokens, write_tokens
+from obr.data import self_generated
+from obr.data.self_generated import generate, mix
+from obr.data.token_windows import load_tokens, write_tokens
 from obr.errors import ObrError
-from obr.generation import generate, mix
-from obr.model import load_model
+from obr.models.loading import load_model
 
 SPEC = {"generated": {"batch_size": 4}, "nsamples": 3, "seqlen": 64, "seed": 0}
 
@@ -45,7 +45,7 @@ def test_the_same_seed_writes_the_same(written, tiny_folder, tmp_path):
 def test_logits_that_are_not_finite_are_told(tiny_folder, tmp_path, monkeypatch):
     model = load_model(tiny_folder / "model", device="cpu")
     model.model.norm.weight.data.fill_(torch.nan)
-    monkeypatch.setattr(generation, "load_model", lambda *_: model)
+    monkeypatch.setattr(self_generated, "load_model", lambda *_: model)
     with pytest.raises(ObrError, match="logits are not finite"):
         generate(tiny_folder / "model", SPEC, tmp_path / "tokens.safetensors")
 

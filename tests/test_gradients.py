@@ -6,12 +6,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import obr
-from obr import gradients, hessian
-from obr.activations import Room
-from obr.data import calibrate, load_tokens
+from obr.calibration import output_gradients
+from obr.data.token_windows import calibrate, load_tokens
 from obr.errors import ObrError
-from obr.model import Blocks, StreamedBlocks
-from obr.rotations.source import make
+from obr.models.blocks import Blocks, StreamedBlocks
+from obr.models.hidden_states import Room
+from obr.rotations import apply
+from obr.rotations.obtain import make
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def by_one_graph(model, linears: dict, tokens) -> dict:
 def test_they_are_those_of_the_whole_model(tiny_folder, windows):
     """transformers' own model and graph, nothing of ours in it."""
     tokens = windows[1]
-    found, loss = gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
+    found, loss = output_gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32).eval()
     linears = {n.removeprefix("model.layers."): m for n, m in model.named_modules() if n.endswith("_proj")}
     expected = by_one_graph(model, linears, tokens)
@@ -65,13 +66,15 @@ def test_they_are_those_of_the_whole_model(tiny_folder, windows):
 
 def test_of_a_rotated_model_behind_its_online_transforms(tiny_folder, windows, rotation, tmp_path):
     tokens = windows[1][:2]
-    blocks = hessian.open_blocks(tiny_folder / "model", rotation)
-    found, _ = gradients.squared_gradients(blocks, tokens, Room(0.0, tmp_path), progress=False)  # states in files
-    whole = hessian.open_blocks(tiny_folder / "model", rotation).whole()
+    blocks = apply.open_blocks(tiny_folder / "model", rotation)
+    found, _ = output_gradients.squared_gradients(
+        blocks, tokens, Room(0.0, tmp_path), progress=False
+    )  # states in files
+    whole = apply.open_blocks(tiny_folder / "model", rotation).whole()
     linears = {n.removeprefix("model.layers."): m for n, m in whole.named_modules() if n.endswith("_proj")}
     for name, values in by_one_graph(whole, linears, tokens).items():
         assert torch.allclose(found[name], values, rtol=1e-3, atol=1e-6 * float(values.max())), name
-    plain, _ = gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
+    plain, _ = output_gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
     name = "0.mlp.up_proj"  # whose outputs no rotation touches
     assert torch.allclose(found[name], plain[name], rtol=1e-2, atol=1e-6)
     name = "0.mlp.down_proj"  # whose outputs R1 mixes
@@ -82,8 +85,10 @@ def test_of_a_rotated_model_behind_its_online_transforms(tiny_folder, windows, r
 def test_a_model_in_memory_is_left_as_it_was(tiny_folder, windows):
     model = obr.load_model(tiny_folder / "model")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found, _ = gradients.squared_gradients(Blocks(model), windows[1][:1], progress=False)
-    streamed, _ = gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), windows[1][:1], progress=False)
+    found, _ = output_gradients.squared_gradients(Blocks(model), windows[1][:1], progress=False)
+    streamed, _ = output_gradients.squared_gradients(
+        StreamedBlocks(tiny_folder / "model"), windows[1][:1], progress=False
+    )
     assert all(torch.allclose(found[name], streamed[name], rtol=1e-4) for name in streamed)
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
@@ -91,20 +96,20 @@ def test_a_model_in_memory_is_left_as_it_was(tiny_folder, windows):
 
 def test_the_stage_writes_what_it_measured(tiny_folder, windows, tmp_path):
     out = tmp_path / "g" / "train.safetensors"
-    notes = gradients.gradients(tiny_folder / "model", None, windows[0], out, nsamples=2, seqlen=32)
-    found, told = gradients.load(out)
+    notes = output_gradients.gradients(tiny_folder / "model", None, windows[0], out, nsamples=2, seqlen=32)
+    found, told = output_gradients.load(out)
     assert told == notes and notes["windows"] == 2 and notes["seqlen"] == 32 and notes["tokens"] == 64
     tokens = windows[1][:2, :32]
-    expected, loss = gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
+    expected, loss = output_gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
     assert notes["loss"] == pytest.approx(loss) and all(torch.equal(found[n], expected[n]) for n in expected)
-    gradients.gradients(tiny_folder / "model", None, windows[0], tmp_path / "again", nsamples=2, seqlen=32)
+    output_gradients.gradients(tiny_folder / "model", None, windows[0], tmp_path / "again", nsamples=2, seqlen=32)
     assert (tmp_path / "again").read_bytes() == out.read_bytes()
     out.write_bytes(out.read_bytes()[:-9])
     with pytest.raises(ObrError, match="is not a whole file of output gradients"):
-        gradients.load(out)
+        output_gradients.load(out)
 
 
 def test_weights_of_rows_have_a_mean_of_one():
-    weights = gradients.row_weights(torch.tensor([0.0, 1.0, 3.0, 4.0]))
+    weights = output_gradients.row_weights(torch.tensor([0.0, 1.0, 3.0, 4.0]))
     assert weights.mean() == pytest.approx(1.0) and weights[0] > 0 and weights[3] == pytest.approx(2.0)
-    assert torch.equal(gradients.row_weights(torch.zeros(3)), torch.ones(3))
+    assert torch.equal(output_gradients.row_weights(torch.zeros(3)), torch.ones(3))

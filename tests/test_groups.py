@@ -9,17 +9,19 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
-from obr import costs, export, fetch
-from obr.checkpoint import CheckpointBlocks
-from obr.curvature import Hessian
+from obr.checkpoints.format import CheckpointBlocks
+from obr.checkpoints.packing import pack, unpack
+from obr.checkpoints.verify import verify
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.methods import gptq_sweep
-from obr.packing import pack, unpack
-from obr.quantize import Grid
-from obr.recipe import Recipe
-from obr.refit import refit_scale
-from obr.restoration import restore, restore_together
-from obr.verify import verify
+from obr.export import dispatch
+from obr.methods.gptq import gptq_sweep
+from obr.methods.grid import Grid
+from obr.methods.layer_hessian import Hessian
+from obr.methods.refit_scales import refit_scale
+from obr.methods.restore import restore, restore_together
+from obr.planning import cost_model, tensor_sizes
+from obr.runtime.files import sha256_of
 from test_restoration import layer
 
 
@@ -119,7 +121,7 @@ def scales_by_rows(weight, codes, hessian, group):
 @pytest.mark.parametrize("group", [16, 32, 70, 100])  # whole, ragged, and no less than a row
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_rows_scales_are_fitted_together(method, group, monkeypatch):
-    monkeypatch.setattr("obr.refit._SYSTEM_ELEMENTS", 40)  # several chunks of rows
+    monkeypatch.setattr("obr.methods.refit_scales._SYSTEM_ELEMENTS", 40)  # several chunks of rows
     weight, hessian = layer(6, 70)
     plain, refitted = (
         restore(weight, hessian, method, bits=3, group=group, clip="minmax", refit=refit) for refit in (False, True)
@@ -150,10 +152,10 @@ def test_the_promised_size():
         8 * pack(restore(weight, hessian, "gptq", bits=3, group=128), torch.float16).bytes / weight.numel() == 3.125
     )
     rows = Recipe.parse({"method": "gptq", "bits": 3, "calibration": "c"})
-    sizes = costs.Sizes.guessed(0.1)
-    more = costs.checkpoint_bytes(sizes, recipe) - costs.checkpoint_bytes(sizes, rows)
+    sizes = tensor_sizes.Sizes.guessed(0.1)
+    more = cost_model.checkpoint_bytes(sizes, recipe) - cost_model.checkpoint_bytes(sizes, rows)
     assert 0 < more < 0.125 / 8 * sizes.block * sizes.blocks
-    assert costs.compress(sizes, recipe, 0, 1).elements > costs.compress(sizes, rows, 0, 1).elements
+    assert cost_model.compress(sizes, recipe, 0, 1).elements > cost_model.compress(sizes, rows, 0, 1).elements
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_altered_groups_are_noticed(checkpoint, change, sentence, tmp_path):
     save_file(tensors, tmp_path / "block_000.safetensors", metadata={"block": json.dumps(header)})
     if "the file that was written" not in sentence:  # as a careful forger would
         manifest = json.loads((tmp_path / "manifest.json").read_text())
-        manifest["files"] = {name: fetch.sha256_of(tmp_path / name) for name in manifest["files"]}
+        manifest["files"] = {name: sha256_of(tmp_path / name) for name in manifest["files"]}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert any(sentence in problem for problem in verify(tmp_path))
 
@@ -250,6 +252,6 @@ def test_what_has_no_place_for_groups_says_so(checkpoint, tmp_path):
     _, folder = checkpoint
     with pytest.raises(ObrError, match="q_proj has scales for groups of 48 columns; load it with packed=False"):
         obr.load(folder, packed=True)
-    for form in export.FORMATS:
+    for form in dispatch.FORMATS:
         with pytest.raises(ObrError, match=f"groups of 48 columns, but {form} is written with one a row"):
-            export.export(folder, form, tmp_path / "out", weights_only=True)
+            dispatch.export(folder, form, tmp_path / "out", weights_only=True)

@@ -8,15 +8,17 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
-from obr import compression, hessian
-from obr.compression import compress_stage
-from obr.curvature import Hessian
+from obr.calibration import collect_hessians
+from obr.checkpoints.verify import verify
+from obr.compression import blocks as compression
+from obr.compression.recompute import Places, repeat
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.model import Blocks
-from obr.recipe import Recipe
-from obr.repeat import Places, repeat
-from obr.rotations.source import make
-from obr.verify import verify
+from obr.methods.layer_hessian import Hessian
+from obr.models.blocks import Blocks
+from obr.rotations import apply
+from obr.rotations.obtain import make
 
 RECIPE = {"method": "wanda", "mask": "wanda_harmonic", "bits": 16, "calibration": "c"}
 
@@ -45,7 +47,7 @@ def files(tokens, tmp_path_factory):
     make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
     save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
     inputs = folder / "model", folder / "rotation.safetensors", folder / "tokens.safetensors"
-    hessian.hessian(*inputs, folder / "hessians", device="cpu")
+    collect_hessians.hessian(*inputs, folder / "hessians", device="cpu")
     return folder
 
 
@@ -88,7 +90,7 @@ def test_masks_are_those_of_the_released_formula(tokens):
     for index in range(2):
         block = blocks.load(index)
         for name in blocks.layout.linears:
-            inputs = [hessian.inputs_of(block, name, states, arguments[index]) for states in hidden]
+            inputs = [collect_hessians.inputs_of(block, name, states, arguments[index]) for states in hidden]
             weight = dense.load(index).get_submodule(name).weight
             mask = block.get_submodule(name).weight != 0
             assert torch.equal(mask, as_released(weight, inputs)), (index, name)
@@ -170,8 +172,8 @@ def test_a_model_in_memory_and_a_streamed_one_get_the_same(files, tokens, tmp_pa
 
 def test_cached_hessians_bring_the_norms(files, tmp_path):
     stage(files, tmp_path / "c", hessian="cached")
-    cached = hessian.load(files / "hessians" / "block_001.safetensors", harmonic=True)
-    rotated = hessian.open_blocks(files / "model", files / "rotation.safetensors", device="cpu").load(1)
+    cached = collect_hessians.load(files / "hessians" / "block_001.safetensors", harmonic=True)
+    rotated = apply.open_blocks(files / "model", files / "rotation.safetensors", device="cpu").load(1)
     state = obr.load(tmp_path / "c").state_dict()
     for name, group in (("self_attn.v_proj", "qkv"), ("mlp.down_proj", "down")):
         scores = rotated.get_submodule(name).weight.abs() * cached[group].harmonic.sqrt()
@@ -187,7 +189,9 @@ def test_cached_hessians_without_norms_are_refused_in_a_sentence(files, tmp_path
     old.mkdir()
     (old / "hessian.json").write_bytes((files / "hessians" / "hessian.json").read_bytes())
     for path in (files / "hessians").glob("block_*"):
-        hessian.save({g: hessian.Moments(m.hessian) for g, m in hessian.load(path).items()}, old / path.name)
+        collect_hessians.save(
+            {g: collect_hessians.Moments(m.hessian) for g, m in collect_hessians.load(path).items()}, old / path.name
+        )
     recipe = {"rotation": "quarot", "hessian": "cached", "method": "obr_gptq", "bits": 4}
     inputs = {"rotation": files / "rotation.safetensors", "hessians": old, "device": "cpu"}
     with pytest.raises(

@@ -7,11 +7,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
-from obr.compression import compress_stage
+from obr.calibration.collect_hessians import inputs_of
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.hessian import inputs_of
-from obr.model import Blocks
-from obr.recipe import Recipe
+from obr.models.blocks import Blocks
 
 RECIPE = {"method": "gptq", "bits": 3, "calibration": "c"}
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from obr import hessian
-from obr.activations import Activations, Room
-from obr.compression import compress_stage
+from obr.calibration import collect_hessians
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.evaluate import perplexity
-from obr.model import StreamedBlocks
-from obr.progress import Progress
-from obr.recipe import Recipe
-from obr.rotations.source import make
+from obr.evaluation.perplexity import perplexity
+from obr.models.blocks import StreamedBlocks
+from obr.models.hidden_states import Activations, Room
+from obr.rotations.obtain import make
+from obr.runtime.progress import Progress
 
 FILE = 0  # megabytes of memory: everything goes to the file
 
@@ -34,11 +34,11 @@ def files_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("columns", [5, hessian.TILE, hessian.TILE + 300])
+@pytest.mark.parametrize("columns", [5, collect_hessians.TILE, collect_hessians.TILE + 300])
 def test_sums_and_triangles_are_whole(columns, tmp_path):
     generator = torch.Generator().manual_seed(columns)
     inputs = [torch.randn(1, 7, columns, generator=generator) for _ in range(3)]
-    accumulator = hessian.Accumulator(columns, len(inputs), torch.device("cpu"))
+    accumulator = collect_hessians.Accumulator(columns, len(inputs), torch.device("cpu"))
     for x in inputs:
         accumulator(x)
     moments = accumulator.moments()
@@ -48,13 +48,13 @@ def test_sums_and_triangles_are_whole(columns, tmp_path):
     harmonic = sum(x[0].double().square().sum(0) / number for number, x in enumerate(inputs, start=1))
     assert torch.allclose(moments.harmonic.double(), harmonic, rtol=1e-5)
     path = tmp_path / "block.safetensors"
-    hessian.save({"qkv": moments, "o": hessian.Moments(2 * matrix)}, path)
-    found = hessian.load(path, groups=["qkv"], harmonic=True)["qkv"]
+    collect_hessians.save({"qkv": moments, "o": collect_hessians.Moments(2 * matrix)}, path)
+    found = collect_hessians.load(path, groups=["qkv"], harmonic=True)["qkv"]
     assert torch.equal(found.hessian, matrix) and torch.equal(found.harmonic, moments.harmonic)
-    assert torch.equal(hessian.load(path, groups=["o"])["o"].hessian, 2 * matrix)
-    assert hessian.load(path).keys() == {"qkv", "o"}
+    assert torch.equal(collect_hessians.load(path, groups=["o"])["o"].hessian, 2 * matrix)
+    assert collect_hessians.load(path).keys() == {"qkv", "o"}
     with pytest.raises(ObrError, match="has no harmonic norms, which mask wanda_harmonic needs; delete its folder"):
-        hessian.load(path, harmonic=True)
+        collect_hessians.load(path, harmonic=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +84,7 @@ def test_results_do_not_depend_on_where_states_lie(inputs, tmp_path):
     model, rotation, tokens = inputs
     recipe = Recipe.parse({"method": "obr_gptq", "rotation": "quarot", "calibration": "x"})
     for name, megabytes in (("memory", 100), ("file", FILE)):
-        hessian.hessian(model, rotation, tokens, tmp_path / name / "h", device="cpu", megabytes=megabytes)
+        collect_hessians.hessian(model, rotation, tokens, tmp_path / name / "h", device="cpu", megabytes=megabytes)
         out = tmp_path / name / "c"
         compress_stage(model, recipe, out, rotation=rotation, tokens=tokens, device="cpu", megabytes=megabytes)
     assert files_of(tmp_path / "memory" / "h") == files_of(tmp_path / "file" / "h")
@@ -106,8 +106,8 @@ class Plug(Exception):
 
 def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
     model, rotation, tokens = inputs
-    hessian.hessian(model, rotation, tokens, tmp_path / "undisturbed", device="cpu")
-    save, saved = hessian.save, []
+    collect_hessians.hessian(model, rotation, tokens, tmp_path / "undisturbed", device="cpu")
+    save, saved = collect_hessians.save, []
 
     def pulled(matrices, path):
         saved.append(path.name)
@@ -115,19 +115,19 @@ def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch
             raise Plug
         save(matrices, path)
 
-    monkeypatch.setattr(hessian, "save", pulled)
+    monkeypatch.setattr(collect_hessians, "save", pulled)
     with pytest.raises(Plug):
-        hessian.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
+        collect_hessians.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
     assert not list((tmp_path / "out").iterdir())
 
     with pytest.raises(
         ObrError, match=r"out.unfinished holds blocks of another run \(its rotation differs\); go back"
     ):
-        hessian.hessian(model, None, tokens, tmp_path / "out", device="cpu")
+        collect_hessians.hessian(model, None, tokens, tmp_path / "out", device="cpu")
     with pytest.raises(ObrError, match=r"its dtype differs.*or delete the folder to start anew"):
-        hessian.hessian(model, rotation, tokens, tmp_path / "out", dtype=torch.bfloat16, device="cpu")
+        collect_hessians.hessian(model, rotation, tokens, tmp_path / "out", dtype=torch.bfloat16, device="cpu")
 
-    hessian.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
+    collect_hessians.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
     assert saved == ["block_000.safetensors", "block_001.safetensors", "block_001.safetensors"]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert not (tmp_path / "out.unfinished").exists()

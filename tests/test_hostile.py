@@ -18,16 +18,19 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import obr
-from obr import cli, hessian, rotations
-from obr.data import load_tokens
-from obr.download import dequantise, download_model
+from obr.calibration import collect_hessians
+from obr.cli import main
+from obr.config.pattern import Pattern
+from obr.config.recipe import METHOD_NAMES
+from obr.data.token_windows import load_tokens
 from obr.errors import ObrError
-from obr.fetch import sha256_of
-from obr.layout import Dimensions
-from obr.model import config_of, load_model
-from obr.recipe import METHOD_NAMES, Pattern
-from obr.restoration import restore
-from obr.rotations.source import make
+from obr.methods.restore import restore
+from obr.models.architectures import Dimensions
+from obr.models.download import dequantise, download_model
+from obr.models.loading import config_of, load_model
+from obr.rotations import registry
+from obr.rotations.obtain import make
+from obr.runtime.files import sha256_of
 from replaced import replaced
 from running import CONFIG, SMOKE, snakemake
 from test_download import gguf  # noqa: F401  a fixture, asked for by name
@@ -51,7 +54,7 @@ def model(tmp_path_factory) -> Path:
 
 def told(capsys, *arguments) -> str:
     """The one sentence of a command that must fail."""
-    assert cli.main([str(a) for a in arguments]) == 1
+    assert main.main([str(a) for a in arguments]) == 1
     *progress, error = capsys.readouterr().err.strip().split("\n")
     assert error.startswith("obr: ") and all(": block " in line for line in progress), [*progress, error]
     return error
@@ -159,21 +162,21 @@ def test_code_is_run_where_the_config_says_so_and_is_on_record(own, tmp_path, ca
             (tmp_path / name).unlink()
         return made
 
-    assert cli.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
+    assert main.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
     assert ran() == ["ran"]
     code = {"own.py": sha256_of(own / "own.py")}
     assert json.loads((tmp_path / "m/source.json").read_text())["code"] == code
     calibrate = ["calibrate", "--entry", '{"seqlen": 4, "nsamples": 4}', "--model", "m", "--text", "t.txt"]
-    assert cli.main([*calibrate, "--out", "t.safetensors", TRUSTED]) == 0 and ran() == ["read"]
+    assert main.main([*calibrate, "--out", "t.safetensors", TRUSTED]) == 0 and ran() == ["read"]
     compress = ["compress", "--entry", '{"method": "magnitude"}', "--model", "m", "--out", "c"]
-    assert cli.main([*compress, TRUSTED]) == 0 and "ran" in ran()
+    assert main.main([*compress, TRUSTED]) == 0 and "ran" in ran()
     manifest = json.loads((tmp_path / "c/manifest.json").read_text())
     assert manifest["source"]["code"] == code and manifest["files"]["own.py"] == code["own.py"]
     score = ["perplexity", "--entry", '{"seqlen": 4}', "--checkpoint", "c", "--text", "t.txt", "--out", "p.json"]
-    assert cli.main([*score, TRUSTED]) == 0 and ran() == ["ran", "read"]
-    assert cli.main(["verify", "c", TRUSTED]) == 0 and ran() == ["ran"]
+    assert main.main([*score, TRUSTED]) == 0 and ran() == ["ran", "read"]
+    assert main.main(["verify", "c", TRUSTED]) == 0 and ran() == ["ran"]
     # The same without leave: the model is a Llama, and is read as one; its tokenizer is nothing known.
-    assert cli.main(["verify", "c"]) == 0 and cli.main(compress) == 0
+    assert main.main(["verify", "c"]) == 0 and main.main(compress) == 0
     capsys.readouterr()
     assert "m brings code of its own, which is not run" in told(capsys, *calibrate, "--out", "t2") and ran() == []
 
@@ -191,7 +194,7 @@ def test_code_is_run_where_the_config_says_so_and_is_on_record(own, tmp_path, ca
     ],
 )
 def test_code_that_was_altered_since_is_refused(own, tmp_path, capsys, spoil, sentence):
-    assert cli.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
+    assert main.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
     (tmp_path / "ran").unlink()
     spoil(tmp_path / "m")
     compress = ("compress", "--entry", '{"method": "magnitude"}', "--model", "m", "--out", "c", TRUSTED)
@@ -289,8 +292,8 @@ def test_a_spoilt_gguf_is_refused_or_read(gguf, tmp_path):  # noqa: F811  the fi
 READERS = {
     "model": lambda path, sizes: load_model(path.parent, device="cpu"),
     "tokens": lambda path, sizes: load_tokens(path),
-    "hessian": lambda path, sizes: hessian.load(path),
-    "rotation": lambda path, sizes: rotations.load(path, sizes),
+    "hessian": lambda path, sizes: collect_hessians.load(path),
+    "rotation": lambda path, sizes: registry.load(path, sizes),
 }
 
 
@@ -301,7 +304,9 @@ def test_a_spoilt_safetensors_file_is_refused_or_read(kind, model, tmp_path):
         tokens = torch.randint(0, VOCABULARY, (4, 16))
         save_file({"tokens": tokens}, path, metadata={"calibration": json.dumps({"nsamples": 4})})
     if kind == "hessian":
-        hessian.save({g: hessian.Moments(torch.eye(16), torch.ones(16)) for g in ("qkv", "o")}, path)
+        collect_hessians.save(
+            {g: collect_hessians.Moments(torch.eye(16), torch.ones(16)) for g in ("qkv", "o")}, path
+        )
     if kind == "rotation":
         make({"kind": "quarot"}, model, path)
     sizes, read = Dimensions.of(config_of(model)), READERS[kind]
@@ -327,7 +332,7 @@ def test_files_of_other_shapes_are_named(model, tmp_path):
     for size, tensors in [(size, {"o": torch.zeros(10)}) for size in (10**9, 3, -4, "4")] + [(4, t) for t in wrong]:
         save_file(tensors, path, metadata={"sizes": json.dumps({"o": size})})
         with pytest.raises(ObrError, match="is not a whole Hessian file"):
-            hessian.load(path)
+            collect_hessians.load(path)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +469,7 @@ def test_a_plain_tensor_file_is_no_checkpoint(tmp_path, capsys):
 
 
 def test_an_unreadable_entry_is_refused():
-    run = [sys.executable, "-m", "obr.cli", "table", "--entry"]
+    run = [sys.executable, "-m", "obr", "table", "--entry"]
     for entry in ("[" * 100_000, "[1]", "\x01"):
         done = subprocess.run([*run, entry], capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr

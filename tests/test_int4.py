@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obr import int4, native
+from obr.config.pattern import Pattern
+from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
-from obr.quantize import fake_quantize
-from obr.recipe import Pattern, QuantizerSettings
+from obr.kernels.int4 import packed_weight
+from obr.models.fake_quant import fake_quantize
+from obr.runtime import compiler
 
 PATTERNS = ("dense", "unstructured", "2:4", "4:8", "8:16", "paired 4:8", "1:4")
 ACTIVATIONS = (
@@ -47,7 +49,7 @@ def tokens_of(tokens: int, columns: int, seed: int) -> torch.Tensor:
     return x * 10 ** torch.randint(-3, 4, (tokens, 1), generator=generator)
 
 
-@pytest.mark.parametrize("level", int4.levels())
+@pytest.mark.parametrize("level", packed_weight.levels())
 @given(
     pattern=st.sampled_from(PATTERNS),
     rows=st.integers(1, 40),
@@ -63,8 +65,8 @@ def test_whole_numbers_are_exact(level, pattern, rows, width, tokens, threads, a
     """In every width that the pattern divides, whole groups of 64 or not."""
     columns = width if pattern in ("dense", "unstructured") else -width % Pattern.parse(pattern).group + width
     codes, scale, mask, parsed = drawn(pattern, rows, columns, seed, kept)
-    weight = int4.Weight.pack(codes, scale, mask, parsed)
-    rounded = int4.quantize(tokens_of(tokens, columns, seed), activations, level=level)
+    weight = packed_weight.Weight.pack(codes, scale, mask, parsed)
+    rounded = packed_weight.quantize(tokens_of(tokens, columns, seed), activations, level=level)
     kept_codes = (codes if mask is None else codes * mask).long()
     exact = (rounded.q[:, :columns].long() - rounded.zero[:, None]) @ kept_codes.T
     assert torch.equal(weight.integers(rounded, level, threads).long(), exact)
@@ -72,7 +74,7 @@ def test_whole_numbers_are_exact(level, pattern, rows, width, tokens, threads, a
     assert torch.equal(out, exact.float() * (rounded.scale[:, None] * scale[:, 0]) + 0.3)  # at every level
 
 
-@pytest.mark.parametrize("level", int4.levels())
+@pytest.mark.parametrize("level", packed_weight.levels())
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_wide_layers_and_long_batches(level, pattern):
     """Wider than what is unpacked at a time, all at the ends of their ranges, 1 to 512 tokens."""
@@ -80,11 +82,11 @@ def test_wide_layers_and_long_batches(level, pattern):
     codes, scale, mask, parsed = drawn(pattern, rows, columns, seed=1)
     codes = codes.sign() * 8
     codes = codes.clamp(-8, 7).to(torch.int8)
-    weight = int4.Weight.pack(codes, scale, mask, parsed)
+    weight = packed_weight.Weight.pack(codes, scale, mask, parsed)
     x = torch.randn(512, columns, generator=torch.Generator().manual_seed(2)).sign()
     kept_codes = (codes if mask is None else codes * mask).double()
     for tokens in (1, 2, 3, 64) if level == "portable" else (1, 2, 3, 64, 512):
-        rounded = int4.quantize(x[:tokens], QuantizerSettings(bits=8))
+        rounded = packed_weight.quantize(x[:tokens], QuantizerSettings(bits=8))
         exact = (rounded.q[:, :columns].double() - rounded.zero[:, None]) @ kept_codes.T
         assert torch.equal(weight.integers(rounded, level, threads=2).double(), exact)
 
@@ -107,8 +109,8 @@ def test_tokens_are_rounded_as_in_simulation(tokens, columns, bits, symmetric, c
     x = tokens_of(tokens, columns, seed)
     x[0, ::3] = 0
     simulated = fake_quantize(x, activations, bounds)
-    for level in int4.levels():
-        rounded = int4.quantize(x, activations, bounds, level)
+    for level in packed_weight.levels():
+        rounded = packed_weight.quantize(x, activations, bounds, level)
         back = (rounded.q[:, :columns].int() - rounded.zero[:, None]) * rounded.scale[:, None]
         assert torch.equal(back, simulated), level
         assert not rounded.q[:, columns:].any()
@@ -117,9 +119,9 @@ def test_tokens_are_rounded_as_in_simulation(tokens, columns, bits, symmetric, c
 def test_tokens_of_zeros_and_of_nonsense():
     x = torch.zeros(4, 100)
     x[1, 3], x[2, 5], x[3, 7] = float("nan"), float("inf"), float("-inf")
-    weight = int4.Weight.pack(*drawn("unstructured", 9, 100, 0))
-    for level in int4.levels():
-        out = weight.multiply(int4.quantize(x, QuantizerSettings(bits=4), level=level), level=level)
+    weight = packed_weight.Weight.pack(*drawn("unstructured", 9, 100, 0))
+    for level in packed_weight.levels():
+        out = weight.multiply(packed_weight.quantize(x, QuantizerSettings(bits=4), level=level), level=level)
         assert (out[0] == 0).all() and out[1:].isnan().all()
 
 
@@ -141,24 +143,24 @@ def test_bits_of_a_weight(pattern, layout, bits):
     codes, scale, mask, parsed = drawn(pattern, rows, columns, 0)
     if pattern == "unstructured":
         mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)).argsort(1) < columns // 2
-    weight = int4.Weight.pack(codes, scale, mask, parsed)
+    weight = packed_weight.Weight.pack(codes, scale, mask, parsed)
     assert weight.layout == layout
-    data = 8 * (weight.data.nbytes - int4.OVERREAD) / (rows * columns)
+    data = 8 * (weight.data.nbytes - packed_weight.OVERREAD) / (rows * columns)
     assert bits <= data < bits * 1.001
     assert data < weight.bits_per_weight < data + 0.05
 
 
 def test_any_mask_fits_a_bitmask_and_rows_of_equal_length_share_bytes():
     codes, scale, mask, parsed = drawn("2:4", 16, 128, 0)
-    rounded = int4.quantize(tokens_of(2, 128, 0), QuantizerSettings(bits=8))
-    named = int4.Weight.pack(codes, scale, mask, parsed)
+    rounded = packed_weight.quantize(tokens_of(2, 128, 0), QuantizerSettings(bits=8))
+    named = packed_weight.Weight.pack(codes, scale, mask, parsed)
     assert torch.equal(
-        int4.Weight.pack(codes, scale, mask, layout="bitmask").integers(rounded), named.integers(rounded)
+        packed_weight.Weight.pack(codes, scale, mask, layout="bitmask").integers(rounded), named.integers(rounded)
     )
     uneven = torch.zeros(16, 128, dtype=torch.bool)
     uneven[::2] = True  # neighbours differ as much as they can
-    weight = int4.Weight.pack(codes, scale, uneven)
-    assert weight.data.nbytes == 2 * 2 * 8 * 8 + 4 * 128 + int4.OVERREAD
+    weight = packed_weight.Weight.pack(codes, scale, uneven)
+    assert weight.data.nbytes == 2 * 2 * 8 * 8 + 4 * 128 + packed_weight.OVERREAD
 
 
 @pytest.mark.parametrize(
@@ -173,26 +175,26 @@ def test_any_mask_fits_a_bitmask_and_rows_of_equal_length_share_bytes():
 def test_mistakes_in_weights_are_named(change, message):
     codes, scale, mask, _ = drawn("unstructured", 8, 64, 0)
     with pytest.raises(ObrError, match=message):
-        int4.Weight.pack(**({"codes": codes, "scale": scale, "mask": mask} | change))
+        packed_weight.Weight.pack(**({"codes": codes, "scale": scale, "mask": mask} | change))
 
 
 def test_mistakes_in_tokens_are_named():
-    weight = int4.Weight.pack(*drawn("dense", 8, 64, 0))
+    weight = packed_weight.Weight.pack(*drawn("dense", 8, 64, 0))
     with pytest.raises(ObrError, match="128 channels do not fit a weight of 64"):
-        weight.multiply(int4.quantize(torch.ones(1, 128), QuantizerSettings(bits=8)))
+        weight.multiply(packed_weight.quantize(torch.ones(1, 128), QuantizerSettings(bits=8)))
     for settings_ in (QuantizerSettings(bits=9), QuantizerSettings(bits=8, group_size=32)):
         with pytest.raises(ObrError, match="one scale a token"):
-            int4.quantize(torch.ones(1, 64), settings_)
+            packed_weight.quantize(torch.ones(1, 64), settings_)
     with pytest.raises(ObrError, match="on meta cannot meet packed weights"):
-        int4.quantize(torch.ones(1, 64, device="meta"), QuantizerSettings(bits=8))
+        packed_weight.quantize(torch.ones(1, 64, device="meta"), QuantizerSettings(bits=8))
     with pytest.raises(ObrError, match="'sse' is not one this processor has"):
-        int4.library("sse")
+        packed_weight.library("sse")
 
 
 def test_no_tokens_have_no_output():
-    weight = int4.Weight.pack(*drawn("unstructured", 9, 64, 0))
-    for level in int4.levels():
-        assert weight.multiply(int4.quantize(torch.ones(0, 64), ACTIVATIONS[0]), level=level).shape == (0, 9)
+    weight = packed_weight.Weight.pack(*drawn("unstructured", 9, 64, 0))
+    for level in packed_weight.levels():
+        assert weight.multiply(packed_weight.quantize(torch.ones(0, 64), ACTIVATIONS[0]), level=level).shape == (0, 9)
 
 
 def test_without_a_compiler_there_is_a_sentence(monkeypatch, tmp_path):
@@ -200,16 +202,17 @@ def test_without_a_compiler_there_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("OBR_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ObrError, match="No C\\+\\+ compiler"):
-        native.build(int4.SOURCES, [*int4.FLAGS, "-DNEVER_BUILT_BEFORE"])
+        compiler.build(packed_weight.SOURCES, [*packed_weight.FLAGS, "-DNEVER_BUILT_BEFORE"])
     monkeypatch.setenv("CXX", "/bin/false" if os.path.exists("/bin/false") else "false")
     with pytest.raises(ObrError, match=r"kernels\.cpp cannot be built"):
-        native.build(int4.SOURCES, [*int4.FLAGS, "-DNEVER_BUILT_BEFORE"])
+        compiler.build(packed_weight.SOURCES, [*packed_weight.FLAGS, "-DNEVER_BUILT_BEFORE"])
 
 
 def test_threads_survive_a_fork():
     """A child of a process that has multiplied in two threads can do so too."""
     code = (
-        "import os, torch; from obr import int4; from obr.recipe import QuantizerSettings\n"
+        "import os, torch; from obr.config.quantizer import QuantizerSettings\n"
+        "from obr.kernels.int4 import packed_weight as int4\n"
         "w = int4.Weight.pack(torch.ones(64, 64, dtype=torch.int8), torch.ones(64, 1))\n"
         "x = int4.quantize(torch.ones(1, 64), QuantizerSettings(bits=8))\n"
         "right = lambda: bool((w.integers(x, threads=2) == 64 * 127).all())\n"

@@ -9,15 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obr import annealing, native, packing
-from obr import joint as joint_module
-from obr.curvature import Hessian
+from obr.checkpoints import packing
+from obr.config.pattern import Pattern
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.joint import Budget, admm
-from obr.quantize import Grid
-from obr.recipe import Pattern, Recipe
-from obr.refit import refit_scale
-from obr.restoration import restore, restore_together
+from obr.methods import joint as joint_module
+from obr.methods import joint_annealing, native
+from obr.methods.grid import Grid
+from obr.methods.joint import Budget, admm
+from obr.methods.layer_hessian import Hessian
+from obr.methods.refit_scales import refit_scale
+from obr.methods.restore import restore, restore_together
 from test_restoration import HERE, golden, layer
 
 PATTERNS = [None, "2:4", "4:8", "8:16", "paired 4:8"]
@@ -234,7 +236,7 @@ def test_the_gradient_is_kept_up_to_date(pattern, compiled, monkeypatch):
     factors = Hessian(hessian)
     found = restore(weight, hessian, "wanda", pattern=pattern)
     grid, support = Grid.fit(weight, 4), found.mask.clone()
-    descent = annealing.Descent.begin(weight, found.weight, factors.damped(), factors.dead, grid)
+    descent = joint_annealing.Descent.begin(weight, found.weight, factors.damped(), factors.dead, grid)
     parsed = Pattern.parse(pattern) if pattern else None
     assert descent.sweep([0.0] * 3, support=support, pattern=parsed) > 0
     drift = (descent.codes - weight / grid.scale) @ factors.damped() - descent.gradient
@@ -243,9 +245,9 @@ def test_the_gradient_is_kept_up_to_date(pattern, compiled, monkeypatch):
 
 
 def test_noise_is_triangular_and_the_same_everywhere():
-    noise = annealing.triangular(20, 5000, 3) * annealing.TRIANGLE
+    noise = joint_annealing.triangular(20, 5000, 3) * joint_annealing.TRIANGLE
     assert abs(noise.mean()) < 0.02 and noise.std() == pytest.approx(1, abs=0.02) and noise.abs().max() < 2.45
-    assert (annealing.triangular(2, 3, 0) == torch.tensor(TRIANGULAR)).all()
+    assert (joint_annealing.triangular(2, 3, 0) == torch.tensor(TRIANGULAR)).all()
 
 
 # Drawn once, on an AMD EPYC: another machine, or another version of PyTorch, has to draw the same.
@@ -268,9 +270,9 @@ def test_threads_do_not_matter():
     assert torch.equal(*results) and results[0].count_nonzero() > 0
 
 
-def start(weight, hessian) -> annealing.Descent:
+def start(weight, hessian) -> joint_annealing.Descent:
     factors, grid = Hessian(hessian), Grid.fit(weight, 4)
-    return annealing.Descent.begin(weight, grid.round(weight), factors.damped(), factors.dead, grid)
+    return joint_annealing.Descent.begin(weight, grid.round(weight), factors.damped(), factors.dead, grid)
 
 
 def test_sweeps_without_noise_never_raise_the_loss():
@@ -279,7 +281,7 @@ def test_sweeps_without_noise_never_raise_the_loss():
     for pattern in PATTERNS[1:]:
         first = restore(weight, hessian, "wanda", pattern=pattern)
         descent, support = start(weight, hessian), first.mask.clone()
-        descent = annealing.Descent.begin(weight, first.weight, damped, Hessian(hessian).dead, descent.grid)
+        descent = joint_annealing.Descent.begin(weight, first.weight, damped, Hessian(hessian).dead, descent.grid)
         losses = [row_losses(weight - descent.values(), damped)]
         for _ in range(4):
             descent.sweep([0.0], support=support, pattern=Pattern.parse(pattern))

@@ -5,22 +5,21 @@ import pytest
 import torch
 
 import mma
-from obr import caches, int4, kernel_benchmark, kernels
 from obr.errors import ObrError
+from obr.kernels import benchmark, cpu_caches, products
+from obr.kernels.int4 import packed_weight
 
 SHAPE = {"name": "tiny", "tokens": 20, "columns": 128, "rows": 64}
 
 
 @pytest.fixture(autouse=True)
 def small_caches(monkeypatch):
-    monkeypatch.setattr(caches, "size", lambda: 1 << 20)
+    monkeypatch.setattr(cpu_caches, "size", lambda: 1 << 20)
 
 
 def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
     out = tmp_path / "kernels" / "cpu.csv"
-    kernel_benchmark.benchmark(
-        {"shapes": list(shapes), "seconds": 60, "repeats": 3, "warmup": 1, **entry}, "cpu", out
-    )
+    benchmark.benchmark({"shapes": list(shapes), "seconds": 60, "repeats": 3, "warmup": 1, **entry}, "cpu", out)
     assert [path.name for path in out.parent.iterdir()] == ["cpu.csv"]
     return pd.read_csv(out)
 
@@ -28,12 +27,12 @@ def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
 def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
     shapes = [SHAPE, {"tokens": 3, "columns": 128, "rows": 32}]
     times = run(tmp_path, shapes)
-    assert list(times.columns) == list(kernel_benchmark.COLUMNS)
-    assert times.groupby("shape")["kernel"].apply(list).tolist() == [list(kernels.KERNELS)] * 2
+    assert list(times.columns) == list(benchmark.COLUMNS)
+    assert times.groupby("shape")["kernel"].apply(list).tolist() == [list(products.KERNELS)] * 2
     assert set(times["shape"]) == {"tiny", "3x128x32"}
     ok = times["status"] == "ok"
     assert set(times[ok]["kernel"]) >= {"fp32", "bf16", "fp16", "int8", "int4 weight"}
-    packed = [name for name in kernels.KERNELS if name.startswith("packed int4")]
+    packed = [name for name in products.KERNELS if name.startswith("packed int4")]
     assert len(packed) == 6 and set(times[ok]["kernel"]) >= set(packed)
     assert times[~ok]["status"].str.startswith(("not available: ", "skipped: ", "failed, ")).all()
     assert times[~ok]["median_ms"].isna().all()
@@ -66,7 +65,7 @@ def test_numbers_of_a_line(tmp_path):
 
 
 def test_packed_products_are_exact_and_small(tmp_path):
-    names = [name for name in kernels.KERNELS if name.startswith("packed int4")]
+    names = [name for name in products.KERNELS if name.startswith("packed int4")]
     times = run(tmp_path, [{"tokens": 2, "columns": 1024, "rows": 256}], kernels=names).set_index("kernel")
     assert (times["checked"] < 1e-6).all()
     bits = {name: times.loc[f"packed int4{name}", "bits_per_weight"] for name in ("", " 50 %", " 4:8", " paired 4:8")}
@@ -86,22 +85,22 @@ def test_products_on_tensor_cores_are_checked_in_whole_numbers(tmp_path, monkeyp
             return torch.from_numpy(parts[0] @ parts[1].T).int()
         return torch.from_numpy(mma.multiply(*parts)).int()
 
-    monkeypatch.setattr(kernels, "_need_tensor_cores", lambda x: "emulated")
-    monkeypatch.setattr(kernels.library, "multiply", emulated)
+    monkeypatch.setattr(products, "_need_tensor_cores", lambda x: "emulated")
+    monkeypatch.setattr(products.library, "multiply", emulated)
     entry = {"shapes": [{"tokens": 5, "columns": 72, "rows": 40}], "kernels": [f"int4{pattern} (CUTLASS)"]}
     line = run(tmp_path, **entry).iloc[0]
     assert (line["status"], line["checked"]) == ("ok, emulated", 0)
     assert line["tops_executed"] == line["tops_dense"] * (0.5 if pattern else 1)
     if pattern:
-        order = kernels.operands.threads_order
-        monkeypatch.setattr(kernels.operands, "threads_order", lambda words: order(words.roll(1, 0)))
+        order = products.operands.threads_order
+        monkeypatch.setattr(products.operands, "threads_order", lambda words: order(words.roll(1, 0)))
         assert run(tmp_path, **entry).iloc[0]["status"].startswith("refused: error")
 
 
 def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
     shape = {"tokens": 1, "columns": 100, "rows": 8}
     assert "does not divide the 100" in run(tmp_path, [shape], kernels=["packed int4 8:16"]).iloc[0]["status"]
-    monkeypatch.setattr(int4, "library", lambda level: (_ for _ in ()).throw(ObrError("No compiler.")))
+    monkeypatch.setattr(packed_weight, "library", lambda level: (_ for _ in ()).throw(ObrError("No compiler.")))
     line = run(tmp_path, kernels=["packed int4", "fp32"]).set_index("kernel")
     assert line.loc["packed int4", "status"] == "not available: No compiler."
     assert line.loc["fp32", "status"] == "ok" and pd.isna(line.loc["fp32", "read_gb_s"])
@@ -110,7 +109,7 @@ def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
 def test_sizes_are_known_without_a_gpu(tmp_path):
     """Of the paper's weight as it prints them: 32, 8 and 5 MiB, half the operations in pairs of 4:8; no time."""
     entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}]}
-    kernel_benchmark.sizes(entry, tmp_path / "cuda.csv")
+    benchmark.sizes(entry, tmp_path / "cuda.csv")
     lines = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
     assert not any(name.startswith("packed") for name in lines.index)
     assert set(lines["status"]) == {"not available: there is no CUDA device"}
@@ -122,19 +121,19 @@ def test_sizes_are_known_without_a_gpu(tmp_path):
 
 
 def test_emulated_fp8_is_skipped_with_the_reason_and_native_fp8_is_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels, "_multiplies_fp8", lambda: False)
+    monkeypatch.setattr(products, "_multiplies_fp8", lambda: False)
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **b: pytest.fail("an emulated product was run"))
     line = run(tmp_path, kernels=["fp8"]).iloc[0]
     assert line["status"].startswith("skipped: this processor has no FP8 products")
     assert pd.isna(line["median_ms"]) and pd.isna(line["caution"])
     monkeypatch.undo()
-    monkeypatch.setattr(kernels, "_multiplies_fp8", lambda: True)
+    monkeypatch.setattr(products, "_multiplies_fp8", lambda: True)
     assert run(tmp_path, kernels=["fp8"]).iloc[0]["status"] == "ok"
 
 
 @pytest.mark.parametrize("megabytes", [480, 2048])
 def test_weights_that_may_stay_in_a_large_cache_have_no_share_of_the_bound(tmp_path, monkeypatch, megabytes):
-    monkeypatch.setattr(caches, "size", lambda: megabytes << 20)
+    monkeypatch.setattr(cpu_caches, "size", lambda: megabytes << 20)
     times = run(tmp_path, kernels=["fp32", "packed int4", "fp16 2:4"], buffer_mb=2).set_index("kernel")
     assert set(times["cache_mb"]) == {megabytes} and set(times["buffer_mb"]) == {2}
     assert times[["read_gb_s", "of_bound"]].isna().all(axis=None)
@@ -144,15 +143,15 @@ def test_weights_that_may_stay_in_a_large_cache_have_no_share_of_the_bound(tmp_p
 
 
 def test_a_cache_of_unknown_size_is_said_to_be_assumed(tmp_path, monkeypatch):
-    monkeypatch.setattr(caches, "size", lambda: None)
+    monkeypatch.setattr(cpu_caches, "size", lambda: None)
     line = run(tmp_path, kernels=["fp32"], repeats=1, warmup=0, buffer_mb=128).iloc[0]
     assert (line["cache_mb"], line["buffer_mb"]) == (64, 128)
     assert line["caution"].startswith("the system reports no cache size, 64 MB assumed")
 
 
 def test_executed_operations_leave_out_zeros():
-    case = kernels.Case(lambda: None, None, None, (torch.zeros(64, 64, dtype=torch.float16),), executed=0.5)
-    figures = kernel_benchmark._figures(case, [1.0, 2.0, 3.0], SHAPE)
+    case = products.Case(lambda: None, None, None, (torch.zeros(64, 64, dtype=torch.float16),), executed=0.5)
+    figures = benchmark._figures(case, [1.0, 2.0, 3.0], SHAPE)
     assert figures["median_ms"] == 2.0
     assert figures["tops_executed"] == figures["tops_dense"] / 2
     assert figures["gop"] == pytest.approx(20 * 128 * 64 / 1e9)
@@ -178,9 +177,9 @@ def test_a_broken_kernel_is_refused_and_not_timed(tmp_path, monkeypatch, dtype, 
             calls.append(1)
             return spoil((x @ weight.T).to(dtype))
 
-        return kernels.Case(multiply, x, weight, (weight,))
+        return products.Case(multiply, x, weight, (weight,))
 
-    monkeypatch.setitem(kernels.KERNELS, "broken", broken)
+    monkeypatch.setitem(products.KERNELS, "broken", broken)
     line = run(tmp_path, kernels=["broken"]).iloc[0]
     assert line["status"].startswith("refused: error")
     assert pd.isna(line["median_ms"]) and pd.isna(line["tops_dense"])
@@ -191,13 +190,13 @@ def test_a_kernel_that_fails_is_reported_in_its_own_words(tmp_path, monkeypatch)
     def absent(x, weight):
         raise RuntimeError("no such operator\nand a long trace")
 
-    monkeypatch.setitem(kernels.KERNELS, "absent", absent)
+    monkeypatch.setitem(products.KERNELS, "absent", absent)
     assert run(tmp_path, kernels=["absent"]).iloc[0]["status"] == "failed, RuntimeError: no such operator"
 
 
 def test_two_of_four_keeps_the_larger_half():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-    kept = kernels._two_of_four(weight).reshape(8, 4, 4)
+    kept = products._two_of_four(weight).reshape(8, 4, 4)
     assert ((kept != 0).sum(-1) == 2).all()
     dropped = torch.where(kept == 0, weight.reshape(8, 4, 4), torch.zeros(()))
     smallest_kept = kept.abs().masked_fill(kept == 0, float("inf")).amin(-1)
@@ -222,14 +221,14 @@ def test_two_of_four_keeps_the_larger_half():
 )
 def test_mistakes_are_named(tmp_path, entry, device, message):
     with pytest.raises(ObrError, match=message):
-        kernel_benchmark.benchmark({"shapes": [SHAPE], **entry}, device, tmp_path / "k.csv")
+        benchmark.benchmark({"shapes": [SHAPE], **entry}, device, tmp_path / "k.csv")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_cuda(tmp_path):
     shape = {"tokens": 256, "columns": 1024, "rows": 512}
-    kernel_benchmark.benchmark({"shapes": [shape], "repeats": 5}, "cuda", tmp_path / "cuda.csv")
+    benchmark.benchmark({"shapes": [shape], "repeats": 5}, "cuda", tmp_path / "cuda.csv")
     times = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
     assert (times.loc[["fp32", "fp16", "bf16", "int8"], "status"] == "ok").all()
     assert not times["status"].str.startswith("refused").any()

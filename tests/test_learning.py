@@ -13,21 +13,25 @@ from geoopt import CanonicalStiefel, ManifoldParameter
 from geoopt.optim import RiemannianAdam
 from torch.nn import functional as F
 
-from obr import data, rotations
+from obr.config.quantizer import QuantizerSettings
+from obr.config.recipe import Recipe
+from obr.data import token_windows
 from obr.errors import ObrError
-from obr.evaluate import perplexity
-from obr.files import let_go
-from obr.hadamard import random_orthogonal
-from obr.layout import Dimensions, layout_of
-from obr.learning import klt, learn_rotation, straight_through, whole_model
-from obr.learning.imitation import kl_top
-from obr.learning.stiefel import CayleySGD
-from obr.learning.task import Kept, Task
-from obr.model import load_model
-from obr.modules import set_quantizers
-from obr.quantize import Grid, fake_quantize
-from obr.recipe import QuantizerSettings, Recipe
+from obr.evaluation.perplexity import perplexity
+from obr.methods.grid import Grid
+from obr.models.architectures import Dimensions, layout_of
+from obr.models.fake_quant import fake_quantize
+from obr.models.hadamard import random_orthogonal
+from obr.models.layers import set_quantizers
+from obr.models.loading import load_model
+from obr.rotations import apply, registry
+from obr.rotations.learning import end_to_end, klt, straight_through
+from obr.rotations.learning.cayley_sgd import CayleySGD
+from obr.rotations.learning.distillation import kl_top
+from obr.rotations.learning.registry import learn_rotation
+from obr.rotations.learning.run import Kept, Task
 from obr.rotations.ostquant import OSTQuant
+from obr.runtime.locks import let_go
 from test_resume import obr_command  # noqa: F401  a fixture, asked for by name
 
 LOW = {"bits": 3}
@@ -37,7 +41,7 @@ SMALL = {"steps": 12, "batch": 2, "every": 6, "keep_every": 5, "held_out": 4, "q
 
 @pytest.fixture(scope="module")
 def folder(tiny_folder) -> Path:
-    data.calibrate(
+    token_windows.calibrate(
         tiny_folder / "model", tiny_folder / "train.txt", {"nsamples": 24, "seqlen": 128}, tiny_folder / "learn"
     )
     return tiny_folder
@@ -104,10 +108,10 @@ def test_riemannian_adam_is_the_closed_form_for_two_steps():
 
 
 def test_learning_rates_rise_then_fall():
-    factor = whole_model.warmed(0.1)
+    factor = end_to_end.warmed(0.1)
     rates = [factor(step / 100) for step in range(100)]
     assert rates[0] == 0 and max(rates) == rates[10] and rates[99] < 1e-3
-    assert whole_model.warmed(0)(0.0) == 1
+    assert end_to_end.warmed(0)(0.0) == 1
 
 
 @pytest.mark.parametrize("kind", ["cayley", "adam"])
@@ -209,14 +213,14 @@ def test_searched_scales_are_constants_and_clipped_weights_have_no_gradient():
 def test_turning_activations_is_folding_weights(kind, quantise, folder, tmp_path, monkeypatch):
     found = []
     for bits in (16, 15):  # weights at "15 bits" are folded; here they are not rounded
-        monkeypatch.setattr(whole_model.Network, "_weight", lambda _, weight: weight)
+        monkeypatch.setattr(end_to_end.Network, "_weight", lambda _, weight: weight)
         task = task_of(folder, tmp_path, kind)
         task.recipe = replace(task.recipe, bits=bits)
         tokens = task.windows[:1, :32]  # few: no value rounds otherwise by a hair
-        rotation = rotations.draw(kind, task.dimensions)
+        rotation = registry.draw(kind, task.dimensions)
         leaves = {name: p.float().requires_grad_() for name, p in rotation.parameters.items()}
         rotation.parameters = leaves
-        network = whole_model.Network(task, getattr(straight_through, quantise), recompute=bits == 15)
+        network = end_to_end.Network(task, getattr(straight_through, quantise), recompute=bits == 15)
         states = network(rotation, tokens)
         loss = network.loss(states.flatten(0, 1), tokens.flatten(), summed_cross_entropy, backward=True)
         found.append((loss, {name: along(leaf) for name, leaf in leaves.items()}))
@@ -239,9 +243,9 @@ def along(leaf):
 
 
 def test_the_loss_over_parts_of_the_tokens_is_the_loss(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(whole_model, "TOKENS", 50)
+    monkeypatch.setattr(end_to_end, "TOKENS", 50)
     task = task_of(folder, tmp_path, "spinquant")
-    network, states = whole_model.Network(task, straight_through.passed), torch.randn(120, 96).requires_grad_()
+    network, states = end_to_end.Network(task, straight_through.passed), torch.randn(120, 96).requires_grad_()
     targets = torch.arange(120)
     loss = network.loss(states, targets, summed_cross_entropy, backward=True)
     expected = F.cross_entropy(network.logits(states), targets)
@@ -255,16 +259,16 @@ def test_the_loss_is_that_of_the_model_with_rounded_weights(kind, clip, folder, 
     """Against the model folded and rounded to nearest layer by layer, without the network."""
     quantise = {"bits": 3, "clip": clip, "values": LOW}
     _, curve = learned(folder, tmp_path / "out", kind, steps=1, quantise=quantise)
-    rotation = rotations.draw(kind, Dimensions.of(load_model(folder / "model").config))
+    rotation = registry.draw(kind, Dimensions.of(load_model(folder / "model").config))
     if kind == "ostquant":
         del rotation.transforms["query_key"]
         rotation.parameters = {n: torch.ones_like(p) if ".S_" in n else p for n, p in rotation.parameters.items()}
     plain, rounded = load_model(folder / "model"), load_model(folder / "model")
-    rotations.rotate(rounded, rotation)
+    apply.rotate(rounded, rotation)
     round_weights(rounded, 3, clip)
     for block in rounded.model.layers:
         set_quantizers(block, layout_of(rounded.config), Recipe.parse({"method": "rtn", "bits": 16, "values": LOW}))
-    tokens = data.load_tokens(folder / "learn")[0][-4:]
+    tokens = token_windows.load_tokens(folder / "learn")[0][-4:]
     with torch.no_grad():
         logits, teacher = rounded(tokens).logits.flatten(0, 1), plain(tokens).logits.flatten(0, 1)
         expected = float(kl_top(logits, teacher, 1000) / len(logits))
@@ -283,11 +287,11 @@ def test_small_batches_add_up_to_the_gradient_of_the_batch(folder, tmp_path):
 
 
 def test_windows_come_in_order_of_epochs():
-    places = torch.cat([whole_model.drawn(7, 3, step, seed=2) for step in range(14)])
+    places = torch.cat([end_to_end.drawn(7, 3, step, seed=2) for step in range(14)])
     for epoch in places.split(7):
         assert sorted(epoch.tolist()) == list(range(7))
     assert not torch.equal(places[:7], places[7:14])
-    assert torch.equal(whole_model.drawn(7, 3, 5, seed=2), places[15:18])
+    assert torch.equal(end_to_end.drawn(7, 3, 5, seed=2), places[15:18])
 
 
 # --- Learned rotations ------------------------------------------------------------------------------------
@@ -315,7 +319,7 @@ def test_a_learned_file_says_how_it_was_learned(kind, folder, request):
     rotation, curve, out = request.getfixturevalue(kind)
     assert list(curve["step"]) == [0, 20, 40]
     assert not out.with_name(out.name + ".unfinished").exists()
-    read = rotations.load(out, rotation.dimensions)
+    read = registry.load(out, rotation.dimensions)
     assert read.options["learned"]["steps"] == 40 and read.seed is None
     assert read.options["learned"]["calibration"]["seqlen"] == 128
 
@@ -330,7 +334,7 @@ def test_ostquant_helps_on_windows_that_were_not_learned_from(ostquant):
 def test_a_learned_rotation_leaves_the_16_bit_model_alone(kind, folder, request):
     plain = load_model(folder / "model", torch.float64)
     turned = load_model(folder / "model", torch.float64)
-    rotations.rotate(turned, rotations.load(request.getfixturevalue(kind)[2], Dimensions.of(plain.config)))
+    apply.rotate(turned, registry.load(request.getfixturevalue(kind)[2], Dimensions.of(plain.config)))
     tokens = torch.arange(24)[None]
     with torch.no_grad():
         assert (plain(tokens).logits - turned(tokens).logits).abs().max() < 1e-3
@@ -339,11 +343,11 @@ def test_a_learned_rotation_leaves_the_16_bit_model_alone(kind, folder, request)
 def test_the_curve_is_what_evaluation_finds(folder, spinquant):
     _, curve, out = spinquant
     model = load_model(folder / "model")
-    rotations.rotate(model, rotations.load(out, Dimensions.of(model.config)))
+    apply.rotate(model, registry.load(out, Dimensions.of(model.config)))
     recipe = Recipe.parse({"method": "rtn", "bits": 16, **QUANTISE})
     for block in model.model.layers:
         set_quantizers(block, layout_of(model.config), recipe)
-    held_out = data.load_tokens(folder / "learn")[0][-16:]
+    held_out = token_windows.load_tokens(folder / "learn")[0][-16:]
     assert perplexity(model, held_out) == pytest.approx(math.exp(curve["held_out"].iloc[-1]), rel=2e-3)
 
 
@@ -358,11 +362,11 @@ def test_a_rotation_learned_for_rounded_weights_suits_them_better(folder, ostqua
     """Than one learned for quantised activations, and than where it started; on windows not learned from."""
     _, curve, _ = for_weights
     assert curve["held_out"].iloc[-1] < 0.9 * curve["held_out"].iloc[0]
-    tokens, found = data.load_tokens(folder / "learn")[0][-16:], {}
+    tokens, found = token_windows.load_tokens(folder / "learn")[0][-16:], {}
     plain = load_model(folder / "model")(tokens).logits.detach().flatten(0, 1)
     for name, (_, _, out) in {"activations": ostquant, "weights": for_weights}.items():
         model = load_model(folder / "model")
-        rotations.rotate(model, rotations.load(out, Dimensions.of(model.config)))
+        apply.rotate(model, registry.load(out, Dimensions.of(model.config)))
         round_weights(model, 3)
         with torch.no_grad():
             found[name] = float(kl_top(model(tokens).logits.flatten(0, 1), plain, plain.shape[1]))
@@ -380,7 +384,7 @@ def round_weights(model, bits, clip="mse") -> None:
 def test_the_other_start_is_along_the_weights_principal_axes(folder, tmp_path):
     task = task_of(folder, tmp_path, "ostquant")
     drawn, turned = OSTQuant.draw(task.dimensions, 0), OSTQuant.draw(task.dimensions, 0)
-    network = whole_model.Network(task, straight_through.flowing)
+    network = end_to_end.Network(task, straight_through.flowing)
     klt.turn(turned, network.plain, network.layout)
     turned.check("the start")
     model, readers = load_model(folder / "model", torch.float64), []

@@ -10,16 +10,17 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from families import FAMILIES, change, random_model
-from obr import data, rotations
+from obr.config.recipe import Recipe
+from obr.data import token_windows
 from obr.errors import ObrError
-from obr.layout import Dimensions
-from obr.learning import awq, blockwise, flatquant, learn_rotation, omniquant
-from obr.learning.task import Kept, Task
-from obr.model import StreamedBlocks, run_block
-from obr.modules import set_quantizers
-from obr.quantize import Grid
-from obr.recipe import Recipe
-from obr.rotations import fold
+from obr.methods.grid import Grid
+from obr.models.architectures import Dimensions
+from obr.models.blocks import StreamedBlocks, run_block
+from obr.models.layers import set_quantizers
+from obr.rotations import apply, fold, registry
+from obr.rotations.learning import awq, blockwise, flatquant, omniquant
+from obr.rotations.learning.registry import learn_rotation
+from obr.rotations.learning.run import Kept, Task
 
 LEARNED = {"bits": 4, "symmetric": False, "group_size": "head", "clip_ratio": "learned"}
 PLAIN = {"bits": 8, "symmetric": False, "group_size": "head"}
@@ -65,7 +66,9 @@ def tokens(tiny_folder, tmp_path_factory):
     """A file of 16 windows of 64 tokens."""
     path = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder / "model")
-    windows = data.calibration_tokens(tokenizer, (tiny_folder / "train.txt").read_text(), nsamples=16, seqlen=64)
+    windows = token_windows.calibration_tokens(
+        tokenizer, (tiny_folder / "train.txt").read_text(), nsamples=16, seqlen=64
+    )
     save_file({"tokens": windows}, path, metadata={"calibration": "{}"})
     return path
 
@@ -120,10 +123,10 @@ def test_learned_folds_leave_logits_as_they_were(kind, learned, spiky):
     windows = torch.arange(1, 65).view(2, 32)
     with torch.no_grad():
         before = model(windows).logits
-        rotation = rotations.load(path, Dimensions.of(model.config))
+        rotation = registry.load(path, Dimensions.of(model.config))
         learned_parts = rotation.changes(0)
         assert learned_parts.folded_parts()
-        rotations.rotate(model, rotation)
+        apply.rotate(model, rotation)
         after = model(windows).logits
     assert float((after - before).abs().max() / before.abs().max()) < 2e-5
     assert rotation.options["learned"]["calibration"] == {}
@@ -151,7 +154,7 @@ def test_learned_folds_of_other_families_leave_logits_as_they_were(kind, family,
     entry = entry_of(kind, **changed)
     rotation = learn_rotation(entry, tmp_path / "model", tmp_path / "tokens.safetensors", tmp_path / "r", "cpu")
     assert set(rotation.changes(1).folded_parts()) == parts
-    assert change(model, lambda model: rotations.rotate(model, rotation)) < 1e-4
+    assert change(model, lambda model: apply.rotate(model, rotation)) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["flatquant", "omniquant"])
@@ -196,7 +199,7 @@ def test_learned_weight_ranges_are_minmax_at_infinity_and_0_982_at_the_start(kin
 
 def test_the_quantised_block_of_the_learner_is_that_of_the_evaluation(place, learned):
     here = place("flatquant")
-    rotation = rotations.load(learned("flatquant")[0], here.task.dimensions)
+    rotation = registry.load(learned("flatquant")[0], here.task.dimensions)
     states = here.inputs[0]
     with torch.no_grad():
         seen = here(rotation, states)
@@ -224,7 +227,7 @@ def test_every_learned_tensor_has_a_gradient_and_transforms_stay_invertible(plac
     found = torch.linalg.svdvals(factor().detach())
     torch.testing.assert_close(found, factor.logarithms.exp().detach().sort(descending=True)[0], rtol=1e-4, atol=0)
 
-    expected = {n.removeprefix("blocks.0.") for n in rotations.draw("flatquant", task.dimensions).parameters}
+    expected = {n.removeprefix("blocks.0.") for n in registry.draw("flatquant", task.dimensions).parameters}
     expected = {n for n in expected if not n.startswith("blocks.")}
     generator = torch.Generator().manual_seed(0)
     leaves = {n: flatquant.starting(s, "orthogonal", generator) for n, s in flatquant.sizes(task).items()}
@@ -233,7 +236,7 @@ def test_every_learned_tensor_has_a_gradient_and_transforms_stay_invertible(plac
     for leaf in leaves.values():
         leaf.requires_grad_()
     parameters = {n: p.exp() if n.endswith("scale") else p for n, p in leaves.items()}
-    here.loss(rotations.KINDS["flatquant"](task.dimensions, here.parameters(parameters)), [0, 1]).backward()
+    here.loss(registry.KINDS["flatquant"](task.dimensions, here.parameters(parameters)), [0, 1]).backward()
     for name, leaf in leaves.items():
         assert leaf.grad is not None and leaf.grad.abs().max() > 0, name
 
@@ -248,7 +251,7 @@ def test_flatquant_learns_only_what_the_quantisation_asks_for(place):
 def test_awq_takes_the_best_ratio_of_the_grid(place, learned):
     here = place("awq")
     means, _ = awq.statistics(here, 512)
-    parameters = rotations.load(learned("awq")[0], here.task.dimensions).parameters
+    parameters = registry.load(learned("awq")[0], here.task.dimensions).parameters
     windows = [here.inputs[i] for i in here.learned_from]
     for group, module in (("qkv", "self_attn"), ("up_gate", "mlp"), ("down", "mlp.down_proj")):
         chosen = awq.ratio_errors(here, group, means[group], 16)
@@ -304,7 +307,7 @@ def test_awq_limits_are_the_best_of_ten(place):
 
 
 def test_key_scales_are_tied_within_rope_pairs(learned, place):
-    rotation = rotations.load(learned("omniquant")[0], place("omniquant").task.dimensions)
+    rotation = registry.load(learned("omniquant")[0], place("omniquant").task.dimensions)
     scale = rotation.parameters["blocks.0.key.scale"]
     first, second = scale.chunk(2, dim=1)
     assert torch.equal(first, second) and not torch.equal(scale, torch.ones_like(scale))
@@ -314,12 +317,12 @@ def test_key_scales_are_tied_within_rope_pairs(learned, place):
 def test_quantised_blocks_read_what_those_before_them_put_out(place):
     task = place("omniquant").task
     source, parameters = StreamedBlocks(task.model, None, torch.float32, "cpu"), {}
-    places = blockwise._places(task, source, True, rotations.KINDS["scaling"], parameters)
+    places = blockwise._places(task, source, True, registry.KINDS["scaling"], parameters)
     first = next(places)
     assert torch.equal(first.own[3], first.inputs[3])
     found = {**omniquant.starting_clips(task), "qkv.scale": torch.full((96,), 2.0)}
     parameters |= first.parameters(found)
-    rotation = rotations.KINDS["scaling"](task.dimensions, dict(parameters))
+    rotation = registry.KINDS["scaling"](task.dimensions, dict(parameters))
     with torch.no_grad():
         quantised, target = first(rotation, first.inputs[3]), first.targets[3].clone()
     second = next(places)

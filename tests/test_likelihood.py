@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obr.layout import layout_of
-from obr.likelihood import log_likelihoods
-from obr.modules import ATTENTION, set_quantizers, wrap_block
-from obr.recipe import Recipe
+from obr.config.recipe import Recipe
+from obr.evaluation.likelihood import log_likelihoods
+from obr.models.architectures import layout_of
+from obr.models.layers import ATTENTION, set_quantizers, wrap_block
 
 VOCABULARY = 50
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr.checkpoint import CheckpointBlocks
-from obr.compression import compress_stage
-from obr.recipe import Recipe
+from obr.checkpoints.format import CheckpointBlocks
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

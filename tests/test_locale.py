@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from obr import digest
+from obr.runtime import code_digest
 from running import CONFIG, command, environment
 
-STAGES = ("compression", "hessian", "texts", "table")
+STAGES = ("compression.stage", "calibration.collect_hessians", "data.texts", "report.table")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -46,15 +46,15 @@ def test_digests_do_not_depend_on_the_locale(kind, request):
     variables = ASCII if kind == "ascii" else request.getfixturevalue("latin")
     encoding = printed("import locale; print(locale.getpreferredencoding(False))", variables)
     assert encoding.upper() in ("ISO-8859-1", "ANSI_X3.4-1968", "US-ASCII"), encoding
-    found = printed(f"from obr.digest import digest; print(*map(digest, {STAGES!r}))", variables)
-    assert found.split() == [digest.digest(stage) for stage in STAGES]
+    found = printed(f"from obr.runtime.code_digest import digest; print(*map(digest, {STAGES!r}))", variables)
+    assert found.split() == [code_digest.digest(stage) for stage in STAGES]
 
 
 @pytest.mark.parametrize("kind", ["latin", "ascii"])
 def test_a_command_writes_utf_8_under_any_locale(kind, request, tmp_path):
     variables = ASCII if kind == "ascii" else request.getfixturevalue("latin")
     published = Path(__file__).parents[1] / "workflow/published/results.csv"
-    run = [sys.executable, "-m", "obr.cli", "errata", "--published", str(published), "--out"]
+    run = [sys.executable, "-m", "obr", "errata", "--published", str(published), "--out"]
     for name, environment_ in (("here.md", dict(os.environ)), ("there.md", variables)):
         done = subprocess.run(
             [*run, name], env=plain(**environment_) if name == "there.md" else environment(), cwd=tmp_path,

@@ -10,13 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import obr
-from obr import cli, data
-from obr.checkpoint import CheckpointBlocks
-from obr.compression import compress_stage
-from obr.download import download_model
+from obr.checkpoints.format import CheckpointBlocks
+from obr.cli import main
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
+from obr.data import token_windows, tokenize
 from obr.errors import ObrError
-from obr.model import StreamedBlocks, load_tokenizer
-from obr.recipe import Recipe
+from obr.models.blocks import StreamedBlocks
+from obr.models.download import download_model
+from obr.models.loading import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -24,8 +26,8 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture(scope="module")
 def windows(tiny_folder):
-    tokens = data.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
-    return data.evaluation_windows(tokens, 128, 512)
+    tokens = tokenize.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
+    return token_windows.evaluation_windows(tokens, 128, 512)
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +427,6 @@ def test_stages_end_in_one_sentence(model, capsys, tmp_path):
         ["generate", *common, "--entry", '{"generated": {}, "nsamples": 1, "seqlen": 8}'],
         ["learn-rotation", *common, "--tokens", str(tmp_path / "t"), "--entry", json.dumps(entry)],
     ):
-        assert cli.main(stage) == 1, stage
+        assert main.main(stage) == 1, stage
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("obr: ") and f"do not have ({BIAS} first)" in error, error

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import obr
 from families import FAMILIES, TOKENS, random_model
-from obr import costs
-from obr.cli import main
-from obr.config import check_widths
-from obr.download import download_model
+from obr.cli.main import main
+from obr.config.model_sizes import read_config, sizes_of
+from obr.config.workflow import check_widths
 from obr.errors import ObrError
-from obr.model import StreamedBlocks, config_of
-from obr.model_config import read_config, sizes_of
+from obr.models.blocks import StreamedBlocks
+from obr.models.download import download_model
+from obr.models.loading import config_of
+from obr.planning import tensor_sizes
 from running import CONFIG, snakemake
 
 NAMES = [
@@ -244,7 +245,7 @@ def test_no_value_of_a_key_ends_in_a_traceback(tmp_path):
             source = {"source": "path", "path": str(folder)}
             with bounded(60):
                 told(lambda folder=folder: check_widths(read_config(folder), {"a": "2:4"}, "m"))
-                told(lambda folder=folder: costs.sizes_in(folder))
+                told(lambda folder=folder: tensor_sizes.sizes_in(folder))
                 if told(lambda source=source: download_model(source, tmp_path / "out")):
                     refused += 1
                 else:
@@ -281,7 +282,7 @@ def test_a_size_that_is_missing_is_told_by_every_command(key, folders, tmp_path,
     folder = with_keys(folders["llama"], tmp_path / "m")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ObrError, match=f"has no {key}; add it, or choose another model"):
-        costs.sizes_in(folder)
+        tensor_sizes.sizes_in(folder)
     stage = ["check-model", "--entry", '{"a": "2:4"}', "--model", str(folder), "--out", str(tmp_path / "o")]
     assert main(stage) == (key != "vocab_size")
     assert key == "vocab_size" or f"obr: config.json of m has no {key}; add it" in capsys.readouterr().err

@@ -10,19 +10,20 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 import obr
-from obr import data
-from obr.checkpoint import save
+from obr.checkpoints.writer import save
+from obr.data import token_windows, tokenize
 from obr.errors import ObrError
-from obr.model import Blocks, load_tokenizer
-from obr.modules import QuantLinear
+from obr.models.blocks import Blocks
+from obr.models.layers import QuantLinear
+from obr.models.loading import load_tokenizer
 
 RTN = {"method": "rtn"}
 
 
 @pytest.fixture(scope="module")
 def windows(tiny_folder):
-    tokens = data.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
-    return data.evaluation_windows(tokens, 128, 512)
+    tokens = tokenize.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
+    return token_windows.evaluation_windows(tokens, 128, 512)
 
 
 @pytest.fixture(scope="module")

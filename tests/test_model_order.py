@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import obr
+from obr.checkpoints.verify import verify
+from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
-from obr.export import export
-from obr.recipe import QuantizerSettings
-from obr.verify import verify
+from obr.export.dispatch import export
 
 WINDOWS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
 RECIPES = {
@@ -64,8 +64,8 @@ def take(step: str, model, folder):
     """Take one step, check what it promises, and return the model after it."""
     before = own_loss(model)
     if step in ("rotate", "fuse"):
-        from obr.layout import Dimensions
-        from obr.rotations import draw
+        from obr.models.architectures import Dimensions
+        from obr.rotations.registry import draw
 
         rotation = draw("quarot", Dimensions.of(model.config), 0, fused=step == "fuse")
         obr.rotate(model, rotation)
@@ -233,7 +233,7 @@ def test_saving_spares_a_folder_with_other_files(tmp_path):
     ],
 )
 def test_a_folder_that_is_not_the_checkpoint_of_its_manifest_is_refused_by_all_readers(tmp_path, change, refusal):
-    from obr.evaluate import perplexity_stage
+    from obr.evaluation.perplexity import perplexity_stage
 
     obr.save(compressed(), tmp_path / "packed")
     change(tmp_path / "packed")

@@ -10,15 +10,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import obr
-from obr import data, hessian
-from obr.checkpoint import CheckpointBlocks
-from obr.compression import compress_stage
+from obr.calibration import collect_hessians
+from obr.checkpoints.format import CheckpointBlocks
+from obr.compression.stage import compress_stage
+from obr.config.quantizer import QuantizerSettings
+from obr.config.recipe import Recipe
+from obr.data import token_windows, tokenize
 from obr.errors import ObrError
-from obr.evaluate import perplexity, perplexity_stage
-from obr.model import StreamedBlocks, load_tokenizer, run_block
-from obr.modules import set_quantizers, wrap_block
-from obr.recipe import QuantizerSettings, Recipe
-from obr.rotations.source import make
+from obr.evaluation.perplexity import perplexity, perplexity_stage
+from obr.models.blocks import StreamedBlocks, run_block
+from obr.models.layers import set_quantizers, wrap_block
+from obr.models.loading import load_tokenizer
+from obr.rotations import apply
+from obr.rotations.obtain import make
 
 CALIBRATION = {"nsamples": 16, "seqlen": 128}
 
@@ -29,15 +33,17 @@ def prepared(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     model = tiny_folder / "model"
     make({"kind": "quarot", "seed": 0}, model, folder / "rotation.safetensors")
-    data.calibrate(model, tiny_folder / "train.txt", CALIBRATION, folder / "tokens.safetensors")
-    hessian.hessian(model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians")
+    token_windows.calibrate(model, tiny_folder / "train.txt", CALIBRATION, folder / "tokens.safetensors")
+    collect_hessians.hessian(
+        model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians"
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def windows(tiny_folder):
-    tokens = data.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
-    return data.evaluation_windows(tokens, 128, 2048)
+    tokens = tokenize.tokenize(load_tokenizer(tiny_folder / "model"), (tiny_folder / "heldout.txt").read_text())
+    return token_windows.evaluation_windows(tokens, 128, 2048)
 
 
 def recipe(**options) -> Recipe:
@@ -58,7 +64,7 @@ def test_streamed_and_whole_models_agree(tiny_folder, windows):
 
 def test_rotation_leaves_perplexity_alone(tiny_folder, prepared, windows):
     plain = perplexity(StreamedBlocks(tiny_folder / "model", device="cpu"), windows)
-    rotated = hessian.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
+    rotated = apply.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
     assert perplexity(rotated, windows) == pytest.approx(plain, rel=1e-4)
     whole = obr.rotate(obr.load_model(tiny_folder / "model", device="cpu"), "quarot")
     assert perplexity(whole, windows) == pytest.approx(plain, rel=1e-4)
@@ -66,7 +72,7 @@ def test_rotation_leaves_perplexity_alone(tiny_folder, prepared, windows):
 
 def test_hessians_are_those_of_the_inputs(tiny_folder, prepared):
     """Against hooks on the rotated model: the running mean over sequences of 2 XᵀX, behind the transform."""
-    tokens, _ = data.load_tokens(prepared / "tokens.safetensors")
+    tokens, _ = token_windows.load_tokens(prepared / "tokens.safetensors")
     model = obr.rotate(obr.load_model(tiny_folder / "model", device="cpu"), "quarot")
     seen = {"mlp.down_proj": 0, "self_attn.v_proj": 0, "self_attn.o_proj": 0, "mlp.gate_proj": 0}
     for name in seen:
@@ -78,7 +84,7 @@ def test_hessians_are_those_of_the_inputs(tiny_folder, prepared):
 
         linear.observer = observe
     model(tokens)
-    cached = hessian.load(prepared / "hessians" / "block_001.safetensors")
+    cached = collect_hessians.load(prepared / "hessians" / "block_001.safetensors")
     for name, group in zip(seen, ("down", "qkv", "o", "up_gate"), strict=True):
         assert torch.allclose(
             cached[group].hessian.double(), seen[name], rtol=1e-3, atol=1e-4 * seen[name].abs().max()
@@ -86,18 +92,18 @@ def test_hessians_are_those_of_the_inputs(tiny_folder, prepared):
 
 
 def test_collecting_group_by_group_equals_one_pass(tiny_folder, prepared):
-    tokens, _ = data.load_tokens(prepared / "tokens.safetensors")
-    blocks = hessian.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
+    tokens, _ = token_windows.load_tokens(prepared / "tokens.safetensors")
+    blocks = apply.open_blocks(tiny_folder / "model", prepared / "rotation.safetensors", device="cpu")
     hidden, arguments = blocks.embed(tokens)
     block = blocks.load(0)
     entered = [states.clone() for states in hidden]
     alone = {
-        group: hessian.collect(block, blocks.layout, hidden, arguments[0], [group], whole=False)[group]
+        group: collect_hessians.collect(block, blocks.layout, hidden, arguments[0], [group], whole=False)[group]
         for group in blocks.layout.groups
     }
     assert all(torch.equal(states, before) for states, before in zip(hidden, entered, strict=True))
     groups = list(blocks.layout.groups)
-    together = hessian.collect(block, blocks.layout, hidden, arguments[0], groups, whole=True)
+    together = collect_hessians.collect(block, blocks.layout, hidden, arguments[0], groups, whole=True)
     for states, before in zip(hidden, entered, strict=True):
         assert torch.equal(states, run_block(block, before, arguments[0]))
     for group, moments in together.items():
@@ -216,8 +222,8 @@ def test_int8_down_proj(tiny_folder, prepared, tmp_path):
 
 
 def quantised(model, **settings):
-    from obr.layout import layout_of
-    from obr.modules import ATTENTION
+    from obr.models.architectures import layout_of
+    from obr.models.layers import ATTENTION
 
     layout = layout_of(model.config)
     chosen = Recipe.parse({"method": "dense", **settings})
@@ -255,7 +261,7 @@ def test_quantised_decoding_step_by_step_equals_the_whole_pass(tiny_folder, wind
 
 
 def test_keys_and_values_share_a_scale_over_all_heads_unless_grouped():
-    from obr.modules import KeyValueQuantizer
+    from obr.models.layers import KeyValueQuantizer
 
     quantizer = KeyValueQuantizer()
     key = torch.randn(1, 3, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -340,7 +346,8 @@ class Plug(Exception):
     "options", [{}, {"hessian": "cached"}, {"asymmetry": 1.0}], ids=["sequential", "cached", "asymmetric"]
 )
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp_path, monkeypatch, options):
-    from obr import checkpoint, compression
+    from obr.checkpoints import format
+    from obr.compression import blocks as compression
 
     options = {"method": "obr_gptq", **options}
     undisturbed = compressed(tiny_folder, prepared, tmp_path / "undisturbed", **options)
@@ -372,7 +379,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp
         def pulled_late(*_):
             raise Plug
 
-        patch.setattr(checkpoint, "save_ends", pulled_late)
+        patch.setattr(format, "save_ends", pulled_late)
         compressed(tiny_folder, prepared, tmp_path / "late", **options)
     with monkeypatch.context() as patch:
         patch.setattr(compression, "compress_group", pulled_late)

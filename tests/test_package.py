@@ -1,6 +1,7 @@
 """The package's own order: imports go one way, heavy libraries load late, versions and commands agree."""
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -11,65 +12,45 @@ import pytest
 import yaml
 
 import obr
-from obr import digest
-from obr.cli import _parser
+from obr.cli.main import _parser
+from obr.runtime import code_digest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workflow" / "obr"
-# From the ground up; a module may import those of the lines above its own, and its neighbours on the line.
-LAYERS = [
-    ["errors", "files", "registration", "arguments", "caching"],
-    ["fetch", "native", "rows", "sidefiles", "weights"],
-    ["model_config"],
-    ["recipe", "edition", "config", "digest", "device", "foreign", "local", "processor"],
-    ["allocation", "dtypes"],
-    ["quantize", "prune", "hadamard", "solver"],
-    ["online", "annealing"],
-    ["curvature", "joint"],
-    ["methods", "refit", "int4", "cuda"],
-    ["restoration", "packing"],
-    ["layout", "activations", "progress", "provenance"],
-    ["modules"],
-    ["model_check"],
-    ["model"],
-    ["unchanged", "checkpoint_files", "model_state", "model_saving"],
-    ["resume"],
+# From the ground up; a module imports from lower floors, or from its own package.
+FLOORS = [
+    ["errors"],
+    ["runtime", "config"],
+    ["methods", "models", "report"],
+    ["kernels", "data", "planning"],
     ["rotations"],
-    ["data", "cloze"],
-    ["packaged"],
-    ["download", "texts", "tasks"],
-    ["hessian", "learning", "generation"],
-    ["gradients", "target", "divergence"],
-    ["sensitivity"],
-    ["checkpoint"],
-    ["compression", "released", "packed"],
-    ["pretrained", "export"],
-    ["verify", "repeat"],
-    ["evaluate", "zero_shot", "kernels", "caches", "stopwatch"],
-    ["kernel_benchmark"],
-    ["published"],
-    ["artefacts", "errata"],
-    ["render"],
-    ["sheet"],
-    ["figure_layers", "figure_kernels", "figure_learning"],
-    ["table", "figure"],
-    ["jobs", "costs"],
-    ["timings"],
-    ["plan", "push"],
+    ["calibration"],
+    ["mixed_precision"],
+    ["checkpoints"],
+    ["compression", "evaluation", "export"],
     ["cli"],
+    ["__main__"],
 ]
-HEIGHT = {name: i for i, names in enumerate(LAYERS) for name in names}
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_go_one_way(path):
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if name == "__init__":
+    own = path.parts[0].removesuffix(".py")
+    if own in ("__init__", "_transformers_hook"):  # the names of the package, and what transformers imports
         return
-    for imported in digest._imports(path.relative_to(PACKAGE).as_posix()):
-        other = imported.split(".")[1] if "." in imported else None
-        if other in HEIGHT:
-            assert HEIGHT[other] <= HEIGHT[name], f"{name} imports {imported}"
+    for imported in code_digest._imports(path.as_posix()):
+        other = imported.split(".")[1] if "." in imported else own
+        assert other == own or FLOOR[other] < FLOOR[own], f"{path} imports {imported}"
+
+
+def test_no_modules_import_each_other():
+    sorter = graphlib.TopologicalSorter()
+    for path in MODULES:
+        imported = map(code_digest._path, code_digest._imports(path.as_posix()))
+        sorter.add(path.as_posix(), *({other for other in imported if other} - {path.as_posix()}))
+    sorter.prepare()  # CycleError otherwise
 
 
 def imported_by(code: str) -> set[str]:
@@ -85,11 +66,14 @@ HEAVY = ["torch", "transformers", "datasets", "lm_eval", "pandas", "matplotlib"]
 @pytest.mark.parametrize(
     "code, allowed",
     [
-        ("import obr, obr.cli, obr.config, obr.digest, obr.recipe", set()),
-        ("import obr.download, obr.texts, obr.tasks", set()),
-        ("import obr.table", {"pandas"}),
-        ("import obr.restoration, obr.packing", {"torch"}),
-        ("import obr.checkpoint, obr.evaluate, obr.compression", {"torch", "transformers"}),
+        ("import obr, obr.cli.main, obr.config.workflow, obr.runtime.code_digest, obr.config.recipe", set()),
+        ("import obr.models.download, obr.data.texts, obr.evaluation.tasks", set()),
+        ("import obr.report.table", {"pandas"}),
+        ("import obr.methods.restore, obr.checkpoints.packing", {"torch"}),
+        (
+            "import obr.checkpoints.format, obr.evaluation.perplexity, obr.compression.stage",
+            {"torch", "transformers"},
+        ),
     ],
 )
 def test_heavy_libraries_are_loaded_late(code, allowed):
@@ -108,12 +92,12 @@ def test_the_digest_sees_code_and_nothing_else(tmp_path, monkeypatch):
     package.mkdir()
     (package / "a.py").write_text('"""Doc."""\nfrom obr import b\n\nX = 1\n')
     (package / "b.py").write_text("Y = 2\n")
-    monkeypatch.setattr(digest, "ROOT", package)
+    monkeypatch.setattr(code_digest, "ROOT", package)
 
     def now():
-        digest._imports.cache_clear()
-        digest._tree.cache_clear()
-        return digest.digest("a")
+        code_digest._imports.cache_clear()
+        code_digest._tree.cache_clear()
+        return code_digest.digest("a")
 
     before = now()
     (package / "a.py").write_text('"""Another doc."""\n# a comment\nfrom obr import b\nX = 1  # one\n')
@@ -130,18 +114,26 @@ def test_the_digest_sees_code_and_nothing_else(tmp_path, monkeypatch):
 
 def test_stages_depend_on_what_they_compile():
     def sources(stage):
-        return {source.name for path in digest.closure(stage) for source in digest.compiled(path)}
+        return {source.name for path in code_digest.closure(stage) for source in code_digest.compiled(path)}
 
-    assert {"kernels.cpp", "layout.h", "avx512.h", "gemm.cu"} <= sources("kernel_benchmark")
-    assert "native.cpp" in sources("compression") and "gemm.cu" not in sources("compression")
+    assert {"kernels.cpp", "layout.h", "avx512.h", "gemm.cu"} <= sources("kernels.benchmark")
+    assert "native.cpp" in sources("compression.stage") and "gemm.cu" not in sources("compression.stage")
 
 
 def test_editing_restoration_touches_compression_but_not_hessians():
-    assert "restoration.py" in digest.closure("compression")
-    assert "restoration.py" not in digest.closure("hessian")
-    assert not {"model.py", "modules.py", "quantize.py"} & digest.closure("download")  # gigabytes to fetch again
-    for stage in ("data", "download", "texts", "tasks", "rotations.source", "kernel_benchmark", "table", "figure"):
-        assert digest.closure(stage) and "restoration.py" not in digest.closure(stage), stage
+    restore = "methods/restore.py"
+    assert restore in code_digest.closure("compression.stage")
+    others = [
+        "calibration.collect_hessians",
+        "data.token_windows",
+        "models.download",
+        "data.texts",
+        "evaluation.tasks",
+    ]
+    for stage in [*others, "rotations.obtain", "kernels.benchmark", "report.table", "report.figures.draw"]:
+        assert code_digest.closure(stage) and restore not in code_digest.closure(stage), stage
+    heavy = {"models/blocks.py", "models/layers.py", "methods/grid.py"}
+    assert not heavy & code_digest.closure("models.download")  # gigabytes to fetch again
 
 
 def test_every_stage_has_a_rule_with_its_digest():

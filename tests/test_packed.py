@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import obr
+from obr.checkpoints.packed_linear import PackedLinear
 from obr.errors import ObrError
-from obr.model import load_tokenizer
-from obr.modules import QuantLinear
-from obr.packed import PackedLinear
+from obr.models.layers import QuantLinear
+from obr.models.loading import load_tokenizer
 
 A8, A4 = {"bits": 8}, {"bits": 4, "clip_ratio": 0.9}
 RECIPES = {

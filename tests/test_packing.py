@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obr.checkpoints.packing import pack, pack_bits, unpack, unpack_bits
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.packing import pack, pack_bits, unpack, unpack_bits
-from obr.recipe import Recipe
-from obr.restoration import restore
+from obr.methods.restore import restore
 from test_restoration import layer
 
 

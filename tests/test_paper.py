@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from obr import artefacts, figure, published, table
-from obr.config import Config
-from obr.recipe import Recipe
+from obr.config.recipe import Recipe
+from obr.config.workflow import Config
+from obr.report import published, table, table_rows
+from obr.report.figures import draw
 from test_edition import merged
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
@@ -145,14 +146,14 @@ def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, 
 def test_every_figure_is_drawn(paper, tmp_path, monkeypatch, name):
     config, results = paper
     entry, shapes = config.raw["figures"][name], config.raw["kernels"]["shapes"]
-    checked, save = [], figure.save
+    checked, save = [], draw.save
 
     def save_and_check(drawn, stem):  # under the style that the figure was drawn in
         save(drawn, stem)
         checked.append(assert_nothing_is_cut(drawn))
 
-    monkeypatch.setattr(figure, "save", save_and_check)
-    figure.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / name, shapes)
+    monkeypatch.setattr(draw, "save", save_and_check)
+    draw.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / name, shapes)
     assert (tmp_path / f"{name}.png").stat().st_size > 5000 and checked
 
 
@@ -172,9 +173,9 @@ def assert_nothing_is_cut(drawn) -> None:
 def test_figure_1a_draws_published_points_where_the_paper_does(paper, tmp_path, monkeypatch):
     config, results = paper
     drawn = []
-    monkeypatch.setattr(figure, "save", lambda sheet, _: drawn.append(sheet))
+    monkeypatch.setattr(draw, "save", lambda sheet, _: drawn.append(sheet))
     entry = config.raw["figures"]["fig1a"]
-    figure.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / "f")
+    draw.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / "f")
     (panel,) = drawn[0].axes
     hollow = [line for line in panel.get_lines() if line.get_fillstyle() == "none" and line.get_marker() != "None"]
     found = sorted((round(float(x)), float(y)) for line in hollow for x, y in line.get_xydata() if math.isfinite(y))
@@ -241,7 +242,7 @@ def test_each_bit_setting_of_ostquants_table_has_its_own_learned_rotation(paper)
     """Weights are rounded while learning at W4A16KV16 alone; keys and values where the setting quantises them."""
     config, _ = paper
     used = {}
-    for row in artefacts.resolve_rows(config.raw["tables"]["ostquant"], config.recipes):
+    for row in table_rows.resolve_rows(config.raw["tables"]["ostquant"], config.recipes):
         learned = config.raw["rotations"].get(row.recipe.rotation, {"kind": ""})
         if learned["kind"] in ("spinquant", "ostquant"):
             used[learned["kind"], row.recipe.setting] = row.recipe.rotation
@@ -285,7 +286,7 @@ def test_sparse_rows_stand_beside_dense_ones_of_4_and_3_bits(paper):
     """In every table that quotes the paper; by GPTQ, of the same rotation and bits of activations."""
     config, _ = paper
     for name, entry in config.raw["tables"].items():
-        rows = [row.recipe for row in artefacts.resolve_rows(entry, config.recipes) if row.recipe]
+        rows = [row.recipe for row in table_rows.resolve_rows(entry, config.recipes) if row.recipe]
         sparse = [recipe for recipe in rows if recipe.sparsity and recipe.bits < 16]
         if entry.get("published") and sparse:
             dense = {(r.rotation, r.setting) for r in rows if r.method == "gptq"}
@@ -298,7 +299,7 @@ def test_sparse_rows_stand_beside_dense_ones_of_4_and_3_bits(paper):
 def test_quotes_stand_beside_recipes_of_the_same_bits_and_sparsity(paper, name):
     config, _ = paper
     entry, models = config.raw["tables"][name], config.raw["models"]
-    rows = [row for row in artefacts.resolve_rows(entry, config.recipes) if row.recipe and row.published]
+    rows = [row for row in table_rows.resolve_rows(entry, config.recipes) if row.recipe and row.published]
     quotes = published.Quotes(entry, models, rows, PUBLISHED)
     for model in entry["models"]:
         for row in rows:

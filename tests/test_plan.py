@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from obr import costs, timings
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.jobs import Job, pending
-from obr.plan import Prices, make, overrides_of, schedule, spell
-from obr.recipe import Recipe
+from obr.planning import cost_model, measured_times, tensor_sizes
+from obr.planning.dry_run import Job, pending
+from obr.planning.plan import Prices, make, overrides_of, spell
+from obr.planning.schedule import schedule
 from test_workflow import CONFIG, ROOT, snakemake
 
 DEMO = ROOT / "workflow" / "configs" / "demo.yaml"
@@ -115,9 +116,9 @@ def test_the_paper_is_priced_with_its_licences(tmp_path):
 
 def test_the_sizes_of_every_task_of_the_paper_are_known():
     tasks = yaml.safe_load((ROOT / "config.yaml").read_text())["zero_shot"]
-    assert {entry["source"]["task"] for entry in tasks.values()} <= set(costs.TASKS)
-    sizes = costs.Sizes.guessed(7.0)
-    one, two = (costs.zero_shot(sizes, task, 100, 1).products for task in ("lambada_openai", "winogrande"))
+    assert {entry["source"]["task"] for entry in tasks.values()} <= set(cost_model.TASKS)
+    sizes = tensor_sizes.Sizes.guessed(7.0)
+    one, two = (cost_model.zero_shot(sizes, task, 100, 1).products for task in ("lambada_openai", "winogrande"))
     assert one / two == pytest.approx(1 * 90 / (2 * 25), rel=0.01)
 
 
@@ -137,18 +138,18 @@ def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
     config, jobs = demo
     job = next(job for job in jobs if job.rule == "perplexity")
     fabricated(tmp_path, 100.0)
-    known = timings.found_under(tmp_path)
+    known = measured_times.found_under(tmp_path)
     assert [t.stage for t in known] == ["perplexity"] and known[0].memory == 0.8
-    factor = timings.factors(known, "cpu", {})["perplexity"]
-    assert factor == pytest.approx(100 / known[0].work.seconds(costs.SPEEDS["cpu"]))
+    factor = measured_times.factors(known, "cpu", {})["perplexity"]
+    assert factor == pytest.approx(100 / known[0].work.seconds(cost_model.SPEEDS["cpu"]))
     assert Prices(config, known=known).price(job).seconds > 3 * Prices(config).price(job).seconds
-    assert timings.factors(known, "cuda", {}) == {}
+    assert measured_times.factors(known, "cuda", {}) == {}
 
 
 def test_timings_whose_artefact_is_gone_are_passed_over(tmp_path):
     fabricated(tmp_path, 1.0)
     shutil.rmtree(tmp_path / "perplexity")
-    assert timings.found_under(tmp_path) == []
+    assert measured_times.found_under(tmp_path) == []
 
 
 def test_the_schedule_waits_for_inputs_cores_and_gpus():
@@ -160,54 +161,54 @@ def test_the_schedule_waits_for_inputs_cores_and_gpus():
 
 
 def test_work_grows_as_it_should():
-    small, large = costs.Sizes.guessed(1), costs.Sizes.guessed(8)
+    small, large = tensor_sizes.Sizes.guessed(1), tensor_sizes.Sizes.guessed(8)
     assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
-    assert costs.Sizes.guessed(6.7).hidden == pytest.approx(4096, rel=0.05)
-    work = [costs.zero_shot(small, "piqa", None, 1).runs, costs.zero_shot(small, "piqa", None, 8).runs]
+    assert tensor_sizes.Sizes.guessed(6.7).hidden == pytest.approx(4096, rel=0.05)
+    work = [cost_model.zero_shot(small, "piqa", None, 1).runs, cost_model.zero_shot(small, "piqa", None, 8).runs]
     assert work[0] == 8 * work[1]
 
 
 def test_learning_is_priced_by_its_settings():
-    sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
-    flat = costs.learning(sizes, "flatquant", {"epochs": 4, "batch": 2, "held_out": 2}, 16, 512)
-    assert 654 / 1.5 < flat.seconds(costs.SPEEDS["cpu"]) < 654 * 1.5  # as measured on one core
+    sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
+    flat = cost_model.learning(sizes, "flatquant", {"epochs": 4, "batch": 2, "held_out": 2}, 16, 512)
+    assert 654 / 1.5 < flat.seconds(cost_model.SPEEDS["cpu"]) < 654 * 1.5  # as measured on one core
     spin = {"steps": 30, "batch": 4, "held_out": 8}
-    osts = costs.learning(sizes, "ostquant", {"steps": 100, "batch": 1, "held_out": 8}, 136, 512)
-    assert 1677 / 1.5 < osts.seconds(costs.SPEEDS["cpu"]) < 1677 * 1.5
-    twice = costs.learning(sizes, "spinquant", {**spin, "steps": 60}, 136, 512)
-    assert twice.products > 1.8 * costs.learning(sizes, "spinquant", spin, 136, 512).products
-    assert costs.memory("learn_rotation", sizes, 0, 512, False)[0] == pytest.approx(4.5, rel=0.5)
+    osts = cost_model.learning(sizes, "ostquant", {"steps": 100, "batch": 1, "held_out": 8}, 136, 512)
+    assert 1677 / 1.5 < osts.seconds(cost_model.SPEEDS["cpu"]) < 1677 * 1.5
+    twice = cost_model.learning(sizes, "spinquant", {**spin, "steps": 60}, 136, 512)
+    assert twice.products > 1.8 * cost_model.learning(sizes, "spinquant", spin, 136, 512).products
+    assert cost_model.memory("learn_rotation", sizes, 0, 512, False)[0] == pytest.approx(4.5, rel=0.5)
 
 
 def test_rounding_weights_while_learning_costs_more_and_more_often_in_parts():
-    sizes, learn = costs.Sizes(576, 1536, 576, 192, 30, 49152), {"steps": 100, "batch": 8}
+    sizes, learn = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152), {"steps": 100, "batch": 8}
     for kind in ("spinquant", "ostquant"):
-        plain = costs.learning(sizes, kind, learn, 136, 512)
-        rounded = costs.learning(sizes, kind, {**learn, "quantise": {"bits": 4}}, 136, 512)
-        parts = costs.learning(sizes, kind, {**learn, "quantise": {"bits": 4}, "micro_batch": 2}, 136, 512)
+        plain = cost_model.learning(sizes, kind, learn, 136, 512)
+        rounded = cost_model.learning(sizes, kind, {**learn, "quantise": {"bits": 4}}, 136, 512)
+        parts = cost_model.learning(sizes, kind, {**learn, "quantise": {"bits": 4}, "micro_batch": 2}, 136, 512)
         assert plain.elements < rounded.elements < parts.elements and rounded.products < parts.products
 
 
 def test_fewer_blocks_cost_less():
-    sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
+    sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
     whole = Recipe.parse({"method": "obr_gptq", "calibration": "c"})
     part = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "0:6"})
-    all_blocks, six = (costs.compress(sizes, recipe, 8192, 512) for recipe in (whole, part))
+    all_blocks, six = (cost_model.compress(sizes, recipe, 8192, 512) for recipe in (whole, part))
     assert six.exact == pytest.approx(all_blocks.exact / 5) and six.products == pytest.approx(all_blocks.products / 5)
     end = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "29:30"})
-    last = costs.compress(sizes, end, 8192, 512)
+    last = cost_model.compress(sizes, end, 8192, 512)
     assert six.products < last.products < all_blocks.products  # 29 blocks are passed once
 
 
 def test_targets_of_dense_outputs_cost_more():
-    sizes = costs.Sizes(576, 1536, 576, 192, 30, 49152)
+    sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
     plain, aimed = (Recipe.parse({"method": "joint", "calibration": "c", "asymmetry": a}) for a in (0.0, 0.5))
-    blind, both = (costs.compress(sizes, recipe, 8192, 512) for recipe in (plain, aimed))
+    blind, both = (cost_model.compress(sizes, recipe, 8192, 512) for recipe in (plain, aimed))
     assert both.products == 2 * blind.products and both.grams == 2 * blind.grams and both.exact > blind.exact
     states = 4e-9 * 8192 * 576
     more = (
-        costs.memory("compress", sizes, 8192, 512, False, True)[0]
-        - costs.memory("compress", sizes, 8192, 512, False)[0]
+        cost_model.memory("compress", sizes, 8192, 512, False, True)[0]
+        - cost_model.memory("compress", sizes, 8192, 512, False)[0]
     )
     assert states < more < states + 0.05
 
@@ -220,6 +221,6 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
     assert overrides_of(["only_models=[a,b]", "quick=true"]) == {"only_models": ["a", "b"], "quick": True}
     bad = tmp_path / "bad.yaml"
     bad.write_text(yaml.safe_dump({**CONFIG, "nonsense": 1}))
-    command = [sys.executable, "-m", "obr.cli", "plan", "--snakefile", str(SNAKEFILE), "--configfile", str(bad)]
+    command = [sys.executable, "-m", "obr", "plan", "--snakefile", str(SNAKEFILE), "--configfile", str(bad)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 1 and "nonsense" in run.stderr and "Traceback" not in run.stderr

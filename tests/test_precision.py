@@ -7,12 +7,13 @@ from transformers import GemmaConfig, LlamaConfig
 
 import obr
 from families import TOKENS, random_model
-from obr.hadamard import Kronecker, block_hadamard, hadamard, known_hadamard, sylvester
-from obr.model import StreamedBlocks
-from obr.modules import set_quantizers
-from obr.online import Range, Shift
-from obr.quantize import fake_quantize
-from obr.recipe import QuantizerSettings, Recipe
+from obr.config.quantizer import QuantizerSettings
+from obr.config.recipe import Recipe
+from obr.models.blocks import StreamedBlocks
+from obr.models.fake_quant import fake_quantize
+from obr.models.hadamard import Kronecker, block_hadamard, hadamard, known_hadamard, sylvester
+from obr.models.layers import set_quantizers
+from obr.models.online_transforms import Range, Shift
 from obr.rotations.flatquant import random_invertible
 
 WIDTHS = (14336, 28672, 18944, 11008, 13824, 8960, 17920, 27648)  # of down_proj's inputs

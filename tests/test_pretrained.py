@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import obr
-from obr import registration
+from obr import _transformers_hook
+from obr.checkpoints.packed_linear import PackedLinear
 from obr.errors import ObrError
-from obr.model import load_tokenizer
-from obr.packed import PackedLinear
+from obr.models.loading import load_tokenizer
 
 A8 = {"bits": 8}
 
@@ -68,15 +68,15 @@ def test_the_reader_is_entered_in_either_order(first, tmp_path, monkeypatch):
     (tmp_path / "a_registry.py").write_text("entries = []\n")
     (tmp_path / "a_reader.py").write_text("from a_registry import entries\nentries.append('obr')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registration, "REGISTRY", "a_registry")
-    monkeypatch.setattr(registration, "READER", "a_reader")
+    monkeypatch.setattr(_transformers_hook, "REGISTRY", "a_registry")
+    monkeypatch.setattr(_transformers_hook, "READER", "a_reader")
     try:
         if first == "registry":
             importlib.import_module("a_registry")
-        registration.register()
-        registration.register()
+        _transformers_hook.register()
+        _transformers_hook.register()
         assert importlib.import_module("a_registry").entries == ["obr"]
-        assert not any(isinstance(finder, registration._Watch) for finder in sys.meta_path)
+        assert not any(isinstance(finder, _transformers_hook._Watch) for finder in sys.meta_path)
     finally:
         for name in ("a_registry", "a_reader"):
             sys.modules.pop(name, None)

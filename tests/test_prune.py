@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obr.config.pattern import Pattern
 from obr.errors import ObrError
-from obr.prune import SCORES, check_mask, mask_from_ranks, mask_from_scores
-from obr.recipe import Pattern
+from obr.methods.masks import SCORES, check_mask, mask_from_ranks, mask_from_scores
 
 PATTERNS = ["2:4", "4:8", "8:16", "paired 4:8", "1:4"]
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from obr.errors import ObrError
-from obr.files import finite
-from obr.push import model_card, push
+from obr.export.hub import push
+from obr.export.model_card import model_card
+from obr.runtime.files import finite
 
 MANIFEST = {
     "format": 1,
@@ -59,7 +60,7 @@ def checkpoint(tmp_path):
 def test_a_dry_run_writes_exactly_what_would_be_uploaded(checkpoint, tmp_path):
     out = tmp_path / "out"
     command = ["push", "--checkpoint", str(checkpoint), "--repo", "me/small", "--dry-run", str(out)]
-    run = subprocess.run([sys.executable, "-m", "obr.cli", *command], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "obr", *command], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == str(out), run.stderr
     assert {p.name for p in out.iterdir()} == {
         "README.md", "block_000.safetensors", "config.json", "ends.safetensors", "manifest.json",
@@ -211,7 +212,7 @@ def hub():
 def pushed(checkpoint, address: str) -> subprocess.CompletedProcess:
     """`obr push` to a hub at this address; huggingface_hub reads it from the environment when it is loaded."""
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "obr.cli", "push", "--checkpoint", str(checkpoint), "--repo", "me/small"]
+    command = [sys.executable, "-m", "obr", "push", "--checkpoint", str(checkpoint), "--repo", "me/small"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert environment["HF_TOKEN"] not in run.stdout + run.stderr
     return run

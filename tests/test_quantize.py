@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obr import native
-from obr.quantize import Grid, fake_quantize
-from obr.recipe import QuantizerSettings
+from obr.config.quantizer import QuantizerSettings
+from obr.methods import native
+from obr.methods.grid import Grid
+from obr.models.fake_quant import fake_quantize
 
 
 @given(bits=st.integers(2, 8), seed=st.integers(0, 99), clip=st.sampled_from(["minmax", "mse"]))

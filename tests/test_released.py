@@ -9,9 +9,10 @@ from transformers import LlamaConfig, Qwen2Config
 
 from authors import refused
 from families import TOKENS, random_model
-from obr.checkpoint import load
-from obr.recipe import Recipe
-from obr.released import Verified, adopt, distance_to_grid, spell
+from obr.checkpoints.format import load
+from obr.checkpoints.released.stage import adopt, spell
+from obr.checkpoints.released.verified import Verified, distance_to_grid
+from obr.config.recipe import Recipe
 from released_files import FORMS, pruned_and_rounded, wrapped_state, written
 
 # 96 = 12 · 8 inputs of down_proj, and 12 heads: both transforms have a Hadamard matrix of order 12 in the file.
@@ -31,8 +32,8 @@ ENTRY = {"method": "released", "bits": 4, "sparsity": 0.5}
 @pytest.fixture(autouse=True)
 def no_bill_of_software(monkeypatch):
     """Manifests of these tests do without what takes most of the time of so small models."""
-    monkeypatch.setattr("obr.checkpoint.software", dict)
-    monkeypatch.setattr("obr.provenance.digest", str)
+    monkeypatch.setattr("obr.checkpoints.writer.software", dict)
+    monkeypatch.setattr("obr.runtime.provenance.digest", str)
 
 
 @pytest.fixture(scope="module")

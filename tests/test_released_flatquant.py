@@ -8,9 +8,9 @@ from transformers import LlamaConfig, Qwen2Config
 
 from authors import invertible, refused
 from families import TOKENS, random_model
-from obr.checkpoint import load
-from obr.recipe import Recipe
-from obr.released import adopt, spell
+from obr.checkpoints.format import load
+from obr.checkpoints.released.stage import adopt, spell
+from obr.config.recipe import Recipe
 from released_files import FORMS, FlatModel, pruned_and_rounded, written
 
 BASES = {
@@ -31,8 +31,8 @@ NAME = "qwen2, 14 heads"
 @pytest.fixture(autouse=True)
 def no_bill_of_software(monkeypatch):
     """Manifests of these tests do without what takes most of the time of so small models."""
-    monkeypatch.setattr("obr.checkpoint.software", dict)
-    monkeypatch.setattr("obr.provenance.digest", str)
+    monkeypatch.setattr("obr.checkpoints.writer.software", dict)
+    monkeypatch.setattr("obr.runtime.provenance.digest", str)
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,16 @@ from transformers import LlamaConfig
 import obr
 from authors import refused
 from families import random_model
-from obr import cli, fetch
-from obr.checkpoint import load
-from obr.data import evaluation_windows
-from obr.evaluate import perplexity
-from obr.model import load_model, load_tokenizer
-from obr.plan import make
-from obr.released import download_released
-from obr.released.state import StateDict
-from obr.verify import verify
+from obr.checkpoints.format import load
+from obr.checkpoints.released.download import download_released
+from obr.checkpoints.released.state import StateDict
+from obr.checkpoints.verify import verify
+from obr.cli import main
+from obr.data.token_windows import evaluation_windows
+from obr.evaluation.perplexity import perplexity
+from obr.models.loading import load_model, load_tokenizer
+from obr.planning.plan import make
+from obr.runtime.files import sha256_of
 from released_files import FORMS, FlatModel, wrapped_state, written
 from running import ROOT
 from test_download import HUB_MODEL, hub, tiny  # noqa: F401  fixtures, asked for by name
@@ -124,7 +125,7 @@ def test_a_download_has_one_form_and_its_hashes(hub, tmp_path):  # noqa: F811
     assert {path.name for path in out.iterdir()} == names | {"source.json"}
     about = json.loads((out / "source.json").read_text())
     assert about["folder"] == "." and about["licence"] == "mit" and about["source"] == HUB_MODEL
-    assert about["sha256"] == {name: fetch.sha256_of(out / name) for name in names}
+    assert about["sha256"] == {name: sha256_of(out / name) for name in names}
     for path in hub.folder.glob("*.safetensors*"):
         path.unlink()
     download_released(HUB_MODEL, out)
@@ -191,7 +192,7 @@ COMMANDS = {
 
 
 def ran(*arguments) -> None:
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert main.main([str(argument) for argument in arguments]) == 0
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
@@ -230,7 +231,7 @@ def test_what_others_released_is_neither_made_again_nor_multiplied_packed_nor_al
     state, _ = flatquant_files(tmp_path, tiny_folder)
     taken = ("--model", tmp_path / "model", "--released", written(tmp_path, state), "--out", tmp_path / "out")
     ran("released", "--entry", json.dumps(ENTRY), *taken)
-    assert cli.main(["verify", str(tmp_path / "out"), "--recompute", "1"]) == 1
+    assert main.main(["verify", str(tmp_path / "out"), "--recompute", "1"]) == 1
     assert "holds layers that others released; verify it without --recompute" in capsys.readouterr().err
     more = {"activations": {"bits": 8}, "keys": CACHE, "values": CACHE}
     refused(

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import obr
-from obr.curvature import Hessian
 from obr.errors import ObrError
-from obr.methods import METHODS, restore_pruned
-from obr.restoration import restore, restore_together
+from obr.methods.layer_hessian import Hessian
+from obr.methods.obr import restore_pruned
+from obr.methods.registry import METHODS
+from obr.methods.restore import restore, restore_together
 from row_loop import restore_rows
 
 RUNS = {

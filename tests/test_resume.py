@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr.rotations.source import make
+from obr.rotations.obtain import make
 from released_files import FlatModel, written
 from running import digests
 

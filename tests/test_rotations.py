@@ -9,13 +9,12 @@ from transformers import MixtralConfig
 
 import obr
 from families import FAMILIES, random_model
-from obr import rotations
 from obr.errors import ObrError
-from obr.hadamard import Kronecker, hadamard, known_hadamard
-from obr.layout import Dimensions, layout_of
-from obr.modules import ATTENTION, QuantLinear, wrap_block
-from obr.rotations import fold, published
-from obr.rotations.source import make
+from obr.models.architectures import Dimensions, layout_of
+from obr.models.hadamard import Kronecker, hadamard, known_hadamard
+from obr.models.layers import ATTENTION, QuantLinear, wrap_block
+from obr.rotations import fold, published_files, registry
+from obr.rotations.obtain import make
 
 
 def test_the_online_parts_are_there():
@@ -56,34 +55,34 @@ def test_the_kronecker_product_is_what_it_says():
 def test_a_rotation_in_blocks_mixes_within_them_alone(tmp_path):
     dimensions = Dimensions(hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, blocks=1)
     for block, mixed in ((16, 16), (64, 64)):
-        rotation = rotations.draw("quarot", dimensions, block=block)
+        rotation = registry.draw("quarot", dimensions, block=block)
         assert rotation.about()["block"] == block and "o inputs" not in rotation.about()["online"]
         for name, n in (("residual", 576), ("value", 64), ("query_key", 64), ("down", 1536)):
             matrix = rotation.transforms[name].matrix()
             ours = torch.arange(n)[:, None] // mixed == torch.arange(n) // mixed
             assert torch.allclose(matrix.abs(), ours.double() * mixed**-0.5), (name, block)
-        rotations.save(rotation, tmp_path / "rotation")
-        loaded = rotations.load(tmp_path / "rotation", dimensions)
+        registry.save(rotation, tmp_path / "rotation")
+        loaded = registry.load(tmp_path / "rotation", dimensions)
         assert loaded.about() == rotation.about() and loaded.changes(0).inputs.keys() == {"down"}
     narrow = Dimensions(hidden=96, intermediate=256, heads=4, kv_heads=2, head_dim=24, blocks=1)
-    wide = rotations.draw("quarot", narrow, block=128)  # wider than hidden size and heads: they are mixed as a whole
+    wide = registry.draw("quarot", narrow, block=128)  # wider than hidden size and heads: they are mixed as a whole
     assert bool((wide.transforms["residual"].matrix() != 0).all()) and wide.transforms["down"].sizes == [2, 128]
     with pytest.raises(
         ObrError, match="blocks of 128 do not divide the hidden size 576; choose a power of two up to 64"
     ):
-        rotations.draw("quarot", dimensions, block=128)
+        registry.draw("quarot", dimensions, block=128)
     for block in (24, 0):
         with pytest.raises(ObrError, match=f"Hadamard blocks of {block}; choose one of 16, 32, 64, 128, or null"):
-            rotations.draw("quarot", dimensions, block=block)
+            registry.draw("quarot", dimensions, block=block)
     with pytest.raises(ObrError, match="Rotation 'spinquant' has no option for block: 16; use kind quarot"):
-        rotations.draw("spinquant", dimensions, block=16)
+        registry.draw("spinquant", dimensions, block=16)
 
 
 def test_a_fused_rotation_is_the_part_of_the_whole_that_weights_take(tmp_path):
     dimensions = Dimensions(hidden=96, intermediate=256, heads=4, kv_heads=2, head_dim=24, blocks=1)
-    whole, fused = (rotations.draw("quarot", dimensions, 3, fused=fused) for fused in (False, True))
-    rotations.save(fused, tmp_path / "rotation")
-    fused = rotations.load(tmp_path / "rotation", dimensions)
+    whole, fused = (registry.draw("quarot", dimensions, 3, fused=fused) for fused in (False, True))
+    registry.save(fused, tmp_path / "rotation")
+    fused = registry.load(tmp_path / "rotation", dimensions)
     assert fused.about()["fused"] and fused.about()["online"] == []
     assert fused.transforms.keys() == {"residual", "value"}
     for name, transform in fused.transforms.items():
@@ -100,49 +99,49 @@ def test_known_hadamard_matrices():
 def test_the_same_seed_gives_the_same_rotation_and_files_come_back(tmp_path):
     dimensions = Dimensions.of(FAMILIES["llama, tied, 9 heads"])
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):
-        rotations.save(rotations.draw("quarot", dimensions, seed), tmp_path / name)
+        registry.save(registry.draw("quarot", dimensions, seed), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
-    loaded, drawn = rotations.load(tmp_path / "a", dimensions), rotations.draw("quarot", dimensions)
+    loaded, drawn = registry.load(tmp_path / "a", dimensions), registry.draw("quarot", dimensions)
     x = torch.randn(2, 144, dtype=torch.float64)
     assert torch.equal(loaded.transforms["residual"](x), drawn.transforms["residual"](x))
     with pytest.raises(ObrError, match=r"transform 'residual' has size 144, but the model needs 96"):
-        rotations.load(tmp_path / "a", Dimensions.of(FAMILIES["llama"]))
+        registry.load(tmp_path / "a", Dimensions.of(FAMILIES["llama"]))
     drawn.transforms["down"].factor0 *= 1.1
-    rotations.save(drawn, tmp_path / "stretched")
+    registry.save(drawn, tmp_path / "stretched")
     with pytest.raises(ObrError, match=r"transform 'down' is not orthogonal \(it scales by 1.1"):
-        rotations.load(tmp_path / "stretched", dimensions)
+        registry.load(tmp_path / "stretched", dimensions)
     (tmp_path / "d").write_text("not a rotation")
     with pytest.raises(ObrError, match="is not a rotation of this project"):
-        rotations.load(tmp_path / "d", dimensions)
+        registry.load(tmp_path / "d", dimensions)
 
 
 def test_unknown_kinds_and_families_are_refused_by_name():
     with pytest.raises(ObrError, match="Rotation 'twist' is not known; choose one of quarot"):
-        rotations.draw("twist", Dimensions.of(FAMILIES["llama"]))
+        registry.draw("twist", Dimensions.of(FAMILIES["llama"]))
     with pytest.raises(ObrError, match="'mixtral' is a mixture of experts"):
         layout_of(MixtralConfig())
     with pytest.raises(ObrError, match="add an entry to FAMILIES"):
         layout_of(type("Config", (), {"model_type": "gpt2"})())
 
 
-@pytest.mark.parametrize("kind", rotations.KINDS)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_every_kind_comes_back_from_its_file(kind, tmp_path):
     dimensions = Dimensions.of(FAMILIES["llama"])
-    drawn = rotations.draw(kind, dimensions, 5)
+    drawn = registry.draw(kind, dimensions, 5)
     drawn.options["steps"] = 100
-    rotations.save(drawn, tmp_path / "a")
-    loaded = rotations.load(tmp_path / "a", dimensions)
+    registry.save(drawn, tmp_path / "a")
+    loaded = registry.load(tmp_path / "a", dimensions)
     assert loaded.kind == kind and loaded.seed == 5 and loaded.about() == drawn.about()
     assert loaded.about()["steps"] == 100
     assert loaded.parameters.keys() == drawn.parameters.keys()
     for name, tensor in drawn.parameters.items():
         assert torch.equal(loaded.parameters[name], tensor), name
-    rotations.save(rotations.draw(kind, dimensions, 6), tmp_path / "b")
+    registry.save(registry.draw(kind, dimensions, 6), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
     if drawn.parameters:
         short = Dimensions(**{**vars(dimensions), "blocks": dimensions.blocks - 1})
         with pytest.raises(ObrError, match=r"is for 32 blocks .32 are in it., but the model has 31; it was made for"):
-            rotations.load(tmp_path / "a", short)
+            registry.load(tmp_path / "a", short)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_every_kind_comes_back_from_its_file(kind, tmp_path):
 )
 def test_broken_parameters_are_refused_by_name(kind, name, change, message, tmp_path):
     dimensions = Dimensions(**{**vars(Dimensions.of(FAMILIES["llama"])), "blocks": 2})
-    rotation = rotations.draw(kind, dimensions)
+    rotation = registry.draw(kind, dimensions)
     if kind == "scaling":
         rotation.parameters |= {f"blocks.{i}.q.limit": torch.ones(96, 4) for i in range(2)}
         rotation.check("whole")
@@ -168,9 +167,9 @@ def test_broken_parameters_are_refused_by_name(kind, name, change, message, tmp_
         del rotation.parameters[name]
     else:
         rotation.parameters[name] = change(rotation.parameters[name])
-    rotations.save(rotation, tmp_path / "broken")
+    registry.save(rotation, tmp_path / "broken")
     with pytest.raises(ObrError, match=message):
-        rotations.load(tmp_path / "broken", dimensions)
+        registry.load(tmp_path / "broken", dimensions)
 
 
 @pytest.mark.parametrize("kind", ["spinquant", "ostquant", "flatquant", "scaling"])
@@ -179,7 +178,7 @@ def test_folds_are_differentiable(kind):
     model = random_model(FAMILIES["llama, all heads apart"])
     layout, block = layout_of(model.config), model.model.layers[0]
     wrap_block(block, layout)
-    rotation = rotations.draw(kind, Dimensions.of(model.config))
+    rotation = registry.draw(kind, Dimensions.of(model.config))
     for tensor in rotation.parameters.values():
         tensor.requires_grad_()
     changes = rotation.changes(0)
@@ -214,5 +213,5 @@ def test_a_rotation_can_be_a_file(tiny_folder, tmp_path):
 def test_the_schema_knows_all_kinds_and_formats():
     path = Path(__file__).parents[1] / "workflow/schemas/config.schema.yaml"
     entry = yaml.safe_load(path.read_text())["properties"]["rotations"]["additionalProperties"]["properties"]
-    assert set(rotations.KINDS) | {"file"} <= set(entry["kind"]["enum"])
-    assert set(entry["format"]["enum"]) == {"obr", *published.READERS}
+    assert set(registry.KINDS) | {"file"} <= set(entry["kind"]["enum"])
+    assert set(entry["format"]["enum"]) == {"obr", *published_files.READERS}

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obr import rows
-from obr.curvature import Hessian
-from obr.quantize import Grid
-from obr.restoration import restore, restore_together
-from obr.target import shifted
+from obr.calibration.asymmetric import shifted
+from obr.methods import row_products
+from obr.methods.grid import Grid
+from obr.methods.layer_hessian import Hessian
+from obr.methods.restore import restore, restore_together
 from test_restoration import golden, layer
 
 # Methods that treat rows one by one: not those that rank weights over all rows of a layer.
@@ -56,14 +56,14 @@ def same(one, other, some=slice(None)) -> bool:
 @pytest.mark.parametrize("columns, outputs", [(64, 64), (576, 576), (100, 333), (1536, 96), (128, 900)])
 def test_a_row_of_a_product_does_not_depend_on_the_others(columns, outputs, dtype, count):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows.PART["cpu"] + 70, columns, generator=generator).to(dtype)
+    x = torch.randn(row_products.PART["cpu"] + 70, columns, generator=generator).to(dtype)
     matrix = torch.randn(columns, outputs, generator=generator).to(dtype)
     with threads(count):
-        whole = rows.product(x, matrix)
+        whole = row_products.product(x, matrix)
         order = torch.randperm(len(x), generator=generator)
-        assert torch.equal(rows.product(x[order], matrix), whole[order])
+        assert torch.equal(row_products.product(x[order], matrix), whole[order])
         for some in (slice(0, 1), slice(3, 5), slice(100, 137), slice(190, None)):
-            assert torch.equal(rows.product(x[some], matrix), whole[some])
+            assert torch.equal(row_products.product(x[some], matrix), whole[some])
     assert torch.allclose(whole.float(), x.float() @ matrix.float(), rtol=0.02, atol=0.02 * columns**0.5)
 
 

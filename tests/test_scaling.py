@@ -5,9 +5,8 @@ import torch
 
 from authors import inputs_of, read, refused, rotated, scale, write_model
 from families import FAMILIES, exact_model
-from obr import rotations
-from obr.layout import Dimensions
-from obr.rotations import fold
+from obr.models.architectures import Dimensions
+from obr.rotations import apply, fold
 
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]
 WHOLE, GROUPED = "llama, all heads apart", "qwen2, 14 heads"
@@ -76,7 +75,7 @@ def test_awq(family, tmp_path):
     norm = contents["scale"][-2][2]
     assert torch.allclose(last.up_proj.weight, before.up_proj.weight * norm / s[:, None])
     clipped = exact_model(FAMILIES[family])
-    rotations.rotate(clipped, rotation, clip=True)
+    apply.rotate(clipped, rotation, clip=True)
     limit = contents["clip"][-1][1].double()
     expected = last.up_proj.weight.unflatten(1, (2, -1)).clamp(-limit, limit).flatten(1)
     assert torch.allclose(clipped.model.layers[-1].mlp.up_proj.weight, expected)

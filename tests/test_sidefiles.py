@@ -10,15 +10,15 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import obr
-from obr.compression import compress_stage
-from obr.download import download_model
+from obr.checkpoints.verify import verify
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.export import export
-from obr.model_config import generation_config
-from obr.push import push
-from obr.recipe import Recipe
-from obr.sidefiles import is_side_file, side_files
-from obr.verify import verify
+from obr.export.dispatch import export
+from obr.export.hub import push
+from obr.models.configuration import generation_config
+from obr.models.download import download_model
+from obr.models.side_files import is_side_file, side_files
 
 RTN = Recipe.parse({"method": "rtn", "bits": 8})
 SETTINGS = {"eos_token_id": [1, 67], "do_sample": True, "temperature": 0.6, "pad_token_id": 1}

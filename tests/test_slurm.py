@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from obr.verify import verify
+from obr.checkpoints.verify import verify
 from replaced import replaced
 from running import CONFIG, ROOT, SMOKE, command, environment
 

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from obr import processor, rows, solver
 from obr.errors import ObrError
+from obr.methods import conjugate_gradient, row_products
+from obr.runtime import processor
 
 ROWS, COLUMNS = 40, 96
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def products(request, monkeypatch):
-    monkeypatch.setattr(solver, "product_dtype", lambda device: request.param)
+    monkeypatch.setattr(conjugate_gradient, "product_dtype", lambda device: request.param)
     return request.param
 
 
@@ -40,7 +41,7 @@ def direct(matrix, target, support):
 
 def test_images_are_those_of_direct_solves(products):
     matrix, target, support = problem()
-    image = solver.images_on_support(matrix, target, support, tolerance=1e-3)
+    image = conjugate_gradient.images_on_support(matrix, target, support, tolerance=1e-3)
     expected = direct(matrix, target, support)
     assert ((image - target) * support).norm() < 2e-3 * target.norm()
     assert (image - expected).norm() < 0.01 * expected.norm()
@@ -51,40 +52,45 @@ def test_tighter_tolerance_comes_closer():
     matrix, target, support = problem()
     expected = direct(matrix, target, support)
     errors = [
-        float((solver.images_on_support(matrix, target, support, t) - expected).norm()) for t in (0.1, 1e-2, 1e-3)
+        float((conjugate_gradient.images_on_support(matrix, target, support, t) - expected).norm())
+        for t in (0.1, 1e-2, 1e-3)
     ]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it(products, monkeypatch):
     """Not on how soon they converge either, nor on whether bfloat16 suffices for them."""
-    monkeypatch.setattr(solver, "LOW_ITERATIONS", 8)  # not enough for some of the rows
+    monkeypatch.setattr(conjugate_gradient, "LOW_ITERATIONS", 8)  # not enough for some of the rows
     matrix, target, support = problem()
-    whole = solver.images_on_support(matrix, target, support)
+    whole = conjugate_gradient.images_on_support(matrix, target, support)
     for some in (slice(0, 1), slice(7, 20), torch.arange(ROWS).flip(0)):
-        assert torch.equal(solver.images_on_support(matrix, target[some], support[some]), whole[some])
-    monkeypatch.setitem(rows.PART, "cpu", 16)
-    parted = solver.images_on_support(matrix, target, support)
-    assert torch.equal(solver.images_on_support(matrix, target[17:18], support[17:18]), parted[17:18])
+        assert torch.equal(conjugate_gradient.images_on_support(matrix, target[some], support[some]), whole[some])
+    monkeypatch.setitem(row_products.PART, "cpu", 16)
+    parted = conjugate_gradient.images_on_support(matrix, target, support)
+    assert torch.equal(conjugate_gradient.images_on_support(matrix, target[17:18], support[17:18]), parted[17:18])
     assert (whole - parted).norm() < 5e-3 * whole.norm()
 
 
 def test_rows_that_bfloat16_does_not_suffice_for_go_on_in_float32(monkeypatch):
-    monkeypatch.setattr(solver, "product_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(conjugate_gradient, "product_dtype", lambda device: torch.bfloat16)
     matrix, target, support = problem()
     expected, again = direct(matrix, target, support), []
-    monkeypatch.setattr(solver, "_in_full", lambda *given, of=solver._in_full: again.append(given[2]) or of(*given))
+    monkeypatch.setattr(
+        conjugate_gradient,
+        "_in_full",
+        lambda *given, of=conjugate_gradient._in_full: again.append(given[2]) or of(*given),
+    )
     for iterations in (1, 8, 30):
-        monkeypatch.setattr(solver, "LOW_ITERATIONS", iterations)
-        image = solver.images_on_support(matrix, target, support, tolerance=1e-3)
+        monkeypatch.setattr(conjugate_gradient, "LOW_ITERATIONS", iterations)
+        image = conjugate_gradient.images_on_support(matrix, target, support, tolerance=1e-3)
         assert (image - expected).norm() < 0.01 * expected.norm()
     assert int(again[0].sum()) > int(again[1].sum()) > 0 and len(again) == 2
 
 
 def test_hopeless_systems_are_reported(products, monkeypatch):
-    monkeypatch.setattr(solver, "MAX_ITERATIONS", 10)
+    monkeypatch.setattr(conjugate_gradient, "MAX_ITERATIONS", 10)
     with pytest.raises(ObrError, match="not converged in 10 iterations; use a larger damp"):
-        solver.images_on_support(*problem(condition=1e6))
+        conjugate_gradient.images_on_support(*problem(condition=1e6))
 
 
 def test_the_dtype_of_products_is_what_the_cpu_has_or_what_is_asked_for(monkeypatch):

@@ -14,17 +14,19 @@ from torch.nn import functional as F
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import obr
-from obr.artefacts import value_of
-from obr.cli import main
-from obr.compression import compress_stage
-from obr.data import calibrate, load_tokens, sample_windows, special_tokens, tokenize
+from obr.cli.main import main
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
+from obr.data.sampling import sample_windows
+from obr.data.self_generated import generate
+from obr.data.token_windows import calibrate, load_tokens
+from obr.data.tokenize import special_tokens, tokenize
 from obr.errors import ObrError
-from obr.evaluate import perplexity_stage
-from obr.export import export
-from obr.generation import generate
-from obr.model import load_tokenizer
-from obr.recipe import Recipe
-from obr.zero_shot import zero_shot
+from obr.evaluation.perplexity import perplexity_stage
+from obr.evaluation.zero_shot import zero_shot
+from obr.export.dispatch import export
+from obr.models.loading import load_tokenizer
+from obr.report.table_rows import value_of
 from test_zero_shot import TEXT, local_task
 
 BOOLQ = [

@@ -7,7 +7,7 @@ import torch
 
 from authors import orthogonal, read, refused, rotated, write_model
 from obr.errors import ObrError
-from obr.rotations.source import make
+from obr.rotations.obtain import make
 
 FAMILY = "qwen2, 14 heads"  # with biases, and values shared by seven query heads
 

@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obr import caches, kernel_benchmark, kernels, stopwatch
-from obr.caches import Caches
-from obr.stopwatch import LEAST, Budget
+from obr.kernels import benchmark, cpu_caches, products, stopwatch
+from obr.kernels.cpu_caches import Caches
+from obr.kernels.stopwatch import LEAST, Budget
 
 ROOT = Path(__file__).parents[1]
 MB = 1 << 20
@@ -118,27 +118,27 @@ def processor(folder: Path, cpu: int, sizes: dict[str, tuple[int, str, str]]) ->
 
 
 def test_the_last_level_counts_once_for_all_that_share_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(caches, "CPUS", tmp_path)
-    monkeypatch.setattr(caches, "_usable", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(cpu_caches, "CPUS", tmp_path)
+    monkeypatch.setattr(cpu_caches, "_usable", lambda: {0, 1, 2, 3})
     for cpu, shared in enumerate(("0-1", "0-1", "2-3", "2-3", "4")):
         own = {"index0": (1, "32K", str(cpu)), "index2": (2, "1024K", str(cpu)), "index3": (3, "32768K", shared)}
         processor(tmp_path, cpu, own)
-    assert caches.size() == 64 * MB  # two of them; the third belongs to a processor that may not be used
-    monkeypatch.setattr(caches, "_usable", lambda: {0, 4})
-    assert caches.size() == 64 * MB
+    assert cpu_caches.size() == 64 * MB  # two of them; the third belongs to a processor that may not be used
+    monkeypatch.setattr(cpu_caches, "_usable", lambda: {0, 4})
+    assert cpu_caches.size() == 64 * MB
     (tmp_path / "cpu0" / "cache" / "index3" / "size").write_text("480M")
-    monkeypatch.setattr(caches, "_usable", lambda: {0})
-    assert caches.size() == 480 * MB
+    monkeypatch.setattr(cpu_caches, "_usable", lambda: {0})
+    assert cpu_caches.size() == 480 * MB
 
 
 def test_caches_that_the_system_does_not_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(caches, "CPUS", tmp_path / "none")
-    monkeypatch.setattr(caches, "_usable", lambda: {0})
-    assert caches.size() is None
-    monkeypatch.setattr(caches, "CPUS", tmp_path)
+    monkeypatch.setattr(cpu_caches, "CPUS", tmp_path / "none")
+    monkeypatch.setattr(cpu_caches, "_usable", lambda: {0})
+    assert cpu_caches.size() is None
+    monkeypatch.setattr(cpu_caches, "CPUS", tmp_path)
     processor(tmp_path, 0, {"index0": (1, "unknown", "0"), "index1": (2, "0K", "0")})
     (tmp_path / "cpu0" / "cache" / "index2").mkdir()
-    assert caches.size() is None
+    assert cpu_caches.size() is None
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_caches_that_the_system_does_not_report(tmp_path, monkeypatch):
     ],
 )
 def test_the_buffer_has_a_limit_and_says_what_it_leaves(monkeypatch, found, buffer, cleared, caution):
-    monkeypatch.setattr(caches, "size", lambda: found)
+    monkeypatch.setattr(cpu_caches, "size", lambda: found)
     known = Caches.of_this_machine(256 * MB)
     assert (known.buffer, known.cleared, known.caution) == (buffer * MB, cleared, caution)
     if buffer <= 4:
@@ -176,12 +176,12 @@ def test_the_kernels_of_the_demo_take_less_than_a_minute_on_any_processor(tmp_pa
     def fake(name):
         def kernel(x, weight):
             if name == "fp8":
-                return kernels.KERNELS[name](x, weight)
+                return products.KERNELS[name](x, weight)
             if name.endswith(("2:4", "(CUTLASS)")) and not name.startswith("packed"):
-                raise kernels.Lacking("a GPU's")
+                raise products.Lacking("a GPU's")
             clock.now += 0.2  # to lay the weight out
             takes = slow.get(name, 0.005) if x.shape[0] > 1 else 0.005
-            return kernels.Case(lambda: (clock.taking(takes)(), small)[1], small, small, (small,))
+            return products.Case(lambda: (clock.taking(takes)(), small)[1], small, small, (small,))
 
         return kernel
 
@@ -190,16 +190,14 @@ def test_the_kernels_of_the_demo_take_less_than_a_minute_on_any_processor(tmp_pa
         return SimpleNamespace(sum=clock.taking(self.buffer / 5e9), nbytes=self.buffer)
 
     monkeypatch.setattr(stopwatch, "clock", clock)
-    monkeypatch.setattr(caches, "size", lambda: megabytes and megabytes * MB)
-    monkeypatch.setattr(kernels, "_multiplies_fp8", lambda: False)
-    monkeypatch.setattr(kernel_benchmark, "KERNELS", {name: fake(name) for name in kernels.KERNELS})
-    monkeypatch.setattr(kernel_benchmark.Caches, "filler", filler)
-    monkeypatch.setattr(
-        kernel_benchmark.int4, "read_memory", lambda memory, threads: clock.taking(memory.nbytes / 5e9)()
-    )
-    kernel_benchmark.benchmark(entry, "cpu", tmp_path / "cpu.csv")
+    monkeypatch.setattr(cpu_caches, "size", lambda: megabytes and megabytes * MB)
+    monkeypatch.setattr(products, "_multiplies_fp8", lambda: False)
+    monkeypatch.setattr(benchmark, "KERNELS", {name: fake(name) for name in products.KERNELS})
+    monkeypatch.setattr(benchmark.Caches, "filler", filler)
+    monkeypatch.setattr(benchmark.int4, "read_memory", lambda memory, threads: clock.taking(memory.nbytes / 5e9)())
+    benchmark.benchmark(entry, "cpu", tmp_path / "cpu.csv")
     times = pd.read_csv(tmp_path / "cpu.csv")
-    assert len(times) == len(entry["shapes"]) * len(kernels.KERNELS)
+    assert len(times) == len(entry["shapes"]) * len(products.KERNELS)
     assert (times[times["kernel"] == "fp8"]["status"].str.startswith("skipped: ")).all()
     timed = times[times["status"] == "ok"]
     assert len(timed) == 3 * 11 and timed["repeats"].between(1, 20).all()

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from obr import published, table
-from obr.artefacts import metrics_of
 from obr.errors import ObrError
-from obr.files import finite
+from obr.report import published, table
+from obr.report.table_rows import metrics_of
+from obr.runtime.files import finite
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
 TASKS = list(published.PAPER_TASKS)
@@ -404,7 +404,8 @@ def test_latex_compiles(written, tmp_path):
 
 
 def test_tables_do_not_import_torch():
-    code = "import sys, obr.table, obr.published, obr.figure; sys.exit('torch' in sys.modules)"
+    code = "import sys, obr.report.published, obr.report.table, obr.report.figures.draw\n"
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,14 +6,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
-from obr import target
-from obr.compression import compress_stage
-from obr.curvature import Hessian
+from obr.calibration import asymmetric
+from obr.compression.recompute import Places, repeat
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.model import Blocks, advance, run_block
-from obr.recipe import Recipe
-from obr.repeat import Places, repeat
-from obr.rotations.source import make
+from obr.methods.layer_hessian import Hessian
+from obr.models.blocks import Blocks, advance, run_block
+from obr.rotations.obtain import make
 
 RECIPE = {"method": "gptq", "bits": 3, "calibration": "c"}
 
@@ -66,15 +66,15 @@ def test_the_whole_step_is_the_least_squares_of_the_dense_outputs():
     weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
     best = torch.linalg.lstsq(seen, x @ weight.T).solution.T
     drift, matrix = ((x - seen).T @ seen).float(), (seen.T @ seen).float()
-    found = target.shifted(weight, drift, Hessian(matrix, damp=0.0), 1.0)
+    found = asymmetric.shifted(weight, drift, Hessian(matrix, damp=0.0), 1.0)
     assert torch.allclose(found.double(), best, rtol=1e-3, atol=1e-3)
     assert (best - weight).norm() > 0.1 * weight.norm()
 
-    half = target.shifted(weight, drift, Hessian(matrix, damp=0.0), 0.5)
+    half = asymmetric.shifted(weight, drift, Hessian(matrix, damp=0.0), 0.5)
     assert torch.allclose(half, (found + weight.float()) / 2, atol=1e-5)
     ridge = matrix.double() + 0.1 * matrix.double().diagonal().mean() * torch.eye(24, dtype=torch.float64)
     damped = weight + weight @ drift.double() @ torch.linalg.inv(ridge)
-    assert torch.allclose(target.shifted(weight, drift, Hessian(matrix, 0.1), 1.0).double(), damped, atol=1e-4)
+    assert torch.allclose(asymmetric.shifted(weight, drift, Hessian(matrix, 0.1), 1.0).double(), damped, atol=1e-4)
 
 
 def test_a_layer_nearer_to_its_target_is_nearer_to_the_dense_outputs():
@@ -83,7 +83,7 @@ def test_a_layer_nearer_to_its_target_is_nearer_to_the_dense_outputs():
     x, seen = inputs(generator)
     weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
     matrix = seen.T @ seen
-    goal = target.shifted(weight, ((x - seen).T @ seen).float(), Hessian(matrix.float(), 0.0), 1.0)
+    goal = asymmetric.shifted(weight, ((x - seen).T @ seen).float(), Hessian(matrix.float(), 0.0), 1.0)
     least = float((x @ weight.T - seen @ goal.double().T).square().sum())
     for method in ("gptq", "obr_gptq", "joint"):
         aimed = obr.restore(goal, matrix.float(), method, bits=4)
@@ -108,7 +108,7 @@ def test_drifts_are_sums_over_both_models_inputs(tokens):
             run_block(module, states, arguments[0])
         module.mlp.down_proj.observer = None
         seen[which] = torch.cat([row[0] for row in rows]).double()
-    found = target.collect(compressed, block, dense.layout, hidden, hidden, arguments[0], "down")
+    found = asymmetric.collect(compressed, block, dense.layout, hidden, hidden, arguments[0], "down")
     own = seen["compressed"]
     assert torch.allclose(found.moments.hessian.double(), own.T @ own / 2, rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.drift.double(), (seen["dense"] - own).T @ own / 2, rtol=1e-4, atol=1e-4)

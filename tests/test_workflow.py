@@ -14,7 +14,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from obr.data import document_windows, load_tokens
+from obr.data.sampling import document_windows
+from obr.data.token_windows import load_tokens
 from replaced import replaced
 from running import CONFIG, ROOT, SMOKE, snakemake
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from obr import fetch
-from obr.cloze import cloze
 from obr.errors import ObrError
-from obr.tasks import download_task, load_task, packaged_task, question, read_task
-from obr.zero_shot import zero_shot
+from obr.evaluation.cloze import cloze
+from obr.evaluation.tasks import download_task, load_task, packaged_task, question, read_task
+from obr.evaluation.zero_shot import zero_shot
+from obr.runtime import hub
+from obr.runtime.files import sha256_of
 
 PIQA = [
     {
@@ -238,7 +239,7 @@ def test_hub_source_takes_the_scored_split_at_a_commit(tmp_path, monkeypatch):
         return datasets.Dataset.from_list(ARC)
 
     info = type("Info", (), {"sha": "c0ffee"})()
-    monkeypatch.setattr(fetch, "hub_info", lambda repo, revision, kind: info)
+    monkeypatch.setattr(hub, "hub_info", lambda repo, revision, kind: info)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     download_task({"source": "hub", "task": "arc_challenge"}, tmp_path / "arc")
     assert asked == {
@@ -256,7 +257,7 @@ def test_hub_source_has_tasks_of_one_answer_too(tmp_path, monkeypatch):
     import datasets
 
     asked = []
-    monkeypatch.setattr(fetch, "hub_info", lambda repo, revision, kind: type("Info", (), {"sha": "c0ffee"})())
+    monkeypatch.setattr(hub, "hub_info", lambda repo, revision, kind: type("Info", (), {"sha": "c0ffee"})())
     monkeypatch.setattr(
         datasets, "load_dataset",
         lambda *names, **options: asked.append((*names, options["split"])) or datasets.Dataset.from_list(LAMBADA),
@@ -273,7 +274,7 @@ def test_unreachable_hub_is_one_sentence(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(fetch, "hub_info", lambda repo, revision, kind: type("Info", (), {"sha": "c0ffee"})())
+    monkeypatch.setattr(hub, "hub_info", lambda repo, revision, kind: type("Info", (), {"sha": "c0ffee"})())
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ObrError, match="datasets/baber/piqa"):
         download_task({"source": "hub", "task": "piqa"}, tmp_path / "piqa")
@@ -312,7 +313,7 @@ def test_local_file_is_found_and_checked(tmp_path, monkeypatch):
     file = write_lines(tmp_path / "piqa.jsonl", PIQA)
     with pytest.raises(ObrError, match="sha256"):
         download_task(source | {"sha256": "0" * 64}, tmp_path / "out")
-    download_task(source | {"sha256": fetch.sha256_of(file)}, tmp_path / "out")
+    download_task(source | {"sha256": sha256_of(file)}, tmp_path / "out")
     file.write_text('{"goal": "x"}\nnot json\n')
     with pytest.raises(ObrError, match="line 2"):
         download_task(source, tmp_path / "out")

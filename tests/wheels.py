@@ -3,7 +3,7 @@
 import zipfile
 from pathlib import Path
 
-from obr.fetch import sha256_of
+from obr.runtime.files import sha256_of
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, bytes]) -> str:

@@ -12,20 +12,20 @@ reads packed checkpoints too, from then on.
 
 from importlib import import_module
 
-from obr.registration import register
+from obr._transformers_hook import register
 
 _HOME = {
     "ObrError": "errors",
-    "Recipe": "recipe",
-    "restore": "restoration",
-    "rotate": "rotations",
-    "load_model": "model",
-    "calibration_tokens": "data",
-    "evaluation_windows": "data",
-    "compress": "compression",
-    "save": "checkpoint",
-    "load": "packed",
-    "perplexity": "evaluate",
+    "Recipe": "config.recipe",
+    "restore": "methods.restore",
+    "rotate": "rotations.apply",
+    "load_model": "models.loading",
+    "calibration_tokens": "data.token_windows",
+    "evaluation_windows": "data.token_windows",
+    "compress": "compression.in_memory",
+    "save": "checkpoints.writer",
+    "load": "checkpoints.packed_linear",
+    "perplexity": "evaluation.perplexity",
 }
 __all__ = sorted(_HOME)
 

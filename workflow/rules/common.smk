@@ -9,9 +9,9 @@ import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
-from obr import config as obr_config
-from obr import digest as obr_digest
-from obr import local as obr_local
+from obr.config import workflow as obr_config
+from obr.runtime import code_digest as obr_digest
+from obr.runtime import local_sources as obr_local
 from obr.errors import ObrError
 
 try:
@@ -190,7 +190,7 @@ def learning_tokens(wildcards):
 
 def learner_of(wildcards):
     """The digest of the learner's code."""
-    return code_of(f"learning.{config['rotations'][wildcards.rotation]['kind']}")
+    return code_of(f"rotations.learning.{config['rotations'][wildcards.rotation]['kind']}")
 
 
 def hessian_inputs(wildcards):

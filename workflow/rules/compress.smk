@@ -22,7 +22,7 @@ rule hessian:
         rotation=rotation_flag,
         out=subpath(output[0], parent=True),
         compute=compute_of,
-        code=code_of("hessian"),
+        code=code_of("calibration.collect_hessians"),
     shell:
         "obr hessian --model {params.model} {params.rotation} --tokens {input.tokens} --out {params.out} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
@@ -51,7 +51,7 @@ rule gradients:
         model=subpath(input.model, parent=True),
         rotation=rotation_flag,
         compute=compute_of,
-        code=code_of("gradients"),
+        code=code_of("calibration.output_gradients"),
     shell:
         "obr gradients --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
         "--out {output} --activations-memory {resources.activations_mb} {params.compute} --threads {threads} "
@@ -86,7 +86,7 @@ rule sensitivity:
         hessians=subpath(input.hessians, parent=True),
         out=subpath(output[0], parent=True),
         compute=compute_of,
-        code=code_of("sensitivity"),
+        code=code_of("mixed_precision.sensitivity"),
     shell:
         "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
         "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} "
@@ -110,7 +110,7 @@ rule allocate:
         runtime=10,
     params:
         entry=lambda wildcards: CONFIG.weight_entry(wildcards.recipe),
-        code=code_of("allocation"),
+        code=code_of("mixed_precision.allocate"),
     shell:
         "obr allocate --entry {params.entry:q} --sensitivity {input.sensitivity} --out {output} >{log} 2>&1"
 
@@ -148,7 +148,7 @@ rule compress:
         inputs=recipe_flags,
         out=subpath(output.manifest, parent=True),
         compute=compute_of,
-        code=code_of("compression"),
+        code=code_of("compression.stage"),
     shell:
         "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {params.out} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
@@ -174,7 +174,7 @@ rule download_released:
         entry=lambda wildcards: json.dumps(config["recipes"][wildcards.recipe]["source"], sort_keys=True),
         out=subpath(output[0], parent=True),
         local=local_of("recipes"),
-        code=code_of("released"),
+        code=code_of("checkpoints.released.stage"),
     shell:
         "obr download-released --entry {params.entry:q} --out {params.out} >{log} 2>&1"
 
@@ -206,7 +206,7 @@ rule released:
         trust=trust_of,
         out=subpath(output.manifest, parent=True),
         local=local_of("recipes"),
-        code=code_of("released"),
+        code=code_of("checkpoints.released.stage"),
     shell:
         "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
         "--out {params.out} {params.trust} >{log} 2>&1"

@@ -21,7 +21,7 @@ rule perplexity:
         recipe=lambda wildcards: CONFIG.evaluation_entry(wildcards.recipe),
         checkpoint=subpath(input.checkpoint, parent=True),
         compute=compute_of,
-        code=code_of("evaluate"),
+        code=code_of("evaluation.perplexity"),
     shell:
         "obr perplexity --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
         "--text {input.text} --out {output} --activations-memory {resources.activations_mb} {params.compute} "
@@ -51,7 +51,7 @@ rule zero_shot:
         checkpoint=subpath(input.checkpoint, parent=True),
         task=subpath(input.task, parent=True),
         compute=compute_of,
-        code=[code_of("zero_shot"), code_of("checkpoint")],
+        code=[code_of("evaluation.zero_shot"), code_of("checkpoints.format")],
     shell:
         "obr zero-shot --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
         "--task {params.task} --out {output} {params.compute} --threads {threads} >{log} 2>&1"

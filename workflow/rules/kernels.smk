@@ -21,6 +21,6 @@ rule kernel_benchmark:
     params:
         entry=kernel_entry,
         on=kernel_device,
-        code=code_of("kernel_benchmark"),
+        code=code_of("kernels.benchmark"),
     shell:
         "obr kernels --entry {params.entry:q} --out {output} {params.on} --threads {threads} >{log} 2>&1"

@@ -17,7 +17,7 @@ rule download_model:
         entry=entry_of("models"),
         out=subpath(output.source, parent=True),
         local=local_of("models"),
-        code=code_of("download"),
+        code=code_of("models.download"),
     shell:
         "obr download-model --entry {params.entry:q} --out {params.out} >{log} 2>&1"
 
@@ -67,7 +67,7 @@ rule download_text:
     params:
         entry=lambda wildcards: json.dumps(config["texts"][wildcards.text], sort_keys=True),
         local=local_of("texts"),
-        code=code_of("texts"),
+        code=code_of("data.texts"),
     shell:
         "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
 
@@ -93,7 +93,7 @@ rule download_documents:
     params:
         entry=lambda wildcards: json.dumps(config["texts"][wildcards.text], sort_keys=True),
         local=local_of("texts"),
-        code=code_of("texts"),
+        code=code_of("data.texts"),
     shell:
         "obr download-documents --entry {params.entry:q} --out {output.documents} >{log} 2>&1"
 
@@ -119,7 +119,7 @@ rule download_task:
         text=task_text_flag,
         out=subpath(output[0], parent=True),
         local=local_of("zero_shot"),
-        code=code_of("tasks"),
+        code=code_of("evaluation.tasks"),
     shell:
         "obr download-task --entry {params.entry:q} {params.text} --out {params.out} >{log} 2>&1"
 
@@ -146,7 +146,7 @@ rule download_rotation:
         model=subpath(input[0], parent=True),
         trust=trust_of,
         local=local_of("rotations"),
-        code=code_of("rotations.source"),
+        code=code_of("rotations.obtain"),
     shell:
         "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} {params.trust} "
         ">{log} 2>&1"
@@ -205,7 +205,7 @@ rule calibrate:
         entry=entry_of("calibrations"),
         model=subpath(input.model, parent=True),
         trust=trust_of,
-        code=code_of("data"),
+        code=code_of("data.token_windows"),
     shell:
         "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
         "{params.trust} >{log} 2>&1"
@@ -233,7 +233,7 @@ rule generate:
         entry=entry_of("calibrations"),
         model=subpath(input[0], parent=True),
         compute=compute_of,
-        code=code_of("generation"),
+        code=code_of("data.self_generated"),
     shell:
         "obr generate --entry {params.entry:q} --model {params.model} --out {output} {params.compute} "
         "--threads {threads} >{log} 2>&1"
@@ -261,6 +261,6 @@ rule mix:
         runtime=10,
     params:
         entry=entry_of("calibrations"),
-        code=code_of("generation"),
+        code=code_of("data.self_generated"),
     shell:
         "obr mix --entry {params.entry:q} --windows {input} --out {output} >{log} 2>&1"

@@ -43,7 +43,7 @@ rule table:
         models=used("tables", "models"),
         results=subpath(output[0], ancestor=2),
         stem=subpath(output.csv, strip_suffix=".csv"),
-        code=code_of("table"),
+        code=code_of("report.table"),
     shell:
         "obr table --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
         "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
@@ -78,7 +78,7 @@ rule figure:
         shapes=figure_shapes,
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".pdf"),
-        code=code_of("figure"),
+        code=code_of("report.figures.draw"),
     shell:
         "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} {params.shapes} "
         "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
@@ -105,6 +105,6 @@ rule errata:
         mem_mb=1000,
         runtime=10,
     params:
-        code=code_of("errata"),
+        code=code_of("report.errata"),
     shell:
         "obr errata --published {input.published} --out {output} >{log} 2>&1"

@@ -9,10 +9,10 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from obr.hadamard import Kronecker, random_orthogonal
-from obr.layout import Dimensions
+from obr.models.architectures import Dimensions
+from obr.models.hadamard import Kronecker, random_orthogonal
+from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, range_parameters
 from obr.rotations.fold import Changes
-from obr.rotations.rotation import Parameter, Rotation, clip_parameters, pairs, range_parameters
 
 PAIRED = ("qkv", "up_gate", "down")  # groups with a left and a right matrix
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from obr.errors import ObrError
-from obr.hadamard import Kronecker, inverse_transposed
-from obr.layout import GROUP_OF, Layout
-from obr.online import Range, Shift
+from obr.models.architectures import GROUP_OF, Layout
+from obr.models.hadamard import Kronecker, inverse_transposed
+from obr.models.online_transforms import Range, Shift
 
 READS_RESIDUAL, WRITES_RESIDUAL = ("qkv", "up_gate"), ("o", "down")
 

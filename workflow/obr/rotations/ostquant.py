@@ -5,11 +5,11 @@ Only a Hadamard transform before down_proj, and one on queries and keys if asked
 
 import torch
 
-from obr.hadamard import Kronecker
-from obr.layout import Dimensions
+from obr.models.architectures import Dimensions
+from obr.models.hadamard import Kronecker
+from obr.rotations.base import Parameter, Rotation
 from obr.rotations.flatquant import random_scale
 from obr.rotations.fold import Changes
-from obr.rotations.rotation import Parameter, Rotation
 from obr.rotations.spinquant import fixed_transforms, random_hadamard
 
 

@@ -12,10 +12,10 @@ are there, which weights take: any software runs that model, but keys and the in
 import torch
 
 from obr.errors import ObrError
-from obr.hadamard import Kronecker, block_hadamard, hadamard, random_signs
-from obr.layout import Dimensions
+from obr.models.architectures import Dimensions
+from obr.models.hadamard import Kronecker, block_hadamard, hadamard, random_signs
+from obr.rotations.base import Rotation
 from obr.rotations.fold import Changes
-from obr.rotations.rotation import Rotation
 
 INPUTS = {"o": "heads", "down": "down"}  # group -> the transform before its layers
 BLOCKS = (16, 32, 64, 128)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from obr.errors import ObrError
-from obr.layout import GROUP_OF, Dimensions
+from obr.models.architectures import GROUP_OF, Dimensions
+from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs
 from obr.rotations.flatquant import random_scale
 from obr.rotations.fold import Changes
 from obr.rotations.ostquant import tied_key_scale
-from obr.rotations.rotation import Parameter, Rotation, clip_parameters, pairs
 
 
 class Scaling(Rotation):

@@ -6,10 +6,10 @@ are in the weights. R3 is on queries and keys after RoPE, R4 before down_proj. N
 
 import torch
 
-from obr.hadamard import Kronecker, hadamard, random_signs
-from obr.layout import Dimensions
+from obr.models.architectures import Dimensions
+from obr.models.hadamard import Kronecker, hadamard, random_signs
+from obr.rotations.base import Parameter, Rotation
 from obr.rotations.fold import Changes
-from obr.rotations.rotation import Parameter, Rotation
 
 
 class SpinQuant(Rotation):

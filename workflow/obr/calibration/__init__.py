@@ -1,0 +1,1 @@
+"""Statistics of a model on calibration data: Hessians and gradients."""

@@ -1,0 +1,65 @@
+"""Targets of layers that read what compressed blocks put out: what the dense model computed, not what they would.
+
+A layer W read X (t, n) in the dense model and reads X̂ once the blocks before it are compressed. Least squares of
+W X̂ᵀ to the dense outputs W Xᵀ has its minimum at `W* = W C Ĥ⁻¹`, C = XᵀX̂ and Ĥ = X̂ᵀX̂ (damped), and leaves
+`tr((W* - Ŵ) Ĥ (W* - Ŵ)ᵀ)` to whatever is made of the layer: the loss of every method, W* in the place of W. A
+share of the step to W* is taken, since calibration data tells it with noise.
+
+The asymmetric calibration of GPTAQ (arXiv 2504.02692), for methods other than GPTQ, too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from obr.calibration.collect_hessians import Accumulator, Moments, inputs_of
+from obr.methods.layer_hessian import Hessian
+from obr.methods.row_products import product
+from obr.models.architectures import Layout
+from obr.models.hidden_states import Activations
+
+
+@dataclass
+class Collected:
+    """Of a group's inputs: their moments, how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), and the Hessian
+    (n, n) of held-out windows."""
+
+    moments: Moments
+    drift: Tensor | None = None
+    held_out: Tensor | None = None
+
+
+def collect(
+    block: nn.Module,
+    dense: nn.Module,
+    layout: Layout,
+    hidden: Activations,
+    dense_hidden: Activations,
+    arguments: dict,
+    group: str,
+) -> Collected:
+    """Moments and drift of a group of `block`, beside `dense`, the block before compression.
+
+    hidden, dense_hidden: b inputs (1, s, d) of either.
+    """
+    name = layout.groups[group][0]  # the others of a group read the same input
+    weight = block.get_submodule(name).weight
+    total = Accumulator(weight.shape[1], len(hidden), weight.device)
+    drift = torch.zeros_like(total.upper)
+    for states, dense_states in zip(hidden, dense_hidden, strict=True):
+        inputs = inputs_of(block, name, states, arguments)
+        wanted = inputs_of(dense, name, dense_states, arguments)
+        total(inputs)
+        drift.addmm_((wanted - inputs).T, inputs, alpha=total.factor)
+    return Collected(total.moments(), drift)
+
+
+def shifted(weight: Tensor, drift: Tensor, hessian: Hessian, share: float) -> Tensor:
+    """(r, n): `weight (r, n)` and a share (0 to 1) of the step to where its outputs are the dense model's.
+
+    Raises:
+        ObrError: the Hessian cannot be factored.
+    """
+    weight = weight.float()
+    return weight + share * product(product(weight, drift), hessian.inverse)

@@ -1,0 +1,169 @@
+"""Output gradients: how much the language-model loss feels an error in each output channel of each linear layer.
+
+G_r = mean over tokens of (∂L/∂y_r)², L the cross-entropy summed over the tokens of a window, y the layer's output.
+With A = mean over tokens of x xᵀ, the layer's inputs, half of Σ_r G_r d_r A d_rᵀ is the rise of the loss in nats a
+token that an error d (r, n) of the layer's weights is expected to cause: the factored Fisher matrix of K-FAC (Martens
+& Grosse, arXiv 1503.05671), here with the text's own next tokens and the diagonal of its output side alone.
+"""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obr.data import token_windows
+from obr.errors import BROKEN_FILE, ObrError, first_line
+from obr.models import dtypes
+from obr.models.architectures import Layout
+from obr.models.blocks import Blocks, passed, run_block
+from obr.models.hidden_states import Activations, Room
+from obr.rotations import apply
+from obr.runtime.files import whole
+from obr.runtime.progress import Progress
+
+WINDOWS, LENGTH = 8, 512  # as many windows, each cut to so many tokens, are enough for means of squares
+FLOOR = 1e-6  # of the mean weight: a channel that no loss was seen to feel is still one to be kept
+
+
+def squared_gradients(
+    blocks: Blocks, tokens: Tensor, room: Room | None = None, progress: bool = True
+) -> tuple[dict[str, Tensor], float]:
+    """({"0.self_attn.q_proj": (r,) …}, loss): G of every linear layer, not normalised, and the mean loss in nats.
+
+    One pass forward, which keeps what enters each block, and one backward, which runs each block again with
+    gradients of its activations (not of its weights). At any time one block is loaded, with the graph of one window:
+    0.8 GB and about 0.5 GB for a 7B model in float32, beside the ends. What enters the blocks takes blocks × b × s ×
+    d × 4 bytes, 2.1 GB for a 7B model and 8 × 512 tokens; beyond `room` it lies in files.
+
+    Args:
+        blocks: of the dense model, rotated if what is to be compressed is. tokens: (b, s).
+
+    Raises:
+        ObrError: tokens that the model does not have, or gradients that are not finite.
+    """
+    room = room or Room()
+    share = replace(room, megabytes=room.megabytes / (len(blocks) + 1))
+    tokens = tokens.to(blocks.device)
+    entering, arguments = _entering(blocks, tokens, share, progress)
+    slopes, loss = _loss_slopes(blocks, entering.pop(), tokens)
+    found: dict[str, Tensor] = {}
+    with Progress("output gradients, backward", len(blocks), progress) as shown:
+        for index in reversed(range(len(blocks))):
+            sums = _backward(blocks.load(index), blocks.layout, entering.pop(), arguments[index], slopes)
+            found |= {f"{index}.{name}": total / tokens.numel() for name, total in sums.items()}
+            shown.block()
+    for name, values in found.items():
+        if not values.isfinite().all():
+            raise ObrError(f"Layer {name} has gradients that are not finite; use dtype float32 or bfloat16.")
+    return found, loss / tokens[:, 1:].numel()
+
+
+@torch.no_grad()
+def _entering(blocks: Blocks, tokens: Tensor, room: Room, progress: bool) -> tuple[list[Activations], list[dict]]:
+    """(what enters each block and, last, leaves the last, what each is called with besides)."""
+    hidden, arguments = blocks.embed(tokens, room)
+    entering = [hidden]
+    with Progress("output gradients, forward", len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            entering.append(passed(blocks.load(index), entering[-1], arguments[index], room))
+            shown.block()
+    return entering, arguments
+
+
+def _loss_slopes(blocks: Blocks, leaving: Activations, tokens: Tensor) -> tuple[Activations, float]:
+    """(gradient of each window's summed loss by what leaves the last block, written over that; the sum of all)."""
+    total = 0.0
+    for window in range(len(leaving)):
+        states = leaving[window].clone().requires_grad_()
+        with torch.enable_grad():
+            logits = blocks.logits(states)[0, :-1].float()
+            loss = F.cross_entropy(logits, tokens[window, 1:], reduction="sum")
+        leaving[window] = torch.autograd.grad(loss, states)[0]
+        total += float(loss.detach())
+    return leaving, total
+
+
+def _backward(
+    block: nn.Module, layout: Layout, entering: Activations, arguments: dict, slopes: Activations
+) -> dict[str, Tensor]:
+    """{layer: (r,)}: sums over tokens of the squared output gradients; `slopes` move to what enters the block."""
+    sums, hooks = {}, []
+    for name in layout.linears:
+        linear = block.get_submodule(name)
+        sums[name] = torch.zeros(len(linear.weight), dtype=torch.float32, device=linear.weight.device)
+        hooks.append(linear.register_forward_hook(partial(_watch, sums[name])))
+    try:
+        for window in range(len(entering)):
+            states = entering[window].clone().requires_grad_()
+            with torch.enable_grad():
+                out = run_block(block, states, arguments)
+            slopes[window] = torch.autograd.grad(out, states, slopes[window])[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+def _watch(total: Tensor, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+    """Add the squares of the output's gradient, once it is known, to `total (r,)`."""
+
+    def add(gradient: Tensor) -> None:
+        total.add_(gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0))
+
+    output.register_hook(add)
+
+
+def row_weights(gradient: Tensor) -> Tensor:
+    """G (r,) as weights of a layer's rows, whose mean is 1; none is quite zero."""
+    mean = gradient.mean()
+    return (gradient / mean).clamp_min(FLOOR) if mean > 0 else torch.ones_like(gradient)
+
+
+def gradients(
+    model: Path,
+    rotation: Path | None,
+    tokens: Path,
+    out: Path,
+    *,
+    nsamples: int = WINDOWS,
+    seqlen: int = LENGTH,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    megabytes: float = Room.megabytes,
+) -> dict:
+    """The stage: write G of every linear layer, not normalised, to the safetensors file `out`; returns its notes.
+
+    tokens: file of calibration windows, of which the first `nsamples` are taken, and of each the first `seqlen`
+    tokens; fewer where there are fewer, as the notes tell. megabytes: of memory for hidden states, see `Room`.
+    """
+    windows, about = token_windows.load_tokens(tokens)
+    windows = windows[:nsamples, :seqlen]
+    blocks = apply.open_blocks(model, rotation, dtype, device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found, loss = squared_gradients(blocks, windows, Room(megabytes, out.parent))
+    notes = {
+        "calibration": about, "windows": len(windows), "seqlen": windows.shape[1], "tokens": windows.numel(),
+        "loss": loss, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype), "blocks": len(blocks),
+    }  # fmt: skip
+    tensors = {name: found[name].cpu() for name in sorted(found)}
+    with whole(out) as partial_file:
+        save_file(tensors, partial_file, metadata={"gradients": json.dumps(notes, sort_keys=True)})
+    return notes
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    """({"0.self_attn.q_proj": (r,) …}, notes) as the stage wrote them. Raises ObrError if the file is broken."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads(file.metadata()["gradients"])
+            return {name: file.get_tensor(name).to(device) for name in file.keys()}, notes  # noqa: SIM118
+    except BROKEN_FILE as error:
+        raise ObrError(
+            f"{path} is not a whole file of output gradients ({first_line(error)}); delete and rebuild it."
+        ) from error

@@ -1,0 +1,1 @@
+"""Packed checkpoints: written, read, verified, imported."""

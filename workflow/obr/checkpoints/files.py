@@ -1,0 +1,123 @@
+"""The files of a packed checkpoint: which belong to it, and the one check that each reader of a checkpoint makes."""
+
+import re
+from pathlib import Path
+
+from obr.errors import ObrError
+from obr.models.side_files import is_side_file
+from obr.models.tensor_files import check_names
+from obr.runtime.files import read_json, sha256_of
+from obr.runtime.resume import block_file
+
+FORMAT = 1
+ENDS = "ends.safetensors"
+MANIFEST, LAYERS, CONFIG = "manifest.json", "layers.csv", "config.json"
+CARD = "README.md"  # a model card comes later, by obr push
+BLOCK = re.compile(r"block_\d{3,}\.safetensors")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # suffixes of files that readers take for weights
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a checkpoint. Raises ObrError if there is none, or of another format."""
+    path = Path(directory) / MANIFEST
+    if not path.exists():
+        raise ObrError(f"{directory} is no packed checkpoint: it has no {MANIFEST}; give a folder of obr compress.")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ObrError(
+            f"{directory} has format {manifest.get('format')!r}, this version reads {FORMAT}; compress it again."
+        )
+    return manifest
+
+
+def check_files(directory: Path, manifest: dict) -> None:
+    """Check that a folder holds the checkpoint of its manifest, and no other weights; `verify` hashes the contents.
+
+    Called by all that read a checkpoint: load, from_pretrained, the evaluations, verify, export and push.
+
+    Raises:
+        ObrError: a file is missing or is not the checkpoint's; config.json is not the one that was written.
+    """
+    directory = Path(directory)
+    files, blocks = manifest.get("files"), manifest.get("blocks")
+    if not isinstance(files, dict) or not isinstance(blocks, int) or isinstance(blocks, bool):
+        raise ObrError(f"{directory}/{MANIFEST} lists no files or no number of blocks; compress the model again.")
+    wanted = {block_file(index) for index in range(blocks)}
+    listed = {name for name in files if BLOCK.fullmatch(name)}
+    if listed != wanted:
+        odd = min(listed ^ wanted)
+        kind = "lists" if odd in listed else "lacks"
+        raise ObrError(f"{directory}/{MANIFEST} {kind} {odd}, but has {blocks} blocks; compress the model again.")
+    for name in sorted({*files, ENDS, CONFIG}):
+        if not (directory / name).is_file():
+            raise ObrError(
+                f"{directory} lacks {name}, which its manifest lists; compress it again, or fetch the file."
+            )
+    present = {path.name for path in directory.iterdir() if path.is_file()}
+    check_names(present, str(directory))
+    for name in sorted(present - set(files)):
+        if name.endswith((*WEIGHTS, ".safetensors.index.json")):
+            raise ObrError(f"{directory}/{name} is not in the manifest of the checkpoint; delete it or move it.")
+    if sha256_of(directory / CONFIG) != files.get(CONFIG):
+        raise ObrError(
+            f"{directory}/{CONFIG} is not the file that was written (its sha256 differs), so the weights would mean "
+            "something else; restore it, or compress the model again."
+        )
+
+
+def check_contents(directory: Path, manifest: dict) -> None:
+    """Raise ObrError unless a folder has the files of its manifest, each with the sha256 that the manifest lists."""
+    check_files(directory, manifest)
+    for name, sha256 in manifest["files"].items():
+        if sha256_of(Path(directory) / name) != sha256:
+            raise ObrError(
+                f"{directory}/{name} is not the file that was written (its sha256 differs); compress it again."
+            )
+
+
+def stray_files(directory: Path) -> list[str]:
+    """Names of the files and folders in a folder that are no checkpoint's, sorted.
+
+    Hidden files, lock files and those of a job in progress are left out.
+    """
+    known = (MANIFEST, LAYERS, CONFIG, ENDS, CARD)
+    found = []
+    for path in sorted(Path(directory).iterdir()):
+        ours = path.name in known or BLOCK.fullmatch(path.name) or is_side_file(path.name) or path.suffix == ".py"
+        folder = path.is_dir() and path.name in ("additional_chat_templates",)
+        if not ours and not folder and path.name[0] != "." and path.suffix not in (".lock", ".tmp"):
+            found.append(path.name)
+    return found
+
+
+def remove_outdated(directory: Path, blocks: int) -> None:
+    """Remove the files of an older checkpoint from a folder that holds the blocks of the new one."""
+    kept = {block_file(index) for index in range(blocks)}
+    for path in Path(directory).rglob("*"):
+        name = path.relative_to(directory).as_posix()
+        known = name in (MANIFEST, LAYERS, CONFIG, ENDS, CARD) or BLOCK.fullmatch(name) or is_side_file(name)
+        if path.is_file() and (known or path.suffix == ".py") and name not in kept:
+            path.unlink()
+
+
+def check_no_strays(directory: Path) -> None:
+    """Raise ObrError if a folder that a checkpoint is to be written into holds other files."""
+    if Path(directory).is_dir() and (found := stray_files(directory)):
+        raise ObrError(
+            f"{directory} holds {found[0]}, which is no part of a checkpoint; move it, or choose another folder."
+        )
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise ObrError unless a folder is absent, empty, or an older checkpoint and nothing but that."""
+    directory = Path(directory)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ObrError(f"{directory} is a file; choose a folder for the checkpoint.")
+    present = [path.name for path in directory.iterdir() if path.suffix != ".lock"]
+    if present and MANIFEST not in present:
+        raise ObrError(
+            f"{directory} holds {min(present)} and is no checkpoint; choose a new folder, or delete what is in it."
+        )
+    check_no_strays(directory)

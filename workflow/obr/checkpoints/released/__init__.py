@@ -1,0 +1,1 @@
+"""Checkpoints as the authors of OBR released them: QuaRot's, SpinQuant's and FlatQuant's layouts."""

@@ -1,0 +1,280 @@
+"""Packed checkpoints written, block by block or from memory, with a report of every layer."""
+
+import copy
+import csv
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from obr.checkpoints.files import (
+    ENDS,
+    FORMAT,
+    check_no_strays,
+    check_replaceable,
+    remove_outdated,
+)
+from obr.checkpoints.format import load_block, save_block, save_ends
+from obr.checkpoints.packing import pack, unpack
+from obr.checkpoints.save_check import check_before_saving, check_block_as_compressed, check_stored
+from obr.config.recipe import Recipe
+from obr.errors import ObrError
+from obr.methods.restore import Restored
+from obr.models import dtypes, remote_code
+from obr.models.blocks import Blocks
+from obr.models.check.memory import is_tied
+from obr.models.configuration import generation_config
+from obr.models.layers import QuantLinear
+from obr.models.read_only import ReadOnlyBlocks
+from obr.models.side_files import GENERATION, copy_side_files, side_files
+from obr.runtime.files import become, flush, sha256_of, whole, whole_folder, write_json
+from obr.runtime.provenance import software, versions
+from obr.runtime.resume import Unfinished
+
+
+@dataclass
+class LayerReport:
+    """One row of layers.csv."""
+
+    block: int
+    layer: str
+    rows: int
+    columns: int
+    bits: int
+    pattern: str
+    sparsity: float
+    zeros: float
+    relative_error: float
+    damp: float
+    seconds: float
+    packed_bytes: int
+    flags: str
+    held_out_error: float = float("nan")
+
+    @property
+    def compressed(self) -> bool:
+        """Not of a block that the recipe leaves alone."""
+        return self.bits < 16 or self.sparsity > 0
+
+    def noted(self) -> dict:
+        """For JSON, which has no NaN: an error that was not measured is None."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, noted: dict) -> "LayerReport":
+        """What `noted` made a dictionary of."""
+        return cls(**{key: float("nan") if value is None else value for key, value in noted.items()})
+
+
+@dataclass
+class Report:
+    """What a compression did; becomes the manifest.
+
+    dtype: in which what has 16 bits is stored. computed_in: the dtype of the passes; None where nothing is computed.
+    allocation: what it was told to do layer by layer. slopes: mean squares of the outputs' gradients by layer, if
+    rows are weighed by them; not in the manifest. released: what was verified of a checkpoint that others made.
+    processors: that computed, as `processor.about` has them, each with the numbers of its `blocks`.
+    """
+
+    recipe: Recipe
+    dtype: torch.dtype
+    computed_in: torch.dtype | None = None
+    calibration: dict | None = None
+    rotation: dict | None = None
+    source: dict | None = None
+    allocation: dict | None = None
+    slopes: dict[str, Tensor] | None = None
+    released: dict | None = None
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+    device: str = "cpu"
+    processors: list[dict] = field(default_factory=list)
+
+    def made_by(self, processor: dict, index: int) -> None:
+        """Note which processor compressed a block."""
+        for known in self.processors:
+            if known == processor | {"blocks": known["blocks"]}:
+                known["blocks"].append(index)
+                return
+        self.processors.append(processor | {"blocks": [index]})
+
+
+def store(linear: QuantLinear, restored: Restored, dtype: torch.dtype) -> None:
+    """Put a compressed layer into its module, exactly as it will be read back."""
+    linear.packed = pack(restored, dtype)
+    linear.weight.data = unpack(linear.packed).weight.to(linear.weight)
+
+
+class Writer:
+    """Writes a checkpoint block by block, so that an interrupted run can go on.
+
+    Args:
+        directory: made if need be. dtype: of everything kept at 16 bits.
+        run: what decides the blocks, as plain data, see `Unfinished`.
+
+    Raises:
+        ObrError: the unfinished blocks there are of another run; the folder holds files of something else.
+    """
+
+    def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype, run: dict | None = None):
+        self.directory, self.blocks, self.dtype, self.run = Path(directory), blocks, dtype, run
+        check_no_strays(self.directory)
+        self.unfinished = Unfinished(self.directory, run)
+
+    def finished(self, index: int) -> tuple[list[LayerReport], float, dict] | None:
+        """The report of a block that an interrupted run has finished, its seconds and its processor; None if it has
+        not."""
+        note = self.unfinished.note(index)
+        if not note:
+            return None
+        return [LayerReport.of(row) for row in note["layers"]], note["seconds"], note["processor"]
+
+    def load(self, index: int) -> nn.Module:
+        """A finished block."""
+        return load_block(self.blocks, index, self.unfinished.file(index))
+
+    def block(
+        self,
+        index: int,
+        block: nn.Module,
+        rows: list[LayerReport],
+        seconds: float = 0.0,
+        processor: dict | None = None,
+    ) -> None:
+        """Write a block, compressed in so many seconds by a processor."""
+        note = {"layers": [row.noted() for row in rows], "seconds": seconds, "processor": processor}
+        self.unfinished.keep(index, lambda path: save_block(block, self.blocks.layout, path, self.dtype), note)
+
+    def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
+        """Write the ends, layers.csv, the configuration and, last, the manifest; returns the manifest."""
+        blocks = self.blocks
+        (self.directory / "manifest.json").unlink(missing_ok=True)  # of an older checkpoint, of which parts go now
+        self.unfinished.move(len(blocks))
+        if self.run is not None:  # an older checkpoint may lie there; obr.save writes into a new folder
+            remove_outdated(self.directory, len(blocks))
+        save_ends(blocks.model, blocks.layout, self.directory / ENDS, self.dtype)
+        config = copy.deepcopy(blocks.config)
+        config.dtype = self.dtype
+        config.tie_word_embeddings = is_tied(blocks.model, blocks.layout)
+        config.quantization_config = {"quant_method": "obr", "format": FORMAT}  # see `pretrained`
+        config.save_pretrained(self.directory)
+        if tokenizer_from:
+            copy_side_files(tokenizer_from, self.directory)
+            if not (self.directory / GENERATION).exists() and (found := generation_config(tokenizer_from)):
+                write_json(found, self.directory / GENERATION)
+        if tokenizer_from and remote_code.trusted(tokenizer_from):
+            for path in Path(tokenizer_from).glob("*.py"):
+                shutil.copy2(path, self.directory)
+        with (
+            whole(self.directory / "layers.csv") as partial,
+            open(partial, "w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
+            writer.writeheader()
+            writer.writerows(asdict(layer) for layer in report.layers)
+        manifest = self._manifest(report) | {"files": self._hashes()}
+        write_json(manifest, self.directory / "manifest.json")
+        self.unfinished.remove()
+        return manifest
+
+    def _hashes(self) -> dict[str, str]:
+        """sha256 of every file, once they are on the disk."""
+        names = {path.name for path in self.directory.iterdir() if path.is_file() and not path.match("*.lock")}
+        names = sorted(names | set(side_files(self.directory)))
+        for name in names:
+            flush(self.directory / name)
+        return {name: sha256_of(self.directory / name) for name in names}
+
+    def _manifest(self, report: Report) -> dict:
+        layers = report.layers
+        weights = sum(layer.rows * layer.columns for layer in layers)
+        packed = sum(layer.packed_bytes for layer in layers)
+        theoretical = sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers)
+        return {
+            "format": FORMAT,
+            "recipe": report.recipe.to_dict(),
+            "blocks": len(self.blocks),
+            "dtype": dtypes.name_of(self.dtype),
+            "computed_in": report.computed_in and dtypes.name_of(report.computed_in),
+            "bits_per_weight": {"theoretical": theoretical / weights, "file": 8 * packed / weights},
+            "file_bytes": sum(path.stat().st_size for path in self.directory.glob("*.safetensors")),
+            "linear_weights": weights,
+            "linear_bytes": packed,
+            "sparsity": sum(layer.sparsity * layer.rows * layer.columns for layer in layers) / weights,
+            "zeros": sum(layer.zeros * layer.rows * layer.columns for layer in layers) / weights,
+            "relative_error": _mean([layer.relative_error for layer in layers if layer.compressed]),
+            "flagged_layers": sum(bool(layer.flags) for layer in layers),
+            "calibration": report.calibration,
+            "rotation": report.rotation,
+            "source": report.source,
+            **({"allocation": report.allocation} if report.allocation is not None else {}),
+            **({"released": report.released} if report.released is not None else {}),
+            **({"held_out_error": _mean([row.held_out_error for row in layers])} if report.recipe.held_out else {}),
+            "seconds": report.seconds,
+            "device": report.device,
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "processors": report.processors,
+            "inputs": self.run,
+            "versions": versions(),
+            "software": software(),
+        }
+
+
+def _mean(errors: list[float]) -> float | None:
+    """Of those that were measured."""
+    measured = [error for error in errors if error == error]
+    return sum(measured) / len(measured) if measured else None
+
+
+def _recipe_of(layer: LayerReport, report: Report) -> Recipe:
+    """The report's recipe with what is this layer's own."""
+    if report.recipe.allocation is not None:
+        own = {"bits": layer.bits, "sparsity": layer.sparsity, "pattern": layer.pattern or None}
+        return replace(report.recipe, allocation=None, **own)
+    if layer.sparsity or layer.bits < 16:
+        return replace(report.recipe, bits=layer.bits)
+    return replace(report.recipe, bits=16, sparsity=0.0, pattern=None)
+
+
+def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
+    """Write a model compressed in memory by `obr.compress` as a packed checkpoint; returns its manifest.
+
+    What is written is what the model computes; anything else is refused. The folder appears whole, in place of an
+    older checkpoint if there is one.
+
+        obr.save(model, "compressed", tokenizer)
+
+    Args:
+        directory: new, empty, or an older checkpoint. tokenizer: saved beside the weights.
+
+    Raises:
+        ObrError: the model was not compressed in memory, or was changed since; the folder holds other files.
+    """
+    check_before_saving(model)
+    directory, report, blocks = Path(directory), model.obr_report, ReadOnlyBlocks(model)
+    layout, dtype = blocks.layout, report.dtype
+    if len(report.layers) != len(blocks) * len(layout.linears):
+        raise ObrError(f"The model has {len(blocks)} blocks, other than when it was compressed; compress it again.")
+    for part in (layout.embed, layout.final_norm, layout.head):
+        check_stored(model.get_submodule(part).weight, dtype, f"{part}.weight")
+    check_replaceable(directory)
+    chosen = report.recipe.chosen(len(blocks))
+    with whole_folder(directory) as folder:
+        writer = Writer(folder, blocks, dtype)
+        for index in range(len(blocks)):
+            block = blocks.load(index)
+            check_block_as_compressed(
+                block, layout, report.recipe, index in chosen, dtype, f"{layout.blocks}.{index}"
+            )
+            writer.block(index, block, [row for row in report.layers if row.block == index])
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        # Not by its save_pretrained, which refuses settings that many models ship.
+        write_json(json.loads(model.generation_config.to_json_string()), folder / GENERATION)
+        manifest = writer.finish(report)
+        become(folder, directory)
+    return manifest

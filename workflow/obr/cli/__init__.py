@@ -1,0 +1,1 @@
+"""The command `obr`: arguments parsed, a stage called."""

@@ -1,0 +1,97 @@
+"""Where the compression of a block gets its Hessians from: files, or the compressed blocks before it."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from obr.calibration import asymmetric, collect_hessians
+from obr.calibration.asymmetric import Collected
+from obr.config.recipe import Recipe
+from obr.errors import ObrError
+from obr.models.blocks import Blocks, advance
+from obr.models.hidden_states import Room
+from obr.models.layers import set_quantizers
+from obr.runtime.resume import block_file
+
+
+class Statistics:
+    """Where the Hessians of a compression come from: passes through the blocks done so far, or files.
+
+    tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states. A recipe
+    with asymmetry has the dense blocks run beside the compressed ones, on hidden states of their own; held-out
+    windows pass through the compressed blocks alone.
+    """
+
+    def __init__(
+        self, blocks: Blocks, recipe: Recipe, tokens: Tensor | None, cached: Path | None, room: Room | None = None
+    ):
+        self.blocks, self.recipe, self.cached, self.chosen = blocks, recipe, cached, recipe.chosen(len(blocks))
+        self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
+        self.hidden, self.arguments = None, None
+        self.dense, self.dense_hidden, self.held_out = None, None, None
+        if tokens is not None and recipe.needs_hessian:
+            room, count = room or Room(), len(tokens) - recipe.held_out
+            if count < 1:
+                raise ObrError(
+                    f"held_out is {recipe.held_out}, but there are {len(tokens)} calibration windows; hold out fewer."
+                )
+            room = replace(room, megabytes=room.megabytes / (1 + bool(recipe.asymmetry) + bool(recipe.held_out)))
+            if recipe.asymmetry:
+                self.dense_hidden, _ = blocks.embed(tokens[:count], room)
+            if recipe.held_out:
+                self.held_out, _ = blocks.embed(tokens[count:], room)
+            self.hidden, self.arguments = blocks.embed(tokens[:count], room)
+
+    def prepared(self, index: int, block: nn.Module) -> nn.Module:
+        """A block that is to be compressed, its activations quantised if that is what the Hessians are to see."""
+        if self.dense_hidden is not None and index <= self.chosen[-1]:
+            self.dense = copy.deepcopy(block)
+        return self._quantised(index, block)
+
+    def resumed(self, index: int, block: nn.Module) -> nn.Module:
+        """The same for a block that is compressed already."""
+        if self.dense_hidden is not None:
+            self.dense = self.blocks.load(index)
+        return self._quantised(index, block)
+
+    def _quantised(self, index: int, block: nn.Module) -> nn.Module:
+        if self.quantised is not None and index in self.chosen:
+            set_quantizers(block, self.blocks.layout, self.quantised)
+        return block
+
+    def collected(self, block: nn.Module, index: int, group: str) -> Collected | None:
+        """Of a group's inputs; None where there are neither tokens nor files."""
+        if self.hidden is not None:
+            layout, arguments = self.blocks.layout, self.arguments[index]
+            if self.dense_hidden is not None:
+                found = asymmetric.collect(
+                    block, self.dense, layout, self.hidden, self.dense_hidden, arguments, group
+                )
+            else:
+                found = Collected(
+                    collect_hessians.collect(block, layout, self.hidden, arguments, [group], whole=False)[group]
+                )
+            if self.held_out is not None:
+                held_out = collect_hessians.collect(block, layout, self.held_out, arguments, [group], whole=False)
+                found.held_out = held_out[group].hessian
+            return found
+        if self.cached is not None:
+            path, harmonic = self.cached / block_file(index), self.recipe.needs_harmonic
+            return Collected(collect_hessians.load(path, self.blocks.device, [group], harmonic)[group])
+        return None
+
+    def advances(self, index: int) -> bool:
+        """Whether a later block needs what this one puts out."""
+        return self.hidden is not None and index < self.chosen[-1]
+
+    def advance(self, index: int, block: nn.Module | None) -> None:
+        """Pass the hidden states through a compressed block, if a later one needs them."""
+        if self.advances(index):
+            advance(block, self.hidden, self.arguments[index])
+            if self.dense_hidden is not None:
+                advance(self.dense, self.dense_hidden, self.arguments[index])
+            if self.held_out is not None:
+                advance(block, self.held_out, self.arguments[index])
+        self.dense = None

@@ -1,0 +1,375 @@
+"""What is asked for: compression recipes, quantiser settings and sparsity patterns.
+
+Plain data, checked on construction; nothing here knows torch, a model or a file.
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+
+from obr.config.pattern import Pattern
+from obr.config.quantizer import SIXTEEN_BITS, QuantizerSettings, build_settings, check_choice
+from obr.errors import ObrError
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+# Methods that remove weights. "joint" chooses weight by weight, as it rounds. "released" computes nothing: it is a
+# checkpoint that others pruned and quantised.
+PRUNING = ("magnitude", "wanda", "sparsegpt_gptq", "obr_rtn", "obr_gptq", "joint", "released")
+METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
+SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
+BUDGETS = ("model", "block")  # over whose layers an allocation's bits are spread
+ROW_WEIGHTS = ("none", "gradient")
+GROUPED = ("rtn", "gptq")  # methods that can give groups of columns scales of their own
+MASK_NAMES = ("magnitude", "wanda", "wanda_harmonic", "sparsegpt", "random")
+# Methods whose mask the recipe chooses, and among which masks.
+MASKS_OF = {"wanda": ("wanda", "wanda_harmonic"), "obr_rtn": MASK_NAMES, "obr_gptq": MASK_NAMES}
+# Methods whose weights do not depend on calibration data.
+DATA_FREE = ("dense", "rtn", "magnitude", "released")
+# Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
+QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
+EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
+BORROWING = ("label", "online", "dtype", *QUANTIZERS)  # what a recipe may set that borrows the weights of another
+DTYPES = ("float32", "float16", "bfloat16")  # of a computation
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a layer may become where an allocation chooses layer by layer: fields of a recipe."""
+
+    method: str
+    bits: int = 4
+    sparsity: float = 0.0
+    pattern: str | None = None
+
+    @classmethod
+    def parse(cls, entry: "dict | Option", what: str) -> "Option":
+        """A checked option from a config entry. Raises ObrError as `Recipe.parse`, or if its size is not fixed."""
+        if isinstance(entry, Option):
+            return entry
+        build_settings(cls, {"method": None, **entry}, what)  # refuses unknown keys
+        check_choice(entry.get("method"), METHOD_NAMES, f"{what}.method")
+        recipe = Recipe.parse({"calibration": "given", **entry}, what)
+        if recipe.method == "released" or (recipe.method == "sparsegpt_gptq" and not recipe.pattern):
+            raise ObrError(f"{what}.method is {recipe.method!r}, whose sparsity is not the same in every layer.")
+        return cls(recipe.method, recipe.bits, recipe.sparsity, recipe.pattern)
+
+    @property
+    def label(self) -> str:
+        """Such as "joint, 4 bits, 50 %"."""
+        pruned = [self.pattern] if self.pattern else [f"{100 * self.sparsity:g} %"] if self.sparsity else []
+        return ", ".join([self.method, f"{self.bits} bits", *pruned])
+
+    @property
+    def prunes(self) -> bool:
+        return bool(self.sparsity or self.pattern)
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Bits of a layer (rows, columns) in its packed form: kept codes and mask, scales left out."""
+        if self.pattern:
+            pattern = Pattern.parse(self.pattern)
+            return rows * (columns // pattern.group) * (pattern.index_bits + pattern.kept * self.bits)
+        pruned = int(columns * self.sparsity)
+        return rows * (columns * bool(pruned) + (columns - pruned) * self.bits)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Options and the mean `bits` a weight that the choices of all layers may take together.
+
+    scope: which layers share a budget of these bits: all of the "model" or those of each "block".
+    """
+
+    bits: float
+    options: tuple[Option, ...]
+    scope: str = "model"
+
+    @classmethod
+    def parse(cls, entry: "dict | Allocation", what: str) -> "Allocation":
+        """A checked allocation from {"bits", "options": a list of options, "scope"}. Raises ObrError."""
+        if isinstance(entry, Allocation):
+            return entry
+        allocation = build_settings(cls, {"bits": 0, "options": [], **entry}, what)
+        if isinstance(allocation.options, str) or not allocation.options:
+            raise ObrError(
+                f"{what}.options is {allocation.options!r}; list options, in a config under layer_options."
+            )
+        check_choice(allocation.scope, BUDGETS, f"{what}.scope")
+        options = tuple(Option.parse(option, f"{what}.options[{i}]") for i, option in enumerate(allocation.options))
+        least = min(Recipe(o.method, o.bits, o.sparsity, o.pattern).bits_per_weight for o in options)
+        if not least <= allocation.bits <= 16:
+            raise ObrError(
+                f"{what}.bits is {allocation.bits}; it must lie between its smallest option's {least:g} and 16."
+            )
+        return replace(allocation, bits=float(allocation.bits), options=options)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is compressed and evaluated; the config's `recipes` entries, field by field.
+
+    sparsity: fraction of the weights of each linear layer that is removed (implied by `pattern`).
+    mask: the score by which weights are removed, a key of SCORES (methods "obr_rtn" and "obr_gptq"; "wanda" takes
+    "wanda" or "wanda_harmonic"). "wanda_harmonic" depends on the order of the calibration windows.
+    scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
+    sweeps: of annealing, by the method "joint": more take longer and leave less error.
+    row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
+    group: consecutive columns of a row that share a scale, stored in 16 bits (methods "rtn", "gptq"); None for all.
+    refit: after restoration each row's scale, or its groups' scales, become those with the least loss for its codes.
+    allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
+    alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
+    damp: added to the Hessian's diagonal, in units of its mean.
+    clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
+    "learned": minmax of weights within the bounds that the rotation has learned.
+    hessian_inputs: "plain" or "quantised" (as in evaluation; sequential only).
+    online: least precision of online transforms, "float32", "float64", or "model", which multiplies by Hadamard
+    matrices that are not Sylvester's in the activations' dtype. Queries and keys always have float32 or better.
+    Hessians of plain inputs are collected with "float32".
+    dtype: of the computation, in compression and in evaluation: "float32", "float16" or "bfloat16"; None for the
+    default, float32 on a CPU and the model's own dtype on a GPU.
+    o_inputs: o_proj's settings where they differ from `activations`.
+    hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
+    asymmetry: share, 0 to 1, of the step from a layer's weights to those whose outputs, from inputs out of compressed
+    blocks, are nearest the dense model's; 0 aims at the outputs of the dense weights (sequential only).
+    held_out: the last so many calibration windows enter no Hessian; layers' errors on them are reported, too
+    (sequential only).
+    blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
+    others stay at 16 bits.
+    """
+
+    method: str
+    bits: int = 4
+    sparsity: float = 0.5
+    pattern: str | None = None
+    mask: str = "wanda"
+    alpha: float = 0.5
+    scope: str = "row"
+    sweeps: int = 600
+    row_weights: str = "none"
+    group: int | None = None
+    refit: bool = False
+    damp: float = 0.01
+    clip: str = "mse"
+    int8_down_proj: bool = False
+    rotation: str = "none"
+    calibration: str | None = None
+    hessian: str = "sequential"
+    hessian_inputs: str = "plain"
+    asymmetry: float = 0.0
+    held_out: int = 0
+    online: str = "float32"
+    dtype: str | None = None
+    blocks: str | None = None
+    seed: int = 0
+    allocation: Allocation | None = None
+    activations: QuantizerSettings = SIXTEEN_BITS
+    o_inputs: QuantizerSettings | None = None
+    queries: QuantizerSettings = SIXTEEN_BITS
+    keys: QuantizerSettings = SIXTEEN_BITS
+    values: QuantizerSettings = SIXTEEN_BITS
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, entry: "dict | Recipe", name: str = "recipe") -> "Recipe":
+        """A checked recipe from a config entry.
+
+        Raises:
+            ObrError: an unknown key or a value out of range; the sentence names key, value and choices.
+        """
+        if isinstance(entry, Recipe):
+            return entry
+        entry = {k: v for k, v in entry.items() if v is not None}
+        entry.pop("weights", None)
+        entry.pop("source", None)  # of a released checkpoint; what it holds is checked when it is read
+        for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
+            entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
+        recipe = build_settings(cls, entry, name)
+        check_choice(recipe.method, METHOD_NAMES, f"{name}.method")
+        check_choice(recipe.mask, MASK_NAMES, f"{name}.mask")
+        check_choice(recipe.scope, SCOPES, f"{name}.scope")
+        if recipe.scope == "layer" and (recipe.method != "joint" or recipe.pattern):
+            raise ObrError(
+                f"{name}.scope is 'layer', but {f'pattern {recipe.pattern}' if recipe.pattern else recipe.method} "
+                "gives every row its own budget; use method joint without a pattern, or scope row."
+            )
+        check_choice(recipe.row_weights, ROW_WEIGHTS, f"{name}.row_weights")
+        if recipe.row_weights != "none" and recipe.scope != "layer":
+            raise ObrError(
+                f"{name}.row_weights is {recipe.row_weights!r}, but with scope row every row has its own budget, and "
+                "weights would change nothing; use method joint with scope layer."
+            )
+        if not 0 <= recipe.sweeps <= 100_000:
+            raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
+        check_choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
+        check_choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
+        check_choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
+        check_choice(recipe.online, ("model", "float32", "float64"), f"{name}.online")
+        if recipe.dtype is not None:
+            check_choice(recipe.dtype, DTYPES, f"{name}.dtype")
+        if recipe.hessian_inputs == "quantised" and recipe.hessian == "cached":
+            raise ObrError(
+                f"{name}: cached Hessians are of plain inputs; use hessian: sequential for quantised ones."
+            )
+        check_choice(recipe.bits, WEIGHT_BITS, f"{name}.bits")
+        if not recipe.prunes:
+            recipe = replace(recipe, sparsity=0.0, pattern=None)
+        if recipe.pattern:
+            recipe = replace(recipe, sparsity=Pattern.parse(recipe.pattern).sparsity)
+        if recipe.method in ("magnitude", "wanda") and recipe.mask not in MASKS_OF.get(recipe.method, ()):
+            recipe = replace(recipe, mask=recipe.method)
+        if recipe.method == "dense":
+            recipe = replace(recipe, bits=16)
+        if recipe.allocation is not None:
+            recipe = recipe._allocated(name)
+        recipe._check_group(name)
+        for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1), ("asymmetry", 0, 1)):
+            value = getattr(recipe, field)
+            if not low <= value <= high:
+                raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
+        if recipe.blocks is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(recipe.blocks)):
+            raise ObrError(f"{name}.blocks is {recipe.blocks!r}; it must be a slice of block numbers, such as '0:2'.")
+        if recipe.needs_hessian and not recipe.calibration:
+            raise ObrError(
+                f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
+            )
+        recipe._check_passes(name)
+        return recipe
+
+    def _check_passes(self, name: str) -> None:
+        """Raise ObrError where what only passes through compressed blocks tell is asked for without them."""
+        if type(self.held_out) is not int or self.held_out < 0:
+            raise ObrError(f"{name}.held_out is {self.held_out!r}; it must be a number of calibration windows.")
+        why = {
+            "cached Hessians know the dense model's inputs alone; use hessian: sequential": self.hessian == "cached",
+            f"method {self.method} reads no activations; use another method": not self.needs_hessian,
+        }
+        for field in ("asymmetry", "held_out"):
+            for reason, clashing in why.items():
+                if getattr(self, field) and clashing:
+                    raise ObrError(f"{name}.{field} is {getattr(self, field)}, but {reason}, or {field} 0.")
+
+    def _check_group(self, name: str) -> None:
+        """Raise ObrError for groups of no columns, or where there is one scale a row or none."""
+        if self.group is None:
+            return
+        if type(self.group) is not int or self.group < 1:
+            raise ObrError(f"{name}.group is {self.group!r}; it must be a number of columns such as 128, or null.")
+        clashes = {
+            f"method {self.method} takes one scale a row; use method {' or '.join(GROUPED)}": (
+                self.method not in GROUPED and self.allocation is None
+            ),
+            "the options of an allocation take one scale a row; drop the allocation": self.allocation is not None,
+            "weights of 16 bits have no scales; use fewer bits": self.bits == 16,
+        }
+        for reason, clashing in clashes.items():
+            if clashing:
+                raise ObrError(f"{name}.group is {self.group}, but {reason}, or group: null.")
+
+    def _allocated(self, name: str) -> "Recipe":
+        """With its allocation checked, and the bits of the largest option."""
+        allocation = Allocation.parse(self.allocation, f"{name}.allocation")
+        if self.method in ("dense", "released") or self.int8_down_proj:
+            odd = "int8_down_proj" if self.int8_down_proj else f"method {self.method}"
+            raise ObrError(f"{name} has an allocation, which {odd} contradicts; drop one of them.")
+        bits = max(option.bits for option in allocation.options)
+        return replace(self, allocation=allocation, bits=bits, sparsity=0.0, pattern=None)
+
+    def of_layer(self, option: Option | None) -> "Recipe":
+        """The recipe of a layer for which an allocation has chosen this option; itself without an allocation."""
+        if option is None:
+            return self
+        shares = option.method == "joint" and not option.pattern
+        own = (
+            {"scope": self.scope, "row_weights": self.row_weights}
+            if shares
+            else {"scope": "row", "row_weights": "none"}
+        )
+        return replace(self, allocation=None, group=None, **own, **asdict(option))
+
+    @property
+    def left_out(self) -> "Recipe":
+        """The recipe of blocks that this one leaves as they are."""
+        return self.of_layer(Option("dense", 16))
+
+    @property
+    def prunes(self) -> bool:
+        return self.method in PRUNING
+
+    @property
+    def chosen_mask(self) -> str | None:
+        """The mask by whose score weights are removed; None where none are, or the method finds its own mask."""
+        pruned = [(option.method, option.prunes) for option in self.options] or [(self.method, self.sparsity > 0)]
+        return self.mask if any(method in MASKS_OF and prunes for method, prunes in pruned) else None
+
+    @property
+    def needs_harmonic(self) -> bool:
+        """Whether a mask is chosen by the score "wanda_harmonic", whose norms a Hessian does not hold."""
+        return self.chosen_mask == "wanda_harmonic"
+
+    @property
+    def needs_hessian(self) -> bool:
+        refits = self.refit and self.bits < 16 and self.method != "released"
+        return self.method not in DATA_FREE or refits or self.allocation is not None
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """Of its allocation; none without one."""
+        return self.allocation.options if self.allocation is not None else ()
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.row_weights == "gradient"
+
+    @property
+    def shared(self) -> list[str]:
+        """What a compression reads that is computed once for all recipes of a model, rotation and calibration."""
+        used = {
+            "cached Hessians": self.needs_hessian and self.hessian == "cached",
+            "output gradients": self.needs_gradients,
+            "predicted losses": self.allocation is not None,
+        }
+        return [name for name, needed in used.items() if needed]
+
+    def chosen(self, count: int) -> range:
+        """Which of a model's `count` blocks the recipe acts on. Raises ObrError if that is none."""
+        start, end = (self.blocks or ":").split(":")
+        found = range(count)[int(start) if start else None : int(end) if end else None]
+        if not found:
+            raise ObrError(f"The recipe's blocks {self.blocks!r} are none of the model's {count}; correct the slice.")
+        return found
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight of a linear layer costs in theory: kept codes, mask, and 16 for the scale of each
+        group; scales of whole rows are left out."""
+        if self.allocation is not None:
+            return self.allocation.bits
+        if self.bits == 16 and not self.sparsity:
+            return 16.0
+        mask_bits = 0.0
+        if self.pattern:
+            pattern = Pattern.parse(self.pattern)
+            mask_bits = pattern.index_bits / pattern.group
+        elif self.sparsity:
+            mask_bits = 1.0
+        return self.bits * (1 - self.sparsity) + mask_bits + (16 / self.group if self.group else 0.0)
+
+    @property
+    def setting(self) -> str:
+        """Such as "W4A4KV4"; keys and values are named apart where they differ; "W3.0" is a mean over layers,
+        "W3g128" has groups of 128 columns."""
+        k, v = self.keys.bits, self.values.bits
+        bits = self.allocation.bits if self.allocation is not None else self.bits
+        group = f"g{self.group}" if self.group else ""
+        return f"W{bits}{group}A{self.activations.bits}" + (f"KV{k}" if k == v else f"K{k}V{v}")
+
+    def decisive(self) -> dict:
+        """The fields that decide a checkpoint's weights; a dtype only if the recipe names one."""
+        dropped = {"label"} if self.hessian_inputs == "quantised" else set(EVALUATION_ONLY)
+        dropped |= {"dtype"} if self.dtype is None else set()
+        return {k: v for k, v in self.to_dict().items() if k not in dropped}
+
+    def to_dict(self) -> dict:
+        """Plain data, as JSON gives it back."""
+        entry = asdict(self)
+        if self.allocation is not None:
+            entry["allocation"]["options"] = list(entry["allocation"]["options"])
+        return entry

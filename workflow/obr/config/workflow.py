@@ -1,0 +1,287 @@
+"""The workflow's configuration: cross-references resolved and checked, and what follows for the jobs.
+
+The JSON schema checks keys, types and ranges; here is what a schema cannot say.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from obr.config import overrides
+from obr.config.model_sizes import read_config, sizes_of
+from obr.config.pattern import Pattern
+from obr.config.recipe import BORROWING, Recipe
+from obr.errors import ObrError, printable
+
+
+class Config:
+    """A validated config with recipes resolved.
+
+    Args:
+        raw: the parsed YAML, defaults filled in.
+
+    Raises:
+        ObrError: a name that nothing defines, or a recipe that cannot be; the sentence names it.
+    """
+
+    def __init__(self, raw: dict):
+        self.raw = raw
+        overrides.transpose(raw)
+        overrides.shrink(raw)
+        self.results = raw["results"]
+        self._check_seeds()
+        overrides.multiply(raw)
+        raw.setdefault("layer_options", {})
+        self.recipes = {key: self._resolve(key) for key in raw["recipes"]}
+        self.parsed = {key: Recipe.parse(entry, f"recipes.{key}") for key, entry in self.recipes.items()}
+        for key, recipe in self.parsed.items():
+            if recipe.rotation != "none":
+                self._defined("rotations", recipe.rotation, f"recipes.{key}.rotation")
+            if recipe.calibration:
+                self._defined("calibrations", recipe.calibration, f"recipes.{key}.calibration")
+            self._check_dtype(key, recipe)
+        for key, entry in raw["rotations"].items():
+            if "learn" in entry:
+                self._defined("calibrations", entry["learn"]["calibration"], f"rotations.{key}.learn.calibration")
+        for key, entry in raw["perplexity"].items():
+            self._defined("texts", entry["text"], f"perplexity.{key}.text")
+        for key, entry in raw["calibrations"].items():
+            self._check_calibration(f"calibrations.{key}", entry)
+        for key, entry in raw["zero_shot"].items():
+            if entry.get("text"):
+                self._defined("texts", entry["text"], f"zero_shot.{key}.text")
+        self._select_models()
+        for section in ("tables", "figures"):
+            for key, entry in raw[section].items():
+                self._check_entry(f"{section}.{key}", entry)
+
+    def _check_seeds(self) -> None:
+        """What `seeds` of a table multiplies must be there before it is multiplied."""
+        for key, entry in self.raw["tables"].items():
+            if entry.get("seeds"):
+                self._check_entry(f"tables.{key}", entry)
+
+    def _resolve(self, key: str) -> dict:
+        """A recipe's entry with what it takes over from the recipe named by its `weights`."""
+        entry = self._with_options(key)
+        base = entry.get("weights")
+        if base is None:
+            return entry
+        self._defined("recipes", base, f"recipes.{key}.weights")
+        if self.raw["recipes"][base].get("weights"):
+            raise ObrError(f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead.")
+        odd = sorted(set(entry) - {"weights", *BORROWING})
+        if odd:
+            raise ObrError(
+                f"recipes.{key} borrows the weights of {base!r}, so it may not set {odd[0]!r}; "
+                f"it may set {', '.join(BORROWING[:-1])} and {BORROWING[-1]}."
+            )
+        return {**self._with_options(base), "label": None, **entry}
+
+    def _check_dtype(self, key: str, recipe: Recipe) -> None:
+        """Raise ObrError if a recipe's compression reads shared statistics that are computed in another dtype."""
+        shared = recipe.shared
+        if not shared or recipe.dtype in (None, self.raw.get("dtype")) or self.checkpoint_of(key) != key:
+            return
+        raise ObrError(
+            f"recipes.{key}.dtype is {recipe.dtype!r}, but its {shared[0]} are computed once for all recipes, in the "
+            f"config's dtype, which is {self.raw.get('dtype') or 'null'}; set that dtype, or leave the recipe's out."
+        )
+
+    def _with_options(self, key: str) -> dict:
+        """A recipe's entry with the options that its allocation names."""
+        entry = dict(self.raw["recipes"][key])
+        if entry.get("allocation"):
+            self._defined("layer_options", self.options_of(key), f"recipes.{key}.allocation.options")
+            options = self.raw["layer_options"][self.options_of(key)]
+            entry["allocation"] = {**entry["allocation"], "options": options}
+        return entry
+
+    def options_of(self, key: str) -> str:
+        """The key of layer_options that the allocation of a recipe with weights of its own names."""
+        return self.raw["recipes"][key]["allocation"]["options"]
+
+    def _defined(self, section: str, name: str, where: str) -> None:
+        if name not in self.raw[section]:
+            known = ", ".join(self.raw[section]) or "none"
+            raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {known}.")
+
+    def _check_calibration(self, where: str, entry: dict) -> None:
+        kinds = [kind for kind in ("text", "generated", "mix") if kind in entry]
+        if len(kinds) != 1:
+            raise ObrError(f"{where} has {' and '.join(kinds) or 'no source'}; give one of text, generated and mix.")
+        if "text" in entry:
+            self._defined("texts", entry["text"], f"{where}.text")
+        elif (bos := entry.get("bos")) is not None and (bos != "window" or "mix" in entry):
+            raise ObrError(
+                f"{where}.bos is {json.dumps(bos)}, which is of windows of a text; leave it out"
+                f"{', or use window' if 'generated' in entry else ''}."
+            )
+        elif entry.get("sampling") == "documents":
+            raise ObrError(f"{where}.sampling is 'documents', but its windows are of no text; drop it, or give text.")
+        for name in entry.get("mix", []):
+            self._defined("calibrations", name, f"{where}.mix")
+            if "mix" in self.raw["calibrations"][name]:
+                raise ObrError(f"{where}.mix names {name!r}, itself a mixture; name what that is mixed of.")
+            part, each = self.raw["calibrations"][name], -(-entry.get("nsamples", 128) // len(entry["mix"]))
+            if part.get("seqlen", 2048) != entry.get("seqlen", 2048) or part.get("nsamples", 128) < each:
+                raise ObrError(
+                    f"{where} takes {each} windows of {entry.get('seqlen', 2048)} tokens from {name!r}, which has "
+                    f"{part.get('nsamples', 128)} of {part.get('seqlen', 2048)}; correct nsamples or seqlen."
+                )
+
+    def _select_models(self) -> None:
+        only = self.raw.get("only_models")
+        if not only:
+            return
+        only = [only] if isinstance(only, str) else only
+        for name in only:
+            self._defined("models", name, "only_models")
+        for section in ("tables", "figures"):
+            for key, entry in list(self.raw[section].items()):
+                if "models" in entry:
+                    entry["models"] = [model for model in entry["models"] if model in only]
+                    if not entry["models"]:
+                        del self.raw[section][key]
+
+    def _check_entry(self, where: str, entry: dict) -> None:
+        if entry.get("kind") == "kernels" and not entry.get("device"):
+            raise ObrError(f"{where} draws kernels but names no device; add device: cpu or cuda.")
+        for model in entry.get("models", []):
+            self._defined("models", model, f"{where}.models")
+        for recipe in self.rows(entry):
+            self._defined("recipes", recipe, f"{where}.rows")
+            source = self.raw["recipes"][recipe].get("weights") or recipe
+            if entry.get("kind") == "allocation" and not self.raw["recipes"][source].get("allocation"):
+                raise ObrError(f"{where} draws allocations, but recipe {recipe!r} has none; list recipes with one.")
+        texts = entry.get("perplexity", [])
+        for name in [texts] if isinstance(texts, str) else texts:
+            self._defined("perplexity", name, f"{where}.perplexity")
+        for name in entry.get("zero_shot", []):
+            self._defined("zero_shot", name, f"{where}.zero_shot")
+        for name in entry.get("rotations", []):
+            self._defined("rotations", name, f"{where}.rotations")
+            if "learn" not in self.raw["rotations"][name]:
+                raise ObrError(f"{where}.rotations names {name!r}, which is not learned here; it has no curve.")
+
+    def checkpoint_of(self, recipe: str) -> str:
+        """The recipe whose folder holds the weights of this one."""
+        return self.recipes[recipe].get("weights") or recipe
+
+    def weight_entry(self, recipe: str) -> str:
+        """JSON of what decides a recipe's checkpoint."""
+        return json.dumps(self.parsed[self.checkpoint_of(recipe)].decisive(), sort_keys=True)
+
+    def evaluation_entry(self, recipe: str) -> str:
+        """JSON of what decides how a recipe's checkpoint is evaluated."""
+        entry = self.parsed[recipe].to_dict()
+        entry.pop("label")
+        return json.dumps(entry, sort_keys=True)
+
+    def rows(self, entry: dict) -> list[str]:
+        """The recipes of an entry's rows, with those of all seeds; rows that only quote have none."""
+        found = []
+        for row in entry.get("rows", []):
+            if isinstance(row, str):
+                found.append(row)
+            elif "recipe" in row:
+                found += row.get("variants") or [row["recipe"]]
+        return found
+
+    def recipes_of(self, model: str) -> list[str]:
+        """Recipes whose checkpoints some table or figure asks of the model, each once."""
+        entries = [*self.raw["tables"].values(), *self.raw["figures"].values()]
+        keys = [self.checkpoint_of(row) for e in entries if model in e.get("models", []) for row in self.rows(e)]
+        return list(dict.fromkeys(keys))
+
+    def artefacts(self, entry: dict) -> Iterator[str]:
+        """The files that a table or figure is made of, below the results folder."""
+        if entry.get("kind") == "kernels":
+            yield f"kernels/{entry['device']}.csv"
+        texts = entry.get("perplexity", [])
+        for model in entry.get("models", []):
+            for rotation in entry.get("rotations", []):
+                yield f"rotations/{rotation}/{model}.csv"
+            for row in self.rows(entry):
+                for text in [texts] if isinstance(texts, str) else texts:
+                    yield f"perplexity/{model}/{row}/{text}.json"
+                for task in entry.get("zero_shot", []):
+                    yield f"zero_shot/{model}/{row}/{task}.json"
+                yield f"compressed/{model}/{self.checkpoint_of(row)}/manifest.json"
+                if entry.get("kind") == "allocation":
+                    yield f"allocations/{model}/{self.checkpoint_of(row)}.json"
+                if entry.get("kind") in ("layer_error", "natural_sparsity"):
+                    yield f"compressed/{model}/{self.checkpoint_of(row)}/layers.csv"
+
+    def measured_blocks(self, options: str, rotation: str, calibration: str) -> str | None:
+        """The blocks to measure: those of the recipes whose allocations choose from it, all if these differ."""
+        found = {
+            recipe.blocks
+            for key, recipe in self.parsed.items()
+            if recipe.allocation is not None
+            and self.options_of(self.checkpoint_of(key)) == options
+            and (recipe.rotation, recipe.calibration) == (rotation, calibration)
+        }
+        return found.pop() if len(found) == 1 else None
+
+    def check_widths(self, model: str, config: Path) -> None:
+        """Raise ObrError if a recipe's pattern does not divide a layer of the model with this config.json."""
+        check_widths(read_config(config.parent, model), self.patterns_of(model), model)
+
+    def patterns_of(self, model: str) -> dict[str, str | None]:
+        """The patterns that the model's layers are given, by recipe, or by option of a recipe's allocation."""
+        patterns = {}
+        for key in self.recipes_of(model):
+            recipe = self.parsed[key]
+            patterns |= {f"{key}, {option.label}": option.pattern for option in recipe.options} or {
+                key: recipe.pattern
+            }
+        return patterns
+
+
+def check_widths(config: dict, patterns: dict[str, str | None], model: str) -> None:
+    """Raise ObrError if a pattern, given by recipe, does not divide the width of one of the model's layers.
+
+    config: the contents of a transformers config.json; sizes that cannot be are refused too.
+    """
+    sizes = sizes_of(config, model, ("hidden_size", "intermediate_size", "num_attention_heads"))
+    widths = {
+        "q, k, v, up and gate": sizes.hidden,
+        "o_proj": sizes.heads * sizes.head_dim,
+        "down_proj": sizes.intermediate,
+    }
+    for recipe, pattern in patterns.items():
+        for layer, width in widths.items() if pattern else ():
+            Pattern.parse(pattern).check_width(width, f"{layer} of {model} (recipe {recipe})")
+
+
+def check_paths(section: dict, where: str) -> None:
+    """Raise ObrError if a source of kind `path` names something that is not there."""
+    for key, entry in section.items():
+        source = entry.get("source")
+        fields = source if isinstance(source, dict) else entry
+        if fields.get("source") != "path":
+            continue
+        name = fields.get("path") or fields.get("file") or ""
+        path = os.path.expandvars(name)
+        if "$" in path:
+            raise ObrError(f"{where}.{key}: {name} names an environment variable that is not set; set it.")
+        if not Path(os.path.expanduser(path)).exists():
+            raise ObrError(f"{where}.{key}: {path} does not exist; correct the path or use another source.")
+
+
+def objection(raw: dict, schema: dict) -> str | None:
+    """One sentence for what the JSON schema has against a config, its deepest reason; None if nothing."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    error = best_match(Draft202012Validator(schema).iter_errors(raw))
+    if error is None:
+        return None
+    where = ".".join(map(str, error.absolute_path)) or "the config"
+    if "propertyNames" in error.absolute_schema_path and error.validator == "pattern":
+        what = f"{error.instance!r} cannot be a name; use letters, digits, '.', '_' and '-', a letter or digit first"
+    else:
+        what = f"{error.message}; the schema, workflow/schemas/config.schema.yaml, describes every key"
+    return printable(f"{where}: {what}.")

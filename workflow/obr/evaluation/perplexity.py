@@ -1,0 +1,132 @@
+"""Perplexity as GPTQ and its successors define it, with the model streamed block by block."""
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from obr.checkpoints.format import CheckpointBlocks
+from obr.config.recipe import Recipe
+from obr.data import token_windows, tokenize
+from obr.errors import ObrError
+from obr.models import dtypes
+from obr.models.blocks import Blocks, advance
+from obr.models.hidden_states import Room
+from obr.models.loading import load_tokenizer
+from obr.models.read_only import ReadOnlyBlocks, unchanged
+from obr.runtime.files import finite
+from obr.runtime.progress import Progress
+from obr.runtime.provenance import versions
+
+DEFINITION = (
+    "exp of the mean next-token cross-entropy over non-overlapping windows of {seqlen} tokens of the whole text, "
+    "tokenised once; {targets} targets a window, no context carried over, the last partial window dropped; {special}"
+)
+
+
+TOKENS = 1024  # whose logits, a vocabulary wide each, exist at a time
+
+
+@torch.no_grad()
+def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bool = False) -> float:
+    """Perplexity of a model over token windows, in evaluation mode. The model is left as it was.
+
+    Args:
+        model: a transformers causal LM of a known family, compressed or not; or Blocks, which may be streamed:
+            one block is in memory at a time.
+        windows: (b, s) tokens; s - 1 are predicted in each. For a family that needs a BOS token in front of its
+            input, as Gemma does, make them with `evaluation_windows(..., bos_token_id=...)`.
+        room: for the hidden states of all windows.
+
+    Returns infinity where the mean cross-entropy is more than a float's exponent holds.
+
+    Raises:
+        ObrError: `model_check` refuses the model, windows have fewer than two tokens, or the model gives NaN.
+    """
+    if isinstance(model, Blocks):
+        return _perplexity(model, windows, room, progress)
+    blocks = ReadOnlyBlocks(model)
+    with unchanged(model):
+        return _perplexity(blocks, windows, room, progress)
+
+
+def _perplexity(blocks: Blocks, windows: Tensor, room: Room | None, progress: bool) -> float:
+    hidden, arguments = blocks.embed(windows, room)
+    if windows.shape[1] < 2:
+        raise ObrError(f"Windows have {windows.shape[1]} token, of which none is predicted; give two or more.")
+    with Progress("perplexity", len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            advance(blocks.load(index), hidden, arguments[index])
+            shown.block()
+    total = sum(_loss(blocks, states, window) for states, window in zip(hidden, windows, strict=True))
+    mean = total / len(windows)
+    if mean != mean:
+        raise ObrError(
+            "The model gives NaN; it overflows in half precision (use dtype float32) or its weights are broken."
+        )
+    return float(torch.tensor(mean, dtype=torch.float64).exp())
+
+
+def _loss(blocks: Blocks, states: Tensor, window: Tensor) -> float:
+    """Mean cross-entropy of a window's tokens (s,) after the first, from its last hidden states (1, s, d)."""
+    total = 0.0
+    targets = window[1:].to(states.device)
+    for part, wanted in zip(states[:, :-1].split(TOKENS, dim=1), targets.split(TOKENS), strict=True):
+        total += float(F.cross_entropy(blocks.logits(part)[0].float(), wanted, reduction="sum"))
+    return total / len(targets)
+
+
+def perplexity_stage(
+    checkpoint: Path,
+    text: Path,
+    spec: dict,
+    recipe: Recipe | None = None,
+    dtype=None,
+    device: str | None = None,
+    room: Room | None = None,
+) -> dict:
+    """The stage: perplexity of a checkpoint on a text.
+
+    spec: {"seqlen", "tokens" (limit, or None), "bos"}, "bos" as of `data.tokenize`. recipe: whose activation settings
+    apply. dtype: of the computation, before the recipe's own. room: for the hidden states of the text.
+
+    Returns what the artefact holds. JSON has no infinity: an infinite perplexity has "value" None and "status" "inf",
+    every other one "status" "finite". "note" is there where windows lack a BOS token that the family needs.
+    """
+    started = time.monotonic()
+    blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
+    tokenizer, bos = load_tokenizer(checkpoint), spec.get("bos")
+    tokens = tokenize.tokenize(tokenizer, tokenize.read_text(text), bos)
+    windows = token_windows.evaluation_windows(
+        tokens, spec["seqlen"], spec.get("tokens"), tokenize.window_bos(tokenizer, bos)
+    )
+    value = perplexity(blocks, windows, room=room, progress=True)
+    seqlen = windows.shape[1]
+    note = tokenize.missing_bos(windows, tokenizer, blocks.config.model_type)
+    return {
+        **finite("value", value),
+        "definition": DEFINITION.format(seqlen=seqlen, targets=seqlen - 1, special=_special(tokenizer, bos)),
+        "bos": bos,
+        **({"note": note} if note else {}),
+        "windows": len(windows),
+        "seqlen": seqlen,
+        "tokens": windows.numel(),
+        "tokens_in_text": len(tokens),
+        "setting": blocks.recipe.setting,
+        "device": str(blocks.target),
+        "dtype": dtypes.name_of(blocks.dtype),
+        "versions": versions(),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _special(tokenizer, bos: bool | str | None) -> str:
+    """Which special tokens are added to a text, in words."""
+    if bos == "window":
+        return "every window begins with a BOS token, which is one of its tokens"
+    before, after = tokenize.special_tokens(tokenizer) if bos is None else ([tokenizer.bos_token_id] * bos, [])
+    places = ((before, "once, before the text"), (after, "once, after the text"))
+    spelled = [f"{tokenize.spell_tokens(tokenizer, ids)} {place}" for ids, place in places if ids]
+    return " and ".join(spelled) or "no special tokens"

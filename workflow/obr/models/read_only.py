@@ -1,0 +1,57 @@
+"""Measuring a model in memory without changing it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from obr.errors import ObrError
+from obr.models.blocks import Blocks
+from obr.models.check.memory import check_model
+from obr.models.layers import ATTENTION
+
+
+class ReadOnlyBlocks(Blocks):
+    """The decoder blocks of a model in memory as they are, for measuring inside `unchanged(model)`.
+
+    Raises:
+        ObrError: `model_check.check_model` refuses the model, or its attention leaves out what it quantises.
+    """
+
+    def __init__(self, model: nn.Module):
+        layout = check_model(model)
+        self._hold(model)
+        blocks = model.get_submodule(layout.blocks)
+        quantisers = [getattr(block.get_submodule(layout.attention), "key_value_quantizer", None) for block in blocks]
+        used = model.config._attn_implementation
+        if used != ATTENTION and any(quantiser is not None and quantiser.active for quantiser in quantisers):
+            raise ObrError(
+                f"The model quantises or transforms queries, keys or values, which attention {used!r} leaves out; "
+                f"call model.set_attn_implementation({ATTENTION!r})."
+            )
+
+    def load(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.layout.blocks)[index]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards it is what it was, to the last bit."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    # A rotary embedding with a dynamic base writes its frequencies anew for each length.
+    state = [
+        (module, dict(module._buffers), {k: v for k, v in vars(module).items() if isinstance(v, (int, float))})
+        for module in modules
+        if module._buffers and not module._parameters
+    ]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        for module, buffers, numbers in state:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            vars(module).update({key: value for key, value in numbers.items() if key != "training"})

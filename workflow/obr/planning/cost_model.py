@@ -1,0 +1,298 @@
+"""What a job costs: its work, counted, over the speed of a device.
+
+Work is counted in operations, from the sizes of the model and the settings of the recipe; SPEEDS turns it into
+seconds. The speeds of a CPU are those of one core of an AMD EPYC server, the speeds of a GPU an A100's by its
+specification; timings of finished jobs correct them (see `plan`).
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+from obr.config.recipe import Option, Recipe
+from obr.planning.tensor_sizes import Sizes
+
+CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
+JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
+OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
+RELEASED_PASSES = 18.0  # over all weights, what verifying and keeping a released checkpoint takes
+STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
+GROUPS = 4  # of a block, each with a run of the calibration through it
+GROUP_PASSES = 2.0  # of a whole block's work, what these runs take together: each stops at its group
+# Of lm-eval's tasks: examples, choices (one where greedy decoding decides), and tokens of a choice with its question.
+TASKS = {
+    "piqa": (1838, 2, 35),
+    "boolq": (3270, 2, 140),
+    "hellaswag": (10042, 4, 90),
+    "arc_easy": (2376, 4, 35),
+    "arc_challenge": (1172, 4, 40),
+    "winogrande": (1267, 2, 25),
+    "lambada_openai": (5153, 1, 90),
+    "openbookqa": (500, 4, 20),
+    "social_iqa": (1954, 3, 35),
+}
+OTHER_TASK = (200, 4, 35)
+DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 512, 512  # on which divergences are measured; see `divergence`
+WRITTEN = 6  # times the tokens of calibration windows is what a model computes that writes them, one at a time
+FOLDED = 6  # passes over all weights in a step of learning a rotation
+# Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
+LEARNING = {
+    "spinquant": {"steps": 100, "batch": 8},
+    "ostquant": {"steps": 100, "batch": 8},
+    "flatquant": {"epochs": 15, "batch": 4},
+    "omniquant": {"epochs": 20, "batch": 1},
+    "smoothquant": {"epochs": 1},
+    "awq": {"epochs": 20},
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does: products in the model's dtype, products of inputs with themselves in float32, factors and
+    solves in float32, elements passed over, bytes read, blocks run (each a handful of small kernels), and a
+    constant for its start."""
+
+    products: float = 0
+    grams: float = 0
+    exact: float = 0
+    elements: float = 0
+    read: float = 0
+    runs: float = 0
+    start: float = 0
+
+    def seconds(self, speeds: dict, threads: int = 1) -> float:
+        """At these speeds, what is counted in operations and elements on so many cores."""
+        shared = sum(getattr(self, kind) / speeds[kind] for kind in ("products", "grams", "exact", "elements"))
+        alone = self.read / speeds["read"] + self.runs / speeds["runs"] + self.start * speeds["start"]
+        return shared / threads + alone
+
+
+# Operations, elements, bytes and blocks a second; `start` multiplies the constants, which are a CPU's.
+SPEEDS = {
+    "cpu": {
+        "products": 6.5e10,
+        "grams": 6.5e10,
+        "exact": 2.2e10,
+        "elements": 1.8e8,
+        "read": 3e8,
+        "runs": 1e4,
+        "start": 1.0,
+    },
+    "cuda": {
+        "products": 1e14,
+        "grams": 1.6e13,
+        "exact": 1.2e13,
+        "elements": 2.5e10,
+        "read": 1e9,
+        "runs": 1.2e3,
+        "start": 1.5,
+    },
+}
+# Of the kernel benchmark: kernels that the device has, seconds that clearing its caches takes, seconds to lay out a
+# weight's element.
+KERNELS = {"cpu": (11, 0.02, 3e-8), "cuda": (12, 1e-4, 1e-8)}
+
+
+def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
+    """Compressing a model by a recipe, calibrated on `tokens` tokens in windows of `length`."""
+    chosen = recipe.chosen(sizes.blocks)
+    sizes, whole = replace(sizes, blocks=len(chosen)), sizes
+    weights, blocks = sizes.block * sizes.blocks, sizes.blocks
+    products, grams, exact, elements = 0.0, 0.0, 0.0, STORED_PASSES * weights
+    if recipe.bits < 16 and recipe.method != "dense":
+        fits = 2 if recipe.group and recipe.method == "gptq" else 1  # of all groups at once, then on the way
+        elements += fits * weights * (CLIP_PASSES if recipe.clip == "mse" else 2)
+    quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
+    cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
+    if recipe.method in ("gptq", "sparsegpt_gptq"):
+        exact += 4 / 3 * cubic + quadratic
+    if recipe.method in ("obr_rtn", "obr_gptq"):
+        steps = (recipe.sparsity > 0) + (recipe.bits < 16)
+        exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
+    if recipe.method == "joint":
+        exact += 8 / 3 * cubic + JOINT_PASSES * quadratic
+        elements += weights * JOINT_SWEEP * recipe.sweeps
+    if recipe.needs_hessian and recipe.hessian == "sequential":
+        passed = replace(sizes, blocks=chosen[-1] + 1)  # blocks before the first chosen are run once
+        products += GROUP_PASSES * sizes.forward(tokens, length) + passed.forward(tokens, length)
+        grams = sizes.hessians(tokens)
+    runs = (GROUPS + 1) * blocks * tokens / length if products else 0.0
+    if recipe.asymmetry:  # the dense blocks run, too; drifts, and the steps to the targets
+        products, grams, runs = 2 * products, 2 * grams, 2 * runs
+        exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)
+    if recipe.method in ("gptq", "sparsegpt_gptq", "obr_gptq"):  # column by column, each some small kernels
+        runs += 0.1 * blocks * sum(columns for _, columns in sizes.layers)
+    return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
+
+
+def released(sizes: Sizes) -> Work:
+    """Verifying a released checkpoint beside its base model; both are read at 16 bits."""
+    weights = float(sizes.block * sizes.blocks)
+    return Work(elements=RELEASED_PASSES * weights, read=4.0 * (weights + sizes.ends), start=6)
+
+
+def hessian(sizes: Sizes, tokens: int, length: int) -> Work:
+    """Collecting cached Hessians."""
+    products, runs = sizes.forward(tokens, length), sizes.blocks * tokens / length
+    return Work(products, sizes.hessians(tokens), 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 5.5)
+
+
+def gradients(sizes: Sizes, tokens: int, length: int) -> Work:
+    """Output gradients: forward, once more where the gradients pass back, and back through activations alone."""
+    products = 3 * (sizes.forward(tokens, length) + sizes.logits(tokens))
+    read = 2.0 * (2 * sizes.block * sizes.blocks + sizes.ends)
+    return Work(products, 0, 0, 0, read, 4 * sizes.blocks * tokens / length, 5.5)
+
+
+def sensitivity(sizes: Sizes, options: list[Option], tokens: int = DIVERGENCE_TOKENS) -> Work:
+    """Restoring a model, from cached Hessians, at each option, and running one changed model a layer."""
+    exact = elements = runs = 0.0
+    for option in options:
+        entry = {"calibration": "given", "hessian": "cached", "sweeps": 0, **asdict(option)}
+        work = compress(sizes, Recipe.parse(entry), 0, 1)
+        exact += work.exact + 2.0 * sizes.blocks * sum(rows * columns**2 for rows, columns in sizes.layers)
+        elements += work.elements - STORED_PASSES * sizes.block * sizes.blocks
+        runs += work.runs
+    read = 2.0 * (sizes.block * sizes.blocks + sizes.ends) + hessian_bytes(sizes)
+    models = sizes.blocks * len(sizes.layers) * len({option.prunes for option in options})
+    products = models * (sizes.forward(tokens, DIVERGENCE_LENGTH) / 2 + sizes.logits(tokens))
+    runs += models * sizes.blocks / 2 * tokens / DIVERGENCE_LENGTH
+    return Work(products, 0, exact, elements, read, runs, 5.5)
+
+
+def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
+    """Learning a rotation by the `learn` of its entry, from all but the held-out ones of these windows.
+
+    Forward and backward take three times what forward takes; recomputing adds one. Where scales or affine
+    transforms are learned, every step folds and quantises all weights, and gradients pass through that, too; so
+    does every step for rounded weights. Part by part where `micro_batch` cuts a step's windows.
+    """
+    default = LEARNING[kind]
+    steps, batch, epochs = (learn.get(key, default.get(key, 1)) for key in ("steps", "batch", "epochs"))
+    held_out = learn.get("held_out", 4)
+    weights = float(sizes.block * sizes.blocks)
+    if "steps" not in default:  # block by block
+        steps = epochs * max(1, (windows - held_out) // batch)
+    tokens = steps * batch * length
+    parts = steps * -(-batch // (learn.get("micro_batch") or batch))
+    quantise = learn.get("quantise", {})
+    rounds = "steps" in default and quantise.get("bits", 16) < 16
+    passes = 4 if learn.get("recompute") else 3
+    elements = passes * tokens * sizes.blocks * (4.0 * sizes.hidden + 2.0 * sizes.intermediate)
+    products = passes * sizes.forward(tokens, length)
+    if "steps" in default:
+        looks = (steps // learn.get("every", 10) + 1) * held_out * length
+        products += passes * sizes.logits(tokens) + sizes.forward(looks, length) + sizes.logits(looks)
+    else:
+        products += sizes.forward(2 * windows * length, length)
+    if kind == "ostquant" or rounds:  # the residual rotation is folded on both sides, with gradients
+        products += passes * 2.0 * parts * weights * sizes.hidden
+    if kind == "ostquant":  # its teacher
+        products += sizes.logits(tokens)
+    if kind != "spinquant" or rounds:  # which folds nothing anew for 16-bit weights
+        elements += FOLDED * parts * weights
+    if rounds and quantise.get("clip", "mse") == "mse":
+        elements += CLIP_PASSES * (2 if learn.get("recompute") else 1) * parts * weights
+    return Work(products, 0, 0, elements, 2.0 * (weights + sizes.ends), 3 * sizes.blocks * steps, 7)
+
+
+def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
+    """A perplexity; every token passes through the quantisers of each layer."""
+    elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.intermediate)
+    products = sizes.forward(tokens, length) + sizes.logits(tokens)
+    runs = sizes.blocks * tokens / length
+    return Work(products, 0, 0, elements, 2.0 * sizes.block * sizes.blocks, runs, 5.5)
+
+
+def generation(sizes: Sizes, tokens: int, length: int, batch: int) -> Work:
+    """Windows that a model writes, token by token; documents end early, and every step reads all weights."""
+    drawn = WRITTEN * max(tokens, batch * length)
+    products = sizes.forward(drawn, length) + sizes.logits(drawn)
+    return Work(products, 0, 0, 0, 2.0 * (sizes.block * sizes.blocks + sizes.ends), sizes.blocks * drawn / batch, 7)
+
+
+def zero_shot(sizes: Sizes, task: str, limit: int | None, batch: int) -> Work:
+    """A zero-shot task."""
+    examples, choices, length = TASKS.get(task, OTHER_TASK)
+    examples = min(examples, limit or examples)
+    requests = examples * choices
+    tokens = requests * length
+    products = sizes.forward(tokens, length) + sizes.logits(tokens)
+    return Work(products, 0, 0, 0, 2.0 * sizes.block * sizes.blocks, sizes.blocks * requests / batch, 10)
+
+
+# Seconds of the stages that do not depend on a model's size, on a CPU; downloads come on top.
+CONSTANT = {
+    "calibrate": 7.0,
+    "mix": 4.0,
+    "check_model": 0.1,
+    "allocate": 1.5,
+    "download_rotation": 6.0,
+    "download_text": 2.0,
+    "download_documents": 40.0,
+    "download_task": 2.0,
+    "download_model": 7.0,
+    "download_released": 12.0,
+    "table": 0.8,
+    "figure": 2.2,
+    "errata": 5.0,
+}
+
+
+def memory(
+    rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool, asymmetric: bool = False
+) -> tuple[float, float]:
+    """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32.
+
+    asymmetric: whether dense blocks run beside compressed ones, on states of their own. `learn_rotation` is of
+    learning over the whole model; block by block takes what compressing takes.
+    """
+    element = 2 if on_gpu else 4
+    ends, block = element * sizes.ends, element * sizes.block
+    largest = 4.0 * max(sizes.inputs) ** 2
+    all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
+    if rule in ("compress", "sensitivity"):
+        model = (
+            ends
+            + 3 * block
+            + 3 * largest
+            + 12.0 * max(r * c for r, c in sizes.layers)
+            + element * tokens * sizes.hidden
+        )
+        if asymmetric:
+            model += block + largest + element * tokens * sizes.hidden
+        base = 0.9
+    elif rule == "learn_rotation":  # all blocks, their gradients, and a window's states on the way back
+        states = 4.0 * length * sizes.blocks * (20 * sizes.hidden + 6 * sizes.intermediate)
+        model = 2 * ends + 2 * element * sizes.block * sizes.blocks + states + 8.0 * length * sizes.vocabulary
+        base = 0.9
+    elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
+        states = min(element * tokens * sizes.hidden * (sizes.blocks + 2), 4e9)
+        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
+        model, base = ends + 2 * block + states + graph, 0.8
+    elif rule == "hessian":
+        model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden
+        base = 0.8
+    elif rule == "perplexity":
+        model = ends + 3 * block + element * tokens * sizes.hidden + 8.0 * length * sizes.vocabulary
+        base = 0.5
+    elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
+        model, base = 1.5 * ends + 3 * block, 0.9
+    elif rule in ("zero_shot", "generate"):
+        model = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary
+        base = 1.2
+    else:
+        return (1.8 if rule == "calibrate" else 0.6), 0.0
+    host = base + model / 1e9
+    return (base + 1.5 + block / 1e9, model / 1e9) if on_gpu else (host, 0.0)
+
+
+def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:
+    """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits."""
+    weights, rows = sizes.block * sizes.blocks, sizes.blocks * sum(r for r, _ in sizes.layers)
+    untied = 1.0 if recipe.rotation != "none" else 0.5
+    scales = 4.0 * rows if recipe.bits < 16 and recipe.group is None else 0.0  # groups' are in the bits a weight
+    return weights * recipe.bits_per_weight / 8 + scales + 2 * untied * sizes.ends
+
+
+def hessian_bytes(sizes: Sizes) -> float:
+    """Of the cached Hessians of a model: one triangle and the harmonic norms of each, in float32."""
+    return 2.0 * sizes.blocks * sum(n * (n + 3) for n in sizes.inputs)

@@ -1,0 +1,1 @@
+"""Tables and figures, and the published numbers beside them."""

@@ -1,0 +1,1 @@
+"""Learning rotations from calibration windows: one module per method."""

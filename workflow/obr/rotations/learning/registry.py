@@ -1,0 +1,56 @@
+"""Learning rotations: for each kind, a learner that makes one for a model from calibration windows.
+
+A learner is a function Task -> (Rotation, curve); LEARNERS lists them. Curves are lines of {"step", "loss",
+"held_out"}, and of {"block", …} where blocks are learned one by one.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from obr.errors import ObrError
+from obr.rotations import registry
+from obr.rotations.base import Rotation
+from obr.rotations.learning import awq, flatquant, omniquant, ostquant, smoothquant, spinquant
+from obr.rotations.learning.run import Task
+
+LEARNERS: dict[str, Callable[[Task], tuple[Rotation, list[dict]]]] = {
+    "spinquant": spinquant.learn,
+    "ostquant": ostquant.learn,
+    "flatquant": flatquant.learn,
+    "omniquant": omniquant.learn,
+    "smoothquant": smoothquant.learn,
+    "awq": awq.learn,
+}
+
+
+def learn_rotation(
+    entry: dict, model: Path, tokens: Path, out: Path, device: str | None = None, dtype=None
+) -> Rotation:
+    """The stage: learn a model's rotation by a config entry, write it to `out` and its curve beside, as CSV.
+
+    entry: {"kind": a name of LEARNERS, "learn": {…}, "seed"}. tokens: file of calibration windows. dtype: of the
+    model's products. An interrupted run goes on from what it kept last, and ends with the same bytes.
+
+    Raises:
+        ObrError: the kind is not one that is learned, or its settings cannot be.
+    """
+    import torch
+
+    from obr.models.loading import default_device
+    from obr.rotations.learning.curve import write
+
+    if entry["kind"] not in LEARNERS:
+        raise ObrError(f"Rotation {entry['kind']!r} is not learned; those that are: {', '.join(LEARNERS)}.")
+    task = Task.of(entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32)
+    try:
+        rotation, curve = LEARNERS[entry["kind"]](task)
+    except ObrError:
+        if not task.kept.path.exists():  # refused before the first step: nothing to resume from
+            task.kept.remove()
+        raise
+    rotation.options["learned"] = {**entry["learn"], "seed": task.seed, "calibration": task.about}
+    rotation.check("what was learned")
+    write(curve, Path(out).with_suffix(".csv"))
+    registry.save(rotation, Path(out))
+    task.kept.remove()
+    return rotation

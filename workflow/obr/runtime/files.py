@@ -1,0 +1,169 @@
+"""Files that are whole or not there: written under another name in the same folder, then renamed."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from obr.errors import ObrError, first_line
+from obr.runtime.locks import hold, let_go
+
+
+@contextlib.contextmanager
+def whole(path: Path | str) -> Iterator[Path]:
+    """A name to write to; what is there in the end is flushed to the disk and becomes `path`.
+
+    The folder is made if need be. Should the writing fail, nothing is left and an older `path` stays; if it is
+    killed, a folder `<path>.tmp` is left, which the next writing of `path` removes.
+
+    Raises:
+        ObrError: another process is writing `path`.
+        OSError: the disk is full, or the like.
+    """
+    path = Path(path)
+    hold(path)
+    folder = path.with_name(path.name + ".tmp")
+    try:
+        _remove(folder)
+        folder.mkdir()
+        partial = folder / path.name
+        partial.touch()
+        access = partial.stat().st_mode  # as the umask says; safetensors writes files for their owner alone
+        yield partial
+        partial.chmod(access)
+        flush(partial)
+        os.replace(partial, path)
+        flush(path.parent)
+    except SafetensorError as error:
+        if not (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write into an open file does not say which
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        let_go(path)
+
+
+def flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk and not only in memory: power may fail."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(text: str, path: Path | str) -> None:
+    """Write text as UTF-8, line ends untouched."""
+    with whole(path) as partial:
+        partial.write_bytes(text.encode("utf-8"))
+
+
+def json_text(value: Any, name: Path | str) -> str:
+    """A value as indented JSON with a final newline. name: what it becomes, for messages.
+
+    Raises:
+        ObrError: a number in it is infinite or NaN, which JSON cannot represent; see `finite`.
+    """
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        place, number = next(_not_finite(value))
+        raise ObrError(f"{name} cannot be written: {place} is {number}, which JSON cannot hold.") from None
+
+
+def write_json(value: Any, path: Path | str) -> None:
+    """Write a value that JSON can hold, indented. Raises as `json_text` does."""
+    write_text(json_text(value, path), path)
+
+
+def finite(key: str, value: float, status: str = "status") -> dict:
+    """A number as JSON holds it: {"value": 8.1, "status": "finite"}, or {"value": None, "status": "inf"}.
+
+    status: the key of the status, which is "finite", "inf", "-inf" or "nan". `artefacts.value_of` reads both.
+    """
+    return {key: value, status: "finite"} if math.isfinite(value) else {key: None, status: str(float(value))}
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """(place, number) of every number that is not finite, places written as layers.3.loss."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place or "the value", value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, f"{place}.{key}".lstrip("."))
+
+
+def read_json(path: Path | str) -> dict:
+    """A JSON file that holds a dictionary. Raises ObrError if it is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ObrError(f"{path} cannot be read as JSON ({first_line(error)}); rebuild it.") from error
+    if not isinstance(value, dict):
+        raise ObrError(f"{path} holds a JSON {type(value).__name__}, not an object; rebuild it.")
+    return value
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new empty folder beside `out` to fill, gone afterwards unless `become` renamed it.
+
+    Raises:
+        ObrError: another process is filling it.
+    """
+    hold(out)
+    folder = out.with_name(out.name + ".tmp")
+    try:
+        _remove(folder)
+        folder.mkdir(parents=True)
+        with removed_after(folder):
+            yield folder
+    finally:
+        let_go(out)
+
+
+@contextlib.contextmanager
+def removed_after(folder: Path) -> Iterator[None]:
+    """Remove a folder in the end, whatever happens; none is fine."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def become(folder: Path, out: Path) -> None:
+    """Rename a finished folder to `out`, over an older one, which is never there in part."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+    aside = out.with_name(out.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if out.exists():
+        os.replace(out, aside)
+    os.replace(folder, out)
+    flush(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file; none is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
