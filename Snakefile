@@ -19,7 +19,10 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/prepare.smk"
+include: "workflow/rules/download.smk"
+include: "workflow/rules/rotations.smk"
+include: "workflow/rules/calibration.smk"
+include: "workflow/rules/mixed_precision.smk"
 include: "workflow/rules/compress.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/kernels.smk"
@@ -33,4 +36,4 @@ onstart:
 rule all:
     default_target: True
     input:
-        everything,
+        jobs.everything,

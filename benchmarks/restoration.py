@@ -16,9 +16,10 @@ import published_loop
 from layers import made_layer, real_layer
 from obr.errors import ObrError
 from obr.methods.grid import Grid
+from obr.methods.layer import Layer
 from obr.methods.layer_hessian import Hessian
-from obr.methods.registry import METHODS
-from obr.methods.restore import restore
+from obr.methods.registry import FUNCTIONS
+from obr.methods.restore import recipe_of_layers, restore
 from timing import alternately, machine, median, summary, timed
 
 TIMED = ("obr_gptq", "obr_rtn")
@@ -53,11 +54,13 @@ def measure(results: Path | None, repeats: int, large: int, threads: tuple[int, 
 
 def solver(weight: Tensor, matrix: Tensor, method: str) -> tuple[Callable[[], Tensor], Tensor, Tensor]:
     """The library's call that is timed, and the mask (r, n) and scale (r, 1) it is given."""
-    first = restore(weight, matrix, method)  # also warms up
+    first, recipe = restore(weight, matrix, method), recipe_of_layers({"method": method})  # also warms up
 
     def solve() -> Tensor:
-        grid = Grid(first.scale, 4)
-        return METHODS[method](weight.clone(), Hessian(matrix), first.mask.clone(), grid, alpha=0.5)
+        layer = Layer(
+            weight.clone(), Hessian(matrix), first.mask.clone(), Grid(first.scale, 4), recipe, (len(weight),)
+        )
+        return FUNCTIONS[method](layer).weight
 
     return solve, first.mask, first.scale
 

@@ -66,7 +66,7 @@ def _restoration(model: Path, rotation: Path, cached: Path) -> tuple[float, int]
         block, matrices = blocks.load(index), collect_hessians.load(cached / block_file(index))
         for group, names in blocks.layout.groups.items():
             weights = {name: block.get_submodule(name).weight for name in names}
-            (taken,), _ = timed(lambda w=weights, m=matrices[group].hessian: restore_together(w, m, recipe.method), 1)
+            (taken,), _ = timed(lambda w=weights, m=matrices[group].hessian: restore_together(w, m, recipe), 1)
             seconds, layers = seconds + taken, layers + len(names)
     return seconds, layers
 

@@ -132,7 +132,7 @@ def test_a_loop_timed_on_some_rows_gives_these_rows(module, monkeypatch):
 
 def test_unequal_results_are_not_compared(module, monkeypatch):
     restoration = module("restoration")
-    monkeypatch.setitem(restoration.METHODS, "obr_gptq", restoration.METHODS["wanda"])
+    monkeypatch.setitem(restoration.FUNCTIONS, "obr_gptq", restoration.FUNCTIONS["wanda"])
     with pytest.raises(ObrError, match="must be equal"):
         restoration.compare(*layer(8, 96), "obr_gptq", 1)
 

@@ -17,9 +17,10 @@ from obr.errors import ObrError
 from obr.export import dispatch
 from obr.methods.gptq import gptq_sweep
 from obr.methods.grid import Grid
+from obr.methods.layer import Layer, Solution
 from obr.methods.layer_hessian import Hessian
-from obr.methods.refit_scales import refit_scale
-from obr.methods.restore import restore, restore_together
+from obr.methods.refit_scales import refit
+from obr.methods.restore import recipe_of_layers, restore, restore_together
 from obr.planning import cost_model, tensor_sizes
 from obr.runtime.files import sha256_of
 from test_restoration import layer
@@ -72,8 +73,12 @@ def test_a_group_as_wide_as_the_row_is_the_row(group):
     hessian, mask = Hessian(matrix), torch.ones(12, 300, dtype=torch.bool)
     grid = Grid.fit(weight, 3, "mse", group)
     row = Grid(grid.scale.clone(), 3)  # the row's scale in 16 bits, too
-    assert torch.equal(gptq_sweep(weight, hessian, grid, mask), gptq_sweep(weight, hessian, row, mask))
-    assert torch.equal(grid.scale, row.scale) and torch.equal(row.scale, Grid.fit(weight, 3).scale.half().float())
+    recipe = recipe_of_layers({"method": "gptq", "bits": 3, "group": group})
+    swept, alike = (gptq_sweep(Layer(weight, hessian, mask, of, recipe, (12,))) for of in (grid, row))
+    assert torch.equal(swept.weight, alike.weight)
+    assert torch.equal(swept.grid.scale, row.scale) and torch.equal(
+        row.scale, Grid.fit(weight, 3).scale.half().float()
+    )
 
 
 def test_narrower_groups_leave_less_error():
@@ -87,7 +92,7 @@ def test_narrower_groups_leave_less_error():
 def test_layers_of_one_input_have_their_own_groups():
     weights = {"q": layer(8, 96)[0], "k": layer(4, 96, seed=1)[0]}
     hessian = Hessian(layer(8, 96)[1])
-    together = restore_together(weights, hessian, "gptq", bits=3, group=32)
+    together = restore_together(weights, hessian, {"method": "gptq", "bits": 3, "group": 32})
     for name, weight in weights.items():
         alone = restore(weight, hessian, "gptq", bits=3, group=32)
         assert torch.equal(together[name].weight, alone.weight) and torch.equal(together[name].scale, alone.scale)
@@ -138,7 +143,8 @@ def test_scales_that_cannot_be_fitted_stay():
     values = grid.round(weight)
     values[0, 16:32] = 0  # no code tells what this scale should be
     values[1] = -values[1]  # the best scales are negative
-    found, refitted = refit_scale(weight, values, Hessian(matrix), grid)
+    solution = refit(weight, Solution(values, torch.ones_like(values, dtype=torch.bool), grid), Hessian(matrix))
+    found, refitted = solution.grid, solution.weight
     assert found.scale[0, 1] == grid.scale[0, 1] and found.scale[0, 0] != grid.scale[0, 0]
     assert torch.equal(found.scale[1], grid.scale[1]) and not torch.equal(found.scale[2], grid.scale[2])
     assert found.contains(refitted) and not refitted[0, 16:32].any()

@@ -17,8 +17,9 @@ from obr.methods import joint as joint_module
 from obr.methods import joint_annealing, native
 from obr.methods.grid import Grid
 from obr.methods.joint import Budget, admm
+from obr.methods.layer import Solution
 from obr.methods.layer_hessian import Hessian
-from obr.methods.refit_scales import refit_scale
+from obr.methods.refit_scales import refit
 from obr.methods.restore import restore, restore_together
 from test_restoration import HERE, golden, layer
 
@@ -155,7 +156,7 @@ def test_a_layers_budget_goes_where_it_pays():
 def test_layers_of_one_input_keep_their_own_budgets():
     (q, hessian), (k, _) = layer(12, 64), layer(6, 64, seed=1)
     for scope in ("row", "layer"):
-        together = restore_together({"q": q, "k": 5 * k}, hessian, "joint", scope=scope)
+        together = restore_together({"q": q, "k": 5 * k}, hessian, {"method": "joint", "scope": scope})
         assert together["q"].sparsity == together["k"].sparsity == 0.5
 
 
@@ -308,8 +309,9 @@ def test_refitted_scales_lower_the_loss():
         plain, refitted = (restore(weight, hessian, method, refit=refit) for refit in (False, True))
         assert torch.equal(plain.codes, refitted.codes) and not torch.equal(plain.scale, refitted.scale)
         assert refitted.relative_error < plain.relative_error
-        grid, _ = refit_scale(weight, refitted.weight, Hessian(hessian), Grid(refitted.scale, 4))
-        assert torch.allclose(grid.scale, refitted.scale, rtol=1e-4)  # a second time changes nothing
+        solution = Solution(refitted.weight, refitted.mask, Grid(refitted.scale, 4))
+        again = refit(weight, solution, Hessian(hessian)).grid
+        assert torch.allclose(again.scale, refitted.scale, rtol=1e-4)  # a second time changes nothing
     with pytest.raises(ObrError, match="method rtn needs a Hessian"):
         restore(weight, None, "rtn", refit=True)
 

@@ -320,9 +320,9 @@ def test_a_local_text_that_is_edited_is_fetched_again(tiny_folder, tmp_path, mon
 
 def test_every_rule_that_reads_local_files_has_their_state_as_a_parameter():
     found = set()
-    for name in ("prepare", "compress"):
+    for name in ("download", "rotations", "compress"):
         text = (Path(__file__).parents[1] / f"workflow/rules/{name}.smk").read_text(encoding="utf-8")
-        found |= {rule.split(":")[0] for rule in f"\n{text}".split("\nrule ") if "local=local_of(" in rule}
+        found |= {rule.split(":")[0] for rule in f"\n{text}".split("\nrule ") if "local=jobs.local(" in rule}
     assert found == {
         "download_model", "download_text", "download_documents", "download_task", "download_rotation",
         "download_released", "released",

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "workflow" / "obr"
 # From the ground up; a module imports from lower floors, or from its own package.
 FLOORS = [
     ["errors"],
-    ["runtime", "config"],
+    ["runtime"],
+    ["config"],
     ["methods", "models", "report"],
     ["kernels", "data", "planning"],
     ["rotations"],

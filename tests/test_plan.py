@@ -43,7 +43,7 @@ def name(job: Job) -> str:
         "calibrate": "calibration model",
         "generate": "calibration model",
         "mix": "calibration model",
-        "kernel_benchmark": "device",
+        "kernels": "device",
     }
     order |= {"gradients": order["hessian"], "sensitivity": f"{order['hessian']} options"}
     keys = order.get(job.rule, "model recipe text task table figure").split()

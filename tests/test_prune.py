@@ -1,5 +1,7 @@
 """Masks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 
 from obr.config.pattern import Pattern
 from obr.errors import ObrError
-from obr.methods.masks import SCORES, check_mask, mask_from_ranks, mask_from_scores
+from obr.methods.masks import check_mask, mask_from_ranks, mask_from_scores
+from obr.methods.registry import SCORES
 
 PATTERNS = ["2:4", "4:8", "8:16", "paired 4:8", "1:4"]
 
@@ -56,14 +59,15 @@ def test_of_equal_scores_in_a_group_the_first_go(rows, groups, text, seed):
 
 def test_scores():
     weight, diagonal = torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 1.0])
-    assert SCORES["magnitude"](weight).tolist() == [[1, 2]]
-    assert SCORES["wanda"](weight, hessian_diagonal=diagonal).tolist() == [[3, 2]]
-    assert SCORES["wanda_harmonic"](weight, harmonic=diagonal).tolist() == [[3, 2]]
-    assert SCORES["sparsegpt"](weight, inverse_factor_diagonal=torch.tensor([0.5, 4])).tolist() == [[4, 0.25]]
-    random = SCORES["random"](weight, seed=3)
-    assert torch.equal(random, SCORES["random"](weight, seed=3)) and not torch.equal(
-        random, SCORES["random"](weight, seed=4)
-    )
+    factor = torch.tensor([0.5, 4]).diag()
+    hessian = SimpleNamespace(diagonal=diagonal, harmonic=diagonal.flip(0), inverse_factor=factor)
+    scores = {name: score(weight, hessian, 3) for name, score in SCORES.items()}
+    random = scores.pop("random")
+    assert {name: score.tolist() for name, score in scores.items()} == {
+        "magnitude": [[1, 2]], "wanda": [[3, 2]], "wanda_harmonic": [[1, 6]], "sparsegpt": [[4, 0.25]],
+    }  # fmt: skip
+    assert torch.equal(random, SCORES["random"](weight, None, 3))
+    assert not torch.equal(random, SCORES["random"](weight, None, 4))
 
 
 def test_a_width_that_the_group_does_not_divide_is_refused():

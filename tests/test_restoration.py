@@ -10,7 +10,7 @@ import obr
 from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
 from obr.methods.obr import restore_pruned
-from obr.methods.registry import METHODS
+from obr.methods.registry import FUNCTIONS
 from obr.methods.restore import restore, restore_together
 from row_loop import restore_rows
 
@@ -74,7 +74,7 @@ def test_all_rows_at_once_equal_the_row_loop(gptq, alpha):
     assert ((plain / result.scale).round() == result.codes).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(FUNCTIONS))
 @pytest.mark.parametrize("columns", [576, 896, 960])
 def test_no_column_is_lost(method, columns):
     """Widths whose half is no multiple of 128: every column of every row must carry weights."""
@@ -101,7 +101,7 @@ def test_masks_and_grids_hold(method, pattern):
 def test_the_order_of_methods():
     """Compensation pays: OBR beats pruning and rounding alone, and GPTQ beats RTN."""
     weight, hessian = layer(32, 128, tokens=256)
-    error = {m: restore(weight, hessian, m).relative_error for m in METHODS}
+    error = {m: restore(weight, hessian, m).relative_error for m in FUNCTIONS}
     assert error["obr_gptq"] < error["obr_rtn"] < error["wanda"] < error["magnitude"] * 1.5
     assert error["sparsegpt_gptq"] < error["wanda"] and error["gptq"] < error["rtn"]
 
@@ -212,11 +212,11 @@ def test_broken_input_is_refused():
             restore(*broken)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "dense"])
+@pytest.mark.parametrize("method", [*FUNCTIONS, "dense"])
 def test_layers_of_one_input_may_be_restored_together(method):
     (q, hessian), (k, _) = layer(12, 64), layer(6, 64, seed=1)
     shared = Hessian(hessian)
-    together = restore_together({"q": q, "k": k}, shared, method)
+    together = restore_together({"q": q, "k": k}, shared, {"method": method})
     for name, weight in (("q", q), ("k", k)):
         alone = restore(weight, shared, method)
         noisy = method == "joint"  # its noise differs by row of what is restored together
@@ -228,6 +228,6 @@ def test_layers_of_one_input_may_be_restored_together(method):
 def test_each_of_them_has_its_own_random_mask():
     weight, hessian = layer(8, 64)
     options = {"method": "obr_rtn", "mask": "random"}
-    together = restore_together({"q": weight, "k": weight}, hessian, **options, seed={"q": 1, "k": 2})
+    together = restore_together({"q": weight, "k": weight}, hessian, options, seeds={"q": 1, "k": 2})
     assert torch.equal(together["q"].mask, restore(weight, hessian, **options, seed=1).mask)
     assert torch.equal(together["k"].mask, restore(weight, hessian, **options, seed=2).mask)

@@ -84,7 +84,7 @@ def test_a_row_of_a_layer_does_not_depend_on_the_others(options, seed, count, so
     with threads(number):
         whole = restore(weight, shared, **options)
         assert same(restore(weight[some], shared, **options), whole, some)
-        together = restore_together({"other": other, "one": weight}, shared, **options)
+        together = restore_together({"other": other, "one": weight}, shared, options)
     assert same(together["one"], whole)
 
 

@@ -25,7 +25,7 @@ PLACE = Path("/etc/slurm")
 PROFILE = ("--workflow-profile", str(ROOT / "workflow/profiles/slurm"))
 # A node without accounting: squeue tells how jobs end, as long as it remembers them.
 ALONE = ("--slurm-status-command", "squeue", "--slurm-no-account", "--jobs", "4", "--latency-wait", "10",
-         "--set-threads", f"kernel_benchmark={os.cpu_count()}",
+         "--set-threads", f"kernels={os.cpu_count()}",
          "--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "5")  # fmt: skip
 NAME = "ClusterName=obr-tests"
 CONF = """
@@ -131,7 +131,7 @@ def test_the_profile_asks_for_what_the_models_size_calls_for(tiny_folder, tmp_pa
         "hessian": ("mem_mb=25000", "runtime=165", "gpu=1"),
         "zero_shot": ("mem_mb=27000", "runtime=330", "gpu=1"),
         "download_model": ("mem_mb=37000", "runtime=65"),
-        "kernel_benchmark": ("mem_mb=8000", "runtime=60", "slurm_extra=--exclusive"),
+        "kernels": ("mem_mb=8000", "runtime=60", "slurm_extra=--exclusive"),
         "table": ("mem_mb=1000", "runtime=10"),
     }.items():
         assert {*asked} <= {*found[rule].split(", ")}, (rule, found[rule])

@@ -1,27 +1,27 @@
 rule perplexity:
     input:
-        checkpoint=checkpoint_manifest,
-        text=lambda wildcards: f"{RESULTS}/texts/{config['perplexity'][wildcards.text]['text']}.txt",
+        checkpoint=jobs.checkpoint,
+        text=jobs.evaluated_text,
     output:
-        f"{RESULTS}/perplexity/{{model}}/{{recipe}}/{{text}}.json",
+        jobs.path("perplexity"),
     log:
-        f"{RESULTS}/logs/perplexity/{{model}}/{{recipe}}/{{text}}.log",
+        jobs.log("perplexity", "model", "recipe", "text"),
     benchmark:
-        f"{RESULTS}/benchmarks/perplexity/{{model}}/{{recipe}}/{{text}}.tsv"
+        jobs.benchmark("perplexity", "model", "recipe", "text")
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
     resources:
-        mem_mb=memory(4, 3),
-        runtime=minutes(60, 5),
-        gpu=GPU,
+        mem_mb=jobs.memory(4, 3),
+        runtime=jobs.minutes(60, 5),
+        gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        entry=entry_of("perplexity"),
-        recipe=lambda wildcards: CONFIG.evaluation_entry(wildcards.recipe),
+        entry=jobs.entry("perplexity"),
+        recipe=jobs.evaluation,
         checkpoint=subpath(input.checkpoint, parent=True),
-        compute=compute_of,
-        code=code_of("evaluation.perplexity"),
+        compute=jobs.compute,
+        code=jobs.code("evaluation.perplexity"),
     shell:
         "obr perplexity --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
         "--text {input.text} --out {output} --activations-memory {resources.activations_mb} {params.compute} "
@@ -30,28 +30,28 @@ rule perplexity:
 
 rule zero_shot:
     input:
-        checkpoint=checkpoint_manifest,
-        task=f"{RESULTS}/tasks/{{task}}/task.json",
+        checkpoint=jobs.checkpoint,
+        task=jobs.path("task"),
     output:
-        f"{RESULTS}/zero_shot/{{model}}/{{recipe}}/{{task}}.json",
+        jobs.path("zero_shot"),
     log:
-        f"{RESULTS}/logs/zero_shot/{{model}}/{{recipe}}/{{task}}.log",
+        jobs.log("zero_shot", "model", "recipe", "task"),
     benchmark:
-        f"{RESULTS}/benchmarks/zero_shot/{{model}}/{{recipe}}/{{task}}.tsv"
+        jobs.benchmark("zero_shot", "model", "recipe", "task")
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
     resources:
-        mem_mb=memory(6, 3),
-        runtime=minutes(120, 30),
-        gpu=GPU,
+        mem_mb=jobs.memory(6, 3),
+        runtime=jobs.minutes(120, 30),
+        gpu=jobs.gpu,
     params:
-        entry=entry_of("zero_shot"),
-        recipe=lambda wildcards: CONFIG.evaluation_entry(wildcards.recipe),
+        entry=jobs.entry("zero_shot"),
+        recipe=jobs.evaluation,
         checkpoint=subpath(input.checkpoint, parent=True),
         task=subpath(input.task, parent=True),
-        compute=compute_of,
-        code=[code_of("evaluation.zero_shot"), code_of("checkpoints.format")],
+        compute=jobs.compute,
+        code=[jobs.code("evaluation.zero_shot"), jobs.code("checkpoints.format")],
     shell:
         "obr zero-shot --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
         "--task {params.task} --out {output} {params.compute} --threads {threads} >{log} 2>&1"

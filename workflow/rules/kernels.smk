@@ -1,14 +1,14 @@
-rule kernel_benchmark:
+rule kernels:
     output:
         report(
-            f"{RESULTS}/kernels/{{device}}.csv",
+            jobs.path("kernels"),
             caption="../report/kernels.rst",
             category="Kernels",
         ),
     log:
-        f"{RESULTS}/logs/kernel_benchmark/{{device}}.log",
+        jobs.log("kernels", "device"),
     benchmark:
-        f"{RESULTS}/benchmarks/kernel_benchmark/{{device}}.tsv"
+        jobs.benchmark("kernels", "device")
     wildcard_constraints:
         device="cpu|cuda",
     conda:
@@ -17,10 +17,10 @@ rule kernel_benchmark:
     resources:
         mem_mb=8000,
         runtime=60,
-        gpu=lambda wildcards: GPU * (wildcards.device == "cuda"),
+        gpu=lambda wildcards: jobs.gpu * (wildcards.device == "cuda"),
     params:
-        entry=kernel_entry,
-        on=kernel_device,
-        code=code_of("kernels.benchmark"),
+        entry=jobs.kernels_entry,
+        on=jobs.kernels_device,
+        code=jobs.code("kernels.benchmark"),
     shell:
         "obr kernels --entry {params.entry:q} --out {output} {params.on} --threads {threads} >{log} 2>&1"

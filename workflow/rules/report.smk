@@ -1,36 +1,36 @@
 rule table:
     input:
-        parts_of("tables"),
+        jobs.parts("tables"),
         published=local(PUBLISHED),
     output:
         html=report(
-            f"{RESULTS}/tables/{{table}}.html",
+            jobs.path("table", form="html"),
             caption="../report/table.rst",
             category="Tables",
             labels={"table": "{table}", "format": "to read"},
         ),
         csv=report(
-            f"{RESULTS}/tables/{{table}}.csv",
+            jobs.path("table", form="csv"),
             caption="../report/table.rst",
             category="Tables",
             labels={"table": "{table}", "format": "CSV"},
         ),
         md=report(
-            f"{RESULTS}/tables/{{table}}.md",
+            jobs.path("table", form="md"),
             caption="../report/table.rst",
             category="Tables",
             labels={"table": "{table}", "format": "Markdown"},
         ),
         tex=report(
-            f"{RESULTS}/tables/{{table}}.tex",
+            jobs.path("table", form="tex"),
             caption="../report/table.rst",
             category="Tables",
             labels={"table": "{table}", "format": "LaTeX"},
         ),
     log:
-        f"{RESULTS}/logs/table/{{table}}.log",
+        jobs.log("table", "table"),
     benchmark:
-        f"{RESULTS}/benchmarks/table/{{table}}.tsv"
+        jobs.benchmark("table", "table")
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -38,12 +38,12 @@ rule table:
         mem_mb=1000,
         runtime=10,
     params:
-        entry=entry_of("tables"),
-        recipes=used("tables", "recipes"),
-        models=used("tables", "models"),
+        entry=jobs.entry("tables"),
+        recipes=jobs.used("tables", "recipes"),
+        models=jobs.used("tables", "models"),
         results=subpath(output[0], ancestor=2),
         stem=subpath(output.csv, strip_suffix=".csv"),
-        code=code_of("report.table"),
+        code=jobs.code("report.table"),
     shell:
         "obr table --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
         "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
@@ -51,20 +51,20 @@ rule table:
 
 rule figure:
     input:
-        parts_of("figures"),
+        jobs.parts("figures"),
         published=local(PUBLISHED),
     output:
-        f"{RESULTS}/figures/{{figure}}.pdf",
+        jobs.path("figure", form="pdf"),
         report(
-            f"{RESULTS}/figures/{{figure}}.png",
+            jobs.path("figure", form="png"),
             caption="../report/figure.rst",
             category="Figures",
             labels={"figure": "{figure}"},
         ),
     log:
-        f"{RESULTS}/logs/figure/{{figure}}.log",
+        jobs.log("figure", "figure"),
     benchmark:
-        f"{RESULTS}/benchmarks/figure/{{figure}}.tsv"
+        jobs.benchmark("figure", "figure")
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -72,13 +72,13 @@ rule figure:
         mem_mb=1000,
         runtime=10,
     params:
-        entry=entry_of("figures"),
-        recipes=used("figures", "recipes"),
-        models=used("figures", "models"),
-        shapes=figure_shapes,
+        entry=jobs.entry("figures"),
+        recipes=jobs.used("figures", "recipes"),
+        models=jobs.used("figures", "models"),
+        shapes=jobs.shapes,
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".pdf"),
-        code=code_of("report.figures.draw"),
+        code=jobs.code("report.figures.draw"),
     shell:
         "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} {params.shapes} "
         "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
@@ -89,15 +89,15 @@ rule errata:
         published=local(PUBLISHED),
     output:
         report(
-            f"{RESULTS}/errata.md",
+            jobs.path("errata"),
             caption="../report/errata.rst",
             category="Errata",
             labels={"format": "Markdown"},
         ),
     log:
-        f"{RESULTS}/logs/errata.log",
+        jobs.log("errata"),
     benchmark:
-        f"{RESULTS}/benchmarks/errata.tsv"
+        jobs.benchmark("errata")
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -105,6 +105,6 @@ rule errata:
         mem_mb=1000,
         runtime=10,
     params:
-        code=code_of("report.errata"),
+        code=jobs.code("report.errata"),
     shell:
         "obr errata --published {input.published} --out {output} >{log} 2>&1"

@@ -144,12 +144,9 @@ def _restore(
     """Layers of one input, by name, all treated alike; wanted: (r, n) each."""
     full = {name: _full(index, name) for name in wanted}
     found = restore_together(
-        {full[name]: weight for name, weight in wanted.items()}, factors, recipe.method,
-        bits=recipe.bits, sparsity=recipe.sparsity, pattern=recipe.pattern, mask=recipe.mask, alpha=recipe.alpha,
-        scope=recipe.scope, sweeps=recipe.sweeps, group=recipe.group, refit=recipe.refit, damp=recipe.damp,
-        clip="minmax" if recipe.clip == "learned" else recipe.clip,  # learned bounds are in the weights already
+        {full[name]: weight for name, weight in wanted.items()}, factors, recipe,
         # another random mask for every layer
-        seed={name: crc32(f"{recipe.seed} {name}".encode()) for name in full.values()},
+        seeds={name: crc32(f"{recipe.seed} {name}".encode()) for name in full.values()},
         row_weights={full[name]: weights for name, weights in row_weights.items()} if row_weights else None,
     )  # fmt: skip
     return {name: found[full[name]] for name in wanted}

@@ -14,6 +14,7 @@ from obr.checkpoints.packing import unpack
 from obr.checkpoints.writer import Report
 from obr.compression.blocks import compress_group
 from obr.compression.hessian_source import Statistics
+from obr.config import paths
 from obr.config.recipe import Recipe
 from obr.data import token_windows
 from obr.errors import ObrError
@@ -112,16 +113,16 @@ def _found(directory: Path, recipe: Recipe, places: Places) -> Places:
     *_, model, _ = directory.resolve().parts
     results = directory.resolve().parents[2]
     cached = recipe.hessian == "cached"
-    usual = {"model": results / "models" / model}
+    names = {"model": model, "rotation": recipe.rotation, "calibration": str(recipe.calibration)}
+    usual = {"model": paths.folder(results, "model", **names)}
     if recipe.rotation != "none":
-        usual["rotation"] = results / "rotations" / recipe.rotation / f"{model}.safetensors"
+        usual["rotation"] = paths.path(results, "rotation", **names)
     if recipe.needs_hessian and cached:
-        usual["hessians"] = results / "hessians" / model / recipe.rotation / str(recipe.calibration)
+        usual["hessians"] = paths.folder(results, "hessians", **names)
     elif recipe.needs_hessian:
-        usual["tokens"] = results / "calibration" / str(recipe.calibration) / f"{model}.safetensors"
+        usual["tokens"] = paths.path(results, "calibration", **names)
     if recipe.needs_gradients:
-        folder = results / "gradients" / model / recipe.rotation
-        usual["gradients"] = folder / f"{recipe.calibration}.safetensors"
+        usual["gradients"] = paths.path(results, "gradients", **names)
     found = {name: getattr(places, name) or path for name, path in usual.items()}
     for name, path in found.items():
         if not path.exists():

@@ -6,24 +6,15 @@ Plain data, checked on construction; nothing here knows torch, a model or a file
 import re
 from dataclasses import asdict, dataclass, replace
 
+from obr.config.methods import MASKS, METHODS
 from obr.config.pattern import Pattern
 from obr.config.quantizer import SIXTEEN_BITS, QuantizerSettings, build_settings, check_choice
 from obr.errors import ObrError
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-# Methods that remove weights. "joint" chooses weight by weight, as it rounds. "released" computes nothing: it is a
-# checkpoint that others pruned and quantised.
-PRUNING = ("magnitude", "wanda", "sparsegpt_gptq", "obr_rtn", "obr_gptq", "joint", "released")
-METHOD_NAMES = ("dense", "rtn", "gptq", *PRUNING)
 SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 BUDGETS = ("model", "block")  # over whose layers an allocation's bits are spread
 ROW_WEIGHTS = ("none", "gradient")
-GROUPED = ("rtn", "gptq")  # methods that can give groups of columns scales of their own
-MASK_NAMES = ("magnitude", "wanda", "wanda_harmonic", "sparsegpt", "random")
-# Methods whose mask the recipe chooses, and among which masks.
-MASKS_OF = {"wanda": ("wanda", "wanda_harmonic"), "obr_rtn": MASK_NAMES, "obr_gptq": MASK_NAMES}
-# Methods whose weights do not depend on calibration data.
-DATA_FREE = ("dense", "rtn", "magnitude", "released")
 # Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
 QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
 EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
@@ -46,7 +37,7 @@ class Option:
         if isinstance(entry, Option):
             return entry
         build_settings(cls, {"method": None, **entry}, what)  # refuses unknown keys
-        check_choice(entry.get("method"), METHOD_NAMES, f"{what}.method")
+        check_choice(entry.get("method"), METHODS, f"{what}.method")
         recipe = Recipe.parse({"calibration": "given", **entry}, what)
         if recipe.method == "released" or (recipe.method == "sparsegpt_gptq" and not recipe.pattern):
             raise ObrError(f"{what}.method is {recipe.method!r}, whose sparsity is not the same in every layer.")
@@ -182,8 +173,8 @@ class Recipe:
         for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = build_settings(cls, entry, name)
-        check_choice(recipe.method, METHOD_NAMES, f"{name}.method")
-        check_choice(recipe.mask, MASK_NAMES, f"{name}.mask")
+        check_choice(recipe.method, METHODS, f"{name}.method")
+        check_choice(recipe.mask, MASKS, f"{name}.mask")
         check_choice(recipe.scope, SCOPES, f"{name}.scope")
         if recipe.scope == "layer" and (recipe.method != "joint" or recipe.pattern):
             raise ObrError(
@@ -213,8 +204,9 @@ class Recipe:
             recipe = replace(recipe, sparsity=0.0, pattern=None)
         if recipe.pattern:
             recipe = replace(recipe, sparsity=Pattern.parse(recipe.pattern).sparsity)
-        if recipe.method in ("magnitude", "wanda") and recipe.mask not in MASKS_OF.get(recipe.method, ()):
-            recipe = replace(recipe, mask=recipe.method)
+        masks = METHODS[recipe.method].masks
+        if masks and recipe.mask not in masks:
+            recipe = replace(recipe, mask=masks[0])
         if recipe.method == "dense":
             recipe = replace(recipe, bits=16)
         if recipe.allocation is not None:
@@ -252,9 +244,10 @@ class Recipe:
             return
         if type(self.group) is not int or self.group < 1:
             raise ObrError(f"{name}.group is {self.group!r}; it must be a number of columns such as 128, or null.")
+        grouped = " or ".join(name for name, method in METHODS.items() if method.grouped)
         clashes = {
-            f"method {self.method} takes one scale a row; use method {' or '.join(GROUPED)}": (
-                self.method not in GROUPED and self.allocation is None
+            f"method {self.method} takes one scale a row; use method {grouped}": (
+                not METHODS[self.method].grouped and self.allocation is None
             ),
             "the options of an allocation take one scale a row; drop the allocation": self.allocation is not None,
             "weights of 16 bits have no scales; use fewer bits": self.bits == 16,
@@ -291,23 +284,28 @@ class Recipe:
 
     @property
     def prunes(self) -> bool:
-        return self.method in PRUNING
+        return METHODS[self.method].prunes
+
+    @property
+    def zeros(self) -> Pattern | None:
+        """The pattern of the weights that are removed; None where it is free, or nothing is removed."""
+        return Pattern.parse(self.pattern) if self.prunes and self.pattern else None
 
     @property
     def chosen_mask(self) -> str | None:
-        """The mask by whose score weights are removed; None where none are, or the method finds its own mask."""
+        """The mask by whose score weights are removed; None where none are, or the method leaves no choice."""
         pruned = [(option.method, option.prunes) for option in self.options] or [(self.method, self.sparsity > 0)]
-        return self.mask if any(method in MASKS_OF and prunes for method, prunes in pruned) else None
+        return self.mask if any(len(METHODS[method].masks) > 1 and prunes for method, prunes in pruned) else None
 
     @property
     def needs_harmonic(self) -> bool:
-        """Whether a mask is chosen by the score "wanda_harmonic", whose norms a Hessian does not hold."""
-        return self.chosen_mask == "wanda_harmonic"
+        """Whether a mask is chosen by a score that reads norms which a Hessian does not hold."""
+        return self.chosen_mask is not None and MASKS[self.chosen_mask].needs_harmonic
 
     @property
     def needs_hessian(self) -> bool:
         refits = self.refit and self.bits < 16 and self.method != "released"
-        return self.method not in DATA_FREE or refits or self.allocation is not None
+        return not METHODS[self.method].data_free or refits or self.allocation is not None
 
     @property
     def options(self) -> tuple[Option, ...]:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 from obr.config import overrides
 from obr.config.model_sizes import read_config, sizes_of
+from obr.config.paths import below
 from obr.config.pattern import Pattern
 from obr.config.recipe import BORROWING, Recipe
 from obr.errors import ObrError, printable
+
+# Artefacts of each row's weights that a kind of figure reads besides its scores.
+READ_BY_FIGURES = {"allocation": ["allocation"], "layer_error": ["layers"], "natural_sparsity": ["layers"]}
 
 
 class Config:
@@ -198,21 +202,19 @@ class Config:
     def artefacts(self, entry: dict) -> Iterator[str]:
         """The files that a table or figure is made of, below the results folder."""
         if entry.get("kind") == "kernels":
-            yield f"kernels/{entry['device']}.csv"
+            yield below("kernels", device=entry["device"])
         texts = entry.get("perplexity", [])
         for model in entry.get("models", []):
             for rotation in entry.get("rotations", []):
-                yield f"rotations/{rotation}/{model}.csv"
+                yield below("learning_curve", rotation=rotation, model=model)
             for row in self.rows(entry):
                 for text in [texts] if isinstance(texts, str) else texts:
-                    yield f"perplexity/{model}/{row}/{text}.json"
+                    yield below("perplexity", model=model, recipe=row, text=text)
                 for task in entry.get("zero_shot", []):
-                    yield f"zero_shot/{model}/{row}/{task}.json"
-                yield f"compressed/{model}/{self.checkpoint_of(row)}/manifest.json"
-                if entry.get("kind") == "allocation":
-                    yield f"allocations/{model}/{self.checkpoint_of(row)}.json"
-                if entry.get("kind") in ("layer_error", "natural_sparsity"):
-                    yield f"compressed/{model}/{self.checkpoint_of(row)}/layers.csv"
+                    yield below("zero_shot", model=model, recipe=row, task=task)
+                read = ["checkpoint", *READ_BY_FIGURES.get(entry.get("kind"), ())]
+                for artefact in read:
+                    yield below(artefact, model=model, recipe=self.checkpoint_of(row))
 
     def measured_blocks(self, options: str, rotation: str, calibration: str) -> str | None:
         """The blocks to measure: those of the recipes whose allocations choose from it, all if these differ."""

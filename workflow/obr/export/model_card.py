@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+from obr.config import paths
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.report.table_rows import HEADINGS, number, read_artefact, value_of
@@ -71,11 +72,11 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     rows, meanings = {}, {}
     for label, recipe in (("dense", "dense"), (key, key)):
         row = {}
-        for path in sorted((results / "perplexity" / model / recipe).glob("*.json")):
+        for path in sorted(paths.folder(results, "perplexity", model=model, recipe=recipe).glob("*.json")):
             score, column = read_artefact(path), f"{HEADINGS.get(path.stem, path.stem)} perplexity"
             row[column] = f"{value_of(score):.2f}"
             meanings[f"{column}: {score.get('definition')}."] = score.get("definition")
-        for path in sorted((results / "zero_shot" / model / recipe).glob("*.json")):
+        for path in sorted(paths.folder(results, "zero_shot", model=model, recipe=recipe).glob("*.json")):
             score = read_artefact(path)
             row[f"{HEADINGS.get(path.stem, path.stem)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"
             meanings[f"Zero-shot prompts: {score.get('prompts')}."] = score.get("prompts")

@@ -1,35 +1,34 @@
 """GPTQ: weights rounded column by column, the error of each carried to the columns that follow."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from obr.methods.grid import Grid
-from obr.methods.layer_hessian import Hessian
+from obr.methods.layer import Layer, Solution
 from obr.methods.row_products import filled, parts
 
 BLOCK = 128  # columns of a GPTQ block
 
 
 def gptq_sweep(
-    weight: Tensor,
-    hessian: Hessian,
-    grid: Grid,
-    mask: Tensor,
-    start: int = 0,
-    choose: Callable[[Tensor, int], Tensor] | None = None,
-    choose_every: int = BLOCK,
-    clip: str = "mse",
-) -> Tensor:
+    layer: Layer, start: int = 0, choose: Callable[[Tensor, int], Tensor] | None = None, choose_every: int = BLOCK
+) -> Solution:
     """Round columns left to right from `start`, each column's error carried to those after it (GPTQ).
 
-    weight, mask: (r, n); pruned columns are rounded to zero and their error is carried too (SparseGPT).
+    Pruned columns are rounded to zero and their error is carried too (SparseGPT).
     choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
-    clip: how the scale of a group of columns is found when its first column is reached, from its weights as they are
-        then; written into grid.scale. Groups need `start` 0.
-    Returns (r, n - start) on the grid. The first block of 128 starts at the cut, so no column is lost.
+    The scale of a group of columns is found when its first column is reached, from its weights as they are then;
+    groups need `start` 0.
+
+    Returns weights (r, n - start) on the grid, the mask (r, n), and the grid with the scales as found. The first
+    block of 128 starts at the cut, so no column is lost.
     """
+    weight, hessian, mask, grid = layer.weight, layer.hessian, layer.mask, layer.grid
+    if grid.group is not None:
+        grid = replace(grid, scale=grid.scale.clone())  # filled on the way
     _, factor = hessian.tail(start)
     factor = factor / factor.diagonal()[:, None]  # a column's error, divided by the diagonal, times its row
     rows = len(weight)
@@ -44,7 +43,7 @@ def gptq_sweep(
         errors = torch.empty_like(block)
         for i in range(last - first):
             if grid.group is not None and first + i and (first + i) % grid.group == 0:
-                scale = _next_group(grid, first + i, work[:, :rows], errors[:i, :rows], scale, clip)
+                scale = _next_group(grid, first + i, work[:, :rows], errors[:i, :rows], scale, layer.recipe.clip)
             if choose is not None and (first + i) % choose_every == 0:
                 span = slice(first + i, min(first + i + choose_every, last))
                 kept[span, :rows] = choose(work[span, :rows].T * scale, start + first + i).T.to(kept.dtype)
@@ -58,8 +57,9 @@ def gptq_sweep(
         for part in parts(rows, work.device):
             work[last:, part].addmm_(factor[first:last, last:].T, errors[:, part], alpha=-1)
     if choose is not None:
-        mask[:, start:] = kept[:, :rows].T.bool()
-    return work[:, :rows].T.contiguous() * (scale if grid.group is None else grid.over(width))
+        mask = torch.cat([mask[:, :start], kept[:, :rows].T.bool()], dim=1)
+    swept = work[:, :rows].T.contiguous() * (scale if grid.group is None else grid.over(width))
+    return Solution(swept, mask, grid)
 
 
 def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
@@ -83,11 +83,6 @@ def _next_group(grid: Grid, column: int, work: Tensor, errors: Tensor, scale: Te
     return fitted
 
 
-def round_to_nearest(weight, hessian, mask, grid, **_):
-    """RTN, or with a mask: prune and round, no compensation (Wanda, magnitude)."""
-    return grid.round(weight) * mask
-
-
-def gptq(weight, hessian, mask, grid, *, clip="mse", **_):
+def gptq(layer: Layer) -> Solution:
     """GPTQ with the mask given."""
-    return gptq_sweep(weight, hessian, grid, mask, clip=clip)
+    return gptq_sweep(layer)

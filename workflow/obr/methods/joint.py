@@ -15,10 +15,11 @@ from torch import Tensor
 
 from obr.config.pattern import Pattern
 from obr.methods import native
-from obr.methods.conjugate_gradient import images_on_support
 from obr.methods.grid import Grid
 from obr.methods.joint_annealing import Descent
+from obr.methods.layer import Layer, Solution
 from obr.methods.masks import mask_from_ranks, mask_from_scores
+from obr.methods.obr import restore_pruned
 from obr.methods.row_products import product
 from obr.runtime import compiler
 from obr.runtime.processor import product_dtype
@@ -84,37 +85,20 @@ class Budget:
         prices.mul_((ADAPT * (ratio - 1)).clamp_(-1, 1).double().exp_())
 
 
-def joint(
-    weight: Tensor,
-    hessian,
-    mask: Tensor,
-    grid: Grid,
-    *,
-    sparsity: float = 0.5,
-    pattern: Pattern | None = None,
-    scope: str = "row",
-    sweeps: int = 600,
-    sizes: list[int] | None = None,
-    row_weights: Tensor | None = None,
-    **_,
-) -> Tensor:
-    """Prune and round together; the mask is found here and written into `mask`.
+def joint(layer: Layer) -> Solution:
+    """Prune and round together; the mask is found here.
 
-    Args:
-        weight: (r, n), zero at dead columns. hessian: a `Hessian`. mask: (r, n) bool, overwritten. grid: of the
-            dense rows; at 16 bits the mask is found on a fine one, and what is kept restored (OBR, equation 9).
-        scope: "row": every row keeps the same number; "layer": a layer's rows share its budget.
-        sweeps: of annealing; 0 for ADMM and plain coordinate descent.
-        sizes: rows of each of the layers that are stacked; one layer by default.
-        row_weights: (r,) by how much an error in a row counts beside those in other rows of its layer.
+    The recipe's scope "row": every row keeps the same number; "layer": a layer's rows share its budget. sweeps: of
+    annealing; 0 for ADMM and plain coordinate descent. At 16 bits the mask is found on a fine grid, and what is kept
+    restored (OBR, equation 9).
 
-    Returns (r, n), on the grid and zero where pruned: the dense rows pruned and rounded, what ADMM found and
-    coordinate descent polished, or what annealing made of that, whichever has the least loss; each row for itself,
-    or each layer that has one budget.
+    The result is, each row for itself or each layer that has one budget, whichever has the least loss: the dense
+    rows pruned and rounded, what ADMM found and coordinate descent polished, or what annealing made of that.
     """
-    worth = torch.ones_like(weight[:, :1]) if row_weights is None else row_weights.to(weight)[:, None]
-    parts = _slices(sizes or [len(weight)]) if scope == "layer" and pattern is None else None
-    budget = Budget(weight.shape[1], sparsity, pattern, parts, worth)
+    weight, hessian, grid, recipe = layer.weight, layer.hessian, layer.grid, layer.recipe
+    worth = torch.ones_like(weight[:, :1]) if layer.row_weights is None else layer.row_weights.to(weight)[:, None]
+    parts = _slices(layer.sizes) if recipe.scope == "layer" and layer.pattern is None else None
+    budget = Budget(weight.shape[1], recipe.sparsity, layer.pattern, parts, worth)
     damped, shrinkages = _factored(hessian)
     search = Grid.fit(weight, SEARCH_BITS, "minmax") if grid.scale is None else grid
     first, (values, support) = admm(weight, damped.diagonal(), shrinkages, search, budget)
@@ -123,17 +107,17 @@ def joint(
 
     polish(descent, support)
     candidates.append(_candidate(weight, descent, support, hessian))
-    if sweeps:
-        support = anneal(descent, weight, budget, sweeps, support)
+    if recipe.sweeps:
+        support = anneal(descent, weight, budget, recipe.sweeps, support)
         polish(descent, support)
         candidates.append(_candidate(weight, descent, support, hessian))
-    best = _best(candidates, mask, budget)
-    if grid.scale is not None:
-        return best
-    return weight if mask.all() else (weight - images_on_support(hessian.inverse, weight, ~mask)).mul_(mask)
+    best, mask = _best(candidates, budget)
+    if grid.scale is None:
+        best = restore_pruned(weight, hessian, mask)
+    return Solution(best, mask, grid)
 
 
-def _slices(sizes: list[int]) -> list[slice]:
+def _slices(sizes: tuple[int, ...]) -> list[slice]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
@@ -257,10 +241,10 @@ def _losses(change: Tensor, hessian) -> Tensor:
     return (product(change, hessian.matrix) * change).sum(1, keepdim=True)
 
 
-def _best(candidates: list[tuple[Tensor, Tensor, Tensor]], mask: Tensor, budget: Budget) -> Tensor:
-    """Of the candidates (values, support, losses) the one with the least loss, row by row or part by part; fills
-    `mask`."""
-    best, least = candidates[0][0], torch.full_like(candidates[0][2], torch.inf)
+def _best(candidates: list[tuple[Tensor, Tensor, Tensor]], budget: Budget) -> tuple[Tensor, Tensor]:
+    """(values, support), both (r, n), of the candidates (values, support, losses) with the least loss, row by row or
+    part by part."""
+    best, mask, least = *candidates[0][:2], torch.full_like(candidates[0][2], torch.inf)
     for values, support, losses in candidates:
         losses = losses * budget.worth
         for part in budget.parts or []:
@@ -268,5 +252,5 @@ def _best(candidates: list[tuple[Tensor, Tensor, Tensor]], mask: Tensor, budget:
         better = losses < least
         least = torch.where(better, losses, least)
         best = torch.where(better, values, best)
-        mask.copy_(torch.where(better, support, mask))
-    return best
+        mask = torch.where(better, support, mask)
+    return best, mask

@@ -1,53 +1,51 @@
-"""Masks: which weights of a layer stay. True means kept."""
+"""Masks: which weights of a layer stay. True means kept.
 
-from collections.abc import Callable
+A score is a function (weight (r, n), Hessian, seed) -> (r, n), named as its entry of MASKS in `obr.config.methods`;
+the lowest scores are pruned.
+"""
 
 import torch
 from torch import Tensor
 
 from obr.config.pattern import Pattern
 from obr.errors import ObrError
+from obr.methods.layer_hessian import Hessian
 
 
-def magnitude(weight: Tensor, **_) -> Tensor:
+def magnitude(weight: Tensor, hessian: Hessian | None, seed: int) -> Tensor:
     """|w|."""
     return weight.abs()
 
 
-def wanda(weight: Tensor, *, hessian_diagonal: Tensor, **_) -> Tensor:
+def wanda(weight: Tensor, hessian: Hessian, seed: int) -> Tensor:
     """|w| times the norm of its input channel (Sun et al. 2024); the Hessian's diagonal is that norm squared,
     up to a factor common to all columns."""
-    return weight.abs() * hessian_diagonal.sqrt()
+    return weight.abs() * hessian.diagonal.sqrt()
 
 
-def wanda_harmonic(weight: Tensor, *, harmonic: Tensor, **_) -> Tensor:
+def wanda_harmonic(weight: Tensor, hessian: Hessian, seed: int) -> Tensor:
     """|w| √a with a_j = Σ_i ‖X_i[:, j]‖² / i over the calibration sequences X_i in their order, i from 1.
 
     The statistic of OBR's released code for QuaRot and FlatQuant, a running mean whose earlier terms are not scaled
     down: of 128 sequences the first counts 18 % and the last 0.14 %, where the mean (`wanda`) has 0.78 % for each.
     """
-    return weight.abs() * harmonic.sqrt()
+    return weight.abs() * hessian.harmonic.sqrt()
 
 
-def sparsegpt(weight: Tensor, *, inverse_factor_diagonal: Tensor, **_) -> Tensor:
+def sparsegpt(weight: Tensor, hessian: Hessian, seed: int) -> Tensor:
     """w² / d² with d the diagonal of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023)."""
+    return saliency(weight, hessian.inverse_factor.diagonal())
+
+
+def saliency(weight: Tensor, inverse_factor_diagonal: Tensor) -> Tensor:
+    """w² / d², (r, n), with d (n,) the diagonal of the upper Cholesky factor of H⁻¹."""
     return (weight / inverse_factor_diagonal).square()
 
 
-def random(weight: Tensor, *, seed: int = 0, **_) -> Tensor:
+def random(weight: Tensor, hessian: Hessian | None, seed: int) -> Tensor:
     """Uniform noise, the same for the same seed and shape on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(weight.shape, generator=generator).to(weight.device)
-
-
-# A score is (weight (r, n), **statistics) -> (r, n); the lowest scores are pruned.
-SCORES: dict[str, Callable[..., Tensor]] = {
-    "magnitude": magnitude,
-    "wanda": wanda,
-    "wanda_harmonic": wanda_harmonic,
-    "sparsegpt": sparsegpt,
-    "random": random,
-}
 
 
 def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern | None = None) -> Tensor:

@@ -1,10 +1,13 @@
 """Optimal Brain Restoration: errors of pruning and rounding moved to the weights that can still compensate."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from obr.methods.conjugate_gradient import TOLERANCE, images_on_support
 from obr.methods.gptq import gptq_sweep
+from obr.methods.layer import Layer, Solution
 from obr.methods.layer_hessian import Hessian
 from obr.methods.row_products import product
 
@@ -43,20 +46,20 @@ def restore_rounded(
     return (right + change).mul_(kept)
 
 
-def obr_rtn(weight, hessian, mask, grid, *, alpha=0.5, **_):
+def obr_rtn(layer: Layer) -> Solution:
     """OBR with rounding to nearest: restore for the pruning, then for the rounding left of the cut."""
-    weight = restore_pruned(weight, hessian, mask)
-    cut = int(alpha * weight.shape[1])
+    hessian, mask, grid, cut = layer.hessian, layer.mask, layer.grid, layer.cut
+    weight = restore_pruned(layer.weight, hessian, mask)
     left = grid.round(weight[:, :cut]) * mask[:, :cut]
     right = restore_rounded(weight, left, hessian, mask)
-    return torch.cat([left, grid.round(right)], dim=1) * mask
+    return Solution(torch.cat([left, grid.round(right)], dim=1) * mask, mask, grid)
 
 
-def obr_gptq(weight, hessian, mask, grid, *, alpha=0.5, **_):
+def obr_gptq(layer: Layer) -> Solution:
     """OBR with a GPTQ sweep right of the cut."""
-    weight = restore_pruned(weight, hessian, mask, SWEPT_TOLERANCE)
-    cut = int(alpha * weight.shape[1])
+    hessian, mask, grid, cut = layer.hessian, layer.mask, layer.grid, layer.cut
+    weight = restore_pruned(layer.weight, hessian, mask, SWEPT_TOLERANCE)
     left = grid.round(weight[:, :cut]) * mask[:, :cut]
     right = restore_rounded(weight, left, hessian, mask, SWEPT_TOLERANCE)
-    swept = gptq_sweep(torch.cat([left, right], dim=1), hessian, grid, mask, start=cut)
-    return torch.cat([left, swept], dim=1)
+    swept = gptq_sweep(replace(layer, weight=torch.cat([left, right], dim=1)), start=cut)
+    return replace(swept, weight=torch.cat([left, swept.weight], dim=1))

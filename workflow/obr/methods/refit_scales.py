@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from obr.methods.grid import HALF_RANGE, Grid
+from obr.methods.layer import Solution
 from obr.methods.layer_hessian import Hessian
 from obr.methods.row_products import product
 
@@ -14,25 +15,26 @@ _RIDGE = 1e-6
 _SYSTEM_ELEMENTS = 1 << 24  # of the systems that are solved at once
 
 
-def refit_scale(weight: Tensor, values: Tensor, hessian: Hessian, grid: Grid) -> tuple[Grid, Tensor]:
-    """The grid whose scales have the least loss for the codes of `values (r, n)`, and these codes on it.
+def refit(weight: Tensor, solution: Solution, hessian: Hessian) -> Solution:
+    """The solution with the scales of the least loss for its codes. weight: (r, n), dense.
 
     In each row s = w H c / (c H c), c the codes; where that is not positive the scale stays. With a scale for each
     group of columns a row's g scales are found together, by least squares: (C H Cᵀ) s = C H wᵀ, where row i of
     C (g, n) holds the codes of group i and zeros. They are rounded to float16, as they are stored; a row keeps its
     scales where one of the new ones is not positive.
     """
-    codes = grid.codes(values).to(weight.dtype)
+    grid = solution.grid
+    codes = grid.codes(solution.weight).to(weight.dtype)
     if grid.group is not None:
         rows = max(1, _SYSTEM_ELEMENTS // grid.scale.shape[1] ** 2)
         parts = zip(weight.split(rows), codes.split(rows), grid.scale.split(rows), strict=True)
         grid = replace(grid, scale=torch.cat([_group_scales(*part, hessian.matrix, grid.group) for part in parts]))
-        return grid, codes * grid.over(codes.shape[1])
+        return replace(solution, weight=codes * grid.over(codes.shape[1]), grid=grid)
     images = product(codes, hessian.matrix)
     power = (codes * images).sum(1, keepdim=True)
     scale = (weight * images).sum(1, keepdim=True) / power
     grid = Grid(torch.where((power > 0) & (scale > 0), scale, grid.scale), grid.bits)
-    return grid, codes * grid.scale
+    return replace(solution, weight=codes * grid.scale, grid=grid)
 
 
 def _group_scales(weight: Tensor, codes: Tensor, scale: Tensor, matrix: Tensor, group: int) -> Tensor:

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from obr.config.methods import METHODS
 from obr.config.pattern import Pattern
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.methods.grid import Grid
+from obr.methods.layer import Layer, Solution
 from obr.methods.layer_hessian import Hessian
-from obr.methods.masks import SCORES, check_mask, mask_from_scores
-from obr.methods.refit_scales import refit_scale
-from obr.methods.registry import METHODS
+from obr.methods.masks import check_mask, mask_from_scores
+from obr.methods.refit_scales import refit
+from obr.methods.registry import FUNCTIONS, SCORES
 
 
 @dataclass
@@ -54,49 +56,54 @@ def restore(
         weight: (r, n), rows are output channels.
         hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
             calls (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
-        method: a key of METHODS, or "dense".
-        options: of `restore_together`: bits, sparsity, pattern, mask, alpha, scope, sweeps, group, refit, damp,
-            clip, seed, row_weights, harmonic.
+        method: a key of METHODS in `obr.config.methods`, but "released".
+        options: fields of `Recipe` (bits, sparsity, pattern, mask, alpha, …), and row_weights and harmonic of
+            `restore_together`. mask may be the mask itself, (r, n) bool, True = kept.
 
     Raises:
         ObrError: a value out of range, shapes that do not fit, a Hessian that cannot be factored, or a result
             that is not finite, not on the grid, or does not have the mask.
+
+    Example:
+        >>> weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+        >>> layer = restore(weight, torch.eye(128), "obr_gptq", bits=4, sparsity=0.5)
+        >>> layer.codes.dtype, layer.sparsity
+        (torch.int8, 0.5)
     """
-    return restore_together({name: weight}, hessian, method, **options)[name]
+    given = {key: options.pop(key) for key in ("row_weights", "harmonic") if key in options}
+    if isinstance(options.get("mask"), Tensor):
+        given["mask"] = options.pop("mask")
+    if isinstance(options.get("pattern"), Pattern):
+        options["pattern"] = str(options["pattern"])
+    return restore_together({name: weight}, hessian, {**options, "method": method}, **given)[name]
+
+
+def recipe_of_layers(fields: "Recipe | dict", name: str = "layer") -> Recipe:
+    """The recipe of layers whose Hessian is given, from its fields. Raises ObrError at values out of range."""
+    return fields if isinstance(fields, Recipe) else Recipe.parse({"calibration": "given", **fields}, name)
 
 
 @torch.no_grad()
 def restore_together(
     weights: dict[str, Tensor],
     hessian: "Tensor | Hessian | None",
-    method: str = "obr_gptq",
+    recipe: "Recipe | dict",
     *,
-    bits: int = 4,
-    sparsity: float = 0.5,
-    pattern: str | Pattern | None = None,
-    mask: "str | Tensor" = "wanda",
-    alpha: float = 0.5,
-    scope: str = "row",
-    sweeps: int = Recipe.sweeps,
-    group: int | None = None,
-    refit: bool = False,
-    damp: float = 0.01,
-    clip: str = "mse",
-    seed: "int | dict[str, int]" = 0,
+    mask: Tensor | None = None,
+    seeds: dict[str, int] | None = None,
     row_weights: "Tensor | dict[str, Tensor] | None" = None,
     harmonic: Tensor | None = None,
 ) -> dict[str, Restored]:
     """`restore` for layers that read the same input, such as q, k and v: their rows are solved as one layer's.
 
+    Seven parameters, since three of them are data of the layers that few callers have.
+
     Args:
-        weights: (r, n) each, by name. hessian, method: as for `restore`.
-        bits: 2 to 8, or 16 for pruning only.
-        sparsity: fraction to remove; ignored by methods that do not prune ("dense", "rtn", "gptq").
-        pattern: "2:4", "4:8", "8:16", "paired 4:8" …; overrides `sparsity`.
-        mask: a key of SCORES, or, for a single layer, the mask itself, (r, n) bool, True = kept.
-        alpha: the cut, as a fraction of the columns. scope, sweeps, group, refit, damp, clip: as in
-            `Recipe`.
-        seed: of random masks; a dictionary gives each layer its own.
+        weights: (r, n) each, by name. hessian: as for `restore`.
+        recipe: of its fields those of a layer count; a dictionary of them is enough. Learned clipping is in the
+            weights already.
+        mask: for a single layer, the mask itself, (r, n) bool, True = kept, in place of one by the recipe's score.
+        seeds: of random masks, by name; the recipe's by default.
         row_weights: (r,), or by layer, how much an error in a row counts beside others of its layer, where these
             share a budget (scope "layer"); 1 by default.
         harmonic: (n,), for the mask "wanda_harmonic": Σ_i ‖X_i[:, j]‖² / i over calibration sequences X_i (t, n) in
@@ -106,42 +113,32 @@ def restore_together(
     Raises:
         ObrError: as `restore`, with the layer's name.
     """
-    pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
-    recipe = Recipe.parse(
-        {
-            "method": method, "bits": bits, "sparsity": sparsity, "pattern": str(pattern) if pattern else None,
-            "mask": mask if isinstance(mask, str) else "wanda", "alpha": alpha, "damp": damp, "clip": clip,
-            "scope": scope, "sweeps": sweeps, "group": group, "refit": refit, "calibration": "given",
-        },
-        ", ".join(weights),
-    )  # fmt: skip
-    pattern = pattern if recipe.prunes else None
+    recipe = recipe_of_layers(recipe, ", ".join(weights))
+    recipe = replace(recipe, clip="minmax") if recipe.clip == "learned" else recipe
     for name, weight in weights.items():
         hessian = _checked_hessian(weight, hessian, recipe, name, harmonic)
-        if pattern is not None:
-            pattern.check_width(weight.shape[1], name)
+        if recipe.zeros is not None:
+            recipe.zeros.check_width(weight.shape[1], name)
     dense = {name: weight.float().contiguous() for name, weight in weights.items()}  # sums depend on the layout
-    if method == "dense":
+    if recipe.method == "dense":
         return {n: Restored(w, None, None, torch.ones_like(w, dtype=torch.bool), 0.0, 16) for n, w in dense.items()}
 
-    grids = {name: Grid.fit(weight, bits, clip, group) for name, weight in dense.items()}
     works = {name: weight.clone() for name, weight in dense.items()}
     if hessian is not None:
         for work in works.values():
             work[:, hessian.dead] = 0  # an input that is always zero; the grid is still that of the dense row
-    seeds = seed if isinstance(seed, dict) else dict.fromkeys(weights, seed)
-    masks = {
-        n: _choose_mask(work, hessian, replace(recipe, seed=seeds[n]), mask, pattern) for n, work in works.items()
-    }
-    options = {"alpha": alpha, "sparsity": recipe.sparsity, "pattern": pattern, "scope": scope, "sweeps": sweeps}
-    options |= {"clip": clip}
-    options |= {"row_weights": _checked_row_weights(row_weights, works)}
-    results = _run(method, works, hessian, masks, grids, options)
+    layers = {}
+    for name, work in works.items():
+        grid = Grid.fit(dense[name], recipe.bits, recipe.clip, recipe.group)
+        own = replace(recipe, seed=seeds[name]) if seeds else recipe
+        layers[name] = Layer(work, hessian, _choose_mask(work, hessian, own, mask), grid, recipe, (len(work),))
+    works = None  # held by the layers alone
     restored = {}
-    for name, (result, kept) in results.items():
-        if recipe.refit and bits < 16:
-            grids[name], result = refit_scale(dense[name], result, hessian, grids[name])
-        restored[name] = _restored(name, dense[name], result, kept, grids[name], hessian, recipe, mask, pattern)
+    for name, solution in _solved(layers, _checked_row_weights(row_weights, dense)).items():
+        if recipe.refit and recipe.bits < 16:
+            solution = refit(dense[name], solution, hessian)
+        restored[name] = _restored(dense[name], solution, hessian, recipe)
+        _assert_sound(restored[name], solution.grid, recipe, name, chosen=mask is None)
     return restored
 
 
@@ -157,36 +154,42 @@ def _checked_row_weights(row_weights, works: dict[str, Tensor]) -> Tensor | None
     return torch.cat([row_weights[name].to(work) for name, work in works.items()])
 
 
-def _run(method: str, works: dict, hessian: Hessian | None, masks: dict, grids: dict, options: dict) -> dict:
-    """{name: (weight, mask)}, and `grids` as they were used.
+def _solved(layers: dict[str, Layer], row_weights: Tensor | None) -> dict[str, Solution]:
+    """Each layer's solution. Rows are stacked, but not where thresholds are over all rows of a layer.
 
-    Rows are stacked but for the method whose thresholds are over all rows of a layer.
+    layers: emptied on the way, so that weights are not held twice.
     """
-    coupled = method == "sparsegpt_gptq" and options["pattern"] is None
-    results = {}
-    for names in [[name] for name in works] if coupled else [list(works)]:
-        kept, grid = torch.cat([masks[name] for name in names]), Grid.stack([grids[name] for name in names])
-        sizes = [len(works[name]) for name in names]
-        options["sizes"] = sizes
-        stacked = torch.cat([works.pop(name) for name in names])
-        stacked = METHODS[method](stacked, hessian, kept, grid, **options)
-        results |= {n: (w, m) for n, w, m in zip(names, stacked.split(sizes), kept.split(sizes), strict=True)}
-        if grid.group is not None:  # whose scales were found on the way
-            grids |= {n: replace(grid, scale=s) for n, s in zip(names, grid.scale.split(sizes), strict=True)}
-    return results
+    recipe = next(iter(layers.values())).recipe
+    apart = METHODS[recipe.method].rows_differ and recipe.zeros is None
+    solutions = {}
+    for names in [[name] for name in layers] if apart else [list(layers)]:
+        parts = [layers.pop(name) for name in names]
+        sizes = tuple(size for part in parts for size in part.sizes)
+        stacked = Layer(
+            torch.cat([part.weight for part in parts]), parts[0].hessian, torch.cat([part.mask for part in parts]),
+            Grid.stack([part.grid for part in parts]), recipe, sizes, row_weights,
+        )  # fmt: skip
+        parts = None
+        solution = FUNCTIONS[recipe.method](stacked)
+        rows = zip(names, solution.weight.split(sizes), solution.mask.split(sizes), _split(solution.grid, sizes))
+        solutions |= {name: Solution(weight, mask, grid) for name, weight, mask, grid in rows}
+    return solutions
 
 
-def _restored(
-    name: str, dense: Tensor, result: Tensor, kept: Tensor, grid: Grid, hessian, recipe: Recipe, mask, pattern
-) -> Restored:
-    restored = Restored(
-        result, None if recipe.bits == 16 else grid.codes(result), grid.scale, kept,
-        relative_error(dense, result, hessian), recipe.bits, pattern,
+def _split(grid: Grid, sizes: tuple[int, ...]) -> list[Grid]:
+    if grid.scale is None:
+        return [grid] * len(sizes)
+    return [replace(grid, scale=scale) for scale in grid.scale.split(sizes)]
+
+
+def _restored(dense: Tensor, solution: Solution, hessian: Hessian | None, recipe: Recipe) -> Restored:
+    grid = solution.grid
+    return Restored(
+        solution.weight, None if recipe.bits == 16 else grid.codes(solution.weight), grid.scale, solution.mask,
+        relative_error(dense, solution.weight, hessian), recipe.bits, recipe.zeros,
         hessian.damp if hessian is not None else 0.0, list(hessian.flags) if hessian is not None else [],
         grid.group,
     )  # fmt: skip
-    _assert_sound(restored, grid, recipe, mask, name)
-    return restored
 
 
 def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str, harmonic: Tensor | None) -> Hessian | None:
@@ -209,31 +212,26 @@ def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str, harmoni
         )
     if recipe.needs_harmonic and hessian.harmonic is None:
         raise ObrError(
-            f"{name}: mask wanda_harmonic needs column norms weighted by sequence, which a Hessian does not hold; "
+            f"{name}: mask {recipe.mask} needs column norms weighted by sequence, which a Hessian does not hold; "
             "give them as `harmonic`, or use mask wanda."
         )
     return hessian
 
 
-def _choose_mask(weight: Tensor, hessian, recipe: Recipe, mask, pattern) -> Tensor:
-    if isinstance(mask, Tensor):
-        if recipe.method == "joint":
+def _choose_mask(weight: Tensor, hessian: Hessian | None, recipe: Recipe, mask: Tensor | None) -> Tensor:
+    finds = METHODS[recipe.method].finds_mask
+    if mask is not None:
+        if finds:
+            others = " or ".join(name for name, method in METHODS.items() if method.masks)
             raise ObrError(
-                "A mask is given, but method joint finds its own; use obr_gptq or obr_rtn with a given mask."
+                f"A mask is given, but method {recipe.method} finds its own; use {others} with a given mask."
             )
         if mask.shape != weight.shape or mask.dtype != torch.bool:
             raise ObrError(f"The mask must be bool of the weight's shape {tuple(weight.shape)}, True = kept.")
         return mask.clone()
-    if not recipe.sparsity or recipe.method in ("sparsegpt_gptq", "joint"):  # they fill it as they go
+    if not recipe.sparsity or finds:
         return torch.ones_like(weight, dtype=torch.bool)
-    statistics = {"seed": recipe.seed}
-    if recipe.mask == "wanda":
-        statistics["hessian_diagonal"] = hessian.diagonal
-    if recipe.mask == "wanda_harmonic":
-        statistics["harmonic"] = hessian.harmonic
-    if recipe.mask == "sparsegpt":
-        statistics["inverse_factor_diagonal"] = hessian.inverse_factor.diagonal()
-    return mask_from_scores(SCORES[recipe.mask](weight, **statistics), recipe.sparsity, pattern)
+    return mask_from_scores(SCORES[recipe.mask](weight, hessian, recipe.seed), recipe.sparsity, recipe.zeros)
 
 
 def relative_error(dense: Tensor, result: Tensor, hessian: Hessian | None) -> float:
@@ -244,14 +242,17 @@ def relative_error(dense: Tensor, result: Tensor, hessian: Hessian | None) -> fl
     return hessian.loss(dense - result) / whole if whole else 0.0
 
 
-def _assert_sound(restored: Restored, grid: Grid, recipe: Recipe, mask, name: str) -> None:
-    """What must hold for every layer, whatever the method: a result that fails here is never written."""
+def _assert_sound(restored: Restored, grid: Grid, recipe: Recipe, name: str, chosen: bool) -> None:
+    """What must hold for every layer, whatever the method: a result that fails here is never written.
+
+    chosen: the mask was not given.
+    """
     if not torch.isfinite(restored.weight).all():
         raise ObrError(f"{name}: {recipe.method} gave NaN or infinite weights; use a larger damp.")
     if restored.weight[~restored.mask].any():
         raise ObrError(f"{name}: {recipe.method} left pruned weights that are not zero.")
     if not grid.contains(restored.weight):
         raise ObrError(f"{name}: {recipe.method} left weights off the {recipe.bits}-bit grid.")
-    thresholded = recipe.method == "sparsegpt_gptq" and not restored.pattern  # rows differ by design
-    if isinstance(mask, str) and not thresholded:
+    thresholded = METHODS[recipe.method].rows_differ and recipe.zeros is None
+    if chosen and not thresholded:
         check_mask(restored.mask, recipe.sparsity, restored.pattern, name, recipe.scope)

@@ -96,10 +96,7 @@ def _at(number: int, weights_of: Callable[[int], dict[str, Tensor] | None], inde
 
 def _restored(weights: dict[str, Tensor], factors: Hessian, option: Option) -> dict[str, tuple[Tensor, float]]:
     """{layer: (weight, relative error)} of the layers of a group at an option."""
-    restored = restore_together(
-        weights, factors, option.method,
-        bits=option.bits, sparsity=option.sparsity, pattern=option.pattern, sweeps=0,
-    )  # fmt: skip
+    restored = restore_together(weights, factors, {**asdict(option), "sweeps": 0})
     return {name: (found.weight, found.relative_error) for name, found in restored.items()}
 
 

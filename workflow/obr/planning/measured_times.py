@@ -10,10 +10,13 @@ from statistics import median
 
 from safetensors import safe_open
 
+from obr.config import paths
 from obr.config.recipe import Option, Recipe
 from obr.errors import BROKEN_FILE, ObrError
 from obr.planning import cost_model, tensor_sizes
 from obr.report.table_rows import read_artefact
+
+PLACE = ("model", "rotation", "calibration")
 
 
 @dataclass(frozen=True)
@@ -54,30 +57,35 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model
     """(stage, device, work) of the job whose benchmark is called so; None for stages that are priced flat."""
     if rule not in ("compress", "gradients", "hessian", "perplexity", "sensitivity", "zero_shot"):
         return None
-    sizes = tensor_sizes.sizes_in(results / "models" / names[0])
+    sizes = tensor_sizes.sizes_in(paths.folder(results, "model", model=names[0]))
     if sizes is None:
         return None
+
+    def place(artefact: str, *wildcards: str) -> Path:
+        return paths.path(results, artefact, **dict(zip(wildcards, names, strict=True)))
+
     if rule == "compress":
-        manifest = read_artefact(results / "compressed" / names[0] / names[1] / "manifest.json")
+        manifest = read_artefact(place("checkpoint", "model", "recipe"))
         recipe, calibration = Recipe.parse(manifest["recipe"]), manifest["calibration"] or {"tokens": 0, "seqlen": 1}
         work = cost_model.compress(sizes, recipe, calibration["tokens"], calibration["seqlen"])
         return stage_of(rule, recipe), manifest["device"], work
     if rule == "gradients":
-        with safe_open(results / rule / f"{'/'.join(names)}.safetensors", framework="numpy") as file:
+        with safe_open(place("gradients", *PLACE), framework="numpy") as file:
             notes = json.loads(file.metadata()["gradients"])
         return rule, notes["device"], cost_model.gradients(sizes, notes["tokens"], notes["seqlen"])
     if rule == "sensitivity":
-        told = read_artefact(results / rule / Path(*names) / "losses.json")
+        told = read_artefact(place("sensitivity", *PLACE, "options"))
         options = [Option.parse(option, "option") for option in told["options"]]
         blocks = len({layer["block"] for layer in told["layers"]})
         return rule, told["device"], cost_model.sensitivity(replace(sizes, blocks=blocks), options)
-    artefact = read_artefact(results / rule / Path(*names).with_suffix(".json")) if rule != "hessian" else None
     if rule == "perplexity":
+        artefact = read_artefact(place("perplexity", "model", "recipe", "text"))
         return rule, artefact["device"], cost_model.perplexity(sizes, artefact["tokens"], artefact["seqlen"])
     if rule == "zero_shot":
+        artefact = read_artefact(place("zero_shot", "model", "recipe", "task"))
         work = cost_model.zero_shot(sizes, names[2], artefact["n"], artefact["batch_size"])
         return rule, artefact["device"], work
-    made = read_artefact(results / "hessians" / Path(*names) / "hessian.json")
+    made = read_artefact(place("hessians", *PLACE))
     calibration = made["calibration"]
     return rule, made.get("device", "cpu"), cost_model.hessian(sizes, calibration["tokens"], calibration["seqlen"])
 

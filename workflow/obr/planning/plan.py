@@ -9,6 +9,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from obr.config import paths
 from obr.config.recipe import Option, Recipe
 from obr.errors import ObrError
 from obr.planning import cost_model, measured_times, tensor_sizes
@@ -74,7 +75,7 @@ class Prices:
     def sizes(self, model: str) -> tensor_sizes.Sizes:
         """A model's, from its folder, its source, its entry, or its number of parameters."""
         entry = self.config["models"][model]
-        folders = [Path(self.config["results"]) / "models" / model]
+        folders = [paths.folder(self.config["results"], "model", model=model)]
         if entry["source"]["source"] == "path":
             folders.append(Path(os.path.expanduser(os.path.expandvars(entry["source"]["path"]))))
         for folder in folders:
@@ -105,7 +106,7 @@ class Prices:
         """Of one job of the dry run."""
         if job.rule in TIMED:
             return self._timed(job)
-        if job.rule == "kernel_benchmark":
+        if job.rule == "kernels":
             device = job.wildcards["device"]
             if (device, self.config["device"]) == ("cuda", "cpu"):  # sizes alone: nothing is multiplied
                 return Price(15.0 + OVERHEAD, 1.0)

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from obr.config import paths
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.report.published import MEANS
@@ -145,15 +146,15 @@ def require(path: Path) -> Path:
 
 
 def read_manifest(results: Path, model: str, row: Row) -> dict:
-    return read_artefact(Path(results) / "compressed" / model / row.checkpoint / "manifest.json")
+    return read_artefact(paths.path(results, "checkpoint", model=model, recipe=row.checkpoint))
 
 
 def read_perplexity(results: Path, model: str, row: Row, text: str) -> dict:
-    return read_artefact(Path(results) / "perplexity" / model / row.key / f"{text}.json")
+    return read_artefact(paths.path(results, "perplexity", model=model, recipe=row.key, text=text))
 
 
 def read_zero_shot(results: Path, model: str, row: Row, task: str) -> dict:
-    return read_artefact(Path(results) / "zero_shot" / model / row.key / f"{task}.json")
+    return read_artefact(paths.path(results, "zero_shot", model=model, recipe=row.key, task=task))
 
 
 def number(value) -> float:

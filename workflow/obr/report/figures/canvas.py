@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from obr.config.methods import METHODS
 from obr.errors import ObrError
 from obr.report.published import Quotes
 from obr.report.table_rows import Metric, Row, metrics_of, model_label, read_perplexity, value_of
@@ -23,18 +24,6 @@ REMARK_LINE = 0.13  # inches: the height of a line of 7-point text
 # Okabe and Ito's palette, told apart by colour-blind readers; its yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-METHODS = {
-    "dense": ("Dense", "*"),
-    "rtn": ("RTN", "o"),
-    "gptq": ("GPTQ", "s"),
-    "magnitude": ("Magnitude", "v"),
-    "wanda": ("Wanda", "^"),
-    "sparsegpt_gptq": ("SparseGPT+GPTQ", "D"),
-    "obr_rtn": ("OBR (RTN)", "P"),
-    "obr_gptq": ("OBR (GPTQ)", "X"),
-    "joint": ("Joint", "h"),
-    "released": ("Released", "p"),
-}
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -139,11 +128,11 @@ def dense_lines(source: Source, panel: Axes, model: str, metric: Metric) -> list
     entries = []
     for row in (row for row in source.rows if row.recipe.method == "dense"):
         panel.axhline(measured(source, model, row, metric.key), linestyle="--", zorder=1, **DENSE)
-        entries.append(handle(METHODS["dense"][0], "", "--", **DENSE))
+        entries.append(handle(METHODS["dense"].label, "", "--", **DENSE))
         printed = source.quotes.value(model, row, metric.published)
         if np.isfinite(printed):
             panel.axhline(printed, linestyle=":", zorder=1, **DENSE)
-            entries.append(handle(f"{METHODS['dense'][0]}, published", "", ":", **DENSE))
+            entries.append(handle(f"{METHODS['dense'].label}, published", "", ":", **DENSE))
     return entries
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from obr.config import paths
 from obr.errors import ObrError
 from obr.report.figures.canvas import Sheet, Source, handle, new_sheet
 from obr.report.published import select
@@ -187,7 +188,7 @@ def _ours(source: Source) -> pd.DataFrame:
     device = source.entry.get("device")
     if not device:
         raise ObrError(f"Figure {source.entry.get('title', '')!r} names no device; set `device`, such as cpu.")
-    times = pd.read_csv(require(source.results / "kernels" / f"{device}.csv"))
+    times = pd.read_csv(require(paths.path(source.results, "kernels", device=device)))
     for column in ("gop", "weight_bytes", "of_bound", "caution"):
         if column not in times:
             times[column] = np.nan

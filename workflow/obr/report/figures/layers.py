@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from obr.config import paths
 from obr.config.recipe import Option
 from obr.report.figures.canvas import COLOURS, MARKERS, PAGE, Sheet, Source, handle, log_scale, new_sheet
 from obr.report.table_rows import Row, read_artefact, require
@@ -53,7 +54,7 @@ def layer_error(source: Source) -> Sheet:
 
 def _layers(results: Path, model: str, row: Row) -> pd.DataFrame:
     """A checkpoint's layer report, with the layer's bare kind, of the blocks that the recipe compresses."""
-    path = require(results / "compressed" / model / row.checkpoint / "layers.csv")
+    path = require(paths.path(results, "layers", model=model, recipe=row.checkpoint))
     layers = pd.read_csv(path)
     layers = layers[(layers["bits"] < 16) | (layers["sparsity"] > 0)]
     return layers.assign(kind=layers["layer"].map(_kind))
@@ -65,7 +66,9 @@ def allocation(source: Source) -> Sheet:
     A cell's colour is its option, and what is written in it the bits a weight that this takes.
     """
     panels = [(model, label, row) for model, label in source.labels.items() for row in source.rows]
-    told = [read_artefact(source.results / "allocations" / m / f"{row.checkpoint}.json") for m, _, row in panels]
+    told = [
+        read_artefact(paths.path(source.results, "allocation", model=m, recipe=r.checkpoint)) for m, _, r in panels
+    ]
     labels = list(dict.fromkeys(Option.parse(o, "option").label for choice in told for o in choice["options"]))
     styles = {name: (COLOURS[i % len(COLOURS)], "" if i < len(COLOURS) else "//") for i, name in enumerate(labels)}
     sheet = new_sheet(len(panels), across=1, height=2.0)

@@ -1,11 +1,10 @@
 """Figures of how rotations were learned: the loss on what is learned from, and on held-out windows."""
 
-from pathlib import Path
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from obr.config import paths
 from obr.errors import ObrError
 from obr.report.figures.canvas import COLOURS, MARKERS, Sheet, Source, handle, log_scale, new_sheet
 from obr.report.table_rows import require
@@ -21,7 +20,7 @@ def learning_curve(source: Source) -> Sheet:
     panels = [(model, name) for model in source.labels for name in names]
     sheet, drawn = new_sheet(len(panels)), {}
     for panel, (model, name) in zip(sheet.panels, panels):
-        curve = pd.read_csv(require(source.results / "rotations" / name / Path(f"{model}.csv")))
+        curve = pd.read_csv(require(paths.path(source.results, "learning_curve", rotation=name, model=model)))
         panel.set(title=f"{source.labels[model]}\n{name}", ylabel="Loss")
         drawn |= _by_block(panel, curve) if "block" in curve else _by_step(panel, curve)
         log_scale(panel)

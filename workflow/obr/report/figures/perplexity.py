@@ -5,11 +5,11 @@ from itertools import cycle
 import numpy as np
 from matplotlib.patches import Patch
 
+from obr.config.methods import METHODS
 from obr.errors import ObrError
 from obr.report.figures.canvas import (
     COLOURS,
     MARKERS,
-    METHODS,
     Sheet,
     Source,
     activations,
@@ -94,12 +94,13 @@ def _apart(sizes: list[float], groups: list[str]) -> list[float]:
 def _marks(rows: list[Row], groups: list[str]) -> dict[str, tuple[str, str]]:
     """(name, marker) by recipe: its method's, or its own where that is taken for its bits, sparsity and colour, or
     where layers have methods of their own."""
-    spare = cycle(m for m in MARKERS if m not in {METHODS[row.recipe.method][1] for row in rows})
+    spare = cycle(m for m in MARKERS if m not in {METHODS[row.recipe.method].marker for row in rows})
     own: dict[str, str] = {}  # markers by label, the same in every colour
     taken, marks = set(), {}
     for row, group in zip(rows, groups):
         place = (row.recipe.method, group, row.recipe.bits, row.recipe.sparsity)
-        marks[row.key] = METHODS[row.recipe.method]
+        method = METHODS[row.recipe.method]
+        marks[row.key] = (method.label, method.marker)
         if place in taken or row.recipe.allocation:
             marks[row.key] = (row.label, own.setdefault(row.label, next(spare)))
         taken.add(place)
@@ -138,7 +139,7 @@ def _sweep_lines(rows: list[Row], x: str, group_by: str) -> dict[str, dict[float
     lines: dict[str, dict[float, Row]] = {}
     for row in (row for row in rows if row.recipe.method != "dense"):
         group = _group(row, group_by)
-        line = lines.setdefault(METHODS[group][0] if group_by == "method" else group, {})
+        line = lines.setdefault(METHODS[group].label if group_by == "method" else group, {})
         place = getattr(row.recipe, x) * (100 if x == "sparsity" else 1)
         if place in line:
             raise ObrError(

@@ -1,0 +1,67 @@
+"""The methods and masks: one entry each, read by recipes, restoration, figures and checks.
+
+A new method is an entry of METHODS and a function in `obr.methods`; a new mask is an entry of MASKS and a function in
+`obr.methods.masks`. Nothing else lists them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A score by which weights are removed, computed by the function of its name in `obr.methods.masks`.
+
+    needs_hessian: the score reads a layer's Hessian. needs_harmonic: it reads column norms weighted by sequence.
+    """
+
+    needs_hessian: bool = True
+    needs_harmonic: bool = False
+
+
+MASKS = {
+    "magnitude": Mask(needs_hessian=False),
+    "wanda": Mask(),
+    "wanda_harmonic": Mask(needs_harmonic=True),
+    "sparsegpt": Mask(),
+    "random": Mask(needs_hessian=False),
+}
+ANY_MASK = tuple(MASKS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a layer becomes pruned and quantised.
+
+    label, marker: of its rows in figures; the marker is matplotlib's.
+    function: in `obr.methods`, `Layer -> Solution`; None if nothing is computed.
+    prunes: it removes weights. data_free: its weights do not depend on calibration data.
+    grouped: groups of columns may have scales of their own.
+    masks: masks that a recipe may choose; the first is the default.
+    finds_mask: the function chooses the mask while it computes.
+    rows_differ: without a pattern, rows of a layer differ in sparsity, so that layers are solved one by one.
+    """
+
+    label: str
+    marker: str
+    function: str | None
+    prunes: bool = False
+    data_free: bool = False
+    grouped: bool = False
+    masks: tuple[str, ...] = ()
+    finds_mask: bool = False
+    rows_differ: bool = False
+
+
+METHODS = {
+    "dense": Method("Dense", "*", None, data_free=True),
+    "rtn": Method("RTN", "o", "round_to_nearest", data_free=True, grouped=True),
+    "gptq": Method("GPTQ", "s", "gptq", grouped=True),
+    "magnitude": Method("Magnitude", "v", "round_to_nearest", prunes=True, data_free=True, masks=("magnitude",)),
+    "wanda": Method("Wanda", "^", "round_to_nearest", prunes=True, masks=("wanda", "wanda_harmonic")),
+    "sparsegpt_gptq": Method("SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True),
+    "obr_rtn": Method("OBR (RTN)", "P", "obr_rtn", prunes=True, masks=("wanda", *ANY_MASK)),
+    "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK)),
+    "joint": Method("Joint", "h", "joint", prunes=True, finds_mask=True),
+    # What the authors of a checkpoint computed; it is read, not made.
+    "released": Method("Released", "p", None, prunes=True, data_free=True),
+}

@@ -1,0 +1,145 @@
+rule download_model:
+    output:
+        config=jobs.path("model_config"),
+        source=jobs.path("model"),
+    log:
+        jobs.log("download_model", "model"),
+    benchmark:
+        jobs.benchmark("download_model", "model")
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=jobs.memory(2, 5),
+        runtime=jobs.minutes(30, 5),
+    params:
+        entry=jobs.entry("models"),
+        out=subpath(output.source, parent=True),
+        local=jobs.local("models"),
+        code=jobs.code("models.download"),
+    shell:
+        "obr download-model --entry {params.entry:q} --out {params.out} >{log} 2>&1"
+
+
+rule check_model:
+    input:
+        jobs.path("model_config"),
+    output:
+        jobs.path("model_check"),
+    log:
+        jobs.log("check_model", "model"),
+    benchmark:
+        jobs.benchmark("check_model", "model")
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+    params:
+        model=subpath(input[0], parent=True),
+        entry=jobs.patterns,
+    shell:
+        "obr check-model --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
+
+
+rule download_text:
+    output:
+        text=jobs.path("text"),
+        about=jobs.path("text_source"),
+    log:
+        jobs.log("download_text", "text"),
+    benchmark:
+        jobs.benchmark("download_text", "text")
+    wildcard_constraints:
+        text=jobs.entries("texts"),
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=jobs.text_entry,
+        local=jobs.local("texts"),
+        code=jobs.code("data.texts"),
+    shell:
+        "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
+
+
+rule download_documents:
+    output:
+        documents=jobs.path("documents"),
+        about=jobs.path("documents_source"),
+    log:
+        jobs.log("download_documents", "text"),
+    benchmark:
+        jobs.benchmark("download_documents", "text")
+    wildcard_constraints:
+        text=jobs.entries("texts"),
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=jobs.text_entry,
+        local=jobs.local("texts"),
+        code=jobs.code("data.texts"),
+    shell:
+        "obr download-documents --entry {params.entry:q} --out {output.documents} >{log} 2>&1"
+
+
+rule download_task:
+    input:
+        unpack(jobs.task_text),
+    output:
+        jobs.path("task"),
+    log:
+        jobs.log("download_task", "task"),
+    benchmark:
+        jobs.benchmark("download_task", "task")
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=jobs.task_source,
+        text=jobs.flag("text"),
+        out=subpath(output[0], parent=True),
+        local=jobs.local("zero_shot"),
+        code=jobs.code("evaluation.tasks"),
+    shell:
+        "obr download-task --entry {params.entry:q} {params.text} --out {params.out} >{log} 2>&1"
+
+
+rule download_released:
+    output:
+        jobs.path("released"),
+    log:
+        jobs.log("download_released", "model", "recipe"),
+    benchmark:
+        jobs.benchmark("download_released", "model", "recipe")
+    wildcard_constraints:
+        recipe=jobs.recipes(released=True),
+    retries: 1
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=jobs.minutes(30, 10),
+    params:
+        entry=jobs.released_source,
+        out=subpath(output[0], parent=True),
+        local=jobs.local("recipes"),
+        code=jobs.code("checkpoints.released.stage"),
+    shell:
+        "obr download-released --entry {params.entry:q} --out {params.out} >{log} 2>&1"

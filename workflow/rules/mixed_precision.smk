@@ -1,0 +1,55 @@
+rule sensitivity:
+    input:
+        unpack(jobs.statistics),
+        model=jobs.path("model"),
+        checked=ancient(jobs.path("model_check")),
+        hessians=jobs.path("hessians"),
+        gradients=jobs.path("gradients"),
+    output:
+        jobs.path("sensitivity"),
+    log:
+        jobs.log("sensitivity", "model", "rotation", "calibration", "options"),
+    benchmark:
+        jobs.benchmark("sensitivity", "model", "rotation", "calibration", "options")
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["compress"]
+    resources:
+        mem_mb=jobs.memory(4, 3),
+        runtime=jobs.minutes(120, 80),
+        gpu=jobs.gpu,
+        activations_mb=config["activations_memory"],
+    params:
+        entry=jobs.sensitivity_entry,
+        model=subpath(input.model, parent=True),
+        rotation=jobs.flag("rotation"),
+        hessians=subpath(input.hessians, parent=True),
+        out=subpath(output[0], parent=True),
+        compute=jobs.compute,
+        code=jobs.code("mixed_precision.sensitivity"),
+    shell:
+        "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
+        "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} "
+        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
+
+
+rule allocate:
+    input:
+        sensitivity=jobs.sensitivity,
+    output:
+        jobs.path("allocation"),
+    log:
+        jobs.log("allocate", "model", "recipe"),
+    benchmark:
+        jobs.benchmark("allocate", "model", "recipe")
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        entry=jobs.weights,
+        code=jobs.code("mixed_precision.allocate"),
+    shell:
+        "obr allocate --entry {params.entry:q} --sensitivity {input.sensitivity} --out {output} >{log} 2>&1"

@@ -1,0 +1,56 @@
+rule download_rotation:
+    input:
+        jobs.path("model_config"),
+    output:
+        jobs.path("rotation"),
+    log:
+        jobs.log("download_rotation", "rotation", "model"),
+    benchmark:
+        jobs.benchmark("download_rotation", "rotation", "model")
+    wildcard_constraints:
+        rotation=jobs.entries("rotations", "learn", has=False),
+    conda:
+        "../../envs/obr.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        entry=jobs.entry("rotations"),
+        model=subpath(input[0], parent=True),
+        trust=jobs.trust,
+        local=jobs.local("rotations"),
+        code=jobs.code("rotations.obtain"),
+    shell:
+        "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} {params.trust} "
+        ">{log} 2>&1"
+
+
+rule learn_rotation:
+    input:
+        model=jobs.path("model"),
+        tokens=jobs.learning_tokens,
+    output:
+        rotation=jobs.path("rotation"),
+        curve=jobs.path("learning_curve"),
+    log:
+        jobs.log("learn_rotation", "rotation", "model"),
+    benchmark:
+        jobs.benchmark("learn_rotation", "rotation", "model")
+    wildcard_constraints:
+        rotation=jobs.entries("rotations", "learn"),
+    conda:
+        "../../envs/obr.yaml"
+    threads: config["threads"]["learn"]
+    resources:
+        mem_mb=jobs.memory(8, 12),
+        runtime=jobs.minutes(240, 60),
+        gpu=jobs.gpu,
+    params:
+        entry=jobs.entry("rotations"),
+        model=subpath(input.model, parent=True),
+        compute=jobs.compute,
+        code=jobs.learner,
+    shell:
+        "obr learn-rotation --entry {params.entry:q} --model {params.model} --tokens {input.tokens} "
+        "--out {output.rotation} {params.compute} --threads {threads} >{log} 2>&1"
