@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from obr.errors import ObrError
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = "results/load"
@@ -198,7 +198,7 @@ def draw(frame: pd.DataFrame, stem: Path) -> None:
             axes.set(xlabel=size.capitalize(), ylabel=label, **limits)
             axes.set_title(f"{line[1]:.3g} + {line[0]:.3g} a {'recipe' if size == 'recipes' else 'file'}")
         for suffix in ("pdf", "png"):
-            with whole(stem.with_suffix(f".{suffix}")) as partial:
+            with atomic_write(stem.with_suffix(f".{suffix}")) as partial:
                 figure.savefig(partial, format=suffix, dpi=200)
 
 
@@ -223,7 +223,7 @@ def main() -> int:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1
     frame, stem = pd.DataFrame(rows), arguments.out / f"load_{arguments.what}"
-    with whole(stem.with_suffix(".csv")) as partial:
+    with atomic_write(stem.with_suffix(".csv")) as partial:
         frame.to_csv(partial, index=False)
     if arguments.what != "readers":
         draw(frame, stem)

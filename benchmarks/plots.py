@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from obr.report.figures.canvas import COLOURS, MARKERS, PAGE, STYLE
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 from timing import counted
 
 STAGES = {
@@ -28,7 +28,7 @@ def draw(name: str, frame: pd.DataFrame, stem: Path) -> None:
     with matplotlib.rc_context({**STYLE, "axes.axisbelow": True}):
         figure = PLOTS[name](frame)
         for suffix in ("pdf", "png", "svg"):
-            with whole(stem.with_suffix(f".{suffix}")) as partial:
+            with atomic_write(stem.with_suffix(f".{suffix}")) as partial:
                 figure.savefig(partial, format=suffix, dpi=300)
 
 

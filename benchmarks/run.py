@@ -30,7 +30,7 @@ import stages
 from layers import CALIBRATION, MODEL, ROTATION
 from models import TINY, write_inputs
 from obr.errors import ObrError
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 from render import render
 from timing import machine
 
@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
             start = time.perf_counter()
             print(f"{part} ...", flush=True)
             frame = pd.DataFrame(PARTS[part](settings))
-            with whole(arguments.out / f"{part}.csv") as partial:
+            with atomic_write(arguments.out / f"{part}.csv") as partial:
                 frame.to_csv(partial, index=False)
             print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
     finally:

@@ -16,7 +16,7 @@ from obr.calibration import collect_hessians
 from obr.config.recipe import Recipe
 from obr.data import token_windows
 from obr.methods.restore import restore_together
-from obr.models.blocks import advance
+from obr.models.blocks import run_in_place
 from obr.rotations import apply
 from obr.runtime.resume import block_file
 from peak import run_stage
@@ -34,7 +34,7 @@ def measure(model: Path, rotation: Path, tokens: Path, scratch: Path, repeats: i
         blocks = apply.open_blocks(model, rotation, device="cpu")
         hidden, arguments = blocks.embed(windows)
         for index in range(len(blocks)):
-            advance(blocks.load(index), hidden, arguments[index])
+            run_in_place(blocks.load(index), hidden, arguments[index])
 
     def collected() -> None:
         blocks = apply.open_blocks(model, rotation, device="cpu")

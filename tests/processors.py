@@ -116,7 +116,7 @@ def main() -> int:
         return 0
     from obr.runtime import processor
 
-    print(processor.spell(processor.about("cpu")), flush=True)
+    print(processor.summary(processor.description("cpu")), flush=True)
     kinds: list[tuple[str, list]] = []
     passed = True
     for setting in SETTINGS:

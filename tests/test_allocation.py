@@ -204,10 +204,10 @@ def made(tiny_folder, tmp_path_factory):
     windows = results / "calibration/c/tiny.safetensors"
     calibrate(model, tiny_folder / "train.txt", {"nsamples": 6, "seqlen": 64}, windows)
     folder, slopes = results / "hessians/tiny/none/c", results / "gradients/tiny/none/c.safetensors"
-    collect_hessians.hessian(model, None, windows, folder, torch.float32, "cpu")
+    collect_hessians.hessian_stage(model, None, windows, folder, torch.float32, "cpu")
     output_gradients.gradients(model, None, windows, slopes)
     losses = results / "sensitivity/tiny/none/c/mixed"
-    sensitivity.sensitivity(model, None, windows, folder, slopes, recipe().options, losses)
+    sensitivity.measure_sensitivity(model, None, windows, folder, slopes, recipe().options, losses)
     return results
 
 
@@ -238,7 +238,7 @@ def test_predicted_losses_are_the_quadratic_form_of_means(made):
 def test_losses_at_the_references_are_divergences_of_models_with_that_layer_changed(made):
     told = read_json(made / "sensitivity/tiny/none/c/mixed/losses.json")
     tokens = load_tokens(made / "calibration/c/tiny.safetensors")[0]
-    tokens = divergence.shortened(tokens)
+    tokens = divergence.measurement_windows(tokens)
     options = [told["options"][number] for number in told["references"]]
     assert told["tokens"] == tokens.numel()
     assert options == [asdict(Option("gptq", 3)), asdict(Option("joint", 4, 0.5))]
@@ -291,10 +291,10 @@ def test_an_interrupted_measurement_goes_on(made, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sensitivity, "_restored", pulled)
-        sensitivity.sensitivity(*inputs, recipe().options, tmp_path / "again")
+        sensitivity.measure_sensitivity(*inputs, recipe().options, tmp_path / "again")
     calls.clear()
     monkeypatch.setattr(sensitivity, "_restored", lambda w, *a: calls.append(next(iter(w))) or measured(w, *a))
-    again = sensitivity.sensitivity(*inputs, recipe().options, tmp_path / "again")
+    again = sensitivity.measure_sensitivity(*inputs, recipe().options, tmp_path / "again")
     assert all(name.startswith("1.") for name in calls) and again["layers"] == whole["layers"]
 
 
@@ -319,7 +319,7 @@ def test_layers_become_what_was_chosen_for_them(made, kind):
     import pandas as pd
 
     from obr.checkpoints.format import load
-    from obr.checkpoints.verify import verify
+    from obr.checkpoints.verify import verify_checkpoint
     from obr.compression.recompute import repeat
 
     manifest, folder = compressed(made, kind, bits=2.9, hessian=kind)
@@ -332,23 +332,23 @@ def test_layers_become_what_was_chosen_for_them(made, kind):
         assert row.sparsity == pytest.approx(int(row.columns * option.sparsity) / row.columns, abs=1e-6)
     assert manifest["bits_per_weight"]["theoretical"] == pytest.approx(manifest["allocation"]["bits_per_weight"])
     assert 2.8 < manifest["bits_per_weight"]["theoretical"] <= 2.9
-    assert verify(folder) == []
+    assert verify_checkpoint(folder) == []
     assert all(layer.identical for layer in repeat(folder, 3, device="cpu"))
     assert load(folder, dtype=torch.float32).obr_recipe.allocation.bits == 2.9
     altered = json_of(manifest)
     for row in altered["allocation"]["layers"]:
         row["option"] = 0
     (folder / "manifest.json").write_text(json.dumps(altered))
-    assert any("the recipe says 2" in problem for problem in verify(folder))
+    assert any("the recipe says 2" in problem for problem in verify_checkpoint(folder))
 
 
 def test_blocks_that_are_left_out_have_no_part_in_the_budget(made):
-    from obr.checkpoints.verify import verify
+    from obr.checkpoints.verify import verify_checkpoint
 
     manifest, folder = compressed(made, "part", blocks=":1", scope="row", row_weights="none")
     assert {row["block"] for row in manifest["allocation"]["layers"]} == {0}
     assert manifest["allocation"]["bits_per_weight"] <= 3.0 < 9 < manifest["bits_per_weight"]["theoretical"]
-    assert verify(folder) == []
+    assert verify_checkpoint(folder) == []
 
 
 def test_what_is_missing_or_of_another_recipe_is_told(made, tmp_path):

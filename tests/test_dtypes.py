@@ -35,7 +35,7 @@ def prepared(tiny_folder, tmp_path_factory):
     make({"kind": "quarot", "seed": 0}, model, folder / "rotation.safetensors")
     token_windows.calibrate(model, tiny_folder / "train.txt", WINDOWS, folder / "tokens.safetensors")
     for name in ("float32", "bfloat16"):
-        collect_hessians.hessian(
+        collect_hessians.hessian_stage(
             model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / name, getattr(torch, name)
         )
     return folder

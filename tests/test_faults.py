@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr.checkpoints.verify import verify
+from obr.checkpoints.verify import verify_checkpoint
 from obr.cli import main
 from obr.models.blocks import StreamedBlocks
 from obr.rotations.obtain import make
@@ -148,7 +148,7 @@ def test_killed_workflows_go_on_and_end_with_the_same_results(undisturbed, tmp_p
     assert not [name for name in made if name.endswith((".lock", ".tmp", ".old", ".unfinished"))]
     assert made == {name: whole[name] for name in made}
     for manifest in (tmp_path / SMOKE / "compressed").glob("*/*/manifest.json"):
-        assert verify(manifest.parent) == []
+        assert verify_checkpoint(manifest.parent) == []
 
 
 def complete(folder: Path) -> bool:
@@ -362,7 +362,7 @@ def test_memory_and_gpus_that_are_taken_away_are_told(fail, sentence, inputs, mo
     assert len(list(tmp_path.glob("out.unfinished/block_*.json"))) == 1
     monkeypatch.undo()
     assert main.main(stage("compress", inputs, tmp_path / "out")) == 0  # goes on at the second block
-    assert verify(tmp_path / "out") == []
+    assert verify_checkpoint(tmp_path / "out") == []
 
 
 def test_a_gpu_that_is_not_there_is_told(inputs, monkeypatch, tmp_path, capsys):

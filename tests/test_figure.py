@@ -11,7 +11,7 @@ import yaml
 
 from obr.errors import ObrError
 from obr.report.figures import draw
-from obr.report.figures.canvas import COLUMN, PAGE, Sheet
+from obr.report.figures.canvas import COLUMN, PAGE, Canvas
 from obr.report.figures.layers import LAYER_KINDS
 from test_table import ENTRY, MODELS, OBR, PUBLISHED, RECIPES, TABLE_1, fabricate
 
@@ -58,7 +58,7 @@ def results(tmp_path_factory) -> Path:
     return results
 
 
-def sheet(entry: dict, results: Path, monkeypatch, tmp_path, shapes=None) -> Sheet:
+def sheet(entry: dict, results: Path, monkeypatch, tmp_path, shapes=None) -> Canvas:
     """Draw `entry`, look that both files are whole, and hand back what was drawn."""
     drawn = []
     kind = draw.KINDS[entry["kind"]]

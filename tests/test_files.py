@@ -21,7 +21,7 @@ def test_a_file_replaces_an_older_one_only_when_it_is_whole(tmp_path):
     files.write_json({"é": [1, None]}, path)
     content = path.read_bytes()
     assert json.loads(content) == {"é": [1, None]} and "é".encode() in content and content.endswith(b"}\n")
-    with pytest.raises(RuntimeError), files.whole(path) as partial:
+    with pytest.raises(RuntimeError), files.atomic_write(path) as partial:
         partial.write_text("half")
         assert path.read_bytes() == content
         raise RuntimeError
@@ -36,7 +36,7 @@ def test_line_ends_are_left_alone(tmp_path):
 def test_the_umask_decides_who_may_read_tensors(tmp_path):
     before = os.umask(0o027)
     try:
-        with files.whole(tmp_path / "a.safetensors") as partial:
+        with files.atomic_write(tmp_path / "a.safetensors") as partial:
             save_file({"a": torch.zeros(1)}, partial)
     finally:
         os.umask(before)
@@ -46,10 +46,10 @@ def test_the_umask_decides_who_may_read_tensors(tmp_path):
 def test_a_folder_replaces_an_older_one_only_when_it_is_whole(tmp_path):
     out = tmp_path / "made" / "out"
     for text in ("old", "new"):
-        with files.whole_folder(out) as folder:
+        with files.atomic_folder(out) as folder:
             (folder / "a").write_text(text)
-            files.become(folder, out)
-    with pytest.raises(RuntimeError), files.whole_folder(out) as folder:
+            files.replace_folder(folder, out)
+    with pytest.raises(RuntimeError), files.atomic_folder(out) as folder:
         (folder / "a").write_text("half")
         raise RuntimeError
     assert (out / "a").read_text() == "new" and list(out.parent.iterdir()) == [out]
@@ -59,7 +59,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     path = tmp_path / "a.safetensors"
     (tmp_path / "a.safetensors.tmp").mkdir()
     (tmp_path / "a.safetensors.tmp" / ".tmpXYZ").write_text("half a file of safetensors")
-    with files.whole(path) as partial:
+    with files.atomic_write(path) as partial:
         save_file({"a": torch.zeros(1)}, partial)
     (tmp_path / "b.tmp").write_text("of an older version")
     files.write_text("b", tmp_path / "b")
@@ -75,7 +75,7 @@ def test_two_processes_do_not_write_one_thing(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        for write in (lambda: files.write_text("x", path), lambda: files.whole_folder(path).__enter__()):
+        for write in (lambda: files.write_text("x", path), lambda: files.atomic_folder(path).__enter__()):
             with pytest.raises(ObrError, match=rf"a is being written by process {holder.pid} on .*; wait for it or"):
                 write()
         assert not path.exists()
@@ -90,19 +90,19 @@ def test_an_older_folder_is_never_there_in_part(tmp_path, monkeypatch):
     """Killed between the two renamings, the older folder lies aside, whole; the next one removes it."""
     out = tmp_path / "out"
     for text in ("old", "new"):
-        with files.whole_folder(out) as folder:
+        with files.atomic_folder(out) as folder:
             (folder / "a").write_text(text)
             if text == "old":
-                files.become(folder, out)
+                files.replace_folder(folder, out)
             else:
                 monkeypatch.setattr(os, "replace", lambda a, b: os.rename(a, b) if a == out else 1 / 0)
                 with pytest.raises(ZeroDivisionError):
-                    files.become(folder, out)
+                    files.replace_folder(folder, out)
     assert not out.exists() and (tmp_path / "out.old" / "a").read_text() == "old"
     monkeypatch.undo()
-    with files.whole_folder(out) as folder:
+    with files.atomic_folder(out) as folder:
         (folder / "a").write_text("newer")
-        files.become(folder, out)
+        files.replace_folder(folder, out)
     assert list(tmp_path.iterdir()) == [out] and (out / "a").read_text() == "newer"
 
 

@@ -13,7 +13,7 @@ from obr.config.recipe import Recipe
 from obr.models.fake_quant import fake_quantize
 from obr.rotations import registry
 from obr.rotations.flatquant import factor_pair
-from obr.rotations.fold import clipped
+from obr.rotations.fold import clip_learned
 
 FAMILY = "qwen2, 14 heads"
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]
@@ -138,12 +138,12 @@ def test_learned_clips_of_weights_come_between_inputs_and_outputs(sizes, tmp_pat
 def test_clips_wide_open_are_no_clips():
     weight = torch.randn(3, 8, dtype=torch.float64)
     wide = torch.full((3, 1), 40.0, dtype=torch.float64)
-    assert torch.allclose(clipped(weight, (wide, wide)), weight)
+    assert torch.allclose(clip_learned(weight, (wide, wide)), weight)
     four = torch.full((3, 1), 4.0)
-    assert torch.allclose(clipped(weight, (four, four)).amax(1), 0.98201 * weight.amax(1), rtol=1e-5)
+    assert torch.allclose(clip_learned(weight, (four, four)).amax(1), 0.98201 * weight.amax(1), rtol=1e-5)
     groups = torch.tensor([[0.0, 40.0]]).expand(3, 2)  # the first half at half its range, the second as it is
-    assert torch.allclose(clipped(weight, (groups, groups))[:, 4:], weight[:, 4:])
-    assert torch.allclose(clipped(weight, (groups, groups))[:, :4].amax(1), weight[:, :4].amax(1) / 2)
+    assert torch.allclose(clip_learned(weight, (groups, groups))[:, 4:], weight[:, 4:])
+    assert torch.allclose(clip_learned(weight, (groups, groups))[:, :4].amax(1), weight[:, :4].amax(1) / 2)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

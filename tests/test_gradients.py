@@ -10,7 +10,7 @@ from obr.calibration import output_gradients
 from obr.data.token_windows import calibrate, load_tokens
 from obr.errors import ObrError
 from obr.models.blocks import Blocks, StreamedBlocks
-from obr.models.hidden_states import Room
+from obr.models.hidden_states import MemoryBudget
 from obr.rotations import apply
 from obr.rotations.obtain import make
 
@@ -68,7 +68,7 @@ def test_of_a_rotated_model_behind_its_online_transforms(tiny_folder, windows, r
     tokens = windows[1][:2]
     blocks = apply.open_blocks(tiny_folder / "model", rotation)
     found, _ = output_gradients.squared_gradients(
-        blocks, tokens, Room(0.0, tmp_path), progress=False
+        blocks, tokens, MemoryBudget(0.0, tmp_path), progress=False
     )  # states in files
     whole = apply.open_blocks(tiny_folder / "model", rotation).whole()
     linears = {n.removeprefix("model.layers."): m for n, m in whole.named_modules() if n.endswith("_proj")}

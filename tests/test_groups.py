@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import obr
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import pack, unpack
-from obr.checkpoints.verify import verify
+from obr.checkpoints.verify import verify_checkpoint
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.export import dispatch
@@ -218,7 +218,7 @@ def test_checkpoints_compute_the_same(checkpoint):
     block = CheckpointBlocks(folder, device="cpu").load(0)
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         assert torch.equal(block.get_submodule(name).weight, model.model.layers[0].get_submodule(name).weight)
-    assert verify(folder) == []
+    assert verify_checkpoint(folder) == []
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["recipe"]["group"] == 48
     assert manifest["bits_per_weight"]["theoretical"] == pytest.approx((3 + 16 / 48 + 16) / 2)
@@ -251,7 +251,7 @@ def test_altered_groups_are_noticed(checkpoint, change, sentence, tmp_path):
         manifest = json.loads((tmp_path / "manifest.json").read_text())
         manifest["files"] = {name: sha256_of(tmp_path / name) for name in manifest["files"]}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert any(sentence in problem for problem in verify(tmp_path))
+    assert any(sentence in problem for problem in verify_checkpoint(tmp_path))
 
 
 def test_what_has_no_place_for_groups_says_so(checkpoint, tmp_path):

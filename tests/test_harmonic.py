@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
 from obr.calibration import collect_hessians
-from obr.checkpoints.verify import verify
+from obr.checkpoints.verify import verify_checkpoint
 from obr.compression import blocks as compression
 from obr.compression.recompute import Places, repeat
 from obr.compression.stage import compress_stage
@@ -47,7 +47,7 @@ def files(tokens, tmp_path_factory):
     make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
     save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
     inputs = folder / "model", folder / "rotation.safetensors", folder / "tokens.safetensors"
-    collect_hessians.hessian(*inputs, folder / "hessians", device="cpu")
+    collect_hessians.hessian_stage(*inputs, folder / "hessians", device="cpu")
     return folder
 
 
@@ -165,7 +165,7 @@ def test_a_model_in_memory_and_a_streamed_one_get_the_same(files, tokens, tmp_pa
         ):  # the stage stores float32, obr.compress float16: later inputs differ by its rounding
             same = ((module.weight == 0) == (state[f"{name}.weight"] == 0)).float().mean()
             assert same > 0.995 and (same == 1 or "layers.0.self_attn" not in name or "o_proj" in name), name
-    assert verify(tmp_path / "c") == []
+    assert verify_checkpoint(tmp_path / "c") == []
     places = Places(files / "model", files / "rotation.safetensors", files / "tokens.safetensors")
     assert all(layer.identical for layer in repeat(tmp_path / "c", 5, places, "cpu"))
 

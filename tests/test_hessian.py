@@ -13,7 +13,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.evaluation.perplexity import perplexity
 from obr.models.blocks import StreamedBlocks
-from obr.models.hidden_states import Activations, Room
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.rotations.obtain import make
 from obr.runtime.progress import Progress
 
@@ -61,7 +61,7 @@ def test_sums_and_triangles_are_whole(columns, tmp_path):
 def test_states_are_kept_in_a_file_as_in_memory(dtype, tmp_path):
     states = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     for megabytes in (1, FILE):
-        kept = Activations(3, (5, 8), dtype, torch.device("cpu"), Room(megabytes, tmp_path))
+        kept = HiddenStates(3, (5, 8), dtype, torch.device("cpu"), MemoryBudget(megabytes, tmp_path))
         assert (kept.file is None) == (megabytes == 1)
         for index in (2, 0, 1):
             kept[index] = states[index][None]
@@ -75,7 +75,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(ObrError, match=r"hidden states cannot be written to .* free that space, or give more"):
-            Activations(3, (50, 8), torch.float32, torch.device("cpu"), Room(FILE, tmp_path))
+            HiddenStates(3, (50, 8), torch.float32, torch.device("cpu"), MemoryBudget(FILE, tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -84,14 +84,19 @@ def test_results_do_not_depend_on_where_states_lie(inputs, tmp_path):
     model, rotation, tokens = inputs
     recipe = Recipe.parse({"method": "obr_gptq", "rotation": "quarot", "calibration": "x"})
     for name, megabytes in (("memory", 100), ("file", FILE)):
-        collect_hessians.hessian(model, rotation, tokens, tmp_path / name / "h", device="cpu", megabytes=megabytes)
+        collect_hessians.hessian_stage(
+            model, rotation, tokens, tmp_path / name / "h", device="cpu", megabytes=megabytes
+        )
         out = tmp_path / name / "c"
         compress_stage(model, recipe, out, rotation=rotation, tokens=tokens, device="cpu", megabytes=megabytes)
     assert files_of(tmp_path / "memory" / "h") == files_of(tmp_path / "file" / "h")
     for path in (tmp_path / "memory" / "c").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "file" / "c" / path.name).read_bytes(), path.name
     windows = torch.randint(0, 512, (3, 64), generator=torch.Generator().manual_seed(1))
-    values = [perplexity(StreamedBlocks(model, device="cpu"), windows, room=Room(mb, tmp_path)) for mb in (100, FILE)]
+    values = [
+        perplexity(StreamedBlocks(model, device="cpu"), windows, room=MemoryBudget(mb, tmp_path))
+        for mb in (100, FILE)
+    ]
     assert values[0] == values[1]
 
 
@@ -106,7 +111,7 @@ class Plug(Exception):
 
 def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
     model, rotation, tokens = inputs
-    collect_hessians.hessian(model, rotation, tokens, tmp_path / "undisturbed", device="cpu")
+    collect_hessians.hessian_stage(model, rotation, tokens, tmp_path / "undisturbed", device="cpu")
     save, saved = collect_hessians.save, []
 
     def pulled(matrices, path):
@@ -117,17 +122,17 @@ def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch
 
     monkeypatch.setattr(collect_hessians, "save", pulled)
     with pytest.raises(Plug):
-        collect_hessians.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
+        collect_hessians.hessian_stage(model, rotation, tokens, tmp_path / "out", device="cpu")
     assert not list((tmp_path / "out").iterdir())
 
     with pytest.raises(
         ObrError, match=r"out.unfinished holds blocks of another run \(its rotation differs\); go back"
     ):
-        collect_hessians.hessian(model, None, tokens, tmp_path / "out", device="cpu")
+        collect_hessians.hessian_stage(model, None, tokens, tmp_path / "out", device="cpu")
     with pytest.raises(ObrError, match=r"its dtype differs.*or delete the folder to start anew"):
-        collect_hessians.hessian(model, rotation, tokens, tmp_path / "out", dtype=torch.bfloat16, device="cpu")
+        collect_hessians.hessian_stage(model, rotation, tokens, tmp_path / "out", dtype=torch.bfloat16, device="cpu")
 
-    collect_hessians.hessian(model, rotation, tokens, tmp_path / "out", device="cpu")
+    collect_hessians.hessian_stage(model, rotation, tokens, tmp_path / "out", device="cpu")
     assert saved == ["block_000.safetensors", "block_001.safetensors", "block_001.safetensors"]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert not (tmp_path / "out.unfinished").exists()

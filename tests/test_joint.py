@@ -237,7 +237,7 @@ def test_the_gradient_is_kept_up_to_date(pattern, compiled, monkeypatch):
     factors = Hessian(hessian)
     found = restore(weight, hessian, "wanda", pattern=pattern)
     grid, support = Grid.fit(weight, 4), found.mask.clone()
-    descent = joint_annealing.Descent.begin(weight, found.weight, factors.damped(), factors.dead, grid)
+    descent = joint_annealing.CoordinateDescent.begin(weight, found.weight, factors.damped(), factors.dead, grid)
     parsed = Pattern.parse(pattern) if pattern else None
     assert descent.sweep([0.0] * 3, support=support, pattern=parsed) > 0
     drift = (descent.codes - weight / grid.scale) @ factors.damped() - descent.gradient
@@ -271,9 +271,9 @@ def test_threads_do_not_matter():
     assert torch.equal(*results) and results[0].count_nonzero() > 0
 
 
-def start(weight, hessian) -> joint_annealing.Descent:
+def start(weight, hessian) -> joint_annealing.CoordinateDescent:
     factors, grid = Hessian(hessian), Grid.fit(weight, 4)
-    return joint_annealing.Descent.begin(weight, grid.round(weight), factors.damped(), factors.dead, grid)
+    return joint_annealing.CoordinateDescent.begin(weight, grid.round(weight), factors.damped(), factors.dead, grid)
 
 
 def test_sweeps_without_noise_never_raise_the_loss():
@@ -282,7 +282,9 @@ def test_sweeps_without_noise_never_raise_the_loss():
     for pattern in PATTERNS[1:]:
         first = restore(weight, hessian, "wanda", pattern=pattern)
         descent, support = start(weight, hessian), first.mask.clone()
-        descent = joint_annealing.Descent.begin(weight, first.weight, damped, Hessian(hessian).dead, descent.grid)
+        descent = joint_annealing.CoordinateDescent.begin(
+            weight, first.weight, damped, Hessian(hessian).dead, descent.grid
+        )
         losses = [row_losses(weight - descent.values(), damped)]
         for _ in range(4):
             descent.sweep([0.0], support=support, pattern=Pattern.parse(pattern))

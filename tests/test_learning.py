@@ -29,9 +29,9 @@ from obr.rotations.learning import end_to_end, klt, straight_through
 from obr.rotations.learning.cayley_sgd import CayleySGD
 from obr.rotations.learning.distillation import kl_top
 from obr.rotations.learning.registry import learn_rotation
-from obr.rotations.learning.run import Kept, Task
+from obr.rotations.learning.run import LearningRun, Snapshots
 from obr.rotations.ostquant import OSTQuant
-from obr.runtime.locks import let_go
+from obr.runtime.locks import release
 from test_resume import obr_command  # noqa: F401  a fixture, asked for by name
 
 LOW = {"bits": 3}
@@ -47,9 +47,9 @@ def folder(tiny_folder) -> Path:
     return tiny_folder
 
 
-def task_of(folder, tmp_path, kind, **learn) -> Task:
+def task_of(folder, tmp_path, kind, **learn) -> LearningRun:
     entry = {"kind": kind, "learn": {**SMALL, **learn}}
-    return Task.of(entry, folder / "model", folder / "learn", tmp_path / "out", "cpu", torch.float32)
+    return LearningRun.of(entry, folder / "model", folder / "learn", tmp_path / "out", "cpu", torch.float32)
 
 
 def orthogonal(n, seed=0):
@@ -108,10 +108,10 @@ def test_riemannian_adam_is_the_closed_form_for_two_steps():
 
 
 def test_learning_rates_rise_then_fall():
-    factor = end_to_end.warmed(0.1)
+    factor = end_to_end.warmup_schedule(0.1)
     rates = [factor(step / 100) for step in range(100)]
     assert rates[0] == 0 and max(rates) == rates[10] and rates[99] < 1e-3
-    assert end_to_end.warmed(0)(0.0) == 1
+    assert end_to_end.warmup_schedule(0)(0.0) == 1
 
 
 @pytest.mark.parametrize("kind", ["cayley", "adam"])
@@ -166,21 +166,19 @@ def test_quantisers_for_learning_compute_what_evaluation_does(is_symmetric, grou
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     settings = QuantizerSettings(4, is_symmetric, group, 0.8)
     expected = fake_quantize(x.detach(), settings)
-    for quantise in (straight_through.passed, straight_through.flowing):
+    for quantise in (straight_through.ste_identity, straight_through.ste_range):
         assert torch.allclose(quantise(x, settings), expected, atol=1e-6)
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(
-        straight_through.passed_weight(weight, 4, "minmax"), straight_through.flowing_weight(weight, 4)
-    )
+    assert torch.equal(straight_through.ste_weight(weight, 4, "minmax"), straight_through.ste_range_weight(weight, 4))
 
 
 def test_gradients_pass_rounding():
     x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     settings = QuantizerSettings(4, False, None, 0.7)
-    straight_through.passed(x, settings).sum().backward()
+    straight_through.ste_identity(x, settings).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))  # beyond the range, too
     x.grad = None
-    out = straight_through.flowing(x, settings)
+    out = straight_through.ste_range(x, settings)
     (gradient,) = torch.autograd.grad(out[0, 3], x, retain_graph=True)
     ends = {int(x[0].argmin()), int(x[0].argmax())}
     assert set(gradient[0].nonzero()[:, 0].tolist()) <= {3, *ends} and not gradient[1].any()
@@ -245,7 +243,7 @@ def along(leaf):
 def test_the_loss_over_parts_of_the_tokens_is_the_loss(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "TOKENS", 50)
     task = task_of(folder, tmp_path, "spinquant")
-    network, states = end_to_end.Network(task, straight_through.passed), torch.randn(120, 96).requires_grad_()
+    network, states = end_to_end.Network(task, straight_through.ste_identity), torch.randn(120, 96).requires_grad_()
     targets = torch.arange(120)
     loss = network.loss(states, targets, summed_cross_entropy, backward=True)
     expected = F.cross_entropy(network.logits(states), targets)
@@ -287,11 +285,11 @@ def test_small_batches_add_up_to_the_gradient_of_the_batch(folder, tmp_path):
 
 
 def test_windows_come_in_order_of_epochs():
-    places = torch.cat([end_to_end.drawn(7, 3, step, seed=2) for step in range(14)])
+    places = torch.cat([end_to_end.draw_batch(7, 3, step, seed=2) for step in range(14)])
     for epoch in places.split(7):
         assert sorted(epoch.tolist()) == list(range(7))
     assert not torch.equal(places[:7], places[7:14])
-    assert torch.equal(end_to_end.drawn(7, 3, 5, seed=2), places[15:18])
+    assert torch.equal(end_to_end.draw_batch(7, 3, 5, seed=2), places[15:18])
 
 
 # --- Learned rotations ------------------------------------------------------------------------------------
@@ -384,7 +382,7 @@ def round_weights(model, bits, clip="mse") -> None:
 def test_the_other_start_is_along_the_weights_principal_axes(folder, tmp_path):
     task = task_of(folder, tmp_path, "ostquant")
     drawn, turned = OSTQuant.draw(task.dimensions, 0), OSTQuant.draw(task.dimensions, 0)
-    network = end_to_end.Network(task, straight_through.flowing)
+    network = end_to_end.Network(task, straight_through.ste_range)
     klt.turn(turned, network.plain, network.layout)
     turned.check("the start")
     model, readers = load_model(folder / "model", torch.float64), []
@@ -444,8 +442,8 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, moves, where, step,
     watched = str(unfinished if where == "unfinished" else tmp_path)
     assert run(stage, out, {"moves": moves, "folder": watched})[0] == -signal.SIGKILL
     assert not out.exists()
-    assert Kept(out, json.loads((unfinished / "run.json").read_text())).read()[1]["step"] == step
-    let_go(unfinished)
+    assert Snapshots(out, json.loads((unfinished / "run.json").read_text())).read()[1]["step"] == step
+    release(unfinished)
     assert run(stage, out)[0] == 0, (tmp_path / "log").read_text()
     for suffix in (".safetensors", ".csv"):
         assert out.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()

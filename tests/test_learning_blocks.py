@@ -20,7 +20,7 @@ from obr.models.layers import set_quantizers
 from obr.rotations import apply, fold, registry
 from obr.rotations.learning import awq, blockwise, flatquant, omniquant
 from obr.rotations.learning.registry import learn_rotation
-from obr.rotations.learning.run import Kept, Task
+from obr.rotations.learning.run import LearningRun, Snapshots
 
 LEARNED = {"bits": 4, "symmetric": False, "group_size": "head", "clip_ratio": "learned"}
 PLAIN = {"bits": 8, "symmetric": False, "group_size": "head"}
@@ -100,7 +100,7 @@ def place(spiky, tokens, tmp_path):
 
     def make(kind, **changed):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        task = Task.of(entry_of(kind, **changed), spiky, tokens, out, "cpu", torch.float32)
+        task = LearningRun.of(entry_of(kind, **changed), spiky, tokens, out, "cpu", torch.float32)
         source = StreamedBlocks(task.model, None, torch.float32, "cpu")
         return next(blockwise._places(task, source, False, None, {}))
 
@@ -160,16 +160,16 @@ def test_learned_folds_of_other_families_leave_logits_as_they_were(kind, family,
 @pytest.mark.parametrize("kind", ["flatquant", "omniquant"])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(kind, learned, spiky, tokens, tmp_path, monkeypatch):
     out = tmp_path / "r.safetensors"
-    write = Kept.write
+    write = Snapshots.write
 
     def write_and_die(self, tensors, note):
         write(self, tensors, note)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Kept, "write", write_and_die)
+    monkeypatch.setattr(Snapshots, "write", write_and_die)
     with pytest.raises(KeyboardInterrupt):
         learn_rotation(entry_of(kind), spiky, tokens, out, "cpu")
-    monkeypatch.setattr(Kept, "write", write)
+    monkeypatch.setattr(Snapshots, "write", write)
     seen, module = [], {"flatquant": flatquant, "omniquant": omniquant}[kind]
     descend = module.descend
     monkeypatch.setattr(module, "descend", lambda place, *rest: seen.append(place.index) or descend(place, *rest))
@@ -188,10 +188,10 @@ def test_learned_weight_ranges_are_minmax_at_infinity_and_0_982_at_the_start(kin
     role, path = "down", here.layout.roles["down"]
     weight = here.plain[f"{path}.weight"]
     low, high = clips[f"{role}.clip_low"], clips[f"{role}.clip_high"]
-    start = fold.clipped(weight, (low, high))
+    start = fold.clip_learned(weight, (low, high))
     torch.testing.assert_close(start.amax(1), weight.amax(1) * 0.98201, rtol=1e-4, atol=0)
     torch.testing.assert_close(start.amin(1), weight.amin(1) * 0.98201, rtol=1e-4, atol=0)
-    wide = fold.clipped(weight, (torch.full_like(low, torch.inf), torch.full_like(high, torch.inf)))
+    wide = fold.clip_learned(weight, (torch.full_like(low, torch.inf), torch.full_like(high, torch.inf)))
     recipe = here.task.recipe
     quantised = blockwise.quantised_weight(wide, recipe)
     torch.testing.assert_close(quantised, Grid.fit(weight, recipe.bits, "minmax").round(weight))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import obr
-from obr.checkpoints.verify import verify
+from obr.checkpoints.verify import verify_checkpoint
 from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
 from obr.export.dispatch import export
@@ -74,7 +74,7 @@ def take(step: str, model, folder):
         obr.compress(model, WINDOWS, RECIPES[step], progress=False)
     elif step == "save":
         obr.save(model, folder / "packed")
-        assert verify(folder / "packed") == []
+        assert verify_checkpoint(folder / "packed") == []
         assert own_loss(obr.load(folder / "packed")) == before == own_loss(model)
     elif step == "load":
         model = obr.load(folder / "packed")
@@ -199,7 +199,7 @@ def test_saving_replaces_an_older_checkpoint_whole(tmp_path):
     manifest = obr.save(obr.compress(model, WINDOWS, RECIPES["weights"], progress=False), tmp_path / "packed")
     assert [name for name in manifest["files"] if "block" in name] == ["block_000.safetensors"]
     assert not (tmp_path / "packed/block_001.safetensors").exists()
-    assert not (tmp_path / "packed/chat_template.jinja").exists() and verify(tmp_path / "packed") == []
+    assert not (tmp_path / "packed/chat_template.jinja").exists() and verify_checkpoint(tmp_path / "packed") == []
 
 
 def test_saving_spares_a_folder_with_other_files(tmp_path):
@@ -246,7 +246,7 @@ def test_a_folder_that_is_not_the_checkpoint_of_its_manifest_is_refused_by_all_r
     for reader in readers:
         with pytest.raises(ObrError, match=refusal):
             reader()
-    assert verify(tmp_path / "packed") != []
+    assert verify_checkpoint(tmp_path / "packed") != []
 
 
 def _edit(path, **changes):

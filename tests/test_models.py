@@ -34,7 +34,7 @@ def prepared(tiny_folder, tmp_path_factory):
     model = tiny_folder / "model"
     make({"kind": "quarot", "seed": 0}, model, folder / "rotation.safetensors")
     token_windows.calibrate(model, tiny_folder / "train.txt", CALIBRATION, folder / "tokens.safetensors")
-    collect_hessians.hessian(
+    collect_hessians.hessian_stage(
         model, folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "hessians"
     )
     return folder

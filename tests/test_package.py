@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import obr
-from obr.cli.main import _parser
+from obr.cli.parser import parser
 from obr.runtime import code_digest
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_editing_restoration_touches_compression_but_not_hessians():
 
 def test_every_stage_has_a_rule_with_its_digest():
     rules = "\n".join(p.read_text() for p in (ROOT / "workflow" / "rules").glob("*.smk"))
-    stages = set(_parser()._subparsers._group_actions[0].choices)
+    stages = set(parser()._subparsers._group_actions[0].choices)
     by_hand = {"plan", "push", "verify", "export"}
     assert {re.sub("-", "_", s) for s in stages - by_hand} <= {
         re.sub("-", "_", s) for s in re.findall(r"obr ([a-z-]+) --", rules)
@@ -190,7 +190,7 @@ def test_the_readme_tells_the_truth():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z][a-z-]*)", readme)) - {"it"}:
         assert f"\n{target}:" in makefile, target
-    stages = _parser()._subparsers._group_actions[0].choices
+    stages = parser()._subparsers._group_actions[0].choices
     for command in re.findall(r"^obr ([a-z-]+)", readme, re.M):
         assert command in stages, command
     for path in re.findall(r"\]\(([\w./-]+)\)", readme):

@@ -16,7 +16,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.planning import cost_model, measured_times, tensor_sizes
 from obr.planning.dry_run import Job, pending
-from obr.planning.plan import Prices, make, overrides_of, spell
+from obr.planning.plan import Prices, overrides_of, plan_of, summary
 from obr.planning.schedule import schedule
 from test_workflow import CONFIG, ROOT, snakemake
 
@@ -96,19 +96,19 @@ def test_the_tiny_workflow_takes_what_it_was_said_to_take(tiny_folder, tmp_path)
 
 def test_a_plan_of_the_demo_reads_well(demo):
     config, _ = demo
-    plan = make(SNAKEFILE, [DEMO], {"results": config["results"]}, [], 2, 1)
+    plan = plan_of(SNAKEFILE, [DEMO], {"results": config["results"]}, [], 2, 1)
     assert plan.jobs == 49 and 10 * 60 < plan.wall < 33 * 60 and not plan.gated and plan.gpu == 0
     assert 0.08 < plan.fetched < 0.3 and plan.disk < 4 and 1 < plan.host < 4
-    text = spell(plan)
+    text = summary(plan)
     assert "49 jobs, about" in text and "on 2 cores" in text and "a server's core" in text
 
 
 def test_the_paper_is_priced_with_its_licences(tmp_path):
-    plan = make(SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path)}, [], 16, 1)
+    plan = plan_of(SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path)}, [], 16, 1)
     assert plan.jobs > 900 and plan.gpu > 100 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
     assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
-    assert "Gated" in spell(plan) and "larger GPU: some of learn_rotation, zero_shot" in spell(plan)
-    few = make(
+    assert "Gated" in summary(plan) and "larger GPU: some of learn_rotation, zero_shot" in summary(plan)
+    few = plan_of(
         SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path), "only_models": ["llama-2-7b"]}, [], 16, 1
     )
     assert few.busy < plan.busy / 2 and set(few.by_model) == {"llama-2-7b"}
@@ -117,7 +117,7 @@ def test_the_paper_is_priced_with_its_licences(tmp_path):
 def test_the_sizes_of_every_task_of_the_paper_are_known():
     tasks = yaml.safe_load((ROOT / "config.yaml").read_text())["zero_shot"]
     assert {entry["source"]["task"] for entry in tasks.values()} <= set(cost_model.TASKS)
-    sizes = tensor_sizes.Sizes.guessed(7.0)
+    sizes = tensor_sizes.Sizes.estimate(7.0)
     one, two = (cost_model.zero_shot(sizes, task, 100, 1).products for task in ("lambada_openai", "winogrande"))
     assert one / two == pytest.approx(1 * 90 / (2 * 25), rel=0.01)
 
@@ -161,9 +161,9 @@ def test_the_schedule_waits_for_inputs_cores_and_gpus():
 
 
 def test_work_grows_as_it_should():
-    small, large = tensor_sizes.Sizes.guessed(1), tensor_sizes.Sizes.guessed(8)
+    small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.guessed(8)
     assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
-    assert tensor_sizes.Sizes.guessed(6.7).hidden == pytest.approx(4096, rel=0.05)
+    assert tensor_sizes.Sizes.estimate(6.7).hidden == pytest.approx(4096, rel=0.05)
     work = [cost_model.zero_shot(small, "piqa", None, 1).runs, cost_model.zero_shot(small, "piqa", None, 8).runs]
     assert work[0] == 8 * work[1]
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 from authors import refused
 from families import TOKENS, random_model
 from obr.checkpoints.format import load
-from obr.checkpoints.released.stage import adopt, spell
+from obr.checkpoints.released.stage import import_released, summary
 from obr.checkpoints.released.verified import Verified, distance_to_grid
 from obr.config.recipe import Recipe
 from released_files import FORMS, pruned_and_rounded, wrapped_state, written
@@ -80,7 +80,7 @@ def test_the_files_have_the_keys_that_the_front_ends_write(made):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_files_is_the_same_model(made, tmp_path, form):
     folder, model, state = made()
-    adopt(folder, written(tmp_path, state, form), recipe(), tmp_path / "out")
+    import_released(folder, written(tmp_path, state, form), recipe(), tmp_path / "out")
     check_same(tmp_path / "out", model)
 
 
@@ -88,7 +88,7 @@ def test_every_form_of_the_files_is_the_same_model(made, tmp_path, form):
 @pytest.mark.parametrize("base", BASES)
 def test_the_adopted_model_computes_what_the_released_one_does(made, tmp_path, base, kind):
     folder, model, state = made(base, kind)
-    manifest = adopt(folder, written(tmp_path, state), recipe(kind), tmp_path / "out")
+    manifest = import_released(folder, written(tmp_path, state), recipe(kind), tmp_path / "out")
     check_same(tmp_path / "out", model)
     assert manifest["bits_per_weight"]["theoretical"] == 3.0 and 8.5 < manifest["bits_per_weight"]["file"] < 9.5
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -99,7 +99,7 @@ def test_the_adopted_model_computes_what_the_released_one_does(made, tmp_path, b
     assert verified["rows"] == sum(v.shape[0] for k, v in state.items() if k.endswith("_proj.weight"))
     assert 3 <= verified["levels"] <= 16 and verified["off_grid"] == 0 and verified["likeness"] is None
     assert 0.5 <= verified["least_zeros"] <= verified["most_zeros"] < 1
-    assert f"layout of {kind}" in spell(manifest) and "0 rows off a grid" in spell(manifest)
+    assert f"layout of {kind}" in summary(manifest) and "0 rows off a grid" in summary(manifest)
     heads = {"queries and keys", "down inputs"} | ({"o inputs"} if kind == "quarot" else set())
     assert set(manifest["rotation"]["online"]) == heads
 
@@ -109,7 +109,7 @@ def test_without_the_files_own_hadamard_matrix_the_model_would_be_another(made, 
     folder, model, state = made()
     for number, path in enumerate(("o_proj", "down_proj")):
         other = {k: v.roll(1, 0) if k.endswith(f"{path}.had_K") else v for k, v in state.items()}
-        adopt(folder, written(tmp_path / path, other), recipe(), tmp_path / f"out{number}")
+        import_released(folder, written(tmp_path / path, other), recipe(), tmp_path / f"out{number}")
         with pytest.raises(AssertionError):
             check_same(tmp_path / f"out{number}", model)
 
@@ -142,7 +142,7 @@ SHARED = [
 @pytest.mark.parametrize("change", SHARED, ids=["head inside", "head outside", "layer inside", "layer outside"])
 def test_one_name_of_a_shared_tensor_is_enough(made, tmp_path, change):
     folder, model, state = made("qwen2")
-    adopt(folder, written(tmp_path, change(state)), recipe(), tmp_path / "out")
+    import_released(folder, written(tmp_path, change(state)), recipe(), tmp_path / "out")
     check_same(tmp_path / "out", model)
 
 
@@ -155,7 +155,7 @@ def test_a_tied_model_needs_embeddings_or_head(made, tmp_path, missing):
     changes = without(*([missing] if isinstance(missing, str) else missing))
     model = copy.deepcopy(model)
     model.lm_head.weight.data = both.float()
-    adopt(folder, written(tmp_path, changes(state)), recipe(), tmp_path / "out")
+    import_released(folder, written(tmp_path, changes(state)), recipe(), tmp_path / "out")
     check_same(tmp_path / "out", model)
 
 
@@ -217,7 +217,7 @@ REFUSED = {
 def test_whatever_is_not_as_released_is_refused(made, tmp_path, change, sentence):
     folder, _, state = made()
     released = written(tmp_path, change(state))
-    refused(lambda: adopt(folder, released, recipe(), tmp_path / "out"), sentence)
+    refused(lambda: import_released(folder, released, recipe(), tmp_path / "out"), sentence)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -232,7 +232,7 @@ def test_whatever_is_not_as_released_is_refused(made, tmp_path, change, sentence
 )
 def test_biases_are_checked_as_weights_are(made, tmp_path, base, change, sentence):
     folder, _, state = made(base)
-    refused(lambda: adopt(folder, written(tmp_path, change(state)), recipe(), tmp_path / "out"), sentence)
+    refused(lambda: import_released(folder, written(tmp_path, change(state)), recipe(), tmp_path / "out"), sentence)
 
 
 def plain(state):
@@ -256,18 +256,23 @@ def plain(state):
 )  # fmt: skip
 def test_other_layouts_are_refused(made, tmp_path, kind, change, sentence):
     folder, _, state = made("llama", kind)
-    refused(lambda: adopt(folder, written(tmp_path, change(state)), recipe(kind), tmp_path / "out"), sentence)
+    refused(
+        lambda: import_released(folder, written(tmp_path, change(state)), recipe(kind), tmp_path / "out"), sentence
+    )
 
 
 def test_a_recipe_that_contradicts_the_file_is_refused(made, tmp_path):
     folder, _, state = made("qwen2", "spinquant")
     released = written(tmp_path, state)
     refused(
-        lambda: adopt(folder, released, recipe("quarot"), tmp_path / "out"),
+        lambda: import_released(folder, released, recipe("quarot"), tmp_path / "out"),
         "is in the layout of spinquant, but the recipe's rotation is quarot",
     )
-    refused(lambda: adopt(folder, released, recipe("spinquant", blocks="0:1"), tmp_path / "out"), "is taken whole")
-    adopt(folder, released, recipe("a_name_of_the_config"), tmp_path / "out")
+    refused(
+        lambda: import_released(folder, released, recipe("spinquant", blocks="0:1"), tmp_path / "out"),
+        "is taken whole",
+    )
+    import_released(folder, released, recipe("a_name_of_the_config"), tmp_path / "out")
 
 
 def test_a_base_model_of_another_family_is_refused(made, tmp_path):
@@ -280,7 +285,7 @@ def test_a_base_model_of_another_family_is_refused(made, tmp_path):
     random_model(config, torch.float32).save_pretrained(tmp_path / "model")
     released = written(tmp_path, state)
     refused(
-        lambda: adopt(tmp_path / "model", released, recipe("spinquant"), tmp_path / "out"),
+        lambda: import_released(tmp_path / "model", released, recipe("spinquant"), tmp_path / "out"),
         "qwen3 models have self_attn.q_norm.weight, which released checkpoints do not hold",
     )
 
@@ -294,7 +299,7 @@ def test_weights_keep_the_type_and_the_values_of_the_file(made, tmp_path, dtype)
     weights = {k: pruned_and_rounded(v.float(), dtype) for k, v in state.items() if k.endswith("_proj.weight")}
     weights |= {k.replace("_proj.weight", "_proj.module.weight"): v for k, v in weights.items()}
     others = {k: v.to(dtype) for k, v in state.items() if v.dtype == torch.float16}
-    manifest = adopt(folder, written(tmp_path, {**state, **others, **weights}), recipe(), tmp_path / "out")
+    manifest = import_released(folder, written(tmp_path, {**state, **others, **weights}), recipe(), tmp_path / "out")
     assert manifest["dtype"] == str(dtype).removeprefix("torch.") and manifest["released"]["off_grid"] == 0
     found = load(tmp_path / "out", device="cpu", dtype=torch.float32)
     for name, weight in weights.items():
@@ -306,16 +311,16 @@ def test_weights_keep_the_type_and_the_values_of_the_file(made, tmp_path, dtype)
 def test_mixed_types_are_kept_in_one_that_holds_them_all(made, tmp_path):
     folder, _, state = made("qwen2")
     state = changed("embed_tokens.weight", lambda w: w.bfloat16())(state)
-    assert adopt(folder, written(tmp_path, state), recipe(), tmp_path / "out")["dtype"] == "float32"
+    assert import_released(folder, written(tmp_path, state), recipe(), tmp_path / "out")["dtype"] == "float32"
 
 
 def test_down_proj_at_8_bits_may_have_more_values(made, tmp_path):
     folder, _, state = made()
     state = changed(("down_proj.weight", "down_proj.module.weight"), lambda w: too_fine(w) * (w != 0))(state)
     released = written(tmp_path, state)
-    manifest = adopt(folder, released, recipe(int8_down_proj=True), tmp_path / "out")
+    manifest = import_released(folder, released, recipe(int8_down_proj=True), tmp_path / "out")
     assert 16 < manifest["released"]["levels"] <= 256 and manifest["bits_per_weight"]["theoretical"] > 3
-    refused(lambda: adopt(folder, released, recipe(), tmp_path / "other"), "more than the 16 of 4 bits")
+    refused(lambda: import_released(folder, released, recipe(), tmp_path / "other"), "more than the 16 of 4 bits")
 
 
 def test_patterns_are_checked_group_by_group():

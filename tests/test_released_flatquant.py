@@ -9,7 +9,7 @@ from transformers import LlamaConfig, Qwen2Config
 from authors import invertible, refused
 from families import TOKENS, random_model
 from obr.checkpoints.format import load
-from obr.checkpoints.released.stage import adopt, spell
+from obr.checkpoints.released.stage import import_released, summary
 from obr.config.recipe import Recipe
 from released_files import FORMS, FlatModel, pruned_and_rounded, written
 
@@ -62,7 +62,7 @@ def check_same(checkpoint, flat, recipe=None) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_the_adopted_model_computes_what_the_naive_one_does(made, tmp_path, base, free):
     folder, flat, state = made(base, free)
-    manifest = adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
+    manifest = import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
     check_same(tmp_path / "out", flat)
     assert manifest["dtype"] == "bfloat16" and manifest["rotation"]["clipped"] is True
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -71,7 +71,7 @@ def test_the_adopted_model_computes_what_the_naive_one_does(made, tmp_path, base
     verified = manifest["released"]
     assert verified["layout"] == "flatquant" and verified["off_grid"] == 0 and 0.9 < verified["likeness"] < 1
     assert verified["rows"] == sum(v.shape[0] for k, v in state.items() if k.endswith("_proj.linear.weight"))
-    assert "resemble the base model's, folded, by a cosine of 0.9" in spell(manifest)
+    assert "resemble the base model's, folded, by a cosine of 0.9" in summary(manifest)
     assert manifest["rotation"]["online"] == [
         "qkv inputs", "up_gate inputs", "down inputs", "o inputs", "queries and keys"
     ]  # fmt: skip
@@ -80,13 +80,13 @@ def test_the_adopted_model_computes_what_the_naive_one_does(made, tmp_path, base
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_files_is_the_same_model(made, tmp_path, form):
     folder, flat, state = made("llama, tied", True)
-    adopt(folder, written(tmp_path, state, form), RECIPE, tmp_path / "out")
+    import_released(folder, written(tmp_path, state, form), RECIPE, tmp_path / "out")
     check_same(tmp_path / "out", flat)
 
 
 def test_without_its_learned_ranges_the_model_is_another(made, tmp_path):
     folder, flat, state = made()
-    adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
+    import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
     plain = {**ENTRY, "activations": {"bits": 4}, "keys": CACHE, "values": CACHE}
     with pytest.raises(AssertionError):
         check_same(tmp_path / "out", flat, plain)
@@ -94,7 +94,7 @@ def test_without_its_learned_ranges_the_model_is_another(made, tmp_path):
 
 def test_weights_and_biases_are_kept_to_the_last_bit(made, tmp_path):
     folder, _, state = made()
-    adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
+    import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
     found = load(tmp_path / "out", device="cpu", dtype=torch.bfloat16)
     for name, tensor in state.items():
         if ".linear." in name and "_proj" in name:
@@ -108,7 +108,7 @@ def test_queries_take_the_inverse_that_the_file_holds(made, tmp_path):
     folder, _, state = made()
     inverse = "model.layers.1.self_attn.kcache_trans.matrix_inv_t"
     state = {k: v * 1.001 if k == inverse else v for k, v in state.items()}
-    adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
+    import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
     quantizer = load(tmp_path / "out", device="cpu").model.layers[1].self_attn.key_value_quantizer
     assert torch.allclose(quantizer.query_transform.matrix().float(), state[inverse])
 
@@ -121,7 +121,7 @@ def without(*parts):
 def test_a_file_learned_without_a_part_does_without_it(made, tmp_path, part):
     """Scales and weights' clips have acted already; they are needed to compare layers with the base model's."""
     folder, flat, state = made()
-    manifest = adopt(folder, written(tmp_path, without(part)(state)), RECIPE, tmp_path / "out")
+    manifest = import_released(folder, written(tmp_path, without(part)(state)), RECIPE, tmp_path / "out")
     assert ("queries and keys" in manifest["rotation"]["online"]) == (part != "kcache_trans")
     if part in ("clip_factor_w", "diag_scale"):
         check_same(tmp_path / "out", flat)
@@ -209,7 +209,7 @@ REFUSED = {
 def test_whatever_is_not_as_released_is_refused(made, tmp_path, change, sentence):
     folder, _, state = made()
     released = written(tmp_path, change(state))
-    refused(lambda: adopt(folder, released, RECIPE, tmp_path / "out"), sentence)
+    refused(lambda: import_released(folder, released, RECIPE, tmp_path / "out"), sentence)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
@@ -219,7 +219,7 @@ def test_left_and_right_of_one_size_may_not_be_swapped(made, tmp_path):
     narrow = {k: v for k, v in state.items() if "down_trans" not in k}
     state = {**state, **swapped(narrow)}
     refused(
-        lambda: adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out"),
+        lambda: import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out"),
         "block 0 self_attn.q_proj resembles the base model's layer, folded by the file's own transforms",
     )
 
@@ -235,7 +235,7 @@ def test_values_that_are_transformed_for_every_token_are_refused(made, tmp_path)
         before = torch.block_diag(*[value] * 2).inverse().T @ weight
         state[f"{path}.v_proj.linear.weight"] = pruned_and_rounded(before, torch.bfloat16)
     refused(
-        lambda: adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out"),
+        lambda: import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out"),
         "block 0 self_attn.v_proj was folded without vcache_trans (separate_vtrans)",
     )
 
@@ -245,7 +245,7 @@ def test_transforms_as_they_are_learned_are_refused(made, tmp_path):
     state = {k: v for k, v in state.items() if "_trans" not in k}
     state["model.layers.0.self_attn.ln_trans.linear_left.weight"] = invertible(8, 0)
     refused(
-        lambda: adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out"),
+        lambda: import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out"),
         "FlatQuant's transforms as they are learned, such as 'model.layers.0.self_attn.ln_trans.linear_left.weight'",
     )
 
@@ -254,7 +254,7 @@ def test_a_recipe_of_another_rotation_is_refused(made, tmp_path):
     folder, _, state = made()
     other = Recipe.parse({**ENTRY, "rotation": "quarot"})
     refused(
-        lambda: adopt(folder, written(tmp_path, state), other, tmp_path / "out"),
+        lambda: import_released(folder, written(tmp_path, state), other, tmp_path / "out"),
         "is in the layout of flatquant, but the recipe's rotation is quarot",
     )
 
@@ -262,4 +262,4 @@ def test_a_recipe_of_another_rotation_is_refused(made, tmp_path):
 def test_a_tied_model_with_two_different_ends_is_refused(made, tmp_path):
     folder, _, state = made("llama, tied")
     state = {**state, "lm_head.weight": state["lm_head.weight"] * 2}
-    refused(lambda: adopt(folder, written(tmp_path, state), RECIPE, tmp_path / "out"), "the two weights of")
+    refused(lambda: import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out"), "the two weights of")

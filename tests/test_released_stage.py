@@ -15,12 +15,12 @@ from families import random_model
 from obr.checkpoints.format import load
 from obr.checkpoints.released.download import download_released
 from obr.checkpoints.released.state import StateDict
-from obr.checkpoints.verify import verify
+from obr.checkpoints.verify import verify_checkpoint
 from obr.cli import main
 from obr.data.token_windows import evaluation_windows
 from obr.evaluation.perplexity import perplexity
 from obr.models.loading import load_model, load_tokenizer
-from obr.planning.plan import make
+from obr.planning.plan import plan_of
 from obr.runtime.files import sha256_of
 from released_files import FORMS, FlatModel, wrapped_state, written
 from running import ROOT
@@ -209,7 +209,7 @@ def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsy
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["source"]["folder"] == str((tmp_path / "hub").resolve()) and manifest["inputs"]["released"]
     ran("verify", out)
-    assert not verify(out)
+    assert not verify_checkpoint(out)
 
     evaluation = {"text": "heldout", "seqlen": 64, "tokens": 512}
     measured = ("--checkpoint", out, "--text", tiny_folder / "heldout.txt", "--out", tmp_path / "ppl.json")
@@ -252,13 +252,13 @@ def test_what_others_released_is_neither_made_again_nor_multiplied_packed_nor_al
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     manifest["recipe"]["sparsity"] = 0.7
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
-    assert any("fewer than the" in problem for problem in verify(tmp_path / "out"))
+    assert any("fewer than the" in problem for problem in verify_checkpoint(tmp_path / "out"))
 
 
 def test_they_are_priced_by_their_size(tmp_path):
     """The host's work of the authors' three: 7, 7.6 and 69 billion parameters."""
     targets = [str(tmp_path / f"tables/{name}.csv") for name in ("released_7b", "released_70b", "released_qwen_7b")]
-    plan = make(ROOT / "Snakefile", [ROOT / "config.yaml"], {"results": str(tmp_path)}, targets, 16, 1)
+    plan = plan_of(ROOT / "Snakefile", [ROOT / "config.yaml"], {"results": str(tmp_path)}, targets, 16, 1)
     rules = plan.by_rule
     assert rules["released"]["jobs"] == rules["download_released"]["jobs"] == 3
     assert 1200 < rules["released"]["longest"] < 20_000 and 5 < rules["released"]["host"] < 40

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import obr
-from obr.checkpoints.verify import verify
+from obr.checkpoints.verify import verify_checkpoint
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
@@ -100,13 +100,13 @@ def test_generation_reads_the_same_settings(kind, copies, source):
 
 
 def test_a_checkpoint_is_verified_with_them(copies, tmp_path):
-    assert verify(copies["checkpoint"]) == [] == verify(copies["push"])
+    assert verify_checkpoint(copies["checkpoint"]) == [] == verify_checkpoint(copies["push"])
     files = json.loads((copies["checkpoint"] / "manifest.json").read_text())["files"]
     assert set(files) >= SMALL
     altered = Path(shutil.copytree(copies["checkpoint"], tmp_path / "c"))
     (altered / "additional_chat_templates/tool.jinja").write_text("other")
     (altered / "additional_chat_templates/stray.jinja").write_text("other")
-    assert [problem.split("/")[-1][:11] for problem in verify(altered)] == ["tool.jinja ", "stray.jinja"]
+    assert [problem.split("/")[-1][:11] for problem in verify_checkpoint(altered)] == ["tool.jinja ", "stray.jinja"]
     source = json.loads((copies["download"] / "source.json").read_text())
     assert set(source["sha256"]) >= SMALL
 

@@ -99,7 +99,7 @@ def test_the_dtype_of_products_is_what_the_cpu_has_or_what_is_asked_for(monkeypa
     assert processor.product_dtype("cpu") == (torch.bfloat16 if native else torch.float32)
     for name, dtype in processor.PRODUCTS.items():
         monkeypatch.setenv(processor.VARIABLE, name)
-        assert processor.product_dtype("cpu") == dtype and processor.about("cpu")["products"] == name
+        assert processor.product_dtype("cpu") == dtype and processor.description("cpu")["products"] == name
     monkeypatch.setattr(processor, "_required", "float32")
     assert processor.product_dtype("cpu") == torch.float32  # a checkpoint's own, whatever the variable says
     monkeypatch.setattr(processor, "_required", None)

@@ -12,7 +12,7 @@ from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
-from obr.models.blocks import Blocks, advance, run_block
+from obr.models.blocks import Blocks, run_block, run_in_place
 from obr.rotations.obtain import make
 
 RECIPE = {"method": "gptq", "bits": 3, "calibration": "c"}
@@ -129,8 +129,8 @@ def test_compressed_blocks_come_nearer_to_the_dense_models(tokens, method):
         (wanted, arguments), (states, _) = (b.embed(held_out) for b in (dense, blocks))
         errors[asymmetry] = []
         for index in range(len(blocks)):
-            advance(dense.load(index), wanted, arguments[index])
-            advance(blocks.load(index), states, arguments[index])
+            run_in_place(dense.load(index), wanted, arguments[index])
+            run_in_place(blocks.load(index), states, arguments[index])
             errors[asymmetry].append(sum(float((a - b).square().sum()) for a, b in zip(wanted, states, strict=True)))
     assert all(torch.equal(layers[0.0][name], layers[1e-30][name]) for name in layers[0.0])  # no step, no change
     # The first layers read the same in both models; those behind them do not.

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obr.calibration.collect_hessians import hessian
-from obr.checkpoints.verify import verify
+from obr.calibration.collect_hessians import hessian_stage
+from obr.checkpoints.verify import verify_checkpoint
 from obr.cli import main
 from obr.compression import blocks
 from obr.compression.recompute import Places, repeat
@@ -44,7 +44,7 @@ def results(tmp_path_factory) -> Path:
     windows = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": windows}, tokens, metadata={"calibration": "{}"})
     hessians = folder / "hessians" / MODEL / "quarot" / "c"
-    hessian(model, rotation, tokens, hessians, device="cpu")
+    hessian_stage(model, rotation, tokens, hessians, device="cpu")
     for kind, inputs in (("cached", {"hessians": hessians}), ("sequential", {"tokens": tokens})):
         recipe = Recipe.parse({**RECIPE, "hessian": kind, "blocks": ":2"})
         compress_stage(model, recipe, folder / "compressed" / MODEL / kind, rotation=rotation, device="cpu", **inputs)
@@ -67,7 +67,7 @@ def with_hashes(checkpoint: Path) -> None:
 @pytest.mark.parametrize("kind", ["cached", "sequential"])
 def test_a_whole_checkpoint_is_told_to_be_whole(results, kind, capsys):
     checkpoint = results / "compressed" / MODEL / kind
-    assert verify(checkpoint) == []
+    assert verify_checkpoint(checkpoint) == []
     assert main.main(["verify", str(checkpoint), "--recompute", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("made again: identical") == 3 and out.endswith("is what its manifest says.\n"), out
@@ -137,7 +137,7 @@ def test_layers_that_were_made_otherwise_are_noticed(results, tmp_path):
     manifest = json.loads((tmp_path / "c/manifest.json").read_text())
     manifest["recipe"]["alpha"] = manifest["inputs"]["recipe"]["alpha"] = 0.5
     (tmp_path / "c/manifest.json").write_text(json.dumps(manifest))
-    assert verify(tmp_path / "c") == []
+    assert verify_checkpoint(tmp_path / "c") == []
     found = repeat(tmp_path / "c", 3, Places(results / "models" / MODEL, rotation, None, folder), "cpu")
     assert max(layer.differing for layer in found) > 0.01 and not any(layer.identical for layer in found)
 
@@ -146,7 +146,7 @@ def test_the_manifest_has_a_bill_of_all_software(results, tmp_path):
     manifest = json.loads((results / "compressed" / MODEL / "cached/manifest.json").read_text())
     bill, locks = manifest["software"], ("requirements.lock", "requirements.torch.lock")
     assert bill == software() and manifest["instructions"]
-    assert manifest["processors"] == [processor.about("cpu") | {"blocks": [0, 1, 2]}]
+    assert manifest["processors"] == [processor.description("cpu") | {"blocks": [0, 1, 2]}]
     assert bill["lock"] == {name: sha256_of(ROOT / name) for name in locks}
     assert bill["packages"]["torch"] == torch.__version__ and bill["packages"]["obr"]
     # what they require in turn, under an extra (lm-eval[hf]) too, and nothing that is only there for tests

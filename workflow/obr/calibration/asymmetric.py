@@ -17,11 +17,11 @@ from obr.calibration.collect_hessians import Accumulator, Moments, inputs_of
 from obr.methods.layer_hessian import Hessian
 from obr.methods.row_products import product
 from obr.models.architectures import Layout
-from obr.models.hidden_states import Activations
+from obr.models.hidden_states import HiddenStates
 
 
 @dataclass
-class Collected:
+class GroupStatistics:
     """Of a group's inputs: their moments, how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), and the Hessian
     (n, n) of held-out windows."""
 
@@ -34,11 +34,11 @@ def collect(
     block: nn.Module,
     dense: nn.Module,
     layout: Layout,
-    hidden: Activations,
-    dense_hidden: Activations,
+    hidden: HiddenStates,
+    dense_hidden: HiddenStates,
     arguments: dict,
     group: str,
-) -> Collected:
+) -> GroupStatistics:
     """Moments and drift of a group of `block`, beside `dense`, the block before compression.
 
     hidden, dense_hidden: b inputs (1, s, d) of either.
@@ -52,7 +52,7 @@ def collect(
         wanted = inputs_of(dense, name, dense_states, arguments)
         total(inputs)
         drift.addmm_((wanted - inputs).T, inputs, alpha=total.factor)
-    return Collected(total.moments(), drift)
+    return GroupStatistics(total.moments(), drift)
 
 
 def shifted(weight: Tensor, drift: Tensor, hessian: Hessian, share: float) -> Tensor:

@@ -22,10 +22,10 @@ from obr.data import token_windows
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.models import dtypes
 from obr.models.architectures import Layout
-from obr.models.blocks import Blocks, advance, run_block
-from obr.models.hidden_states import Activations, Room
+from obr.models.blocks import Blocks, run_block, run_in_place
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.rotations.apply import open_blocks
-from obr.runtime.files import whole, write_json
+from obr.runtime.files import atomic_write, write_json
 from obr.runtime.progress import Progress
 from obr.runtime.provenance import fingerprint
 from obr.runtime.resume import Unfinished
@@ -70,7 +70,7 @@ class _Captured(Exception):
 
 
 def collect(
-    block: nn.Module, layout: Layout, hidden: Activations, arguments: dict, groups: list[str], whole: bool
+    block: nn.Module, layout: Layout, hidden: HiddenStates, arguments: dict, groups: list[str], whole: bool
 ) -> dict[str, Moments]:
     """{group: moments of its inputs} of some groups of a block.
 
@@ -87,7 +87,7 @@ def collect(
         observed[groups[-1]].observer = _then_stop(accumulators[groups[-1]])
     try:
         if whole:
-            advance(block, hidden, arguments)
+            run_in_place(block, hidden, arguments)
         else:
             for states in hidden:
                 with suppress(_Captured):
@@ -120,7 +120,7 @@ def _then_stop(take: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 
 @torch.no_grad()
 def dense_hessians(
-    blocks: Blocks, tokens: Tensor, room: Room | None = None, finished: int = 0, progress: bool = True
+    blocks: Blocks, tokens: Tensor, room: MemoryBudget | None = None, finished: int = 0, progress: bool = True
 ) -> Iterator[tuple[int, dict[str, Moments]]]:
     """Yields (index, {group: moments of its inputs}) for the blocks of an uncompressed model, in turn.
 
@@ -135,7 +135,7 @@ def dense_hessians(
         for index in range(len(blocks)):
             block = blocks.load(index)
             if index < finished:
-                advance(block, hidden, arguments[index])
+                run_in_place(block, hidden, arguments[index])
                 shown.resume()
             else:
                 yield index, collect(block, blocks.layout, hidden, arguments[index], groups, whole=index < last)
@@ -143,18 +143,18 @@ def dense_hessians(
             block = None  # before the next is loaded
 
 
-def hessian(
+def hessian_stage(
     model: Path,
     rotation: Path | None,
     tokens: Path,
     out: Path,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-    megabytes: float = Room.megabytes,
+    megabytes: float = MemoryBudget.megabytes,
 ) -> None:
     """The stage: write `block_NNN.safetensors` for every block, and `hessian.json` when all are there.
 
-    An interrupted run goes on with the block it was at. megabytes: of memory for hidden states, see `Room`.
+    An interrupted run goes on with the block it was at. megabytes: of memory for hidden states, see `MemoryBudget`.
 
     Raises:
         ObrError: blocks of an unfinished run with other inputs or settings are there; activations are not finite.
@@ -167,7 +167,7 @@ def hessian(
     )
     unfinished = Unfinished(out, run)
     finished = unfinished.finished(len(blocks))
-    for index, moments in dense_hessians(blocks, windows, Room(megabytes, unfinished.folder), finished):
+    for index, moments in dense_hessians(blocks, windows, MemoryBudget(megabytes, unfinished.folder), finished):
         _check_finite(index, moments)
         unfinished.keep(index, partial(save, moments), {})
         moments.clear()  # before the next block's are made
@@ -197,7 +197,7 @@ def save(moments: dict[str, Moments], path: Path) -> None:
     for group, found in moments.items():
         if found.harmonic is not None:
             tensors[_harmonic(group)] = found.harmonic.cpu()
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         sizes = {group: len(found.hessian) for group, found in moments.items()}
         save_file(tensors, partial, metadata={"sizes": json.dumps(sizes)})
 

@@ -21,10 +21,10 @@ from obr.data import token_windows
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.models import dtypes
 from obr.models.architectures import Layout
-from obr.models.blocks import Blocks, passed, run_block
-from obr.models.hidden_states import Activations, Room
+from obr.models.blocks import Blocks, run_block, run_copy
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.rotations import apply
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 from obr.runtime.progress import Progress
 
 WINDOWS, LENGTH = 8, 512  # as many windows, each cut to so many tokens, are enough for means of squares
@@ -32,7 +32,7 @@ FLOOR = 1e-6  # of the mean weight: a channel that no loss was seen to feel is s
 
 
 def squared_gradients(
-    blocks: Blocks, tokens: Tensor, room: Room | None = None, progress: bool = True
+    blocks: Blocks, tokens: Tensor, room: MemoryBudget | None = None, progress: bool = True
 ) -> tuple[dict[str, Tensor], float]:
     """({"0.self_attn.q_proj": (r,) …}, loss): G of every linear layer, not normalised, and the mean loss in nats.
 
@@ -47,7 +47,7 @@ def squared_gradients(
     Raises:
         ObrError: tokens that the model does not have, or gradients that are not finite.
     """
-    room = room or Room()
+    room = room or MemoryBudget()
     share = replace(room, megabytes=room.megabytes / (len(blocks) + 1))
     tokens = tokens.to(blocks.device)
     entering, arguments = _entering(blocks, tokens, share, progress)
@@ -65,18 +65,20 @@ def squared_gradients(
 
 
 @torch.no_grad()
-def _entering(blocks: Blocks, tokens: Tensor, room: Room, progress: bool) -> tuple[list[Activations], list[dict]]:
+def _entering(
+    blocks: Blocks, tokens: Tensor, room: MemoryBudget, progress: bool
+) -> tuple[list[HiddenStates], list[dict]]:
     """(what enters each block and, last, leaves the last, what each is called with besides)."""
     hidden, arguments = blocks.embed(tokens, room)
     entering = [hidden]
     with Progress("output gradients, forward", len(blocks), progress) as shown:
         for index in range(len(blocks)):
-            entering.append(passed(blocks.load(index), entering[-1], arguments[index], room))
+            entering.append(run_copy(blocks.load(index), entering[-1], arguments[index], room))
             shown.block()
     return entering, arguments
 
 
-def _loss_slopes(blocks: Blocks, leaving: Activations, tokens: Tensor) -> tuple[Activations, float]:
+def _loss_slopes(blocks: Blocks, leaving: HiddenStates, tokens: Tensor) -> tuple[HiddenStates, float]:
     """(gradient of each window's summed loss by what leaves the last block, written over that; the sum of all)."""
     total = 0.0
     for window in range(len(leaving)):
@@ -90,7 +92,7 @@ def _loss_slopes(blocks: Blocks, leaving: Activations, tokens: Tensor) -> tuple[
 
 
 def _backward(
-    block: nn.Module, layout: Layout, entering: Activations, arguments: dict, slopes: Activations
+    block: nn.Module, layout: Layout, entering: HiddenStates, arguments: dict, slopes: HiddenStates
 ) -> dict[str, Tensor]:
     """{layer: (r,)}: sums over tokens of the squared output gradients; `slopes` move to what enters the block."""
     sums, hooks = {}, []
@@ -135,24 +137,25 @@ def gradients(
     seqlen: int = LENGTH,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-    megabytes: float = Room.megabytes,
+    megabytes: float = MemoryBudget.megabytes,
 ) -> dict:
     """The stage: write G of every linear layer, not normalised, to the safetensors file `out`; returns its notes.
 
     tokens: file of calibration windows, of which the first `nsamples` are taken, and of each the first `seqlen`
-    tokens; fewer where there are fewer, as the notes tell. megabytes: of memory for hidden states, see `Room`.
+    tokens; fewer where there are fewer, as the notes tell. megabytes: of memory for hidden states, see
+    `MemoryBudget`.
     """
     windows, about = token_windows.load_tokens(tokens)
     windows = windows[:nsamples, :seqlen]
     blocks = apply.open_blocks(model, rotation, dtype, device)
     out.parent.mkdir(parents=True, exist_ok=True)
-    found, loss = squared_gradients(blocks, windows, Room(megabytes, out.parent))
+    found, loss = squared_gradients(blocks, windows, MemoryBudget(megabytes, out.parent))
     notes = {
         "calibration": about, "windows": len(windows), "seqlen": windows.shape[1], "tokens": windows.numel(),
         "loss": loss, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype), "blocks": len(blocks),
     }  # fmt: skip
     tensors = {name: found[name].cpu() for name in sorted(found)}
-    with whole(out) as partial_file:
+    with atomic_write(out) as partial_file:
         save_file(tensors, partial_file, metadata={"gradients": json.dumps(notes, sort_keys=True)})
     return notes
 

@@ -35,7 +35,7 @@ from obr.models.configuration import generation_config, load_config
 from obr.models.layers import set_quantizers, wrap_block
 from obr.models.state import refuse_plain_saving
 from obr.models.tensor_files import TensorFiles
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 from obr.runtime.resume import block_file
 
 
@@ -96,7 +96,7 @@ def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> 
         if tensor.is_floating_point() and not tensor.isfinite().all():
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise ObrError(f"{path.name}: {name} has NaN or infinite values in {dtype}; the model is not saved.")
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
 
 

@@ -46,7 +46,7 @@ class Totals:
     zeros: int = 0
 
 
-def verify(directory: Path) -> list[str]:
+def verify_checkpoint(directory: Path) -> list[str]:
     """What is wrong with a checkpoint, a sentence each; nothing is wrong if there is none.
 
     Checked: the manifest's completeness; the sha256 of every file, and that there are no others; that every block

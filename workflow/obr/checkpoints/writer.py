@@ -30,7 +30,7 @@ from obr.models.configuration import generation_config
 from obr.models.layers import QuantLinear
 from obr.models.read_only import ReadOnlyBlocks
 from obr.models.side_files import GENERATION, copy_side_files, side_files
-from obr.runtime.files import become, flush, sha256_of, whole, whole_folder, write_json
+from obr.runtime.files import atomic_folder, atomic_write, fsync, replace_folder, sha256_of, write_json
 from obr.runtime.provenance import software, versions
 from obr.runtime.resume import Unfinished
 
@@ -74,8 +74,8 @@ class Report:
     """What a compression did; becomes the manifest.
 
     dtype: in which what has 16 bits is stored. computed_in: the dtype of the passes; None where nothing is computed.
-    allocation: what it was told to do layer by layer. slopes: mean squares of the outputs' gradients by layer, if
-    rows are weighed by them; not in the manifest. released: what was verified of a checkpoint that others made.
+    allocation: the options chosen layer by layer. output_gradients: mean squares of the outputs' gradients by layer,
+    if rows are weighted by them; not in the manifest. released: what was verified of a checkpoint that others made.
     processors: that computed, as `processor.about` has them, each with the numbers of its `blocks`.
     """
 
@@ -86,7 +86,7 @@ class Report:
     rotation: dict | None = None
     source: dict | None = None
     allocation: dict | None = None
-    slopes: dict[str, Tensor] | None = None
+    output_gradients: dict[str, Tensor] | None = None
     released: dict | None = None
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
@@ -169,7 +169,7 @@ class Writer:
             for path in Path(tokenizer_from).glob("*.py"):
                 shutil.copy2(path, self.directory)
         with (
-            whole(self.directory / "layers.csv") as partial,
+            atomic_write(self.directory / "layers.csv") as partial,
             open(partial, "w", encoding="utf-8", newline="") as file,
         ):
             writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
@@ -185,7 +185,7 @@ class Writer:
         names = {path.name for path in self.directory.iterdir() if path.is_file() and not path.match("*.lock")}
         names = sorted(names | set(side_files(self.directory)))
         for name in names:
-            flush(self.directory / name)
+            fsync(self.directory / name)
         return {name: sha256_of(self.directory / name) for name in names}
 
     def _manifest(self, report: Report) -> dict:
@@ -263,7 +263,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
         check_stored(model.get_submodule(part).weight, dtype, f"{part}.weight")
     check_replaceable(directory)
     chosen = report.recipe.chosen(len(blocks))
-    with whole_folder(directory) as folder:
+    with atomic_folder(directory) as folder:
         writer = Writer(folder, blocks, dtype)
         for index in range(len(blocks)):
             block = blocks.load(index)
@@ -276,5 +276,5 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
         # Not by its save_pretrained, which refuses settings that many models ship.
         write_json(json.loads(model.generation_config.to_json_string()), folder / GENERATION)
         manifest = writer.finish(report)
-        become(folder, directory)
+        replace_folder(folder, directory)
     return manifest

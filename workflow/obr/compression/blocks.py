@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from obr.calibration import asymmetric, output_gradients
-from obr.calibration.asymmetric import Collected
+from obr.calibration.asymmetric import GroupStatistics
 from obr.checkpoints.format import round_ends, round_rest
 from obr.checkpoints.writer import LayerReport, Report, Writer, store
-from obr.compression.hessian_source import Statistics
+from obr.compression.hessian_source import HessianSource
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
@@ -21,7 +21,7 @@ from obr.methods.restore import Restored, relative_error, restore_together
 from obr.mixed_precision import allocate
 from obr.models.architectures import Layout
 from obr.models.blocks import Blocks
-from obr.models.hidden_states import Room
+from obr.models.hidden_states import MemoryBudget
 from obr.models.layers import QuantLinear
 from obr.runtime import processor
 from obr.runtime.progress import Progress
@@ -34,7 +34,7 @@ def compress_blocks(
     cached: Path | None,
     report: Report,
     writer: Writer | None = None,
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
     progress: bool = True,
 ) -> None:
     """Compress every block and fill the report.
@@ -44,11 +44,11 @@ def compress_blocks(
     writer: where finished blocks go, and where those of an interrupted run are found.
     room: for the hidden states.
     """
-    started, here = time.monotonic(), processor.about(torch.device(report.device).type)
+    started, here = time.monotonic(), processor.description(torch.device(report.device).type)
     round_ends(blocks.model, blocks.layout, report.dtype)
     if writer is not None and writer.unfinished.finished(len(blocks)) == len(blocks):
         tokens = None  # only the last moves of an interrupted run are missing
-    statistics = Statistics(blocks, report.recipe, tokens, cached, room)
+    statistics = HessianSource(blocks, report.recipe, tokens, cached, room)
     with Progress(report.recipe.method, len(blocks), progress) as shown:
         for index in range(len(blocks)):
             finished = writer.finished(index) if writer else None
@@ -72,7 +72,7 @@ def compress_blocks(
 
 
 def _compress_block(
-    block: nn.Module, index: int, layout: Layout, statistics: Statistics, report: Report, shown: Progress
+    block: nn.Module, index: int, layout: Layout, statistics: HessianSource, report: Report, shown: Progress
 ) -> list[LayerReport]:
     """Compress a block group by group; one that the recipe leaves out is stored as it is."""
     round_rest(block, layout, report.dtype)
@@ -89,7 +89,7 @@ def _compress_block(
 
 
 def compress_group(
-    block: nn.Module, layout: Layout, group: str, collected: Collected | None, report: Report, index: int
+    block: nn.Module, layout: Layout, group: str, collected: GroupStatistics | None, report: Report, index: int
 ) -> list[LayerReport]:
     """Compress the linear layers of a group, which share one Hessian and, if treated alike, its solves.
 
@@ -127,7 +127,7 @@ def compress_group(
 
 def _row_weights(report: Report, index: int, names: list[str]) -> dict[str, Tensor]:
     """(r,) of each layer's rows, their mean 1. Raises ObrError if gradients are missing."""
-    slopes = {name: (report.slopes or {}).get(f"{index}.{name}") for name in names}
+    slopes = {name: (report.output_gradients or {}).get(f"{index}.{name}") for name in names}
     for name, gradient in slopes.items():
         if gradient is None:
             raise ObrError(f"{_full(index, name)} has no output gradients; they are of another model.")

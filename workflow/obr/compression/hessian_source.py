@@ -7,16 +7,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from obr.calibration import asymmetric, collect_hessians
-from obr.calibration.asymmetric import Collected
+from obr.calibration.asymmetric import GroupStatistics
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.models.blocks import Blocks, advance
-from obr.models.hidden_states import Room
+from obr.models.blocks import Blocks, run_in_place
+from obr.models.hidden_states import MemoryBudget
 from obr.models.layers import set_quantizers
 from obr.runtime.resume import block_file
 
 
-class Statistics:
+class HessianSource:
     """Where the Hessians of a compression come from: passes through the blocks done so far, or files.
 
     tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states. A recipe
@@ -25,14 +25,19 @@ class Statistics:
     """
 
     def __init__(
-        self, blocks: Blocks, recipe: Recipe, tokens: Tensor | None, cached: Path | None, room: Room | None = None
+        self,
+        blocks: Blocks,
+        recipe: Recipe,
+        tokens: Tensor | None,
+        cached: Path | None,
+        room: MemoryBudget | None = None,
     ):
         self.blocks, self.recipe, self.cached, self.chosen = blocks, recipe, cached, recipe.chosen(len(blocks))
         self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
         self.dense, self.dense_hidden, self.held_out = None, None, None
         if tokens is not None and recipe.needs_hessian:
-            room, count = room or Room(), len(tokens) - recipe.held_out
+            room, count = room or MemoryBudget(), len(tokens) - recipe.held_out
             if count < 1:
                 raise ObrError(
                     f"held_out is {recipe.held_out}, but there are {len(tokens)} calibration windows; hold out fewer."
@@ -61,7 +66,7 @@ class Statistics:
             set_quantizers(block, self.blocks.layout, self.quantised)
         return block
 
-    def collected(self, block: nn.Module, index: int, group: str) -> Collected | None:
+    def collected(self, block: nn.Module, index: int, group: str) -> GroupStatistics | None:
         """Of a group's inputs; None where there are neither tokens nor files."""
         if self.hidden is not None:
             layout, arguments = self.blocks.layout, self.arguments[index]
@@ -70,7 +75,7 @@ class Statistics:
                     block, self.dense, layout, self.hidden, self.dense_hidden, arguments, group
                 )
             else:
-                found = Collected(
+                found = GroupStatistics(
                     collect_hessians.collect(block, layout, self.hidden, arguments, [group], whole=False)[group]
                 )
             if self.held_out is not None:
@@ -79,7 +84,7 @@ class Statistics:
             return found
         if self.cached is not None:
             path, harmonic = self.cached / block_file(index), self.recipe.needs_harmonic
-            return Collected(collect_hessians.load(path, self.blocks.device, [group], harmonic)[group])
+            return GroupStatistics(collect_hessians.load(path, self.blocks.device, [group], harmonic)[group])
         return None
 
     def advances(self, index: int) -> bool:
@@ -89,9 +94,9 @@ class Statistics:
     def advance(self, index: int, block: nn.Module | None) -> None:
         """Pass the hidden states through a compressed block, if a later one needs them."""
         if self.advances(index):
-            advance(block, self.hidden, self.arguments[index])
+            run_in_place(block, self.hidden, self.arguments[index])
             if self.dense_hidden is not None:
-                advance(self.dense, self.dense_hidden, self.arguments[index])
+                run_in_place(self.dense, self.dense_hidden, self.arguments[index])
             if self.held_out is not None:
-                advance(block, self.held_out, self.arguments[index])
+                run_in_place(block, self.held_out, self.arguments[index])
         self.dense = None

@@ -79,13 +79,13 @@ def _measure(blocks: Blocks, tokens: Tensor | None, report: Report, progress: bo
     if tokens is None:
         raise ObrError("The recipe needs output gradients; give calibration tokens.")
     windows = tokens[: output_gradients.WINDOWS, : output_gradients.LENGTH]
-    report.slopes, _ = output_gradients.squared_gradients(blocks, windows, progress=progress)
+    report.output_gradients, _ = output_gradients.squared_gradients(blocks, windows, progress=progress)
     if recipe.allocation is not None:
         chosen = recipe.chosen(len(blocks))
         matrices = (
             (i, own) for i, own in collect_hessians.dense_hessians(blocks, tokens, progress=progress) if i in chosen
         )
         layers = sensitivity.measured_losses(
-            blocks, matrices, report.slopes, recipe.options, tokens, progress=progress
+            blocks, matrices, report.output_gradients, recipe.options, tokens, progress=progress
         )
         report.allocation = allocate.allocate(recipe.allocation, layers).to_dict()

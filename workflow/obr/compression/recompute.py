@@ -13,7 +13,7 @@ from obr.checkpoints.format import load_block, round_ends, round_rest
 from obr.checkpoints.packing import unpack
 from obr.checkpoints.writer import Report
 from obr.compression.blocks import compress_group
-from obr.compression.hessian_source import Statistics
+from obr.compression.hessian_source import HessianSource
 from obr.config import paths
 from obr.config.recipe import Recipe
 from obr.data import token_windows
@@ -85,11 +85,11 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     windows = token_windows.load_tokens(places.tokens)[0] if places.tokens else None
     report = Report(recipe, blocks.storage_dtype, allocation=manifest.get("allocation"))
     if places.gradients:
-        report.slopes, _ = output_gradients.load(places.gradients, blocks.target)
+        report.output_gradients, _ = output_gradients.load(places.gradients, blocks.target)
     round_ends(blocks.model, blocks.layout, report.dtype)
     layers = [(index, name) for index in recipe.chosen(len(blocks)) for name in blocks.layout.linears]
     chosen = random.Random("obr verify").sample(layers, min(count, len(layers)))
-    statistics = Statistics(blocks, recipe, windows, places.hessians)
+    statistics = HessianSource(blocks, recipe, windows, places.hessians)
     makers = _makers(directory, manifest)
     try:
         return _repeated(directory, blocks, statistics, report, chosen, makers)
@@ -101,7 +101,7 @@ def _makers(directory: Path, manifest: dict) -> dict[int, dict]:
     """The processor of each block; none in older manifests. Raises ObrError if the entry is malformed."""
     try:
         makers = {index: maker for maker in manifest.get("processors", []) for index in maker["blocks"]}
-        if all(processor.spell(maker) and maker["products"] in processor.PRODUCTS for maker in makers.values()):
+        if all(processor.summary(maker) and maker["products"] in processor.PRODUCTS for maker in makers.values()):
             return makers
     except (KeyError, TypeError, AttributeError):
         pass
@@ -144,7 +144,7 @@ def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
 def _repeated(
     directory: Path,
     blocks: StreamedBlocks,
-    statistics: Statistics,
+    statistics: HessianSource,
     report: Report,
     chosen: list[tuple[int, str]],
     makers: dict[int, dict],
@@ -158,7 +158,7 @@ def _repeated(
             stored = statistics.resumed(index, load_block(blocks, index, directory / block_file(index)))
             if any(index == i for i, _ in wanted):
                 processor.require_products(makers[index]["products"] if index in makers else None)
-                again_by = processor.about(blocks.target.type)
+                again_by = processor.description(blocks.target.type)
                 block = statistics.prepared(index, blocks.load(index))
                 round_rest(block, layout, report.dtype)
                 for group, names in layout.groups.items():
@@ -191,7 +191,7 @@ def differing(one: Tensor, other: Tensor) -> float:
     return float(((one - other).abs() > DIFFERENT * largest).float().mean())
 
 
-def spell(layer: Repeated) -> str:
+def summary(layer: Repeated) -> str:
     """Such as "block 3 mlp.up_proj, made again: identical"; where weights differ and processors do, these too."""
     outcome = "identical" if layer.identical else f"{100 * layer.differing:.3f} % of its weights differ"
     if (
@@ -199,5 +199,5 @@ def spell(layer: Repeated) -> str:
         and layer.made_by
         and layer.made_by != layer.again_by | {"blocks": layer.made_by["blocks"]}
     ):
-        outcome += f" (made by {processor.spell(layer.made_by)}, again by {processor.spell(layer.again_by)})"
+        outcome += f" (made by {processor.summary(layer.made_by)}, again by {processor.summary(layer.again_by)})"
     return f"block {layer.block} {layer.layer}, made again: {outcome}"

@@ -13,7 +13,7 @@ from obr.config.workflow import check_widths
 from obr.data import token_windows
 from obr.errors import ObrError
 from obr.models import dtypes
-from obr.models.hidden_states import Room
+from obr.models.hidden_states import MemoryBudget
 from obr.rotations import apply
 from obr.runtime.files import read_json
 from obr.runtime.provenance import fingerprint
@@ -31,7 +31,7 @@ def compress_stage(
     allocation_file: Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-    megabytes: float = Room.megabytes,
+    megabytes: float = MemoryBudget.megabytes,
 ) -> dict:
     """The stage: a downloaded model to a packed checkpoint, streamed; returns the manifest.
 
@@ -42,7 +42,7 @@ def compress_stage(
         hessians: folder of cached Hessians, used if the recipe says so.
         gradient_file, allocation_file: of the stages gradients and allocate, if the recipe needs them.
         dtype: of the computation, before the recipe's own; None for that, and without one the device's default.
-        megabytes: of memory for the hidden states of the calibration, see `Room`.
+        megabytes: of memory for the hidden states of the calibration, see `MemoryBudget`.
 
     Raises:
         ObrError: files that do not fit the recipe or its dtype, or the blocks of an unfinished run of another one.
@@ -77,7 +77,7 @@ def compress_stage(
         recipe=recipe.decisive(),
     )
     writer = Writer(out, blocks, report.dtype, run)
-    compress_blocks(blocks, windows, cached, report, writer, Room(megabytes, writer.unfinished.folder))
+    compress_blocks(blocks, windows, cached, report, writer, MemoryBudget(megabytes, writer.unfinished.folder))
     return writer.finish(report, tokenizer_from=model)
 
 
@@ -88,7 +88,7 @@ def _read_layerwise(
     recipe, files = report.recipe, {}
     if recipe.needs_gradients:
         files["gradients"] = gradient_file
-        report.slopes, notes = output_gradients.load(gradient_file, device)
+        report.output_gradients, notes = output_gradients.load(gradient_file, device)
         dtypes.check_shared(recipe, notes.get("dtype"), str(gradient_file))
     if recipe.allocation is not None:
         files["allocation"] = allocation_file

@@ -55,13 +55,13 @@ class Method:
 METHODS = {
     "dense": Method("Dense", "*", None, data_free=True),
     "rtn": Method("RTN", "o", "round_to_nearest", data_free=True, grouped=True),
-    "gptq": Method("GPTQ", "s", "gptq", grouped=True),
+    "gptq": Method("GPTQ", "s", "round_by_gptq", grouped=True),
     "magnitude": Method("Magnitude", "v", "round_to_nearest", prunes=True, data_free=True, masks=("magnitude",)),
     "wanda": Method("Wanda", "^", "round_to_nearest", prunes=True, masks=("wanda", "wanda_harmonic")),
     "sparsegpt_gptq": Method("SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True),
     "obr_rtn": Method("OBR (RTN)", "P", "obr_rtn", prunes=True, masks=("wanda", *ANY_MASK)),
     "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK)),
-    "joint": Method("Joint", "h", "joint", prunes=True, finds_mask=True),
+    "joint": Method("Joint", "h", "prune_and_round", prunes=True, finds_mask=True),
     # What the authors of a checkpoint computed; it is read, not made.
     "released": Method("Released", "p", None, prunes=True, data_free=True),
 }

@@ -248,7 +248,7 @@ class RuleFunctions:
 
     def flag(self, name: str) -> Callable:
         """A function: the flag for an input that not every job has."""
-        return lambda wildcards, input: f"--{name} {input[name]}" if name in input.keys() else ""
+        return lambda wildcards, input: f"--{name} {input[name]}" if input.get(name) else ""
 
     def kernels_device(self, wildcards) -> str:
         """Where products are timed; of a GPU's, where the workflow runs on a CPU, only the sizes are known."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from obr.errors import ObrError, first_line
 from obr.runtime import hub
-from obr.runtime.files import sha256_of, whole, write_json, write_text
+from obr.runtime.files import atomic_write, sha256_of, write_json, write_text
 
 
 def download_text(source: dict, out: Path | str) -> None:
@@ -50,7 +50,7 @@ def download_documents(source: dict, out: Path | str) -> None:
     out = Path(out)
     rows, revision = _rows(source)
     hashed, count, characters, blank = hashlib.sha256(), 0, 0, True
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         with partial.open("wb") as file:
             for row in rows:
                 line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")

@@ -11,7 +11,7 @@ import torch
 from obr.data.sampling import DOCUMENTS, Documents, check_sampling, document_windows, sample_windows
 from obr.data.tokenize import begin_with_bos, behind_bos, bos_note, read_text, tokenize, tokenizer_of, window_bos
 from obr.errors import ObrError
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 
 SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling")
 
@@ -113,7 +113,7 @@ def write_tokens(tokens: torch.LongTensor, about: dict, out: Path) -> None:
     """Write calibration windows (nsamples, seqlen) and what is to be noted about them."""
     from safetensors.torch import save_file
 
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         # One metadata entry: safetensors writes several in an order that differs from run to run.
         save_file({"tokens": tokens}, partial, metadata={"calibration": json.dumps(about, sort_keys=True)})
 

@@ -12,8 +12,8 @@ from obr.config.recipe import Recipe
 from obr.data import token_windows, tokenize
 from obr.errors import ObrError
 from obr.models import dtypes
-from obr.models.blocks import Blocks, advance
-from obr.models.hidden_states import Room
+from obr.models.blocks import Blocks, run_in_place
+from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.models.read_only import ReadOnlyBlocks, unchanged
 from obr.runtime.files import finite
@@ -30,7 +30,7 @@ TOKENS = 1024  # whose logits, a vocabulary wide each, exist at a time
 
 
 @torch.no_grad()
-def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bool = False) -> float:
+def perplexity(model, windows: Tensor, *, room: MemoryBudget | None = None, progress: bool = False) -> float:
     """Perplexity of a model over token windows, in evaluation mode. The model is left as it was.
 
     Args:
@@ -52,13 +52,13 @@ def perplexity(model, windows: Tensor, *, room: Room | None = None, progress: bo
         return _perplexity(blocks, windows, room, progress)
 
 
-def _perplexity(blocks: Blocks, windows: Tensor, room: Room | None, progress: bool) -> float:
+def _perplexity(blocks: Blocks, windows: Tensor, room: MemoryBudget | None, progress: bool) -> float:
     hidden, arguments = blocks.embed(windows, room)
     if windows.shape[1] < 2:
         raise ObrError(f"Windows have {windows.shape[1]} token, of which none is predicted; give two or more.")
     with Progress("perplexity", len(blocks), progress) as shown:
         for index in range(len(blocks)):
-            advance(blocks.load(index), hidden, arguments[index])
+            run_in_place(blocks.load(index), hidden, arguments[index])
             shown.block()
     total = sum(_loss(blocks, states, window) for states, window in zip(hidden, windows, strict=True))
     mean = total / len(windows)
@@ -85,7 +85,7 @@ def perplexity_stage(
     recipe: Recipe | None = None,
     dtype=None,
     device: str | None = None,
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
 ) -> dict:
     """The stage: perplexity of a checkpoint on a text.
 

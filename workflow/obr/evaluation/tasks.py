@@ -21,7 +21,7 @@ from obr.errors import ObrError, first_line
 from obr.evaluation.cloze import cloze
 from obr.evaluation.lm_eval_tasks import METRICS, Function, check_output_type, packaged_task, yaml_dumper
 from obr.runtime import hub
-from obr.runtime.files import become, sha256_of, whole_folder, write_json, write_text
+from obr.runtime.files import atomic_folder, replace_folder, sha256_of, write_json, write_text
 
 # Packaged keys without a meaning here, where there is one split and no examples in the prompt.
 DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
@@ -49,10 +49,10 @@ def download_task(source: dict, out: Path, text: Path | None = None) -> None:
         raise ObrError(f"task source {kind!r} is unknown: use hub, path or cloze.")
 
     # Snakemake and readers see the folder whole or not at all.
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         _write_folder(folder, rows, config, source, revision)
         _check_rows(folder, config)
-        become(folder, out)
+        replace_folder(folder, out)
 
 
 def read_task(task_dir: Path) -> dict:

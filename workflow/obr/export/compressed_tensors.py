@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from obr.checkpoints.packing import unpack
 from obr.errors import ObrError
-from obr.export.source import Source
+from obr.export.source import ExportSource
 from obr.models.side_files import copy_side_files, files_of, is_side_file
-from obr.runtime.files import become, read_json, whole_folder, write_json
+from obr.runtime.files import atomic_folder, read_json, replace_folder, write_json
 
 OWN = re.compile(r"model-(ends|\d{3,})\.safetensors|model\.safetensors\.index\.json|config\.json")
 
 
-def write(source: Source, out: Path) -> str:
+def write(source: ExportSource, out: Path) -> str:
     """Write the folder `out`, one file a block; returns a sentence on it."""
     index, bits, written = {}, {}, 0
     _check_replaceable(out)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for file, tensors in _files(source, bits):
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, file)
@@ -38,7 +38,7 @@ def write(source: Source, out: Path) -> str:
         config = read_json(source.folder / "config.json") | {"quantization_config": _settings(source, bits)}
         write_json(both_spellings(config), folder / "config.json")
         copy_side_files(source.folder, folder)
-        become(folder, out)
+        replace_folder(folder, out)
     return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
 
 
@@ -67,7 +67,7 @@ def both_spellings(config: dict) -> dict:
     return config | {key: value for key, value in older.items() if value is not None or key == "rope_scaling"}
 
 
-def _files(source: Source, bits: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _files(source: ExportSource, bits: dict[str, int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(name, tensors) of each file to write; `bits` is filled with those of each packed layer."""
     layout, dtype = source.layout, source.blocks.storage_dtype
     model = source.blocks.model
@@ -97,7 +97,7 @@ def _tensors(block: nn.Module, linears, prefix: str, dtype, bits: dict[str, int]
     return {prefix + name: tensor for name, tensor in tensors.items() if name not in online}
 
 
-def _settings(source: Source, bits: dict[str, int]) -> dict:
+def _settings(source: ExportSource, bits: dict[str, int]) -> dict:
     """The `quantization_config`: one scheme for all linear layers but the head, or layers by name if they differ."""
     expected = len(source.blocks) * len(source.layout.linears)
     plain = len(bits) == expected and len(set(bits.values())) == 1

@@ -12,7 +12,7 @@ from obr.checkpoints.files import read_manifest
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import QUANTIZERS, Recipe
 from obr.errors import ObrError
-from obr.export.source import Source
+from obr.export.source import ExportSource
 
 # Format -> the module whose `write(source, out)` writes it and says what it wrote.
 FORMATS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf"}
@@ -42,4 +42,4 @@ def export(checkpoint: str | Path, form: str, out: str | Path, weights_only: boo
             "done here; with --weights-only the weights alone are exported."
         )
     plain = replace(recipe, **dict.fromkeys(QUANTIZERS, QuantizerSettings()) | {"o_inputs": None})
-    return import_module(f"obr.export.{FORMATS[form]}").write(Source(Path(checkpoint), plain, form), Path(out))
+    return import_module(f"obr.export.{FORMATS[form]}").write(ExportSource(Path(checkpoint), plain, form), Path(out))

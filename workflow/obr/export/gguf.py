@@ -17,8 +17,8 @@ from torch import Tensor
 from obr.checkpoints.packing import unpack
 from obr.errors import ObrError
 from obr.export import gguf_tokenizer
-from obr.export.source import Source
-from obr.runtime.files import whole
+from obr.export.source import ExportSource
+from obr.runtime.files import atomic_write
 
 BLOCK = 32  # codes that share a scale in the file
 # Model family -> (architecture of llama.cpp, whether its rotary embedding takes neighbours instead of halves).
@@ -38,10 +38,10 @@ FILE_TYPES = {
 }
 
 
-def write(source: Source, out: Path) -> str:
+def write(source: ExportSource, out: Path) -> str:
     """Write the file `out`; returns a sentence on it."""
     _check(source)
-    with whole(out) as partial:
+    with atomic_write(out) as partial:
         file = _File(source, partial)
         spoken = file.write()
     return (
@@ -53,7 +53,7 @@ def write(source: Source, out: Path) -> str:
 class _File:
     """A GGUF file as it is filled. kinds: how many linear layers of each; rounding: largest of a scale, relative."""
 
-    def __init__(self, source: Source, path: Path):
+    def __init__(self, source: ExportSource, path: Path):
         self.source, self.config, self.kinds, self.rounding = source, source.config, Counter(), 0.0
         architecture, self.neighbours = ARCHITECTURES[source.config.model_type]
         self.names = gguf.get_tensor_name_map(architecture, len(source.blocks))
@@ -189,7 +189,7 @@ def _with_scales(blocks: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([scales, blocks], dim=-1).reshape(rows, -1).contiguous()
 
 
-def _check(source: Source) -> None:
+def _check(source: ExportSource) -> None:
     config = source.config
     if config.model_type not in ARCHITECTURES:
         raise ObrError(

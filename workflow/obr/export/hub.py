@@ -11,7 +11,7 @@ from obr.errors import ObrError
 from obr.export.model_card import model_card
 from obr.models.side_files import files_of
 from obr.runtime import hub
-from obr.runtime.files import become, whole_folder, write_text
+from obr.runtime.files import atomic_folder, replace_folder, write_text
 
 LEFT_OUT = ("*.tmp", ".*")
 
@@ -43,16 +43,16 @@ def push(
     if folder is not None:
         assemble(Path(checkpoint), card, folder)
         return str(folder)
-    with whole_folder(Path(checkpoint).with_name(Path(checkpoint).name + ".push")) as temporary:
+    with atomic_folder(Path(checkpoint).with_name(Path(checkpoint).name + ".push")) as temporary:
         _fill(Path(checkpoint), card, temporary, _link)
         return _upload(temporary, repo, private)
 
 
 def assemble(checkpoint: Path, card: str, folder: Path) -> None:
     """Copy the checkpoint's files and write its card, into a folder that the user may then edit."""
-    with whole_folder(Path(folder)) as temporary:
+    with atomic_folder(Path(folder)) as temporary:
         _fill(checkpoint, card, temporary, shutil.copy2)
-        become(temporary, Path(folder))
+        replace_folder(temporary, Path(folder))
 
 
 def _link(origin: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from obr.errors import ObrError
 from obr.models import online_transforms
 
 
-class Source:
+class ExportSource:
     """A checkpoint whose blocks are read one at a time, and refused if `form` cannot carry them.
 
     blocks: of the checkpoint, in float32. form: for messages.

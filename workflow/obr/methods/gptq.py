@@ -83,6 +83,6 @@ def _next_group(grid: Grid, column: int, work: Tensor, errors: Tensor, scale: Te
     return fitted
 
 
-def gptq(layer: Layer) -> Solution:
+def round_by_gptq(layer: Layer) -> Solution:
     """GPTQ with the mask given."""
     return gptq_sweep(layer)

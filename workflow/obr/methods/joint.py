@@ -16,7 +16,7 @@ from torch import Tensor
 from obr.config.pattern import Pattern
 from obr.methods import native
 from obr.methods.grid import Grid
-from obr.methods.joint_annealing import Descent
+from obr.methods.joint_annealing import CoordinateDescent
 from obr.methods.layer import Layer, Solution
 from obr.methods.masks import mask_from_ranks, mask_from_scores
 from obr.methods.obr import restore_pruned
@@ -40,14 +40,14 @@ class Budget:
     """How many weights are kept, and where: the best of each row, of each layer, or of each group of a pattern.
 
     parts: rows of each layer, for a budget over all of a layer's rows; None for the same in every row.
-    worth: (r, 1) what a unit of gain is worth in a row, beside other rows of its layer.
+    row_weights: (r, 1) what a unit of gain counts in a row, beside other rows of its layer.
     """
 
     columns: int
     sparsity: float
     pattern: Pattern | None
     parts: list[slice] | None
-    worth: Tensor
+    row_weights: Tensor
 
     @property
     def kept(self) -> int:
@@ -68,13 +68,13 @@ class Budget:
             masks.append(mask_from_scores(scores, share).view_as(gains[part]))
         return torch.cat(masks)
 
-    def prices(self, gains: Tensor) -> Tensor:
+    def thresholds(self, gains: Tensor) -> Tensor:
         """(r,) the least gain that is kept."""
-        gains = gains * self.worth
+        gains = gains * self.row_weights
         kept = torch.where(self.select(gains), gains, torch.inf).amin(1)
         for part in self.parts or []:
             kept[part] = kept[part].amin()
-        return kept / self.worth[:, 0]
+        return kept / self.row_weights[:, 0]
 
     def adapt(self, prices: Tensor, codes: Tensor) -> None:
         """Raise the prices (r,) where `codes (r, n)` hold too many weights, lower them where too few."""
@@ -85,7 +85,7 @@ class Budget:
         prices.mul_((ADAPT * (ratio - 1)).clamp_(-1, 1).double().exp_())
 
 
-def joint(layer: Layer) -> Solution:
+def prune_and_round(layer: Layer) -> Solution:
     """Prune and round together; the mask is found here.
 
     The recipe's scope "row": every row keeps the same number; "layer": a layer's rows share its budget. sweeps: of
@@ -96,13 +96,15 @@ def joint(layer: Layer) -> Solution:
     rows pruned and rounded, what ADMM found and coordinate descent polished, or what annealing made of that.
     """
     weight, hessian, grid, recipe = layer.weight, layer.hessian, layer.grid, layer.recipe
-    worth = torch.ones_like(weight[:, :1]) if layer.row_weights is None else layer.row_weights.to(weight)[:, None]
+    row_weights = (
+        torch.ones_like(weight[:, :1]) if layer.row_weights is None else layer.row_weights.to(weight)[:, None]
+    )
     parts = _slices(layer.sizes) if recipe.scope == "layer" and layer.pattern is None else None
-    budget = Budget(weight.shape[1], recipe.sparsity, layer.pattern, parts, worth)
+    budget = Budget(weight.shape[1], recipe.sparsity, layer.pattern, parts, row_weights)
     damped, shrinkages = _factored(hessian)
     search = Grid.fit(weight, SEARCH_BITS, "minmax") if grid.scale is None else grid
     first, (values, support) = admm(weight, damped.diagonal(), shrinkages, search, budget)
-    descent = Descent.begin(weight, values, damped, hessian.dead, search)
+    descent = CoordinateDescent.begin(weight, values, damped, hessian.dead, search)
     candidates = [(*first, _losses(weight - first[0], hessian))]
 
     polish(descent, support)
@@ -185,7 +187,7 @@ def _compiled_step(dual, image, moved, target, root, projected, support, grid: G
     native.library().alternate(
         compiler.pointer(dual), compiler.pointer(image), compiler.pointer(moved),
         ctypes.c_int(moved.dtype == torch.bfloat16), compiler.pointer(target), compiler.pointer(root),
-        compiler.pointer(grid.scale), compiler.pointer(budget.worth), compiler.pointer(projected),
+        compiler.pointer(grid.scale), compiler.pointer(budget.row_weights), compiler.pointer(projected),
         compiler.pointer(support),
         ctypes.c_int64(rows), ctypes.c_int64(columns), compiler.pointer(ends), ctypes.c_int(len(parts)),
         ctypes.c_int64(kept), ctypes.c_int(pattern.group if pattern else 0),
@@ -197,19 +199,21 @@ def _compiled_step(dual, image, moved, target, root, projected, support, grid: G
 def project(values: Tensor, diagonal: Tensor, grid: Grid, budget: Budget) -> tuple[Tensor, Tensor]:
     """Π: (rounded and pruned, mask) of `values (r, n)`; those with the largest h q (2 v - q) stay."""
     rounded = grid.round(values)
-    gains = (rounded * (2 * values - rounded) * diagonal * budget.worth).clamp_min_(0)  # rounding may leave less
+    gains = (rounded * (2 * values - rounded) * diagonal * budget.row_weights).clamp_min_(
+        0
+    )  # rounding may leave less
     support = budget.select(gains)
     return rounded * support, support
 
 
-def polish(descent: Descent, support: Tensor) -> None:
+def polish(descent: CoordinateDescent, support: Tensor) -> None:
     """Coordinate descent on a fixed support (r, n), until nothing changes."""
     for _ in range(POLISH):
         if not descent.sweep([0.0], support=support):
             return
 
 
-def anneal(descent: Descent, weight: Tensor, budget: Budget, sweeps: int, support: Tensor) -> Tensor:
+def anneal(descent: CoordinateDescent, weight: Tensor, budget: Budget, sweeps: int, support: Tensor) -> Tensor:
     """Sweep with dying noise from a start with `support (r, n)`; returns the support (r, n) that meets the budget."""
     high, low = NOISE
     deviations = (high * (low / high) ** torch.linspace(0, 1, sweeps)).tolist()
@@ -221,16 +225,16 @@ def anneal(descent: Descent, weight: Tensor, budget: Budget, sweeps: int, suppor
         support = support.clone()
         descent.sweep(deviations, support=support, pattern=budget.pattern, spread=spread)
         return support
-    prices = budget.prices(descent.gains())
+    prices = budget.thresholds(descent.gains())
     for start in range(0, sweeps, ADAPT_EVERY):
         part = deviations[start : start + ADAPT_EVERY]
         descent.sweep(part, prices=prices, spread=spread, rough=True, seed=start)
         budget.adapt(prices, descent.codes)
     descent.renew(weight)
-    return budget.select(descent.gains() * budget.worth)
+    return budget.select(descent.gains() * budget.row_weights)
 
 
-def _candidate(weight: Tensor, descent: Descent, support: Tensor, hessian) -> tuple[Tensor, Tensor, Tensor]:
+def _candidate(weight: Tensor, descent: CoordinateDescent, support: Tensor, hessian) -> tuple[Tensor, Tensor, Tensor]:
     """(values (r, n), support, losses (r, 1)) that the descent has come to."""
     values = descent.values()
     excess = descent.hessian.diagonal() - hessian.diagonal  # the damping; where columns are dead nothing changes
@@ -246,7 +250,7 @@ def _best(candidates: list[tuple[Tensor, Tensor, Tensor]], budget: Budget) -> tu
     part by part."""
     best, mask, least = *candidates[0][:2], torch.full_like(candidates[0][2], torch.inf)
     for values, support, losses in candidates:
-        losses = losses * budget.worth
+        losses = losses * budget.row_weights
         for part in budget.parts or []:
             losses[part] = losses[part].sum()
         better = losses < least

@@ -33,7 +33,7 @@ TRIANGLE = 6**0.5 / 65536  # brings the triangular noise from -65535 to 65535 to
 
 
 @dataclass
-class Descent:
+class CoordinateDescent:
     """Rows of codes on their way down, in units of each row's scale.
 
     hessian: (n, n), damped. diagonal, inverse: (n,) of it and one over it, both 0 at dead columns. codes, gradient:
@@ -47,7 +47,7 @@ class Descent:
     gradient: Tensor
 
     @classmethod
-    def begin(cls, weight: Tensor, values: Tensor, hessian: Tensor, dead: Tensor, grid: Grid) -> "Descent":
+    def begin(cls, weight: Tensor, values: Tensor, hessian: Tensor, dead: Tensor, grid: Grid) -> "CoordinateDescent":
         """From `values (r, n)` on the grid, towards `weight (r, n)`; dead: (n,) columns that stay zero."""
         rows, columns = weight.shape
         padded = -(-columns // LANES) * LANES
@@ -187,7 +187,7 @@ class _Block:
     made: list[tuple[Tensor | slice, Tensor | int, Tensor]]
 
     @classmethod
-    def of(cls, descent: Descent, hessian: Tensor, block: slice) -> "_Block":
+    def of(cls, descent: CoordinateDescent, hessian: Tensor, block: slice) -> "_Block":
         """A copy of some columns of a descent."""
         codes, gradient = descent.codes[:, block].clone(), descent.gradient[:, block].clone()
         return cls(hessian[block, block].contiguous(), descent.inverse[block], descent.grid, codes, gradient, [])

@@ -13,10 +13,10 @@ from types import ModuleType
 from torch import Tensor
 
 from obr.config.methods import MASKS, METHODS
-from obr.methods import gptq, joint, masks, obr, round_to_nearest, sparsegpt
+from obr.methods import gptq, joint, masks, obr, rounding, sparsegpt
 from obr.methods.layer import Layer, Solution
 
-MODULES = (round_to_nearest, gptq, obr, sparsegpt, joint)
+MODULES = (rounding, gptq, obr, sparsegpt, joint)
 
 
 def _defined(name: str, modules: tuple[ModuleType, ...]) -> Callable:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obr.models.blocks import Blocks, advance, passed
-from obr.models.hidden_states import Activations, Room
+from obr.models.blocks import Blocks, run_copy, run_in_place
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.runtime.progress import Progress
 
 TOKENS = 512  # so many tell layers apart
@@ -21,7 +21,7 @@ LARGEST = 80.0  # exponent that is finite in float32
 SMALL = 0.01  # nats, below which a logarithm of about 1 has lost too many digits
 
 
-def shortened(tokens: Tensor) -> Tensor:
+def measurement_windows(tokens: Tensor) -> Tensor:
     """Of calibration windows (b, s) as many as are measured on: few long ones, since what a layer costs where little
     has been read yet is another matter than what it costs after that."""
     length = min(tokens.shape[1], TOKENS)
@@ -33,7 +33,7 @@ def divergences(
     blocks: Blocks,
     tokens: Tensor,
     changed: Callable[[int], dict[str, Tensor]],
-    room: Room | None = None,
+    room: MemoryBudget | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """{"0.self_attn.q_proj": nats a token …} for every layer that `changed(index)` has another weight (r, n) for.
@@ -44,19 +44,19 @@ def divergences(
 
     tokens: (b, s).
     """
-    room = room or Room()
+    room = room or MemoryBudget()
     share = replace(room, megabytes=room.megabytes / (1 + len(blocks) * len(blocks.layout.linears)))
     dense, arguments = blocks.embed(tokens, share)
-    others: dict[str, Activations] = {}
+    others: dict[str, HiddenStates] = {}
     with Progress("divergences", len(blocks), progress) as shown:
         for index in range(len(blocks)):
             block = blocks.load(index)
             for states in others.values():
-                advance(block, states, arguments[index])
+                run_in_place(block, states, arguments[index])
             for name, weight in changed(index).items():
                 with _replaced(block.get_submodule(name), weight):
-                    others[f"{index}.{name}"] = passed(block, dense, arguments[index], share)
-            advance(block, dense, arguments[index])
+                    others[f"{index}.{name}"] = run_copy(block, dense, arguments[index], share)
+            run_in_place(block, dense, arguments[index])
             block = None  # before the next is loaded
             shown.block()
     return _compared(blocks, dense, others)
@@ -72,7 +72,7 @@ def _replaced(linear: nn.Module, weight: Tensor):
         linear.weight.data = own
 
 
-def _compared(blocks: Blocks, dense: Activations, others: dict[str, Activations]) -> dict[str, float]:
+def _compared(blocks: Blocks, dense: HiddenStates, others: dict[str, HiddenStates]) -> dict[str, float]:
     sums = dict.fromkeys(others, 0.0)
     for window in range(len(dense)):
         wanted = _logits(blocks, dense[window])

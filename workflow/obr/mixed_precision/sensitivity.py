@@ -24,12 +24,12 @@ from obr.data import token_windows
 from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import restore_together
-from obr.mixed_precision.divergence import divergences, shortened
+from obr.mixed_precision.divergence import divergences, measurement_windows
 from obr.models import dtypes
 from obr.models.blocks import Blocks
-from obr.models.hidden_states import Room
+from obr.models.hidden_states import MemoryBudget
 from obr.rotations import apply
-from obr.runtime.files import read_json, whole, write_json
+from obr.runtime.files import atomic_write, read_json, write_json
 from obr.runtime.progress import Progress
 from obr.runtime.provenance import fingerprint
 from obr.runtime.resume import Unfinished, block_file
@@ -150,13 +150,13 @@ def measured_losses(
     for index, own, then in predicted_losses(blocks, hessians, slopes, options, tokens.shape[1]):
         layers += own
         weights[index] = then
-    windows, found = shortened(tokens), {}
+    windows, found = measurement_windows(tokens), {}
     for number in references(options):
         found[number] = divergences(blocks, windows, partial(_at, number, weights.get), progress=progress)
     return scaled(layers, found, options)
 
 
-def sensitivity(
+def measure_sensitivity(
     model: Path,
     rotation: Path | None,
     tokens: Path,
@@ -167,7 +167,7 @@ def sensitivity(
     chosen: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | None = None,
-    megabytes: float = Room.megabytes,
+    megabytes: float = MemoryBudget.megabytes,
 ) -> dict:
     """The stage: write `losses.json` into the folder `out`, returned too.
 
@@ -177,7 +177,7 @@ def sensitivity(
     Args:
         rotation: the rotation's file, None for none. tokens: file of calibration windows. hessians: folder of cached
             Hessians. gradient_file: of the stage gradients. chosen: the blocks to be measured, as in a recipe; None
-            for all. megabytes: of memory for hidden states, see `Room`.
+            for all. megabytes: of memory for hidden states, see `MemoryBudget`.
 
     Raises:
         ObrError: files of different models, or blocks of an unfinished run with other inputs or settings.
@@ -204,7 +204,7 @@ def sensitivity(
             unfinished.keep(index, partial(_write, weights, blocks.storage_dtype), {"layers": layers})
             shown.block()
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
-    windows, room = shortened(windows), Room(megabytes, unfinished.folder)
+    windows, room = measurement_windows(windows), MemoryBudget(megabytes, unfinished.folder)
     found = {}
     for number in references(options):
         weights_of = partial(_at, number, lambda i: load_file(unfinished.file(i)) if i in measured else None)
@@ -221,5 +221,5 @@ def sensitivity(
 
 
 def _write(weights: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:
-    with whole(path) as partial_file:
+    with atomic_write(path) as partial_file:
         save_file({name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}, partial_file)

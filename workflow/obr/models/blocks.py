@@ -11,7 +11,7 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions, layout_of
 from obr.models.check.folder import Checked, check_folder
 from obr.models.check.memory import check_model, is_tied
-from obr.models.hidden_states import Activations, Room
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.models.layers import ATTENTION, wrap_block
 from obr.models.loading import default_device
 
@@ -59,7 +59,7 @@ class Blocks:
         return logits if scaling == 1 else logits / scaling
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor, room: Room | None = None) -> tuple[Activations, list[dict]]:
+    def embed(self, tokens: Tensor, room: MemoryBudget | None = None) -> tuple[HiddenStates, list[dict]]:
         """What enters the first block, and what every block is called with besides.
 
         tokens: (b, s). room: for what is returned. Returns the states of b windows (1, s, d) and one dictionary
@@ -86,7 +86,7 @@ class Blocks:
                 parent(input_ids=window[None], **CALL)
                 states = recorders[0].hidden
                 if hidden is None:
-                    hidden = Activations(len(tokens), states.shape[1:], states.dtype, self.device, room)
+                    hidden = HiddenStates(len(tokens), states.shape[1:], states.dtype, self.device, room)
                 hidden[index] = states
         finally:
             setattr(parent, attribute, originals)
@@ -134,15 +134,17 @@ def run_block(block: nn.Module, states: Tensor, arguments: dict) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def advance(block: nn.Module, hidden: Activations, arguments: dict) -> None:
+def run_in_place(block: nn.Module, hidden: HiddenStates, arguments: dict) -> None:
     """Replace the hidden states by the block's outputs, window by window."""
     for index, states in enumerate(hidden):
         hidden[index] = run_block(block, states, arguments)
 
 
-def passed(block: nn.Module, hidden: Activations, arguments: dict, room: Room | None = None) -> Activations:
+def run_copy(
+    block: nn.Module, hidden: HiddenStates, arguments: dict, room: MemoryBudget | None = None
+) -> HiddenStates:
     """The block's outputs, beside the hidden states. room: for what is returned."""
-    leaving = Activations(len(hidden), hidden.shape, hidden.dtype, hidden.device, room)
+    leaving = HiddenStates(len(hidden), hidden.shape, hidden.dtype, hidden.device, room)
     for index, states in enumerate(hidden):
         leaving[index] = run_block(block, states, arguments)
     return leaving

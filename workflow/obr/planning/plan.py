@@ -82,9 +82,9 @@ class Prices:
             if sizes := tensor_sizes.sizes_in(folder):
                 return sizes
         return (
-            tensor_sizes.Sizes.told(entry["sizes"])
+            tensor_sizes.Sizes.from_config(entry["sizes"])
             if entry.get("sizes")
-            else tensor_sizes.Sizes.guessed(entry["parameters"])
+            else tensor_sizes.Sizes.estimate(entry["parameters"])
         )
 
     def recipe(self, key: str) -> Recipe:
@@ -118,7 +118,7 @@ class Prices:
             return Price(seconds, cost_model.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
         constant = cost_model.CONSTANT.get(job.rule, 5.0)
         fetched, disk = self._downloads(job)
-        host, _ = cost_model.memory(job.rule, tensor_sizes.Sizes.guessed(0.1), 0, 1, False)
+        host, _ = cost_model.memory(job.rule, tensor_sizes.Sizes.estimate(0.1), 0, 1, False)
         return Price(constant + OVERHEAD + 1000 * fetched / self.bandwidth, host, 0.0, disk, fetched)
 
     def _timed(self, job: Job) -> Price:
@@ -211,7 +211,7 @@ class Prices:
         return max((8e-9 * 3 * s["tokens"] * max(s["columns"], s["rows"]) for s in self._shapes(device)), default=0)
 
 
-def make(
+def plan_of(
     snakefile: Path,
     configfiles: list[Path],
     overrides: dict,
@@ -302,7 +302,7 @@ def total(config: dict, jobs: list[Job], each: list[Price], prices: Prices, core
 # --- Words --------------------------------------------------------------------------------------------
 
 
-def spell(plan: Plan) -> str:
+def summary(plan: Plan) -> str:
     """The plan for people to read."""
     if not plan.jobs:
         return "Nothing to be done: every result is there.\n"

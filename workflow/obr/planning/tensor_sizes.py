@@ -25,14 +25,14 @@ class Sizes:
         return cls(sizes.hidden, sizes.intermediate, queries, keys, sizes.blocks, sizes.vocabulary)
 
     @classmethod
-    def told(cls, sizes: dict) -> "Sizes":
+    def from_config(cls, sizes: dict) -> "Sizes":
         """From the `sizes` of a model in the workflow's config."""
         head = sizes["hidden"] // sizes["heads"]
         queries, keys = sizes["heads"] * head, sizes["kv_heads"] * head
         return cls(sizes["hidden"], sizes["intermediate"], queries, keys, sizes["blocks"], sizes["vocabulary"])
 
     @classmethod
-    def guessed(cls, billions: float) -> "Sizes":
+    def estimate(cls, billions: float) -> "Sizes":
         """A Llama of this size: d = 128 times the blocks, f = 2.7 d, 12 d² weights a block."""
         hidden = max(64, 64 * round((128 * billions * 1e9 / 12) ** (1 / 3) / 64))
         return cls(hidden, int(2.7 * hidden), hidden, hidden, max(1, hidden // 128), 32000)

@@ -72,7 +72,7 @@ class Rotation(ABC):
         return None
 
     @abstractmethod
-    def changes(self, index: int) -> fold.Changes:
+    def changes(self, index: int) -> fold.BlockTransforms:
         """What becomes of block `index`, as a differentiable function of `parameters`."""
 
     def parameter(self, index: int, name: str) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, random_orthogonal
 from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, range_parameters
-from obr.rotations.fold import Changes
+from obr.rotations.fold import BlockTransforms
 
 PAIRED = ("qkv", "up_gate", "down")  # groups with a left and a right matrix
 
@@ -60,14 +60,14 @@ class FlatQuant(Rotation):
         needed = (*(f"{group}.{side}" for group in PAIRED for side in ("left", "right")), "o.heads")
         return self.present(self.everything(), needed)
 
-    def changes(self, index: int) -> Changes:
+    def changes(self, index: int) -> BlockTransforms:
         own = {group: [self.parameter(index, f"{group}.{part}") for part in ("left", "right")] for group in PAIRED}
         inputs = {group: Kronecker.right(matrices) for group, matrices in own.items()}
         inputs["o"] = Kronecker.right([self.parameter(index, "o.heads"), self.dimensions.head_dim])
         scales = {group: self.parameter(index, f"{group}.scale") for group in PAIRED}
         value, keys = self.parameter(index, "value"), self.parameter(index, "keys")
         keys = None if keys is None else Kronecker.right([keys])
-        return Changes(
+        return BlockTransforms(
             norms={group: scales[group] for group in ("qkv", "up_gate") if scales[group] is not None},
             value=None if value is None else value[None],
             product=scales["down"],

@@ -19,7 +19,7 @@ READS_RESIDUAL, WRITES_RESIDUAL = ("qkv", "up_gate"), ("o", "down")
 
 
 @dataclass
-class Changes:
+class BlockTransforms:
     """What a rotation does to one block. Each part alone leaves what the block computes as it was.
 
     residual: R1 (d) orthogonal, on both sides of the residual stream; norm gains move into the weights.
@@ -78,7 +78,7 @@ def fold_ends(
 
 def fold_block(
     state: Mapping[str, Tensor],
-    changes: Changes,
+    changes: BlockTransforms,
     layout: Layout,
     clip: bool = False,
     dtype: torch.dtype = torch.float64,
@@ -116,7 +116,7 @@ def fold_linear(
     role: str,
     weight: Tensor,
     bias: Tensor | None,
-    changes: Changes,
+    changes: BlockTransforms,
     gain: Tensor | None = None,
     clip: bool = False,
     scale_keys: bool = True,
@@ -128,7 +128,7 @@ def fold_linear(
     """
     weight, bias = _fold_inputs(role, weight, bias, changes, gain)
     if clip and changes.clip_first:
-        weight = clipped(weight, changes.clips.get(role), changes.limits.get(role))
+        weight = clip_learned(weight, changes.clips.get(role), changes.limits.get(role))
     if changes.residual is not None and GROUP_OF[role] in WRITES_RESIDUAL:
         weight, bias = _outputs(weight, bias, changes.residual)
     if role == "v":
@@ -141,14 +141,14 @@ def fold_linear(
     if role in ("q", "k") and changes.key_scale is not None and scale_keys:
         scale = changes.key_scale.to(weight)
         scale = scale if role == "k" else 1 / scale
-        weight, bias = _outputs(weight, bias, lambda x: scaled_heads(x, scale))
+        weight, bias = _outputs(weight, bias, lambda x: scale_heads(x, scale))
     if clip and not changes.clip_first:
-        weight = clipped(weight, changes.clips.get(role), changes.limits.get(role))
+        weight = clip_learned(weight, changes.clips.get(role), changes.limits.get(role))
     return weight, bias
 
 
 def _fold_inputs(
-    role: str, weight: Tensor, bias: Tensor | None, changes: Changes, gain: Tensor | None
+    role: str, weight: Tensor, bias: Tensor | None, changes: BlockTransforms, gain: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The layer as it reads changed inputs; a shift of them goes into the bias."""
     group = GROUP_OF[role]
@@ -161,7 +161,7 @@ def _fold_inputs(
     if group in changes.shifts:
         bias = _plus(bias, weight @ changes.shifts[group].to(weight))
     if role == "o" and changes.value_shift is not None:
-        bias = _plus(bias, (scaled_heads(weight, changes.value_shift)).sum(1))
+        bias = _plus(bias, (scale_heads(weight, changes.value_shift)).sum(1))
     if role == "o" and changes.value is not None:
         weight = per_head(weight, inverse_transposed(changes.value))
     if role == "down" and changes.product is not None:
@@ -177,12 +177,12 @@ def per_head(x: Tensor, matrices: Tensor) -> Tensor:
     return (x.unflatten(-1, (len(matrices), -1, matrices.shape[-1])) @ matrices).flatten(-3)
 
 
-def scaled_heads(x: Tensor, scale: Tensor) -> Tensor:
+def scale_heads(x: Tensor, scale: Tensor) -> Tensor:
     """x (..., heads m) times the scale (k, m) of each head's KV head."""
     return (x.unflatten(-1, (len(scale), -1, scale.shape[-1])) * scale.to(x)[:, None]).flatten(-3)
 
 
-def clipped(weight: Tensor, logits: tuple[Tensor, Tensor] | None, limit: Tensor | None = None) -> Tensor:
+def clip_learned(weight: Tensor, logits: tuple[Tensor, Tensor] | None, limit: Tensor | None = None) -> Tensor:
     """Weight (r, n) within its learned range.
 
     logits: (low, high) of (r, groups): a group lies between sigmoid(low) min and sigmoid(high) max of itself.
@@ -222,7 +222,7 @@ def _fold_head_norms(state: Mapping[str, Tensor], scale: Tensor, layout: Layout,
     return new
 
 
-def online(changes: Changes, layout: Layout) -> dict[str, nn.Module]:
+def online(changes: BlockTransforms, layout: Layout) -> dict[str, nn.Module]:
     """The modules that stay online in a block, by the path under which a wrapped block holds them."""
     quantizer = f"{layout.attention}.key_value_quantizer"
     modules: dict[str, nn.Module] = {}
@@ -248,7 +248,7 @@ def _range(low: Tensor, high: Tensor) -> Range:
     return Range(torch.sigmoid(low), torch.sigmoid(high))
 
 
-def attach(block: nn.Module, changes: Changes, layout: Layout) -> None:
+def attach(block: nn.Module, changes: BlockTransforms, layout: Layout) -> None:
     """Set the online modules of a wrapped block: in float32, or float64 where the block is. Gradients pass."""
     weight = block.get_submodule(layout.linears[0]).weight
     dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -9,7 +9,7 @@ from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker
 from obr.rotations.base import Parameter, Rotation
 from obr.rotations.flatquant import random_scale
-from obr.rotations.fold import Changes
+from obr.rotations.fold import BlockTransforms
 from obr.rotations.spinquant import fixed_transforms, random_hadamard
 
 
@@ -55,9 +55,9 @@ class OSTQuant(Rotation):
     def residual(self) -> Kronecker:
         return Kronecker.right([self.parameters["R_res"]])
 
-    def changes(self, index: int) -> Changes:
+    def changes(self, index: int) -> BlockTransforms:
         own = {name: self.parameter(index, name) for name in ("R_ov", *_scales(self.dimensions))}
-        return Changes(
+        return BlockTransforms(
             residual=self.residual(),
             norms={"qkv": 1 / own["S_norm_qkv"], "up_gate": 1 / own["S_norm_upgate"]},
             value=own["R_ov"] / own["S_ov"][..., None],

@@ -15,7 +15,7 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, block_hadamard, hadamard, random_signs
 from obr.rotations.base import Rotation
-from obr.rotations.fold import Changes
+from obr.rotations.fold import BlockTransforms
 
 INPUTS = {"o": "heads", "down": "down"}  # group -> the transform before its layers
 BLOCKS = (16, 32, 64, 128)
@@ -74,9 +74,9 @@ class QuaRot(Rotation):
     def residual(self) -> Kronecker:
         return self.transforms["residual"]
 
-    def changes(self, index: int) -> Changes:
+    def changes(self, index: int) -> BlockTransforms:
         value = self.transforms["value"]
-        return Changes(
+        return BlockTransforms(
             residual=self.residual(),
             value=value.matrix()[None],
             inputs={group: self.transforms[name] for group, name in INPUTS.items() if name in self.transforms},

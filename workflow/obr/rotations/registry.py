@@ -20,7 +20,7 @@ from obr.rotations.ostquant import OSTQuant
 from obr.rotations.quarot import QuaRot
 from obr.rotations.scaling import Scaling
 from obr.rotations.spinquant import SpinQuant
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 
 KINDS: dict[str, type[Rotation]] = {kind.kind: kind for kind in (QuaRot, SpinQuant, FlatQuant, OSTQuant, Scaling)}
 
@@ -53,7 +53,7 @@ def save(rotation: Rotation, path: Path) -> None:
         specs[name] = transform.spec()
         tensors |= {f"{name}.{k}": v for k, v in transform.state_dict().items()}
     header = {"kind": rotation.kind, "seed": rotation.seed, "transforms": specs, "options": rotation.options}
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # none shared
         save_file(owned, partial, metadata={"rotation": json.dumps(header)})
 

@@ -9,7 +9,7 @@ from obr.errors import ObrError
 from obr.models.architectures import GROUP_OF, Dimensions
 from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs
 from obr.rotations.flatquant import random_scale
-from obr.rotations.fold import Changes
+from obr.rotations.fold import BlockTransforms
 from obr.rotations.ostquant import tied_key_scale
 
 
@@ -64,13 +64,13 @@ class Scaling(Rotation):
                     f"{columns[GROUP_OF[role]]} columns of the layer; it was made for another model."
                 )
 
-    def changes(self, index: int) -> Changes:
+    def changes(self, index: int) -> BlockTransforms:
         get = lambda name: self.parameter(index, name)  # noqa: E731
         norms = {g: 1 / get(f"{g}.scale") for g in ("qkv", "up_gate") if get(f"{g}.scale") is not None}
         shifts = {g: get(f"{g}.shift") for g in ("qkv", "up_gate") if get(f"{g}.shift") is not None}
         value, product = get("o.scale"), get("down.scale")
         limits = {role: get(f"{role}.limit") for role in self.dimensions.rows()}
-        return Changes(
+        return BlockTransforms(
             norms=norms,
             shifts={group: shift * norms[group] if group in norms else shift for group, shift in shifts.items()},
             value=None if value is None else torch.diag_embed(1 / value),

@@ -9,7 +9,7 @@ import torch
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, hadamard, random_signs
 from obr.rotations.base import Parameter, Rotation
-from obr.rotations.fold import Changes
+from obr.rotations.fold import BlockTransforms
 
 
 class SpinQuant(Rotation):
@@ -37,8 +37,8 @@ class SpinQuant(Rotation):
     def residual(self) -> Kronecker:
         return Kronecker.right([self.parameters["R1"]])
 
-    def changes(self, index: int) -> Changes:
-        return Changes(
+    def changes(self, index: int) -> BlockTransforms:
+        return BlockTransforms(
             residual=self.residual(),
             value=self.parameter(index, "R2")[None],
             inputs={"down": self.transforms["down"]},

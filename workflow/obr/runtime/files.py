@@ -14,11 +14,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from obr.errors import ObrError, first_line
-from obr.runtime.locks import hold, let_go
+from obr.runtime.locks import acquire, release
 
 
 @contextlib.contextmanager
-def whole(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """A name to write to; what is there in the end is flushed to the disk and becomes `path`.
 
     The folder is made if need be. Should the writing fail, nothing is left and an older `path` stays; if it is
@@ -29,7 +29,7 @@ def whole(path: Path | str) -> Iterator[Path]:
         OSError: the disk is full, or the like.
     """
     path = Path(path)
-    hold(path)
+    acquire(path)
     folder = path.with_name(path.name + ".tmp")
     try:
         _remove(folder)
@@ -39,9 +39,9 @@ def whole(path: Path | str) -> Iterator[Path]:
         access = partial.stat().st_mode  # as the umask says; safetensors writes files for their owner alone
         yield partial
         partial.chmod(access)
-        flush(partial)
+        fsync(partial)
         os.replace(partial, path)
-        flush(path.parent)
+        fsync(path.parent)
     except SafetensorError as error:
         if not (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise
@@ -51,10 +51,10 @@ def whole(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        let_go(path)
+        release(path)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have a file, or a folder's list of names, on the disk and not only in memory: power may fail."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -65,7 +65,7 @@ def flush(path: Path) -> None:
 
 def write_text(text: str, path: Path | str) -> None:
     """Write text as UTF-8, line ends untouched."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(text.encode("utf-8"))
 
 
@@ -116,13 +116,13 @@ def read_json(path: Path | str) -> dict:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A new empty folder beside `out` to fill, gone afterwards unless `become` renamed it.
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """A new empty folder beside `out` to fill, gone afterwards unless `replace_folder` renamed it.
 
     Raises:
         ObrError: another process is filling it.
     """
-    hold(out)
+    acquire(out)
     folder = out.with_name(out.name + ".tmp")
     try:
         _remove(folder)
@@ -130,7 +130,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         with removed_after(folder):
             yield folder
     finally:
-        let_go(out)
+        release(out)
 
 
 @contextlib.contextmanager
@@ -142,16 +142,16 @@ def removed_after(folder: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def become(folder: Path, out: Path) -> None:
+def replace_folder(folder: Path, out: Path) -> None:
     """Rename a finished folder to `out`, over an older one, which is never there in part."""
     for path in [*folder.rglob("*"), folder]:
-        flush(path)
+        fsync(path)
     aside = out.with_name(out.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     if out.exists():
         os.replace(out, aside)
     os.replace(folder, out)
-    flush(out.parent)
+    fsync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

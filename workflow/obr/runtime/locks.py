@@ -14,8 +14,8 @@ from obr.errors import ObrError
 _held: dict[Path, IO] = {}  # lock files that this process has locked
 
 
-def hold(path: Path | str) -> None:
-    """Keep other processes from writing `path` until `let_go`, or until this process ends, however it ends.
+def acquire(path: Path | str) -> None:
+    """Keep other processes from writing `path` until `release`, or until this process ends, however it ends.
 
     The lock is one of a file `<path>.lock`, which other machines see too where they share the file system. For
     this process it is no obstacle: a run that failed in it may be taken up again.
@@ -52,8 +52,8 @@ def hold(path: Path | str) -> None:
         file.flush()
 
 
-def let_go(path: Path | str) -> None:
-    """End what `hold` began; nothing if it did not."""
+def release(path: Path | str) -> None:
+    """End what `acquire` began; nothing if it did not."""
     lock = _lock_of(path)
     file = _held.pop(lock, None)
     if file is not None:
@@ -65,7 +65,7 @@ def let_go(path: Path | str) -> None:
 @atexit.register
 def _let_all_go() -> None:
     for lock in list(_held):
-        let_go(lock.with_name(lock.name.removesuffix(".lock")))
+        release(lock.with_name(lock.name.removesuffix(".lock")))
 
 
 def _lock_of(path: Path | str) -> Path:

@@ -51,7 +51,7 @@ def require_products(name: str | None) -> None:
     _required = name
 
 
-def about(device: str) -> dict:
+def description(device: str) -> dict:
     """{name, instructions, limits, products}: of this processor, and of the large products on `device`.
 
     instructions: those that PyTorch uses, and those for bfloat16 products. limits: environment variables that
@@ -66,7 +66,7 @@ def about(device: str) -> dict:
     }
 
 
-def spell(processor: dict) -> str:
+def summary(processor: dict) -> str:
     """Such as "AMD EPYC 9654 (AVX512, avx512_bf16), bfloat16 products"."""
     limits = [f"{name}={value}" for name, value in processor["limits"].items()]
     return f"{processor['name']} ({', '.join(processor['instructions'] + limits)}), {processor['products']} products"

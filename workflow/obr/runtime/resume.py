@@ -6,7 +6,7 @@ from pathlib import Path
 
 from obr.errors import ObrError
 from obr.runtime.files import read_json, write_json
-from obr.runtime.locks import hold, let_go
+from obr.runtime.locks import acquire, release
 
 
 class Unfinished:
@@ -62,7 +62,7 @@ class Unfinished:
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == "run.json"):
             path.unlink() if not path.is_dir() else shutil.rmtree(path)
         self.folder.rmdir()
-        let_go(self.folder)
+        release(self.folder)
 
     def _note(self, index: int) -> Path:
         return self.folder / f"block_{index:03d}.json"
@@ -76,7 +76,7 @@ def claim(folder: Path, run: dict | None, what: str = "blocks") -> None:
     Raises:
         ObrError: it holds what another run has left, or another process is at work in it.
     """
-    hold(folder)
+    acquire(folder)
     noted = folder / "run.json"
     if noted.exists() and (there := read_json(noted)) != run:
         differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from obr.errors import ObrError
 from obr.runtime import hub
-from obr.runtime.files import become, removed_after, sha256_of, whole_folder, write_json
+from obr.runtime.files import atomic_folder, removed_after, replace_folder, sha256_of, write_json
 
 # What holds the weights: safetensors if a repository has them, else pickles, which are opened as data alone.
 FORMS = (
@@ -35,9 +35,9 @@ def _from_path(source: dict, out: Path) -> None:
     folder = hub.local_path(name).resolve()
     if not folder.is_dir():
         raise ObrError(f"{folder} is not a folder; give the folder that holds the released checkpoint.")
-    with whole_folder(out) as temporary:
+    with atomic_folder(out) as temporary:
         write_json({"source": source, "folder": str(folder)}, temporary / "source.json")
-        become(temporary, out)
+        replace_folder(temporary, out)
 
 
 def _from_hub(source: dict, out: Path) -> None:
@@ -71,4 +71,4 @@ def _from_hub(source: dict, out: Path) -> None:
         licence = info.card_data.get("license") if info.card_data else None
         about = {"source": source, "folder": ".", "revision": info.sha, "licence": licence, "sha256": hashes}
         write_json(about, folder / "source.json")
-        become(folder, out)
+        replace_folder(folder, out)

@@ -63,7 +63,7 @@ class FlatQuant(Reader):
     def gain(self, norm: str) -> Tensor:
         return self.take((f"{norm}.weight",))
 
-    def changes(self, index: int) -> fold.Changes:
+    def changes(self, index: int) -> fold.BlockTransforms:
         changes = self.rotation.changes(index)
         dual = self.duals.get((index, "keys"))
         return changes if dual is None else replace(changes, queries=Kronecker.right([dual]))
@@ -75,7 +75,7 @@ class FlatQuant(Reader):
         """Raises ObrError if v_proj was folded without vcache_trans: separate_vtrans has the same names."""
         base, changes, roles = self.blocks.load(index), self.rotation.changes(index), self.layout.roles
 
-        def cosine(role: str, changes: fold.Changes) -> float:
+        def cosine(role: str, changes: fold.BlockTransforms) -> float:
             own = block.get_submodule(roles[role]).weight
             weight, _ = fold.fold_linear(role, base.get_submodule(roles[role]).weight, None, changes, clip=True)
             return float(torch.cosine_similarity(weight.flatten(), own.flatten(), dim=0))

@@ -72,7 +72,7 @@ class Reader(ABC):
         """The weight (d,) of a norm, by its full name."""
 
     @abstractmethod
-    def changes(self, index: int) -> fold.Changes:
+    def changes(self, index: int) -> fold.BlockTransforms:
         """What stays online in a block."""
 
     @abstractmethod

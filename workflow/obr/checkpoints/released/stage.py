@@ -75,7 +75,7 @@ def _layout(state: StateDict, blocks: StreamedBlocks) -> str:
 
 
 @torch.no_grad()
-def adopt(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
+def import_released(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
     """The stage: verify a released checkpoint and write it as a packed one; returns the manifest.
 
     The weights are kept as they are, in the dtype of the file. `released` in the manifest has the layout and what was
@@ -104,7 +104,7 @@ def adopt(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
     with Progress("released", len(blocks)) as shown:
         for index in range(len(blocks)):
             finished = writer.unfinished.note(index)
-            note = finished or _adopt_block(reader, index, recipe, writer)
+            note = finished or _import_block(reader, index, recipe, writer)
             shown.resume() if finished else shown.block()
             report.layers += [LayerReport.of(row) for row in note["layers"]]
             report.seconds += note["seconds"]
@@ -126,7 +126,7 @@ def _check_recipe(recipe: Recipe, reader: Reader, state: StateDict) -> None:
         )
 
 
-def _adopt_block(reader: Reader, index: int, recipe: Recipe, writer: Writer) -> dict:
+def _import_block(reader: Reader, index: int, recipe: Recipe, writer: Writer) -> dict:
     """Verify and write a block; returns the note on it."""
     started, verified, rows = time.monotonic(), Verified(), []
     layout, block = reader.layout, reader.block(index)
@@ -139,7 +139,7 @@ def _adopt_block(reader: Reader, index: int, recipe: Recipe, writer: Writer) -> 
         if name in alike:
             _check_likeness(alike[name], own, where)
             verified.resembles(alike[name])
-        rows.append(_adopt_layer(block, name, index, own, reader.dtype))
+        rows.append(_import_layer(block, name, index, own, reader.dtype))
     note = {"layers": [row.noted() for row in rows], "verified": vars(verified)}
     note["seconds"] = time.monotonic() - started
     writer.unfinished.keep(index, lambda path: save_block(block, layout, path, reader.dtype), note)
@@ -155,7 +155,7 @@ def _check_likeness(cosine: float, recipe: Recipe, where: str) -> None:
         )
 
 
-def _adopt_layer(block: nn.Module, name: str, index: int, recipe: Recipe, dtype: torch.dtype) -> LayerReport:
+def _import_layer(block: nn.Module, name: str, index: int, recipe: Recipe, dtype: torch.dtype) -> LayerReport:
     """Store a layer as it is."""
     linear = block.get_submodule(name)
     weight = linear.weight.data
@@ -168,7 +168,7 @@ def _adopt_layer(block: nn.Module, name: str, index: int, recipe: Recipe, dtype:
     )  # fmt: skip
 
 
-def spell(manifest: dict) -> str:
+def summary(manifest: dict) -> str:
     """What was verified, for the log."""
     found, recipe = manifest["released"], manifest["recipe"]
     alike = found["likeness"]

@@ -16,7 +16,7 @@ from obr.checkpoints.released.state import StateDict
 from obr.errors import ObrError
 from obr.models.blocks import StreamedBlocks
 from obr.models.hadamard import Kronecker, hadamard
-from obr.rotations.fold import Changes
+from obr.rotations.fold import BlockTransforms
 
 EPSILON = 1e-5  # of QuaRot's norms, whatever the model's own
 HADAMARD = 1e-2  # largest |H Hᵀ / K - I| of a stored Hadamard matrix (K, K)
@@ -54,8 +54,8 @@ class Wrapped(Reader):
         """Of a norm whose weight is folded into the layers that read it."""
         return torch.full((self.blocks.dimensions.hidden,), 1 - self.layout.norm_offset)
 
-    def changes(self, index: int) -> Changes:
-        return Changes(inputs=self.inputs, keys=self.keys)
+    def changes(self, index: int) -> BlockTransforms:
+        return BlockTransforms(inputs=self.inputs, keys=self.keys)
 
     def about(self) -> dict:
         online = self.changes(0).online_parts()

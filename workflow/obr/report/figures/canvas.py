@@ -17,7 +17,7 @@ from obr.config.methods import METHODS
 from obr.errors import ObrError
 from obr.report.published import Quotes
 from obr.report.table_rows import Metric, Row, metrics_of, model_label, read_perplexity, value_of
-from obr.runtime.files import whole
+from obr.runtime.files import atomic_write
 
 COLUMN, PAGE = 3.5, 7.0  # inches: one column of a two-column paper, and its whole width
 REMARK_LINE = 0.13  # inches: the height of a line of 7-point text
@@ -42,7 +42,7 @@ STYLE = {
 
 
 @dataclass
-class Sheet:
+class Canvas:
     """A figure being drawn: its panels, the handles of its one legend, and what it has to confess."""
 
     figure: Figure
@@ -52,7 +52,7 @@ class Sheet:
 
 
 @dataclass
-class Source:
+class FigureInputs:
     """What a kind draws from: the entry with its rows resolved, and where the artefacts lie.
 
     published: all published numbers, where the entry quotes without rows. shapes: of the kernel benchmark.
@@ -73,7 +73,7 @@ class Source:
         return {key: model_label(self.models, key) for key in self.entry["models"]}
 
 
-def new_sheet(count: int, across: int = 3, height: float = 2.2, sharey: bool = False) -> Sheet:
+def new_canvas(count: int, across: int = 3, height: float = 2.2, sharey: bool = False) -> Canvas:
     """`count` panels, row by row: one column wide if there is one panel, else a page."""
     across = min(count, across)
     down = -(-count // across)
@@ -82,7 +82,7 @@ def new_sheet(count: int, across: int = 3, height: float = 2.2, sharey: bool = F
     axes = figure.subplots(down, across, squeeze=False, sharey=sharey).flatten()
     for spare in axes[count:]:
         spare.set_axis_off()
-    return Sheet(figure, list(axes[:count]))
+    return Canvas(figure, list(axes[:count]))
 
 
 def only_text(entry: dict):
@@ -122,7 +122,7 @@ def handle(label: str, marker: str, linestyle: str = "", **style) -> Line2D:
 DENSE = {"color": "0.4", "linewidth": 1}
 
 
-def dense_lines(source: Source, panel: Axes, model: str, metric: Metric) -> list[Line2D]:
+def dense_lines(source: FigureInputs, panel: Axes, model: str, metric: Metric) -> list[Line2D]:
     """A dashed line at the perplexity of the uncompressed model, a dotted one where it is published; the legend's
     entries for the lines that were drawn."""
     entries = []
@@ -141,7 +141,7 @@ def unique(handles: list[Line2D]) -> list[Line2D]:
     return list({entry.get_label(): entry for entry in handles}.values())
 
 
-def measured(source: Source, model: str, row: Row, text: str) -> float:
+def measured(source: FigureInputs, model: str, row: Row, text: str) -> float:
     """A perplexity from its artefact."""
     return value_of(read_perplexity(source.results, model, row, text))
 
@@ -157,20 +157,20 @@ def place_ticks(panel: Axes, values: list[float]) -> None:
     panel.margins(x=0.12)
 
 
-def published_handle(sheet: Sheet) -> None:
+def published_handle(sheet: Canvas) -> None:
     """The legend's entry for hollow points, if any are drawn."""
     hollow = [line for p in sheet.panels for line in p.get_lines() if line.get_fillstyle() == "none"]
     if any(np.isfinite(np.asarray(line.get_ydata(), dtype=float)).any() for line in hollow):
         sheet.handles.append(handle("hollow: published", "o", fillstyle="none", color="0.3"))
 
 
-def confess(sheet: Sheet, what: str, value: float) -> None:
+def add_note(sheet: Canvas, what: str, value: float) -> None:
     """A remark on a value that cannot be drawn."""
     if not np.isfinite(value):
         sheet.remarks.append(f"{what}: perplexity {value}, not shown")
 
 
-def add_legend(sheet: Sheet) -> None:
+def add_legend(sheet: Canvas) -> None:
     """One legend below all panels; remarks stand over it, wrapped to the figure's width.
 
     Remarks of more than three lines make the figure higher, so that panels keep their size.
@@ -192,5 +192,5 @@ def add_legend(sheet: Sheet) -> None:
 def save(figure: Figure, stem: Path) -> None:
     """Write `stem` + .pdf and .png."""
     for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-        with whole(stem.with_name(f"{stem.name}.{suffix}")) as partial:
+        with atomic_write(stem.with_name(f"{stem.name}.{suffix}")) as partial:
             figure.savefig(partial, format=suffix, dpi=200, metadata=metadata)

@@ -12,8 +12,8 @@ import matplotlib
 from obr.errors import ObrError
 from obr.report.figures.canvas import (
     STYLE,
-    Sheet,
-    Source,
+    Canvas,
+    FigureInputs,
     add_legend,
     save,
 )
@@ -52,7 +52,7 @@ def draw(
     told, note = entry.get("mentions") or [], entry.get("note")
     numbers = load(published) if told or entry.get("published") else None
     with matplotlib.rc_context(STYLE):
-        source = Source(entry, models, Path(results), rows, quotes, numbers, shapes or [])
+        source = FigureInputs(entry, models, Path(results), rows, quotes, numbers, shapes or [])
         sheet = KINDS[kind](source)
         sheet.remarks += mentions(numbers, told, notes=False) if told else []
         sheet.remarks += [note] if note else []
@@ -65,7 +65,7 @@ def draw(
 # --- Kinds --------------------------------------------------------------------------------------------
 
 
-KINDS: dict[str, Callable[[Source], Sheet]] = {
+KINDS: dict[str, Callable[[FigureInputs], Canvas]] = {
     "perplexity_bits": perplexity_bits,
     "sweep": sweep,
     "layer_error": layer_error,

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from obr.config import paths
 from obr.errors import ObrError
-from obr.report.figures.canvas import Sheet, Source, handle, new_sheet
+from obr.report.figures.canvas import Canvas, FigureInputs, handle, new_canvas
 from obr.report.published import select
 from obr.report.table_rows import require
 
@@ -50,7 +50,7 @@ class _Bar:
         return float(self.values[PANELS[panel][2]])
 
 
-def kernels(source: Source) -> Sheet:
+def kernels(source: FigureInputs) -> Canvas:
     """Bars of each kernel, grouped by shape: median time, with quartiles as whiskers, and bytes of the weight.
 
     `panels` of the entry says what is drawn instead. A tick in the bar of a time is the time in which the weight's
@@ -62,7 +62,7 @@ def kernels(source: Source) -> Sheet:
     headings, bars = _rows(ours, _published(source, shapes), shapes, chosen)
     rows = len(headings) * (1 + APART) + len(bars)
     row = min(ROW, HEIGHT / max(rows, 1))
-    sheet = new_sheet(len(chosen), across=len(chosen), height=max(1.2, row * rows + 0.6), sharey=True)
+    sheet = new_canvas(len(chosen), across=len(chosen), height=max(1.2, row * rows + 0.6), sharey=True)
     sheet.figure.get_layout_engine().set(w_pad=0.14)  # small text is wider at the resolution of a screen
     for name, panel in zip(chosen, sheet.panels):
         _draw(panel, name, bars, TEXT * row / ROW)
@@ -183,7 +183,7 @@ def _time_handles(bars: list[_Bar]) -> list:
     return handles
 
 
-def _ours(source: Source) -> pd.DataFrame:
+def _ours(source: FigureInputs) -> pd.DataFrame:
     """The benchmark's lines of the entry's device, shapes and kernels."""
     device = source.entry.get("device")
     if not device:
@@ -227,7 +227,7 @@ def _cautions(timed: pd.DataFrame) -> list[str]:
     return remarks
 
 
-def _published(source: Source, shapes: list[str]) -> pd.DataFrame:
+def _published(source: FigureInputs, shapes: list[str]) -> pd.DataFrame:
     """Published values of the shapes drawn, in the columns of the benchmark."""
     columns = ["shape", "kernel", *DRAWN, "p25_ms", "p75_ms"]
     filters = source.entry.get("published")

@@ -9,13 +9,13 @@ from matplotlib.ticker import MaxNLocator
 
 from obr.config import paths
 from obr.config.recipe import Option
-from obr.report.figures.canvas import COLOURS, MARKERS, PAGE, Sheet, Source, handle, log_scale, new_sheet
+from obr.report.figures.canvas import COLOURS, MARKERS, PAGE, Canvas, FigureInputs, handle, log_scale, new_canvas
 from obr.report.table_rows import Row, read_artefact, require
 
 LAYER_KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def layer_error(source: Source) -> Sheet:
+def layer_error(source: FigureInputs) -> Canvas:
     """Relative error of the layers' outputs by block: a panel per kind of layer, a line per recipe.
 
     Rows on one checkpoint are drawn once; the dense model, which has no error, not at all.
@@ -28,7 +28,7 @@ def layer_error(source: Source) -> Sheet:
     found = list(dict.fromkeys(kind for layers in tables.values() for t in layers for kind in t["kind"]))
     kinds = [k for k in LAYER_KINDS if k in found] + [k for k in found if k not in LAYER_KINDS]
     cells = 4 * -(-len(kinds) // 4)  # each model begins on a new line of four panels
-    sheet = new_sheet(cells * len(tables), across=4, height=1.5, sharey=True)
+    sheet = new_canvas(cells * len(tables), across=4, height=1.5, sharey=True)
     for i, (model, label) in enumerate(source.labels.items()):
         panels = sheet.panels[cells * i : cells * (i + 1)]
         for panel, kind in zip(panels, kinds):
@@ -60,7 +60,7 @@ def _layers(results: Path, model: str, row: Row) -> pd.DataFrame:
     return layers.assign(kind=layers["layer"].map(_kind))
 
 
-def allocation(source: Source) -> Sheet:
+def allocation(source: FigureInputs) -> Canvas:
     """What was allocated to each layer: a panel per model and row, blocks across, kinds of layers down.
 
     A cell's colour is its option, and what is written in it the bits a weight that this takes.
@@ -71,7 +71,7 @@ def allocation(source: Source) -> Sheet:
     ]
     labels = list(dict.fromkeys(Option.parse(o, "option").label for choice in told for o in choice["options"]))
     styles = {name: (COLOURS[i % len(COLOURS)], "" if i < len(COLOURS) else "//") for i, name in enumerate(labels)}
-    sheet = new_sheet(len(panels), across=1, height=2.0)
+    sheet = new_canvas(len(panels), across=1, height=2.0)
     sheet.figure.set_figwidth(PAGE)
     for panel, (_, label, row), choice in zip(sheet.panels, panels, told):
         options = [Option.parse(option, "option").label for option in choice["options"]]
@@ -107,14 +107,14 @@ def _kind(layer: str) -> str:
     return layer.rpartition(".")[2].removesuffix("_proj")
 
 
-def natural_sparsity(source: Source) -> Sheet:
+def natural_sparsity(source: FigureInputs) -> Canvas:
     """Zeros among the weights that were not pruned, by block: a panel per model and row, a line per kind of layer.
 
     The dashed line is the mean over all quantised weights, told with the published one beneath.
     """
     rows = [row for row in source.rows if row.recipe.method != "dense"]
     panels = [(model, label, row) for model, label in source.labels.items() for row in rows]
-    sheet = new_sheet(len(panels), height=2.6, sharey=True)
+    sheet = new_canvas(len(panels), height=2.6, sharey=True)
     kinds: list[str] = []
     for panel, (model, label, row) in zip(sheet.panels, panels):
         panel.set(title=f"{label}: {row.label}" if len(rows) > 1 else label, xlabel="Block", ylabel="Zeros (%)")

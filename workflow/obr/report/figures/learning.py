@@ -6,19 +6,19 @@ from matplotlib.ticker import MaxNLocator
 
 from obr.config import paths
 from obr.errors import ObrError
-from obr.report.figures.canvas import COLOURS, MARKERS, Sheet, Source, handle, log_scale, new_sheet
+from obr.report.figures.canvas import COLOURS, MARKERS, Canvas, FigureInputs, handle, log_scale, new_canvas
 from obr.report.table_rows import require
 
 LINES = {"loss": "learned from", "held_out": "held out"}
 
 
-def learning_curve(source: Source) -> Sheet:
+def learning_curve(source: FigureInputs) -> Canvas:
     """The loss by step, or by block before and after its steps: a panel per model and rotation."""
     names = source.entry.get("rotations") or []
     if not names:
         raise ObrError(f"Figure {source.entry.get('title', '')!r} has no rotations; list keys of learned ones.")
     panels = [(model, name) for model in source.labels for name in names]
-    sheet, drawn = new_sheet(len(panels)), {}
+    sheet, drawn = new_canvas(len(panels)), {}
     for panel, (model, name) in zip(sheet.panels, panels):
         curve = pd.read_csv(require(paths.path(source.results, "learning_curve", rotation=name, model=model)))
         panel.set(title=f"{source.labels[model]}\n{name}", ylabel="Loss")

@@ -10,15 +10,15 @@ from obr.errors import ObrError
 from obr.report.figures.canvas import (
     COLOURS,
     MARKERS,
-    Sheet,
-    Source,
+    Canvas,
+    FigureInputs,
     activations,
-    confess,
+    add_note,
     dense_lines,
     handle,
     log_scale,
     measured,
-    new_sheet,
+    new_canvas,
     only_text,
     place_ticks,
     published_handle,
@@ -29,7 +29,7 @@ from obr.report.table_rows import Row, read_manifest
 SWEPT = {"sparsity": "Sparsity (%)", "alpha": "α", "bits": "Weight bits"}
 
 
-def perplexity_bits(source: Source) -> Sheet:
+def perplexity_bits(source: FigureInputs) -> Canvas:
     """Perplexity against theoretical bits per weight: a panel per model, a colour per activation setting, or per
     value of the recipes' field `group_by`.
 
@@ -37,7 +37,7 @@ def perplexity_bits(source: Source) -> Sheet:
     has some. Of a row with several seeds the mean is drawn, with a bar of one standard deviation to either side.
     Settings are set a little apart, since most recipes have the same size.
     """
-    metric, sheet = only_text(source.entry), new_sheet(len(source.labels), height=3.0)
+    metric, sheet = only_text(source.entry), new_canvas(len(source.labels), height=3.0)
     compressed = [row for row in source.rows if row.recipe.method != "dense"]
     groups = [_group(row, source.entry.get("group_by")) for row in compressed]
     colours = dict(zip(dict.fromkeys(groups), cycle(COLOURS)))
@@ -55,7 +55,7 @@ def perplexity_bits(source: Source) -> Sheet:
             printed = source.quotes.value(model, row, metric.published)
             there = place if row.published_bits is None else place - size + row.published_bits
             panel.plot(there, printed, fillstyle="none", markersize=8, **style)
-            confess(sheet, f"{label}, {row.label}", float(np.mean(values)))
+            add_note(sheet, f"{label}, {row.label}", float(np.mean(values)))
         log_scale(panel)
         printed_at = [row.published_bits for row in compressed if row.published_bits is not None]
         place_ticks(panel, [round(size, 2) for size in [*sizes, *printed_at]])
@@ -75,7 +75,7 @@ def _group(row: Row, field: str | None) -> str:
     return "not rotated" if (field, value) == ("rotation", "none") else value
 
 
-def _theoretical_bits(source: Source, model: str, row: Row) -> float:
+def _theoretical_bits(source: FigureInputs, model: str, row: Row) -> float:
     return float(read_manifest(source.results, model, row)["bits_per_weight"]["theoretical"])
 
 
@@ -107,12 +107,12 @@ def _marks(rows: list[Row], groups: list[str]) -> dict[str, tuple[str, str]]:
     return marks
 
 
-def sweep(source: Source) -> Sheet:
+def sweep(source: FigureInputs) -> Canvas:
     """Perplexity against a recipe field (`x`): a panel per model, a line per value of `group_by`."""
     x, group_by = source.entry.get("x"), source.entry.get("group_by") or "method"
     if x not in SWEPT:
         raise ObrError(f"Sweep over {x!r} is not possible; set x to one of {', '.join(SWEPT)}.")
-    metric, sheet, dense = only_text(source.entry), new_sheet(len(source.labels)), []
+    metric, sheet, dense = only_text(source.entry), new_canvas(len(source.labels)), []
     lines = _sweep_lines(source.rows, x, group_by)
     styles = dict(zip(lines, zip(cycle(COLOURS), cycle(MARKERS))))
     for panel, (model, label) in zip(sheet.panels, source.labels.items()):
@@ -125,7 +125,7 @@ def sweep(source: Source) -> Sheet:
             panel.plot(list(line), values, color=colour, marker=marker)
             panel.plot(list(line), printed, color=colour, marker=marker, fillstyle="none", linestyle=":")
             for row, value in zip(line.values(), values):
-                confess(sheet, f"{label}, {row.label}", value)
+                add_note(sheet, f"{label}, {row.label}", value)
         log_scale(panel)
         place_ticks(panel, [place for line in lines.values() for place in line])
     sheet.handles += unique(dense)

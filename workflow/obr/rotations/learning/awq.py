@@ -13,7 +13,7 @@ from obr.models.architectures import GROUP_OF
 from obr.rotations import fold
 from obr.rotations.base import Rotation
 from obr.rotations.learning.blockwise import Place, learn_blocks, products
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 from obr.rotations.scaling import Scaling
 
 STEPS = 20  # ratios 0, 1/20 … 19/20
@@ -21,7 +21,7 @@ SHRINKS = 10  # 1, 19/20 … 11/20 of a row's largest weight
 NOT_CLIPPED = ("q", "k")  # whose product attention is too sensitive to
 
 
-def learn(task: Task) -> tuple[Rotation, list[dict]]:
+def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     """Scales mean|X|^ratio of every group, the ratio with the least error at the output of what the group is in.
 
     Values are scaled only where every query head has its own. Rows' weights are limited if `quantise` has clip:
@@ -51,7 +51,7 @@ def learn(task: Task) -> tuple[Rotation, list[dict]]:
     return learn_blocks(task, Scaling, learn_block)
 
 
-def groups(task: Task) -> tuple[str, ...]:
+def groups(task: LearningRun) -> tuple[str, ...]:
     """Groups whose inputs are scaled: o only where v has as many heads as there are queries."""
     whole = task.dimensions.kv_heads == task.dimensions.heads
     return ("qkv", "o", "up_gate", "down") if whole else ("qkv", "up_gate", "down")

@@ -16,12 +16,12 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.architectures import Layout
 from obr.models.blocks import StreamedBlocks, run_block
-from obr.models.hidden_states import Activations, Room
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.models.layers import set_quantizers
 from obr.rotations import fold
 from obr.rotations.base import Rotation
 from obr.rotations.learning import straight_through
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 from obr.runtime.progress import Progress
 
 
@@ -35,14 +35,14 @@ class Place:
     otherwise.
     """
 
-    task: Task
+    task: LearningRun
     index: int
     block: nn.Module
     layout: Layout
     arguments: dict
-    inputs: Activations
-    own: Activations
-    targets: Activations
+    inputs: HiddenStates
+    own: HiddenStates
+    targets: HiddenStates
 
     def __post_init__(self):
         self.plain = {name: p.detach() for name, p in self.block.named_parameters()}
@@ -66,7 +66,7 @@ class Place:
         new = fold.fold_block(self.plain, changes, self.layout, recipe.clip == "learned", torch.float32)
         fold.attach(self.block, changes, self.layout)
         set_quantizers(self.block, self.layout, recipe)
-        straight_through.swap(self.block, straight_through.flowing)
+        straight_through.swap(self.block, straight_through.ste_range)
         for path in self.layout.linears:
             new[f"{path}.weight"] = quantised_weight(new[f"{path}.weight"], recipe)
             self._give_bias(path, new)
@@ -114,7 +114,7 @@ LearnBlock = Callable[[Place], tuple[dict[str, Tensor], list[dict]]]
 
 
 def learn_blocks(
-    task: Task, kind: type[Rotation], learn: LearnBlock, own_inputs: bool = False
+    task: LearningRun, kind: type[Rotation], learn: LearnBlock, own_inputs: bool = False
 ) -> tuple[Rotation, list[dict]]:
     """Learn a rotation of this kind, one block after the other; finished blocks are kept for a restart.
 
@@ -140,12 +140,12 @@ def learn_blocks(
 
 
 def _places(
-    task: Task, source: StreamedBlocks, own_inputs: bool, kind: type[Rotation], learned: dict[str, Tensor]
+    task: LearningRun, source: StreamedBlocks, own_inputs: bool, kind: type[Rotation], learned: dict[str, Tensor]
 ) -> Iterator[Place]:
     """Every block in turn with its states; `learned` must hold a block's parameters when the next is asked for."""
-    windows, room = torch.cat([task.windows, task.held_out]), Room(folder=task.kept.folder)
+    windows, room = torch.cat([task.windows, task.held_out]), MemoryBudget(folder=task.kept.folder)
     inputs, arguments = source.embed(windows, room)
-    targets = Activations(len(inputs), inputs.shape, inputs.dtype, source.device, room)
+    targets = HiddenStates(len(inputs), inputs.shape, inputs.dtype, source.device, room)
     own = source.embed(windows, room)[0] if own_inputs else None
     for index in range(len(source)):
         place = Place(
@@ -172,7 +172,7 @@ def _rotation_of(place: Place, kind: type[Rotation], learned: dict[str, Tensor])
 
 
 @contextmanager
-def products(task: Task) -> Iterator[None]:
+def products(task: LearningRun) -> Iterator[None]:
     """Products of matrices in the task's dtype."""
     with torch.autocast(torch.device(task.device).type, task.dtype, enabled=task.dtype != torch.float32):
         yield
@@ -181,8 +181,8 @@ def products(task: Task) -> Iterator[None]:
 def quantised_weight(weight: Tensor, recipe: Recipe) -> Tensor:
     """Weight (r, n) on its rows' grids, with gradients through minmax ranges; a searched range passes them on."""
     if recipe.clip == "mse":
-        return straight_through.passed_weight(weight, recipe.bits, "mse")
-    return straight_through.flowing_weight(weight, recipe.bits)
+        return straight_through.ste_weight(weight, recipe.bits, "mse")
+    return straight_through.ste_range_weight(weight, recipe.bits)
 
 
 def descend(
@@ -228,7 +228,7 @@ def descend(
     return rows
 
 
-def check_quantises(task: Task) -> None:
+def check_quantises(task: LearningRun) -> None:
     """Raise ObrError if the task quantises nothing."""
     recipe = task.recipe
     parts = (recipe.activations, recipe.o_inputs or recipe.activations, recipe.queries, recipe.keys, recipe.values)

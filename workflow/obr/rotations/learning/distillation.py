@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor
 
-from obr.models.blocks import advance
-from obr.models.hidden_states import Activations, Room
+from obr.models.blocks import run_in_place
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.rotations.learning.end_to_end import Network, Objective
 
 
@@ -16,7 +16,7 @@ def imitation(network: Network, top: int, renormalised: bool = False) -> Objecti
     count, length = len(task.windows) + len(task.held_out), task.windows.shape[1]
     return Objective(
         lambda logits, states: kl_top(logits, network.logits(states), top, renormalised),
-        Teacher(network, count, length, Room(folder=task.kept.folder)),
+        Teacher(network, count, length, MemoryBudget(folder=task.kept.folder)),
     )
 
 
@@ -26,10 +26,10 @@ class Teacher:
     count: of all windows, of s tokens each. room: for the states, which are kept.
     """
 
-    def __init__(self, network: Network, count: int, length: int, room: Room | None = None):
+    def __init__(self, network: Network, count: int, length: int, room: MemoryBudget | None = None):
         self.network, source = network, network.source
         width = source.dimensions.hidden
-        self.states = Activations(count, (length, width), torch.float32, source.device, room)
+        self.states = HiddenStates(count, (length, width), torch.float32, source.device, room)
         self.known: set[int] = set()
         # Blocks of its own, on the same weights: the network's get transforms and quantisers.
         self.blocks = [copy.deepcopy(block, {id(p): p for p in block.parameters()}) for block in network.blocks]
@@ -46,7 +46,7 @@ class Teacher:
         hidden, arguments = self.network.source.embed(windows)
         with self.network.products():
             for block, own in zip(self.blocks, arguments, strict=True):
-                advance(block, hidden, own)
+                run_in_place(block, hidden, own)
         for place, states in zip(places, hidden, strict=True):
             self.states[place] = states
         self.known |= set(places)

@@ -21,7 +21,7 @@ from obr.rotations import fold
 from obr.rotations.base import Rotation
 from obr.rotations.learning import straight_through
 from obr.rotations.learning.cayley_sgd import nearest
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 
 TOKENS = 512  # whose logits, a vocabulary wide each, exist at a time
 
@@ -41,7 +41,7 @@ class Network:
     since weights then need no gradients.
     """
 
-    def __init__(self, task: Task, quantise: Callable, recompute: bool = False):
+    def __init__(self, task: LearningRun, quantise: Callable, recompute: bool = False):
         if task.recipe.clip == "learned":
             raise ObrError(
                 "learn.quantise.clip is 'learned', but this learner does not learn clips; use mse or minmax, or kind "
@@ -88,7 +88,7 @@ class Network:
             for hook in hooks:
                 hook.remove()
 
-    def _unfolded(self, index: int, changes: fold.Changes) -> dict[str, Tensor]:
+    def _unfolded(self, index: int, changes: fold.BlockTransforms) -> dict[str, Tensor]:
         """Weights and norms of a block with all changes but those of the residual stream, which `_Turned` makes."""
         plain, offset = self.plain[index], self.layout.norm_offset
         inner = replace(changes, residual=None, norms={})
@@ -110,11 +110,11 @@ class Network:
 
     def _weight(self, weight: Tensor) -> Tensor:
         bits, clip = self.task.recipe.bits, self.task.recipe.clip
-        if self.quantise is straight_through.passed:
-            return straight_through.passed_weight(weight, bits, clip)
+        if self.quantise is straight_through.ste_identity:
+            return straight_through.ste_weight(weight, bits, clip)
         if clip == "mse":
             return straight_through.clipped_weight(weight, bits)
-        return straight_through.flowing_weight(weight, bits)
+        return straight_through.ste_range_weight(weight, bits)
 
     def products(self):
         """Products of matrices in the task's dtype."""
@@ -151,7 +151,7 @@ class _Turned:
     The layers of a group are called with the same input, and share the product.
     """
 
-    def __init__(self, quantise: Callable, changes: fold.Changes, group: str):
+    def __init__(self, quantise: Callable, changes: fold.BlockTransforms, group: str):
         self.quantise, self.factors = quantise, changes.norms.get(group)
         self.back = Kronecker.right(changes.residual.factors())  # the transpose
         self.input = self.output = None
@@ -177,7 +177,7 @@ class Objective:
 
 
 @dataclass
-class Descent:
+class TrainingLoop:
     """The loop: batches of windows, a step of the optimiser for each, and from time to time a look at `held_out`.
 
     leaves: what is learned. place: makes the rotation's parameters of them. steps, batch (windows of a step),
@@ -186,7 +186,7 @@ class Descent:
     of the steps that is done.
     """
 
-    task: Task
+    task: LearningRun
     network: Network
     rotation: Rotation
     objective: Objective
@@ -223,7 +223,7 @@ class Descent:
         return curve
 
     def _step(self, step: int) -> float:
-        chosen = drawn(len(self.task.windows), self.batch, step, self.task.seed)
+        chosen = draw_batch(len(self.task.windows), self.batch, step, self.task.seed)
         self.optimizer.zero_grad()
         loss = 0.0
         for part in chosen.split(self.micro_batch or self.batch):
@@ -280,7 +280,7 @@ class Descent:
         return note["step"], note["curve"], note["recent"]
 
 
-def warmed(warmup: float) -> Callable[[float], float]:
+def warmup_schedule(warmup: float) -> Callable[[float], float]:
     """A factor of learning rates by the part of the steps that is done: cosine to 0, linear from 0 over `warmup`.
 
     Adam's first steps are as long as it can make them, whatever the gradient's noise: without, they lose ground.
@@ -288,7 +288,7 @@ def warmed(warmup: float) -> Callable[[float], float]:
     return lambda done: 0.5 * (1 + cos(pi * done)) * (min(1.0, done / warmup) if warmup else 1.0)
 
 
-def drawn(count: int, batch: int, step: int, seed: int) -> Tensor:
+def draw_batch(count: int, batch: int, step: int, seed: int) -> Tensor:
     """Places (batch,) of the windows of a step, out of `count`: all in random order, then all in another."""
     places = range(step * batch, (step + 1) * batch)
     orders = {epoch: _order(count, epoch, seed) for epoch in {place // count for place in places}}
@@ -299,7 +299,7 @@ def _order(count: int, epoch: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(100_003 * seed + epoch))
 
 
-def polished(rotation: Rotation) -> Rotation:
+def orthogonalised(rotation: Rotation) -> Rotation:
     """The rotation with its orthogonal parameters made so to float32, whatever error steps have left."""
     for name, parameter in rotation.expected().items():
         if parameter.must == "orthogonal":

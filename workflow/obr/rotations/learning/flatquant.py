@@ -12,14 +12,14 @@ from obr.models.hadamard import hadamard, random_orthogonal, random_signs
 from obr.rotations.base import Rotation
 from obr.rotations.flatquant import PAIRED, FlatQuant, factor_pair
 from obr.rotations.learning.blockwise import Place, descend, largest_inputs, learn_blocks
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 from obr.rotations.scaling import smoothing_scale
 
 START = 4.0  # logit of clips: 0.982 of the range
 LAST = 1e-3  # of the learning rate, at the end of the cosine
 
 
-def learn(task: Task) -> tuple[Rotation, list[dict]]:
+def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     """Every transform that the kind has; scales and singular values as logarithms, so that none becomes zero.
 
     Weights are clipped by learned factors if `quantise` has clip: learned, and activations, keys and values where
@@ -104,7 +104,7 @@ def _orthogonal(start: Tensor) -> nn.Module:
     return orthogonal(holder, "weight", orthogonal_map="cayley", use_trivialization=True)
 
 
-def sizes(task: Task) -> dict[str, int]:
+def sizes(task: LearningRun) -> dict[str, int]:
     """Sizes of the matrices that are learned in a block, by name."""
     dimensions, found = task.dimensions, {}
     for group in PAIRED:
@@ -132,7 +132,7 @@ def starting_scales(place: Place, alpha: float) -> dict[str, Tensor]:
     }
 
 
-def starting_clips(task: Task) -> dict[str, Tensor]:
+def starting_clips(task: LearningRun) -> dict[str, Tensor]:
     """Logits of the clips that the task asks for, by name: of weights, and of what is quantised as it comes."""
     recipe: Recipe = task.recipe
     rows, clips = task.dimensions.rows(), {}

@@ -6,12 +6,12 @@ from torch import Tensor
 from obr.rotations.base import Rotation
 from obr.rotations.learning.blockwise import Place, descend, learn_blocks
 from obr.rotations.learning.flatquant import ENDS, START
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 from obr.rotations.learning.smoothquant import FED_BY_NORMS, smoothing_scales
 from obr.rotations.scaling import Scaling
 
 
-def learn(task: Task) -> tuple[Rotation, list[dict]]:
+def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     """Learned equivalent transformation (LET) and learned weight clipping (LWC), AdamW without decay or schedule.
 
     LET scales what the norms put out, from SmoothQuant's start, and, from one, the values and the keys: these per
@@ -54,21 +54,21 @@ def starting_scales(place: Place, alpha: float) -> dict[str, Tensor]:
     }
 
 
-def _scales(logarithms: dict[str, Tensor], task: Task) -> dict[str, Tensor]:
+def _scales(logarithms: dict[str, Tensor], task: LearningRun) -> dict[str, Tensor]:
     scales = {name: leaf.exp() for name, leaf in logarithms.items()}
     if "key.scale" in scales:
         scales["key.scale"] = scales["key.scale"].repeat(1, 2).expand(task.dimensions.kv_heads, -1)
     return scales
 
 
-def starting_shifts(task: Task) -> dict[str, Tensor]:
+def starting_shifts(task: LearningRun) -> dict[str, Tensor]:
     """Zeros: of what the norms put out (d,), and of the values (k, m)."""
     sizes = task.dimensions
     shifts = {f"{group}.shift": torch.zeros(sizes.hidden) for group in FED_BY_NORMS}
     return shifts | {"o.shift": torch.zeros(sizes.kv_heads, sizes.head_dim)}
 
 
-def starting_clips(task: Task) -> dict[str, Tensor]:
+def starting_clips(task: LearningRun) -> dict[str, Tensor]:
     """Logits (r, 1) of weight clips, by name, if the task asks for them."""
     if task.recipe.clip != "learned" or task.recipe.bits == 16:
         return {}

@@ -9,12 +9,12 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.rotations.learning import klt, straight_through
 from obr.rotations.learning.distillation import imitation
-from obr.rotations.learning.end_to_end import Descent, Network, polished, warmed
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.end_to_end import Network, TrainingLoop, orthogonalised, warmup_schedule
+from obr.rotations.learning.run import LearningRun
 from obr.rotations.ostquant import OSTQuant
 
 
-def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
+def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
     """R_res, R_ov from random Hadamard matrices, all scales from one, by RiemannianAdam on the KL-Top loss.
 
     Without geoopt's `stabilize`, which doubles the momentum of square matrices each time: what orthogonality steps
@@ -39,13 +39,13 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
     if not settings.online_query_key:
         del rotation.transforms["query_key"]
     rotation.to(task.device)
-    network = Network(task, straight_through.flowing, settings.recompute)
+    network = Network(task, straight_through.ste_range, settings.recompute)
     if settings.start == "klt":
         klt.turn(rotation, network.plain, network.layout)
     leaves = {
         name: leaf.requires_grad_(settings.scales or ".S_" not in name) for name, leaf in _leaves(rotation).items()
     }
-    descent = Descent(
+    descent = TrainingLoop(
         task,
         network,
         rotation,
@@ -56,13 +56,13 @@ def learn(task: Task) -> tuple[OSTQuant, list[dict]]:
         batch=settings.batch,
         every=settings.every,
         keep_every=settings.keep_every,
-        factor=warmed(settings.warmup / settings.steps),
+        factor=warmup_schedule(settings.warmup / settings.steps),
         place=lambda values: _placed(values, task.dimensions),
         micro_batch=settings.micro_batch,
     )
     curve = descent.run()
     rotation.seed = None
-    return polished(rotation), curve
+    return orthogonalised(rotation), curve
 
 
 def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from obr.errors import ObrError
 from obr.rotations import registry
 from obr.rotations.base import Rotation
 from obr.rotations.learning import awq, flatquant, omniquant, ostquant, smoothquant, spinquant
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 
-LEARNERS: dict[str, Callable[[Task], tuple[Rotation, list[dict]]]] = {
+LEARNERS: dict[str, Callable[[LearningRun], tuple[Rotation, list[dict]]]] = {
     "spinquant": spinquant.learn,
     "ostquant": ostquant.learn,
     "flatquant": flatquant.learn,
@@ -41,7 +41,9 @@ def learn_rotation(
 
     if entry["kind"] not in LEARNERS:
         raise ObrError(f"Rotation {entry['kind']!r} is not learned; those that are: {', '.join(LEARNERS)}.")
-    task = Task.of(entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32)
+    task = LearningRun.of(
+        entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32
+    )
     try:
         rotation, curve = LEARNERS[entry["kind"]](task)
     except ObrError:

@@ -18,8 +18,8 @@ from obr.data import token_windows
 from obr.errors import BROKEN_FILE, ObrError
 from obr.models.architectures import Dimensions
 from obr.models.loading import config_of
-from obr.runtime.files import whole
-from obr.runtime.locks import let_go
+from obr.runtime.files import atomic_write
+from obr.runtime.locks import release
 from obr.runtime.provenance import fingerprint
 from obr.runtime.resume import claim
 
@@ -28,7 +28,7 @@ COMMON = ("calibration", "held_out", "quantise", "dtype")
 HELD_OUT = 4  # windows, unless the entry says how many
 
 
-class Kept:
+class Snapshots:
     """The state of a run that learns, in the folder `<out>.unfinished`; there as long as the run is not finished.
 
     Raises:
@@ -54,23 +54,23 @@ class Kept:
     def write(self, tensors: dict[str, Tensor], note: dict) -> None:
         """Replace what was kept; tensors of any dtype, a generator's state among them; note: as JSON."""
         owned = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        with whole(self.path) as partial:
+        with atomic_write(self.path) as partial:
             save_file(owned, partial, metadata={"note": json.dumps(note)})
 
     def remove(self) -> None:
         """Forget the run, once its result is whole."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        let_go(self.folder)
+        release(self.folder)
 
 
-def tell(row: dict) -> None:
+def report_step(row: dict) -> None:
     """Print a line of a curve, such as "step 20, loss 3.21, held out 3.3"."""
     spelled = (f"{name.replace('_', ' ')} {value:.5g}" for name, value in row.items())
     print(", ".join(spelled), file=sys.stderr, flush=True)
 
 
 @dataclass
-class Task:
+class LearningRun:
     """What a learner is given.
 
     model: folder of a downloaded model. windows (b, s): tokens to learn from. held_out (c, s): tokens of the same
@@ -86,14 +86,14 @@ class Task:
     recipe: Recipe
     options: dict
     seed: int
-    kept: Kept
+    kept: Snapshots
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     about: dict = field(default_factory=dict)
-    report: Callable[[dict], None] = tell
+    report: Callable[[dict], None] = report_step
 
     @classmethod
-    def of(cls, entry: dict, model: Path, tokens: Path, out: Path, device: str, dtype: torch.dtype) -> "Task":
+    def of(cls, entry: dict, model: Path, tokens: Path, out: Path, device: str, dtype: torch.dtype) -> "LearningRun":
         """The task of a config entry {"kind", "seed", "learn": {…}}, with calibration windows from a file.
 
         dtype: of products, unless the entry's `learn` has one.
@@ -122,7 +122,7 @@ class Task:
             recipe=recipe,
             options=learn,
             seed=entry.get("seed", 0),
-            kept=Kept(out, run),
+            kept=Snapshots(out, run),
             device=device,
             dtype=dtype,
             about=about,

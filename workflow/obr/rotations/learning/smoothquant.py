@@ -4,13 +4,13 @@ from torch import Tensor
 
 from obr.rotations.base import Rotation
 from obr.rotations.learning.blockwise import Place, largest_inputs, learn_blocks
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.run import LearningRun
 from obr.rotations.scaling import Scaling, smoothing_scale
 
 FED_BY_NORMS = ("qkv", "up_gate")
 
 
-def learn(task: Task) -> tuple[Rotation, list[dict]]:
+def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     """s = max|X|^alpha / max|W|^(1 - alpha) of what norms put out; the curve has blocks' errors before and after.
 
     Own settings: alpha; the paper has 0.5, and more for models with larger outliers.

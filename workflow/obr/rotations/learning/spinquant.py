@@ -6,12 +6,12 @@ from torch.nn import functional as F
 from obr.rotations.learning import straight_through
 from obr.rotations.learning.cayley_sgd import CayleySGD
 from obr.rotations.learning.distillation import imitation
-from obr.rotations.learning.end_to_end import Descent, Network, Objective, polished, warmed
-from obr.rotations.learning.run import Task
+from obr.rotations.learning.end_to_end import Network, Objective, TrainingLoop, orthogonalised, warmup_schedule
+from obr.rotations.learning.run import LearningRun
 from obr.rotations.spinquant import SpinQuant
 
 
-def learn(task: Task) -> tuple[SpinQuant, list[dict]]:
+def learn(task: LearningRun) -> tuple[SpinQuant, list[dict]]:
     """R1 and R2 from random Hadamard matrices, by Cayley SGD on the quantised model.
 
     Own settings: loss (cross_entropy of the next token, as published; kl_top, OSTQuant's imitation of the 16-bit
@@ -35,10 +35,10 @@ def learn(task: Task) -> tuple[SpinQuant, list[dict]]:
     generator = torch.Generator().manual_seed(task.seed)
     rotation.to(task.device)
     leaves = {name: p.float().requires_grad_() for name, p in rotation.parameters.items()}
-    quantise = straight_through.flowing if settings.gradients == "flowing" else straight_through.passed
+    quantise = straight_through.ste_range if settings.gradients == "flowing" else straight_through.ste_identity
     network = Network(task, quantise, settings.recompute)
     next_token = Objective(_cross_entropy, lambda windows, places: windows[:, 1:])
-    descent = Descent(
+    descent = TrainingLoop(
         task,
         network,
         rotation,
@@ -50,12 +50,12 @@ def learn(task: Task) -> tuple[SpinQuant, list[dict]]:
         every=settings.every,
         keep_every=settings.keep_every,
         generator=generator,
-        factor=warmed(settings.warmup / settings.steps),
+        factor=warmup_schedule(settings.warmup / settings.steps),
         micro_batch=settings.micro_batch,
     )
     curve = descent.run()
     rotation.seed = None
-    return polished(rotation), curve
+    return orthogonalised(rotation), curve
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

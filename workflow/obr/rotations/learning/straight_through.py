@@ -1,7 +1,7 @@
 """Quantisers for learning: forward as in evaluation, backward as if rounding were not there.
 
-Two kinds, which the papers differ in. `passed`: the gradient of the output is that of the input, scales are
-constants (SpinQuant). `flowing`: only rounding is passed over, so that gradients reach the range, and factors of
+Two kinds, which the papers differ in. `ste_identity`: the gradient of the output is that of the input, scales are
+constants (SpinQuant). `ste_range`: only rounding is passed over, so that gradients reach the range, and factors of
 it, and stop at clipped values (FlatQuant, OmniQuant, OSTQuant). Either stands in for `quantize.fake_quantize`.
 """
 
@@ -31,7 +31,7 @@ def rounded(x: Tensor) -> Tensor:
     return _Passed.apply(x, x.detach().round())
 
 
-def passed(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
+def ste_identity(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
     """`fake_quantize` of x (..., c) whose gradient is passed on unchanged, also beyond the range."""
     if settings.bits == 16:
         return x
@@ -40,7 +40,7 @@ def passed(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
     return _Passed.apply(x, quantised)
 
 
-def flowing(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
+def ste_range(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
     """`fake_quantize` of x (..., c) with gradients through scale, clamp and zero point, to learned bounds too."""
     if settings.bits == 16:
         return x
@@ -70,7 +70,7 @@ def asymmetric(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     return ((rounded(values / scale) + zero).clamp(0, largest) - zero) * scale
 
 
-def passed_weight(weight: Tensor, bits: int, clip: str = "mse") -> Tensor:
+def ste_weight(weight: Tensor, bits: int, clip: str = "mse") -> Tensor:
     """Weight (r, n) on its rows' symmetric grid, as `Grid.fit` finds it; the gradient is passed on unchanged."""
     if bits == 16:
         return weight
@@ -92,7 +92,7 @@ def clipped_weight(weight: Tensor, bits: int) -> Tensor:
     return rounded(weight / grid.scale).clamp(grid.low, grid.high) * grid.scale
 
 
-def flowing_weight(weight: Tensor, bits: int, group_size: int | None = None, is_symmetric: bool = True) -> Tensor:
+def ste_range_weight(weight: Tensor, bits: int, group_size: int | None = None, is_symmetric: bool = True) -> Tensor:
     """Weight (r, n) on min-max grids of its rows, or of their groups of columns, with gradients through the range."""
     if bits == 16:
         return weight
@@ -102,7 +102,7 @@ def flowing_weight(weight: Tensor, bits: int, group_size: int | None = None, is_
 
 
 def swap(block: nn.Module, quantiser: Callable) -> None:
-    """Let the quantisers of a wrapped block's activations, keys and values be `passed` or `flowing`, in place."""
+    """Set the quantisers of a wrapped block's activations, keys and values: `ste_identity` or `ste_range`, in place."""
     for module in block.modules():
         if isinstance(module, (QuantLinear, KeyValueQuantizer)):
             module.quantize = quantiser

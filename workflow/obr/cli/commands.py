@@ -1,0 +1,281 @@
+"""The sub-commands: each gets its parsed arguments and calls one stage of the package.
+
+Libraries are imported when a command needs them, so that `obr --help` is quick.
+"""
+
+import os
+from argparse import Namespace
+
+from obr.errors import ObrError, printable
+from obr.runtime.files import write_json
+
+
+def download_model(args: Namespace) -> None:
+    from obr.models.download import download_model
+
+    download_model(
+        args.entry["source"], args.out, args.entry.get("dtype", "auto"), args.entry.get("trust_remote_code", False)
+    )
+
+
+def check_model(args: Namespace) -> None:
+    from obr.config.model_sizes import read_config
+    from obr.config.workflow import check_widths
+
+    check_widths(read_config(args.model, args.model.name), args.entry, args.model.name)
+    write_json(args.entry, args.out)
+
+
+def download_text(args: Namespace) -> None:
+    from obr.data.texts import download_text
+
+    download_text(args.entry, args.out)
+
+
+def download_documents(args: Namespace) -> None:
+    from obr.data.texts import download_documents
+
+    download_documents(args.entry, args.out)
+
+
+def download_task(args: Namespace) -> None:
+    from obr.evaluation.tasks import download_task
+
+    download_task(args.entry["source"], args.out, args.text)
+
+
+def download_rotation(args: Namespace) -> None:
+    from obr.rotations.obtain import make
+
+    make(args.entry, args.model, args.out)
+
+
+def learn_rotation(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.rotations.learning.registry import learn_rotation
+
+    learn_rotation(args.entry, args.model, args.tokens, args.out, device, dtype)
+
+
+def calibrate(args: Namespace) -> None:
+    from obr.data.token_windows import calibrate
+
+    calibrate(args.model, args.text, args.entry, args.out)
+
+
+def generate(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.data.self_generated import generate
+
+    generate(args.model, args.entry, args.out, device, dtype)
+
+
+def mix(args: Namespace) -> None:
+    from obr.data.self_generated import mix
+
+    mix(args.windows, args.entry, args.out)
+
+
+def _computing(device: str, dtype: str | None):
+    """(device, torch dtype), once the device is ours."""
+    from obr.runtime.gpu import claim
+
+    device = claim(device)
+    import torch
+
+    return device, getattr(torch, dtype) if dtype else None
+
+
+def hessian(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.calibration.collect_hessians import hessian_stage
+
+    hessian_stage(args.model, args.rotation, args.tokens, args.out, dtype, device, args.activations_memory)
+
+
+def gradients(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.calibration.output_gradients import gradients
+
+    notes = gradients(
+        args.model, args.rotation, args.tokens, args.out,
+        nsamples=args.entry["nsamples"], seqlen=args.entry["seqlen"], dtype=dtype, device=device,
+        megabytes=args.activations_memory,
+    )  # fmt: skip
+    print(
+        f"gradients of {notes['tokens']} tokens in {notes['windows']} windows, loss {notes['loss']:.4f} nats a token"
+    )
+
+
+def sensitivity(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.config.recipe import Option
+    from obr.mixed_precision.sensitivity import measure_sensitivity
+
+    options = tuple(Option.parse(option, f"options[{i}]") for i, option in enumerate(args.entry["options"]))
+    measure_sensitivity(
+        args.model, args.rotation, args.tokens, args.hessians, args.gradients, options, args.out,
+        args.entry.get("blocks"), dtype, device, args.activations_memory,
+    )  # fmt: skip
+
+
+def allocate(args: Namespace) -> None:
+    from obr.config.recipe import Recipe
+    from obr.mixed_precision.allocate import allocate_stage
+
+    print(allocate_stage(Recipe.parse(args.entry), args.sensitivity, args.out).spell())
+
+
+def compress(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.compression.stage import compress_stage
+    from obr.config.recipe import Recipe
+
+    compress_stage(
+        args.model, Recipe.parse(args.entry), args.out,
+        rotation=args.rotation, tokens=args.tokens, hessians=args.hessians, gradient_file=args.gradients,
+        allocation_file=args.allocation, dtype=dtype, device=device, megabytes=args.activations_memory,
+    )  # fmt: skip
+
+
+def download_released(args: Namespace) -> None:
+    from obr.checkpoints.released.download import download_released
+
+    download_released(args.entry, args.out)
+
+
+def released(args: Namespace) -> None:
+    from obr.checkpoints.released.stage import import_released, summary
+    from obr.config.recipe import Recipe
+
+    print(summary(import_released(args.model, args.released, Recipe.parse(args.entry), args.out)))
+
+
+def perplexity(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.config.recipe import Recipe
+    from obr.evaluation.perplexity import perplexity_stage
+    from obr.models.hidden_states import MemoryBudget
+
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    room = MemoryBudget(args.activations_memory, args.out.parent)
+    result = perplexity_stage(
+        args.checkpoint,
+        args.text,
+        args.entry,
+        Recipe.parse(args.recipe) if args.recipe else None,
+        dtype,
+        device,
+        room,
+    )
+    write_json(result, args.out)
+    value = result["status"] if result["value"] is None else f"{result['value']:.4f}"
+    print(f"perplexity {value}: {result['definition']}; {result['windows']} windows")
+    if "note" in result:
+        print(f"{result['note']}.")
+
+
+def zero_shot(args: Namespace) -> None:
+    device, dtype = _computing(args.device, args.dtype)
+    from obr.checkpoints.format import load
+    from obr.evaluation.zero_shot import zero_shot
+    from obr.models.loading import load_tokenizer
+
+    model = load(args.checkpoint, args.recipe, dtype, device)
+    result = zero_shot(
+        model, load_tokenizer(args.checkpoint), args.task,
+        limit=args.entry.get("limit"), batch_size=args.entry.get("batch_size", 1), bos=args.entry.get("bos"),
+    )  # fmt: skip
+    write_json(result, args.out)
+    spread = "" if result["stderr"] is None else f" ± {result['stderr']:.4f}"
+    print(f"{result['task']}: {result['metric']} {result['value']:.4f}{spread}; {result['prompts']}")
+    if "note" in result:
+        print(f"{result['note']}.")
+
+
+def kernels(args: Namespace) -> None:
+    device, _ = _computing(args.device, args.dtype)
+    from obr.kernels.benchmark import benchmark, sizes
+
+    if args.sizes_only:
+        sizes(args.entry, args.out)
+    else:
+        benchmark(args.entry, device, args.out)
+
+
+def table(args: Namespace) -> None:
+    from obr.report.table import build, write
+
+    write(build(args.entry, args.recipes, args.models, args.results, args.published), args.out)
+
+
+def figure(args: Namespace) -> None:
+    from obr.report.figures.draw import draw
+
+    draw(
+        args.entry,
+        args.recipes,
+        args.models,
+        args.results,
+        args.published,
+        args.out,
+        (args.shapes or {}).get("shapes"),
+    )
+
+
+def push(args: Namespace) -> None:
+    from obr.export.hub import push
+
+    print(push(args.checkpoint, args.repo, args.dry_run, args.licence, args.private))
+
+
+def export(args: Namespace) -> None:
+    from obr.export.dispatch import export
+
+    print(export(args.checkpoint, args.form, args.out, args.weights_only))
+
+
+def verify(args: Namespace) -> None:
+    device, _ = _computing(args.device, None)
+    from obr.checkpoints.verify import verify_checkpoint
+    from obr.compression.recompute import TOLERATED, Places, repeat, summary
+
+    problems = verify_checkpoint(args.checkpoint)
+    if args.recompute and not problems:
+        for layer in repeat(
+            args.checkpoint,
+            args.recompute,
+            Places(args.model, args.rotation, args.tokens, args.hessians, args.gradients),
+            device,
+        ):
+            print(summary(layer))
+            if layer.differing > TOLERATED:
+                problems.append(f"{summary(layer)}, more than rounding explains on one kind of processor.")
+    for problem in problems:
+        print(printable(problem))
+    if problems:
+        raise ObrError(f"{args.checkpoint} is not what its manifest says in {len(problems)} points, told above.")
+    print(f"{args.checkpoint} is what its manifest says.")
+
+
+def plan(args: Namespace) -> None:
+    from obr.planning.plan import as_json, overrides_of, plan_of, summary
+    from obr.runtime.files import write_text
+
+    found = plan_of(
+        args.snakefile, args.configfile, overrides_of(args.config), args.targets, args.cores or os.cpu_count() or 1, args.gpus, args.bandwidth
+    )  # fmt: skip
+    if args.json:
+        write_text(as_json(found), args.json)
+    print(summary(found), end="")
+
+
+def errata(args: Namespace) -> None:
+    from obr.report.errata import markdown
+    from obr.runtime.files import write_text
+
+    text = markdown(args.published)
+    if args.out:
+        write_text(text, args.out)
+    else:
+        print(text, end="")
