@@ -16,6 +16,8 @@ from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
 from obr.export.dispatch import export
 
+obr.register_with_transformers()
+
 WINDOWS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
 RECIPES = {
     "weights": {"method": "rtn", "bits": 4},

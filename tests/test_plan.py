@@ -16,7 +16,8 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.planning import cost_model, measured_times, tensor_sizes
 from obr.planning.dry_run import Job, pending
-from obr.planning.plan import Prices, overrides_of, plan_of, summary
+from obr.planning.plan import overrides_of, plan_of, summary
+from obr.planning.prices import Prices
 from obr.planning.schedule import schedule
 from test_workflow import CONFIG, ROOT, snakemake
 

@@ -1,7 +1,7 @@
 """transformers' own from_pretrained reads packed checkpoints, as strictly as `obr.load`."""
 
-import importlib
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -9,10 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import obr
-from obr import _transformers_hook
 from obr.checkpoints.packed_linear import PackedLinear
 from obr.errors import ObrError
 from obr.models.loading import load_tokenizer
+
+obr.register_with_transformers()
 
 A8 = {"bits": 8}
 
@@ -63,20 +64,25 @@ def test_a_checkpoint_that_is_not_whole_is_refused(checkpoint, tmp_path):
         AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto")
 
 
-@pytest.mark.parametrize("first", ["registry", "ours"])
-def test_the_reader_is_entered_in_either_order(first, tmp_path, monkeypatch):
-    (tmp_path / "a_registry.py").write_text("entries = []\n")
-    (tmp_path / "a_reader.py").write_text("from a_registry import entries\nentries.append('obr')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(_transformers_hook, "REGISTRY", "a_registry")
-    monkeypatch.setattr(_transformers_hook, "READER", "a_reader")
-    try:
-        if first == "registry":
-            importlib.import_module("a_registry")
-        _transformers_hook.register()
-        _transformers_hook.register()
-        assert importlib.import_module("a_registry").entries == ["obr"]
-        assert not any(isinstance(finder, _transformers_hook._Watch) for finder in sys.meta_path)
-    finally:
-        for name in ("a_registry", "a_reader"):
-            sys.modules.pop(name, None)
+READ = "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype='float32')"
+FRESH = f"""
+import sys
+finders = list(sys.meta_path)
+import obr
+assert sys.meta_path == finders
+from transformers import AutoModelForCausalLM
+try:
+    {READ}
+    sys.exit("read before it was registered")
+except OSError:  # it finds no file of a format that it knows
+    pass
+obr.register_with_transformers()
+obr.register_with_transformers()
+print(type({READ}).__name__)
+"""
+
+
+def test_import_changes_nothing_and_registering_lets_transformers_read(checkpoint):
+    run = subprocess.run([sys.executable, "-c", FRESH, checkpoint], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.splitlines()[-1] == "LlamaForCausalLM"

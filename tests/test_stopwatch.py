@@ -194,7 +194,9 @@ def test_the_kernels_of_the_demo_take_less_than_a_minute_on_any_processor(tmp_pa
     monkeypatch.setattr(products, "_multiplies_fp8", lambda: False)
     monkeypatch.setattr(benchmark, "KERNELS", {name: fake(name) for name in products.KERNELS})
     monkeypatch.setattr(benchmark.Caches, "filler", filler)
-    monkeypatch.setattr(benchmark.int4, "read_memory", lambda memory, threads: clock.taking(memory.nbytes / 5e9)())
+    monkeypatch.setattr(
+        benchmark.packed_weight, "read_memory", lambda memory, threads: clock.taking(memory.nbytes / 5e9)()
+    )
     benchmark.benchmark(entry, "cpu", tmp_path / "cpu.csv")
     times = pd.read_csv(tmp_path / "cpu.csv")
     assert len(times) == len(entry["shapes"]) * len(products.KERNELS)

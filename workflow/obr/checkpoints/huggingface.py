@@ -1,6 +1,6 @@
-"""transformers' `from_pretrained` on a packed checkpoint: its files are read by `checkpoint`, as strictly as ever.
+"""transformers' `from_pretrained` on a packed checkpoint, whose files are checked as by `obr.load`.
 
-    import obr
+    obr.register_with_transformers()
     model = AutoModelForCausalLM.from_pretrained("compressed", dtype="float32")
 
 transformers makes the model and finds the folder; it is given the file of the ends alone, whole tensors as it expects
@@ -10,7 +10,7 @@ them, and no blocks, which come from the checkpoint afterwards.
 from pathlib import Path
 
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -19,7 +19,6 @@ from obr.errors import ObrError
 METHOD = "obr"
 
 
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of a packed checkpoint's config.json.
 
@@ -30,7 +29,6 @@ class PackedConfig(QuantizationConfigMixin):
         self.quant_method, self.format, self.packed = METHOD, format, packed
 
 
-@register_quantizer(METHOD)
 class PackedReader(HfQuantizer):
     """Puts the blocks of a packed checkpoint into a model that transformers has made.
 
@@ -92,3 +90,19 @@ class PackedReader(HfQuantizer):
         model.set_attn_implementation(read.config._attn_implementation)
         model.obr_recipe = blocks.recipe
         return model
+
+
+def register_with_transformers() -> None:
+    """Let `from_pretrained` of transformers read packed checkpoints in this process; a second call changes nothing.
+
+    It enters the format "obr" in transformers' two registries of quantisation methods. `obr.load` does not need it.
+
+    Example:
+        >>> register_with_transformers()
+        >>> from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        >>> AUTO_QUANTIZER_MAPPING["obr"].__name__
+        'PackedReader'
+    """
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(PackedConfig)
+        register_quantizer(METHOD)(PackedReader)

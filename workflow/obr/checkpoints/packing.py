@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from obr.config.pattern import Pattern
-from obr.config.recipe import WEIGHT_BITS
+from obr.config.recipe_checks import WEIGHT_BITS
 from obr.errors import ObrError, first_line
 from obr.methods.grid import Grid
 from obr.methods.restore import Restored

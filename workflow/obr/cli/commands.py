@@ -263,7 +263,8 @@ def plan(args: Namespace) -> None:
     from obr.runtime.files import write_text
 
     found = plan_of(
-        args.snakefile, args.configfile, overrides_of(args.config), args.targets, args.cores or os.cpu_count() or 1, args.gpus, args.bandwidth
+        args.snakefile, args.configfile, overrides_of(args.config), args.targets,
+        args.cores or os.cpu_count() or 1, args.gpus, args.bandwidth,
     )  # fmt: skip
     if args.json:
         write_text(as_json(found), args.json)

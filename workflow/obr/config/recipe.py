@@ -3,23 +3,19 @@
 Plain data, checked on construction; nothing here knows torch, a model or a file.
 """
 
-import re
 from dataclasses import asdict, dataclass, replace
 
+from obr.config import recipe_checks as checks
 from obr.config.methods import MASKS, METHODS
 from obr.config.pattern import Pattern
 from obr.config.quantizer import SIXTEEN_BITS, QuantizerSettings, build_settings, check_choice
 from obr.errors import ObrError
 
-WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 BUDGETS = ("model", "block")  # over whose layers an allocation's bits are spread
-ROW_WEIGHTS = ("none", "gradient")
 # Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
 QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
 EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
 BORROWING = ("label", "online", "dtype", *QUANTIZERS)  # what a recipe may set that borrows the weights of another
-DTYPES = ("float32", "float16", "bfloat16")  # of a computation
 
 
 @dataclass(frozen=True)
@@ -173,33 +169,7 @@ class Recipe:
         for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = build_settings(cls, entry, name)
-        check_choice(recipe.method, METHODS, f"{name}.method")
-        check_choice(recipe.mask, MASKS, f"{name}.mask")
-        check_choice(recipe.scope, SCOPES, f"{name}.scope")
-        if recipe.scope == "layer" and (recipe.method != "joint" or recipe.pattern):
-            raise ObrError(
-                f"{name}.scope is 'layer', but {f'pattern {recipe.pattern}' if recipe.pattern else recipe.method} "
-                "gives every row its own budget; use method joint without a pattern, or scope row."
-            )
-        check_choice(recipe.row_weights, ROW_WEIGHTS, f"{name}.row_weights")
-        if recipe.row_weights != "none" and recipe.scope != "layer":
-            raise ObrError(
-                f"{name}.row_weights is {recipe.row_weights!r}, but with scope row every row has its own budget, and "
-                "weights would change nothing; use method joint with scope layer."
-            )
-        if not 0 <= recipe.sweeps <= 100_000:
-            raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
-        check_choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
-        check_choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
-        check_choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
-        check_choice(recipe.online, ("model", "float32", "float64"), f"{name}.online")
-        if recipe.dtype is not None:
-            check_choice(recipe.dtype, DTYPES, f"{name}.dtype")
-        if recipe.hessian_inputs == "quantised" and recipe.hessian == "cached":
-            raise ObrError(
-                f"{name}: cached Hessians are of plain inputs; use hessian: sequential for quantised ones."
-            )
-        check_choice(recipe.bits, WEIGHT_BITS, f"{name}.bits")
+        checks.check_choices(recipe, name)
         if not recipe.prunes:
             recipe = replace(recipe, sparsity=0.0, pattern=None)
         if recipe.pattern:
@@ -211,50 +181,10 @@ class Recipe:
             recipe = replace(recipe, bits=16)
         if recipe.allocation is not None:
             recipe = recipe._allocated(name)
-        recipe._check_group(name)
-        for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1), ("asymmetry", 0, 1)):
-            value = getattr(recipe, field)
-            if not low <= value <= high:
-                raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
-        if recipe.blocks is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(recipe.blocks)):
-            raise ObrError(f"{name}.blocks is {recipe.blocks!r}; it must be a slice of block numbers, such as '0:2'.")
-        if recipe.needs_hessian and not recipe.calibration:
-            raise ObrError(
-                f"{name}: method {recipe.method} reads activations; name one of the config's calibrations."
-            )
-        recipe._check_passes(name)
+        checks.check_group(recipe, name)
+        checks.check_ranges(recipe, name)
+        checks.check_passes(recipe, name)
         return recipe
-
-    def _check_passes(self, name: str) -> None:
-        """Raise ObrError where what only passes through compressed blocks tell is asked for without them."""
-        if type(self.held_out) is not int or self.held_out < 0:
-            raise ObrError(f"{name}.held_out is {self.held_out!r}; it must be a number of calibration windows.")
-        why = {
-            "cached Hessians know the dense model's inputs alone; use hessian: sequential": self.hessian == "cached",
-            f"method {self.method} reads no activations; use another method": not self.needs_hessian,
-        }
-        for field in ("asymmetry", "held_out"):
-            for reason, clashing in why.items():
-                if getattr(self, field) and clashing:
-                    raise ObrError(f"{name}.{field} is {getattr(self, field)}, but {reason}, or {field} 0.")
-
-    def _check_group(self, name: str) -> None:
-        """Raise ObrError for groups of no columns, or where there is one scale a row or none."""
-        if self.group is None:
-            return
-        if type(self.group) is not int or self.group < 1:
-            raise ObrError(f"{name}.group is {self.group!r}; it must be a number of columns such as 128, or null.")
-        grouped = " or ".join(name for name, method in METHODS.items() if method.grouped)
-        clashes = {
-            f"method {self.method} takes one scale a row; use method {grouped}": (
-                not METHODS[self.method].grouped and self.allocation is None
-            ),
-            "the options of an allocation take one scale a row; drop the allocation": self.allocation is not None,
-            "weights of 16 bits have no scales; use fewer bits": self.bits == 16,
-        }
-        for reason, clashing in clashes.items():
-            if clashing:
-                raise ObrError(f"{name}.group is {self.group}, but {reason}, or group: null.")
 
     def _allocated(self, name: str) -> "Recipe":
         """With its allocation checked, and the bits of the largest option."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import math
 import time
@@ -11,7 +10,6 @@ from typing import Any
 
 from obr.data.tokenize import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
-from obr.evaluation.likelihood import log_likelihoods
 from obr.evaluation.lm_eval_tasks import METRICS
 from obr.evaluation.tasks import load_task, quiet, read_task
 from obr.models.architectures import needs_bos
@@ -28,8 +26,7 @@ def zero_shot(
     max_length: int | None = None,
     bos: bool | str | None = None,
 ) -> dict:
-    """Score `model` on the task without examples in the prompt; nothing is written and no network is used. The model
-    is left as it was.
+    """Score `model` on the task without examples in the prompt; nothing is written and the model stays as it was.
 
     `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
     lose their beginning, BOS included, and are counted under "truncated". Log-likelihoods are summed in float32
@@ -50,47 +47,40 @@ def zero_shot(
     """
     from lm_eval.evaluator import evaluate
 
+    from obr.evaluation.language_model import PlainLM
     from obr.models.check.memory import check_finished
     from obr.models.read_only import unchanged
 
     name = read_task(task_dir)["task"]
-    if limit is not None and limit < 1:
-        raise ObrError(f"limit {limit} for task {name} is not a number of rows: use 1 or more, or null for all.")
+    _check_limit(limit, name)
     check_finished(model)
     _check_head(model)
-    before = _before(model, tokenizer, bos)
-    started = time.perf_counter()
+    before, started = _before(model, tokenizer, bos), time.perf_counter()
     with quiet(), unchanged(model):
-        lm = _language_model(model, tokenizer, batch_size, max_length, before)
+        lm = PlainLM(model, tokenizer, batch_size, max_length, before)
         task = load_task(task_dir)
         # Not simple_evaluate, which would also seed the process's random generators and spend a second
-        # on describing the machine; the scoring is this same call.
-        found = evaluate(
-            lm,
-            {"tasks": {name: task}},
-            limit=limit,
-            bootstrap_iters=1,  # switches standard errors on; those of a mean are computed, not drawn
-        )
-    seconds = time.perf_counter() - started
-
+        # on describing the machine; the scoring is this same call. bootstrap_iters=1 switches standard errors on;
+        # those of a mean are computed, not drawn.
+        found = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1)
     return {
         "task": name,
         **_scores(found["results"][name], found["samples"][name], task),
         "n": found["n-samples"][name]["effective"],
-        "limit": limit,
-        "num_fewshot": 0,
-        "bos": bos,
+        "limit": limit, "num_fewshot": 0, "bos": bos,
         "prompts": f"{spell_tokens(tokenizer, before)} before each prompt" if before else "no special tokens",
         **_bos_note(model, tokenizer, before),
-        "batch_size": batch_size,
-        "max_length": lm.max_length,
-        "truncated": lm.truncated,
+        "batch_size": batch_size, "max_length": lm.max_length, "truncated": lm.truncated,
         "task_version": found["versions"][name],
         **{package: importlib.metadata.version(package) for package in ("lm_eval", "transformers", "torch")},
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seconds": round(seconds, 3),
-    }
+        "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+        "seconds": round(time.perf_counter() - started, 3),
+    }  # fmt: skip
+
+
+def _check_limit(limit: int | None, task: str) -> None:
+    if limit is not None and limit < 1:
+        raise ObrError(f"limit {limit} for task {task} is not a number of rows: use 1 or more, or null for all.")
 
 
 def _before(model: Any, tokenizer: Any, bos: bool | str | None) -> list[int]:
@@ -101,74 +91,6 @@ def _before(model: Any, tokenizer: Any, bos: bool | str | None) -> list[int]:
         return special_tokens(tokenizer)[0]
     wanted = needs_bos(model.config.model_type) if bos is None else bos
     return [require_bos(tokenizer)] if wanted else []
-
-
-def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int | None, before: list[int]) -> Any:
-    from lm_eval.models.huggingface import HFLM
-
-    class PlainLM(HFLM):
-        """HFLM that puts `before` in front of prompts, adds no other special token, and counts truncated requests.
-
-        HFLM tokenises the question alone and the question with the answer, both with the tokenizer's special tokens.
-        It takes the second from the first's length on for the answer. A token added after each text then drops the
-        first token of the answer.
-        """
-
-        truncated = 0
-
-        def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
-            return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
-
-        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            # Spaces at the end of the question belong to the answer, as in lm-eval.
-            question = _encode(self.tokenizer, context.rstrip())
-            both = _encode(self.tokenizer, context + continuation)
-            after = both[len(question) :]
-            if not question:
-                begin = before or self._start()
-                after = after[len(begin) :] if after[: len(begin)] == begin else after
-                question = begin
-            elif question[: len(before)] != before:
-                question = before + question
-            if not after:
-                raise ObrError(f"answer {continuation[:40]!r} adds no token to its question: leave out such rows.")
-            if len(after) > self.max_length:
-                raise ObrError(
-                    f"answer {continuation[:40]!r} is {len(after)} tokens long and at most {self.max_length} can be "
-                    "scored: raise max_length."
-                )
-            # One more fits: the last token is predicted, never read.
-            self.truncated += len(question) + len(after) > self.max_length + 1
-            return question, after
-
-        def _start(self) -> list[int]:
-            """The token before an answer without a question, as in lm-eval: BOS, or EOS if there is no BOS."""
-            if self.prefix_token_id is None:
-                raise ObrError(
-                    f"a question of the task is empty and {type(self.tokenizer).__name__} has neither a BOS nor an "
-                    "EOS token to begin with: leave out such rows."
-                )
-            return [self.prefix_token_id]
-
-        def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None):
-            return log_likelihoods(self.model, requests, self.max_length, self.batch_size)
-
-    if tokenizer.pad_token is None:
-        # lm-eval gives it one; the caller's tokenizer stays as it is.
-        tokenizer = copy.deepcopy(tokenizer)
-    return PlainLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=batch_size,
-        max_length=max_length,
-        softmax_dtype="float32",
-    )
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _bos_note(model: Any, tokenizer: Any, before: list[int]) -> dict:

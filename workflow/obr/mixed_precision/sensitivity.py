@@ -204,11 +204,8 @@ def measure_sensitivity(
             unfinished.keep(index, partial(_write, weights, blocks.storage_dtype), {"layers": layers})
             shown.block()
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
-    windows, room = measurement_windows(windows), MemoryBudget(megabytes, unfinished.folder)
-    found = {}
-    for number in references(options):
-        weights_of = partial(_at, number, lambda i: load_file(unfinished.file(i)) if i in measured else None)
-        found[number] = divergences(blocks, windows, weights_of, room)
+    windows = measurement_windows(windows)
+    found = _divergences(blocks, windows, options, unfinished, measured, megabytes)
     told = {
         "options": [asdict(option) for option in options], "blocks": len(blocks),
         "layers": scaled(layers, found, options), "calibration": about, "gradients": notes,
@@ -218,6 +215,22 @@ def measure_sensitivity(
     write_json(told, out / "losses.json")
     unfinished.remove()
     return told
+
+
+def _divergences(
+    blocks: Blocks,
+    windows: Tensor,
+    options: tuple[Option, ...],
+    unfinished: Unfinished,
+    measured: range,
+    megabytes: float,
+) -> dict[int, dict[str, float]]:
+    """{reference: {layer: divergence}}, with the layers' weights at the references as they lie beside the result."""
+    room, found = MemoryBudget(megabytes, unfinished.folder), {}
+    for number in references(options):
+        weights_of = partial(_at, number, lambda i: load_file(unfinished.file(i)) if i in measured else None)
+        found[number] = divergences(blocks, windows, weights_of, room)
+    return found
 
 
 def _write(weights: dict[str, Tensor], dtype: torch.dtype, path: Path) -> None:

@@ -102,7 +102,7 @@ def ste_range_weight(weight: Tensor, bits: int, group_size: int | None = None, i
 
 
 def swap(block: nn.Module, quantiser: Callable) -> None:
-    """Set the quantisers of a wrapped block's activations, keys and values: `ste_identity` or `ste_range`, in place."""
+    """Set the quantisers of a wrapped block's activations, keys and values to `ste_identity` or `ste_range`."""
     for module in block.modules():
         if isinstance(module, (QuantLinear, KeyValueQuantizer)):
             module.quantize = quantiser

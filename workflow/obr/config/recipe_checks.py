@@ -1,0 +1,92 @@
+"""What must hold for the fields of a recipe. Each check raises ObrError with the field, its value and the choices."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from obr.config.methods import MASKS, METHODS
+from obr.config.quantizer import check_choice
+from obr.errors import ObrError
+
+if TYPE_CHECKING:
+    from obr.config.recipe import Recipe
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
+ROW_WEIGHTS = ("none", "gradient")
+DTYPES = ("float32", "float16", "bfloat16")  # of a computation
+
+
+def check_choices(recipe: Recipe, name: str) -> None:
+    """Raise ObrError at a field that has none of its values, or one that contradicts another."""
+    check_choice(recipe.method, METHODS, f"{name}.method")
+    check_choice(recipe.mask, MASKS, f"{name}.mask")
+    check_choice(recipe.scope, SCOPES, f"{name}.scope")
+    if recipe.scope == "layer" and (recipe.method != "joint" or recipe.pattern):
+        raise ObrError(
+            f"{name}.scope is 'layer', but {f'pattern {recipe.pattern}' if recipe.pattern else recipe.method} "
+            "gives every row its own budget; use method joint without a pattern, or scope row."
+        )
+    check_choice(recipe.row_weights, ROW_WEIGHTS, f"{name}.row_weights")
+    if recipe.row_weights != "none" and recipe.scope != "layer":
+        raise ObrError(
+            f"{name}.row_weights is {recipe.row_weights!r}, but with scope row every row has its own budget, and "
+            "weights would change nothing; use method joint with scope layer."
+        )
+    if not 0 <= recipe.sweeps <= 100_000:
+        raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
+    check_choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
+    check_choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
+    check_choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
+    check_choice(recipe.online, ("model", "float32", "float64"), f"{name}.online")
+    if recipe.dtype is not None:
+        check_choice(recipe.dtype, DTYPES, f"{name}.dtype")
+    if recipe.hessian_inputs == "quantised" and recipe.hessian == "cached":
+        raise ObrError(f"{name}: cached Hessians are of plain inputs; use hessian: sequential for quantised ones.")
+    check_choice(recipe.bits, WEIGHT_BITS, f"{name}.bits")
+
+
+def check_ranges(recipe: Recipe, name: str) -> None:
+    """Raise ObrError at a number out of range, or blocks that are no slice, and where calibration data is missing."""
+    for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1), ("asymmetry", 0, 1)):
+        value = getattr(recipe, field)
+        if not low <= value <= high:
+            raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
+    if recipe.blocks is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(recipe.blocks)):
+        raise ObrError(f"{name}.blocks is {recipe.blocks!r}; it must be a slice of block numbers, such as '0:2'.")
+    if recipe.needs_hessian and not recipe.calibration:
+        raise ObrError(f"{name}: method {recipe.method} reads activations; name one of the config's calibrations.")
+
+
+def check_passes(recipe: Recipe, name: str) -> None:
+    """Raise ObrError where what only passes through compressed blocks tell is asked for without them."""
+    if type(recipe.held_out) is not int or recipe.held_out < 0:
+        raise ObrError(f"{name}.held_out is {recipe.held_out!r}; it must be a number of calibration windows.")
+    why = {
+        "cached Hessians know the dense model's inputs alone; use hessian: sequential": recipe.hessian == "cached",
+        f"method {recipe.method} reads no activations; use another method": not recipe.needs_hessian,
+    }
+    for field in ("asymmetry", "held_out"):
+        for reason, clashing in why.items():
+            if getattr(recipe, field) and clashing:
+                raise ObrError(f"{name}.{field} is {getattr(recipe, field)}, but {reason}, or {field} 0.")
+
+
+def check_group(recipe: Recipe, name: str) -> None:
+    """Raise ObrError for groups of no columns, or where there is one scale a row or none."""
+    if recipe.group is None:
+        return
+    if type(recipe.group) is not int or recipe.group < 1:
+        raise ObrError(f"{name}.group is {recipe.group!r}; it must be a number of columns such as 128, or null.")
+    grouped = " or ".join(name for name, method in METHODS.items() if method.grouped)
+    clashes = {
+        f"method {recipe.method} takes one scale a row; use method {grouped}": (
+            not METHODS[recipe.method].grouped and recipe.allocation is None
+        ),
+        "the options of an allocation take one scale a row; drop the allocation": recipe.allocation is not None,
+        "weights of 16 bits have no scales; use fewer bits": recipe.bits == 16,
+    }
+    for reason, clashing in clashes.items():
+        if clashing:
+            raise ObrError(f"{name}.group is {recipe.group}, but {reason}, or group: null.")
