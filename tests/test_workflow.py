@@ -173,7 +173,7 @@ def test_editing_code_reruns_what_depends_on_it(finished, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT / "workflow", source / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", source)
-    module = source / "workflow" / "obr" / "restoration.py"
+    module = source / "workflow" / "obr" / "methods" / "restore.py"
     text = module.read_text()
 
     module.write_text(text + "\n# A comment.\n")

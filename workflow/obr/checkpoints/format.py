@@ -5,7 +5,7 @@ ends.safetensors        embeddings, final norm, head (unless tied)
 layers.csv              what became of each layer
 manifest.json           recipe, calibration, sizes, versions, hashes of all files and of all they were made from
 config.json             as the model came, and what tells transformers of the format
-side files              tokenizer, generation settings, licence: as the model came, see `sidefiles`
+side files              tokenizer, generation settings, licence: as the model came, see `side_files`
 """
 
 import copy

@@ -29,7 +29,7 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
             gradients and allocation is measured first, from the same windows.
 
     Raises:
-        ObrError: `model_check` refuses the model, what the recipe asks does not fit it, or a layer cannot be
+        ObrError: `obr.models.check` refuses the model, what the recipe asks does not fit it, or a layer cannot be
             compressed.
     """
     if isinstance(recipe, dict):

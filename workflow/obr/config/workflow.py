@@ -12,7 +12,9 @@ from obr.config import overrides
 from obr.config.model_sizes import read_config, sizes_of
 from obr.config.paths import below
 from obr.config.pattern import Pattern
+from obr.config.quantizer import check_choice
 from obr.config.recipe import BORROWING, Recipe
+from obr.config.rotations import DRAWN, LEARNED
 from obr.errors import ObrError, printable
 
 # Artefacts of each row's weights that a kind of figure reads besides its scores.
@@ -46,8 +48,7 @@ class Config:
                 self._defined("calibrations", recipe.calibration, f"recipes.{key}.calibration")
             self._check_dtype(key, recipe)
         for key, entry in raw["rotations"].items():
-            if "learn" in entry:
-                self._defined("calibrations", entry["learn"]["calibration"], f"rotations.{key}.learn.calibration")
+            self._check_rotation(f"rotations.{key}", entry)
         for key, entry in raw["perplexity"].items():
             self._defined("texts", entry["text"], f"perplexity.{key}.text")
         for key, entry in raw["calibrations"].items():
@@ -110,6 +111,15 @@ class Config:
         if name not in self.raw[section]:
             known = ", ".join(self.raw[section]) or "none"
             raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {known}.")
+
+    def _check_rotation(self, where: str, entry: dict) -> None:
+        if "learn" in entry:
+            check_choice(entry["kind"], LEARNED, f"{where}.learn is given, and {where}.kind")
+            self._defined("calibrations", entry["learn"]["calibration"], f"{where}.learn.calibration")
+        elif entry["kind"] in LEARNED and entry["kind"] not in DRAWN:
+            raise ObrError(f"{where}.kind is {entry['kind']!r}, which must be learned; add learn.")
+        else:
+            check_choice(entry["kind"], (*DRAWN, "file"), f"{where}.kind")
 
     def _check_calibration(self, where: str, entry: dict) -> None:
         kinds = [kind for kind in ("text", "generated", "mix") if kind in entry]

@@ -43,7 +43,7 @@ def perplexity(model, windows: Tensor, *, room: MemoryBudget | None = None, prog
     Returns infinity where the mean cross-entropy is more than a float's exponent holds.
 
     Raises:
-        ObrError: `model_check` refuses the model, windows have fewer than two tokens, or the model gives NaN.
+        ObrError: `obr.models.check` refuses the model, windows have fewer than two tokens, or the model gives NaN.
     """
     if isinstance(model, Blocks):
         return _perplexity(model, windows, room, progress)

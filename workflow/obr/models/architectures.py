@@ -136,7 +136,7 @@ def layout_of(config) -> Layout:
     if any(hasattr(config, key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ObrError(f"Model family {family!r} is a mixture of experts, which is not supported; use {known}.")
     raise ObrError(
-        f"Model family {family!r} is not known; use one of {known}, or add an entry to FAMILIES in layout.py."
+        f"Model family {family!r} is not known; use one of {known}, or add an entry to FAMILIES in architectures.py."
     )
 
 

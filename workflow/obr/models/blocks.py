@@ -23,7 +23,7 @@ class Blocks:
     evaluation mode, attends by this package's attention, and its blocks' linear layers become QuantLinear.
 
     Raises:
-        ObrError: `model_check.check_model` refuses the model.
+        ObrError: `check.memory.check_model` refuses the model.
     """
 
     def __init__(self, model: nn.Module):

@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bool = False) -> None:
-    """Write the folder `out`: config.json, weights in safetensors, side files (see `sidefiles`) and source.json.
+    """Write the folder `out`: config.json, weights in safetensors, side files (see `side_files`) and source.json.
 
     Weights are the files that the index names, or model.safetensors alone (see `weights`); no other is taken.
 
@@ -40,7 +40,7 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
     then be a commit. source.json notes the code's hashes, and whoever runs it later checks them.
     source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}, code: {file: hash}}.
     config.json then names the dtype that the weights have, and ties head and embedding only if they are equal.
-    Raises ObrError if the source cannot be had, or if `model_check` refuses it; `out` is only ever a whole model.
+    Raises ObrError if the source cannot be had, or if `obr.models.check` refuses it; `out` is only ever a whole model.
     """
     if dtype not in DTYPES:
         raise ObrError(f"dtype {dtype!r} of the model is unknown: choose one of {', '.join(DTYPES)}.")
@@ -243,7 +243,7 @@ def _check_gguf(path: Path, loaded, report: dict) -> None:
 
 
 def check_model(folder: Path, what: str | None = None, trust: bool = False, castable: bool = False):
-    """Check a model folder, and its settings of `generate`; returns what `model_check.check_folder` does.
+    """Check a model folder, and its settings of `generate`; returns what `check.folder.check_folder` does.
 
     what: its name in messages. trust: the repository's own code may be run. castable: float64 is accepted.
 

@@ -58,7 +58,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
             cache of the hub, such as "HuggingFaceTB/SmolLM2-135M" after `hf download HuggingFaceTB/SmolLM2-135M`.
 
     Raises:
-        ObrError: there is no such folder, or `model_check` refuses what is in it.
+        ObrError: there is no such folder, or `obr.models.check` refuses what is in it.
     """
     folder = _local_folder(directory)
     checked, trust = check_folder(folder), remote_code.trusted(folder)

@@ -15,7 +15,7 @@ class ReadOnlyBlocks(Blocks):
     """The decoder blocks of a model in memory as they are, for measuring inside `unchanged(model)`.
 
     Raises:
-        ObrError: `model_check.check_model` refuses the model, or its attention leaves out what it quantises.
+        ObrError: `check.memory.check_model` refuses the model, or its attention leaves out what it quantises.
     """
 
     def __init__(self, model: nn.Module):

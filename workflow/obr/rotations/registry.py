@@ -1,28 +1,37 @@
 """Rotations: equivalent transforms of a model that make it easier to quantise.
 
-Each kind is a class that holds parameters and says what they do to a block; KINDS lists them. What can be
-folded goes into a model's weights, the rest becomes online transforms; at 16 bits the model computes what it
-did before. All kinds are drawn, saved, loaded and applied by the functions here.
+Each kind is a class that holds parameters and says what they do to a block; `obr.config.rotations` lists them.
+What can be folded goes into a model's weights, the rest becomes online transforms; at 16 bits the model computes
+what it did before. All kinds are drawn, saved, loaded and applied by the functions here.
 """
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from obr.config.rotations import DRAWN, ROTATIONS
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker
+from obr.rotations import flatquant, ostquant, quarot, scaling, spinquant
 from obr.rotations.base import Rotation
-from obr.rotations.flatquant import FlatQuant
-from obr.rotations.ostquant import OSTQuant
 from obr.rotations.quarot import QuaRot
-from obr.rotations.scaling import Scaling
-from obr.rotations.spinquant import SpinQuant
 from obr.runtime.files import atomic_write
 
-KINDS: dict[str, type[Rotation]] = {kind.kind: kind for kind in (QuaRot, SpinQuant, FlatQuant, OSTQuant, Scaling)}
+
+def _defines(module: ModuleType, kind: str) -> bool:
+    """Whether the class of a kind is defined in a module."""
+    return getattr(vars(module).get(ROTATIONS[kind].class_name), "__module__", None) == module.__name__
+
+
+MODULES = (quarot, spinquant, flatquant, ostquant, scaling)
+KINDS: dict[str, type[Rotation]] = {
+    name: next(vars(module)[ROTATIONS[name].class_name] for module in MODULES if _defines(module, name))
+    for name in DRAWN
+}
 
 
 def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options) -> Rotation:

@@ -1,25 +1,25 @@
 """Learning rotations: for each kind, a learner that makes one for a model from calibration windows.
 
-A learner is a function Task -> (Rotation, curve); LEARNERS lists them. Curves are lines of {"step", "loss",
+A learner is a function LearningRun -> (Rotation, curve). Curves are lines of {"step", "loss",
 "held_out"}, and of {"block", …} where blocks are learned one by one.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+from obr.config.rotations import LEARNED
 from obr.errors import ObrError
 from obr.rotations import registry
 from obr.rotations.base import Rotation
 from obr.rotations.learning import awq, flatquant, omniquant, ostquant, smoothquant, spinquant
 from obr.rotations.learning.run import LearningRun
 
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (awq, flatquant, omniquant, ostquant, smoothquant, spinquant)
+}
 LEARNERS: dict[str, Callable[[LearningRun], tuple[Rotation, list[dict]]]] = {
-    "spinquant": spinquant.learn,
-    "ostquant": ostquant.learn,
-    "flatquant": flatquant.learn,
-    "omniquant": omniquant.learn,
-    "smoothquant": smoothquant.learn,
-    "awq": awq.learn,
+    name: MODULES[name].learn for name in LEARNED
 }
 
 

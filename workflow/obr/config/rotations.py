@@ -1,0 +1,30 @@
+"""The kinds of rotations: one entry each, read by the config's checks and by the package's registries.
+
+A new kind is an entry of ROTATIONS and a class in `obr.rotations`, a function `learn` in `obr.rotations.learning`, or
+both. Nothing else lists them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RotationKind:
+    """class_name: of the class in `obr.rotations` that holds the parameters; None if another kind's class does.
+    learned: `obr.rotations.learning` has a module of the kind's name with a function `learn`."""
+
+    class_name: str | None
+    learned: bool = False
+
+
+ROTATIONS = {
+    "quarot": RotationKind("QuaRot"),
+    "spinquant": RotationKind("SpinQuant", learned=True),
+    "flatquant": RotationKind("FlatQuant", learned=True),
+    "ostquant": RotationKind("OSTQuant", learned=True),
+    "scaling": RotationKind("Scaling"),
+    "omniquant": RotationKind(None, learned=True),
+    "smoothquant": RotationKind(None, learned=True),
+    "awq": RotationKind(None, learned=True),
+}
+DRAWN = tuple(name for name, kind in ROTATIONS.items() if kind.class_name)
+LEARNED = tuple(name for name, kind in ROTATIONS.items() if kind.learned)
