@@ -51,8 +51,10 @@ smoke: $(READY)
 	OBR_TINY="$(CURDIR)/results/tiny" OBR_TESTS="$(CURDIR)/tests" $(SNAKEMAKE) --cores all --configfile tests/config.yaml
 	@cat results/smoke/tables/*.md
 
+# Test files side by side, one process with one thread per core.
 test: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 
 test-faults: $(READY)
 	OBR_KILLS=25 OBR_EXAMPLES=100000 PATH="$(CURDIR)/$(BIN):$$PATH" \
