@@ -40,7 +40,8 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
     then be a commit. source.json notes the code's hashes, and whoever runs it later checks them.
     source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}, code: {file: hash}}.
     config.json then names the dtype that the weights have, and ties head and embedding only if they are equal.
-    Raises ObrError if the source cannot be had, or if `obr.models.check` refuses it; `out` is only ever a whole model.
+    Raises ObrError if the source cannot be had, or if `obr.models.check` refuses it; `out` is only ever a whole
+    model.
     """
     if dtype not in DTYPES:
         raise ObrError(f"dtype {dtype!r} of the model is unknown: choose one of {', '.join(DTYPES)}.")

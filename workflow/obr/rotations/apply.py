@@ -23,7 +23,8 @@ def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
         this does change the logits.
 
     Raises:
-        ObrError: `obr.models.check` refuses the model, it is rotated or compressed already, or the rotation does not fit.
+        ObrError: `obr.models.check` refuses the model, it is rotated or compressed already, or the rotation does
+            not fit.
     """
     from obr.models.check.memory import check_model, is_tied
     from obr.models.layers import ATTENTION, wrap_block
