@@ -14,6 +14,7 @@ import yaml
 import obr
 from obr.cli.parser import parser
 from obr.runtime import code_digest
+from running import environment
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workflow" / "obr"
@@ -52,6 +53,26 @@ def test_no_modules_import_each_other():
         imported = map(code_digest._path, code_digest._imports(path.as_posix()))
         sorter.add(path.as_posix(), *({other for other in imported if other} - {path.as_posix()}))
     sorter.prepare()  # CycleError otherwise
+
+
+def test_the_picture_of_the_package_is_that_of_its_imports():
+    run = subprocess.run(
+        [sys.executable, ROOT / "docs/draw_package.py", "--check"], text=True, capture_output=True, env=environment()
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_modules_and_functions_are_small(path):
+    """At most 350 lines a module, 60 a function, and six parameters unless the docstring says why."""
+    text = (PACKAGE / path).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            many = len(set(names) - {"self", "cls"}) > 6
+            assert not many or re.search(r"(?i)parameter", ast.get_docstring(node) or ""), node.name
 
 
 def imported_by(code: str) -> set[str]:

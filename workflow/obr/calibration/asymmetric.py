@@ -41,6 +41,8 @@ def collect(
 ) -> GroupStatistics:
     """Moments and drift of a group of `block`, beside `dense`, the block before compression.
 
+    Seven parameters: two blocks and the hidden states of both.
+
     hidden, dense_hidden: b inputs (1, s, d) of either.
     """
     name = layout.groups[group][0]  # the others of a group read the same input

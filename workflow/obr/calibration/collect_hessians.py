@@ -154,6 +154,8 @@ def hessian_stage(
 ) -> None:
     """The stage: write `block_NNN.safetensors` for every block, and `hessian.json` when all are there.
 
+    One parameter per flag of `obr hessian`.
+
     An interrupted run goes on with the block it was at. megabytes: of memory for hidden states, see `MemoryBudget`.
 
     Raises:

@@ -141,6 +141,8 @@ def gradients(
 ) -> dict:
     """The stage: write G of every linear layer, not normalised, to the safetensors file `out`; returns its notes.
 
+    One parameter per flag of `obr gradients`.
+
     tokens: file of calibration windows, of which the first `nsamples` are taken, and of each the first `seqlen`
     tokens; fewer where there are fewer, as the notes tell. megabytes: of memory for hidden states, see
     `MemoryBudget`.

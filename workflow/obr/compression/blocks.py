@@ -39,6 +39,8 @@ def compress_blocks(
 ) -> None:
     """Compress every block and fill the report.
 
+    Seven parameters: two sources of Hessians, two places for results.
+
     tokens: (b, s): sequential, each group's Hessian is collected once those before it are compressed.
     cached: folder of Hessians of the dense model. With neither, only data-free methods work.
     writer: where finished blocks go, and where those of an interrupted run are found.

@@ -35,6 +35,8 @@ def compress_stage(
 ) -> dict:
     """The stage: a downloaded model to a packed checkpoint, streamed; returns the manifest.
 
+    One parameter per flag of `obr compress`.
+
     An interrupted run goes on with the block it was at.
 
     Args:

@@ -28,6 +28,8 @@ def calibration_tokens(
 ) -> torch.LongTensor:
     """Calibration samples (nsamples, seqlen) of token ids out of one text, or out of a list of documents.
 
+    One parameter per key of a calibration.
+
     "random": windows [i, i + seqlen) of one text with i = `random.Random(seed).randint(0, t - seqlen - 1)`, drawn as
     GPTQ draws them from WikiText-2; they may overlap. "sequential": the first nsamples windows, end to end.
     "documents": one window inside each of nsamples documents, drawn as GPTQ draws them from C4; see

@@ -28,6 +28,8 @@ def zero_shot(
 ) -> dict:
     """Score `model` on the task without examples in the prompt; nothing is written and the model stays as it was.
 
+    One parameter per setting of a task.
+
     `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
     lose their beginning, BOS included, and are counted under "truncated". Log-likelihoods are summed in float32
     whatever the model's dtype, or long answers would tie. Accuracies and standard errors are fractions; "value" is

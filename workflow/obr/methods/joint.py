@@ -169,7 +169,10 @@ def admm(
 
 
 def _step(dual, image, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
-    """`dual` becomes `b - Π(b)`, `projected` Π(b), `moved` what is multiplied next, b = dual + image + target."""
+    """`dual` becomes `b - Π(b)`, `projected` Π(b), `moved` what is multiplied next, b = dual + image + target.
+
+    Nine parameters: the tensors of one iteration, which it overwrites.
+    """
     dual += image.to(target.dtype).add_(target)
     values, kept = project(dual / root, root.square(), grid, budget)
     torch.mul(values, root, out=projected)
@@ -179,7 +182,10 @@ def _step(dual, image, moved, target, root, projected, support, grid: Grid, budg
 
 
 def _compiled_step(dual, image, moved, target, root, projected, support, grid: Grid, budget: Budget) -> None:
-    """The same in one pass over memory, with the same result to the last bit."""
+    """The same in one pass over memory, with the same result to the last bit.
+
+    Nine parameters, those of `_step`.
+    """
     parts = [] if budget.pattern else budget.parts or []
     ends = torch.tensor([0, *(part.stop for part in parts)])
     pattern, rows, columns = budget.pattern, *target.shape

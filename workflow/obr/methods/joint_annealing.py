@@ -107,6 +107,8 @@ class CoordinateDescent:
     ) -> int:
         """Sweep once for each of `deviations`, the noise's standard deviation in codes; returns the changes made.
 
+        Seven parameters: each kind of sweep has its own.
+
         prices: (r,) least gain in loss of a weight that is kept. support: (r, n) bool, instead: which are kept.
         pattern: of the support, within whose groups weights move to better places; it is updated. spread: (r,)
         multiplies the deviations. rough: on a CPU changes are carried to the gradient with the Hessian in bfloat16,

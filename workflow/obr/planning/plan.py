@@ -49,6 +49,8 @@ def plan_of(
 ) -> Plan:
     """The priced dry run of a configuration, or of some of its targets.
 
+    One parameter per flag of `obr plan`.
+
     Timings are taken from `benchmarks` below the results folder and the folders beside it.
 
     Raises:

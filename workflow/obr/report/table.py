@@ -115,7 +115,10 @@ def _averaged(records: list[dict]) -> dict:
 
 
 def _quoted(metrics, quotes, model, label, row, evidence: Evidence, measured: dict) -> dict:
-    """`{metric}_paper` and `{metric}_delta` of one (model, recipe)."""
+    """`{metric}_paper` and `{metric}_delta` of one (model, recipe).
+
+    Seven parameters: the row, and what is known of it.
+    """
     record = {}
     for metric in metrics:
         chosen = quotes.rows(model, row, metric.published)

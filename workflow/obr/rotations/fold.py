@@ -123,6 +123,8 @@ def fold_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (r, n) and bias (r,) of the layer with this role: its inputs, then its outputs.
 
+    Seven parameters: a weight with its bias, and one transform per side.
+
     gain: (n,) of the norm in front, if that is to be folded. scale_keys: whether key scales go into the rows
     of q and k.
     """

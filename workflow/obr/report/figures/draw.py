@@ -36,6 +36,8 @@ def draw(
 ) -> None:
     """Draw one figure of the config to `out_stem` + .pdf and .png (200 dpi).
 
+    One parameter per flag of `obr figure`.
+
     shapes: those of the kernel benchmark, which say what a product is called where it is published.
 
     Raises:

@@ -196,6 +196,8 @@ def descend(
 ) -> list[dict]:
     """Descend on a block's error; returns lines of the curve, before the first epoch and after each.
 
+    Seven parameters: data, and the settings of the optimiser.
+
     parameters: makes the block's parameters of what the optimiser changes. batch: windows a step. factor: of the
     learning rates, by the part of the steps that is done. What is descended on is loss / loss.detach(), so that
     blocks of small and of large outputs take the same steps.
