@@ -35,9 +35,7 @@ def compress_stage(
 ) -> dict:
     """The stage: a downloaded model to a packed checkpoint, streamed; returns the manifest.
 
-    One parameter per flag of `obr compress`.
-
-    An interrupted run goes on with the block it was at.
+    One parameter per flag of `obr compress`. An interrupted run goes on with the block it was at.
 
     Args:
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.

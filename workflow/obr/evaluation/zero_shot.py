@@ -26,10 +26,9 @@ def zero_shot(
     max_length: int | None = None,
     bos: bool | str | None = None,
 ) -> dict:
-    """Score `model` on the task without examples in the prompt; nothing is written and the model stays as it was.
+    """Score `model` on the task without examples in the prompt; nothing is written, the model stays as it was.
 
     One parameter per setting of a task.
-
     `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
     lose their beginning, BOS included, and are counted under "truncated". Log-likelihoods are summed in float32
     whatever the model's dtype, or long answers would tie. Accuracies and standard errors are fractions; "value" is
