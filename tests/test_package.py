@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,9 @@ def test_every_stage_has_a_rule_with_its_digest():
             assert needed in block, f"rule {block.split(':')[0]} has no {needed}"
 
 
+EXTRAS = ("data", "eval", "learn", "export", "report", "workflow", "dev")
+
+
 def test_the_conda_environment_is_the_lock_file():
     environment = yaml.safe_load((ROOT / "envs" / "obr.yaml").read_text())
     assert {"pip": ["-r ../requirements.lock"]} in environment["dependencies"]
@@ -183,7 +187,9 @@ def test_the_conda_environment_is_the_lock_file():
     (torch,) = re.findall(r"^torch==(\S+)$", (ROOT / "requirements.torch.lock").read_text(), re.M)
     assert f"pytorch={torch}" in environment["dependencies"] and "torch" not in lock
     lock["torch"] = torch
-    needed = re.findall(r'^  "([A-Za-z_-]+)', (ROOT / "pyproject.toml").read_text(), re.M)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][k] for k in EXTRAS)]
+    needed = [re.match(r"[A-Za-z_-]+", package)[0] for packages in lists for package in packages]
     names = {name.lower().replace("_", "-") for name in lock}
     assert {n.lower().replace("_", "-") for n in needed} <= names
 

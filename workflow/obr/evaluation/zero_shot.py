@@ -28,9 +28,8 @@ def zero_shot(
 ) -> dict:
     """Score `model` on the task without examples in the prompt; nothing is written, the model stays as it was.
 
-    One parameter per setting of a task.
-    `limit` takes only the first rows. `max_length` (tokens) defaults to the model's own; longer prompts
-    lose their beginning, BOS included, and are counted under "truncated". Log-likelihoods are summed in float32
+    The keyword parameters are settings of the task. `limit` takes only the first rows. `max_length` (tokens) is the
+    model's own by default; longer prompts lose their beginning, BOS included, and count under "truncated". Log-likelihoods are summed in float32
     whatever the model's dtype, or long answers would tie. Accuracies and standard errors are fractions; "value" is
     acc_norm where the task has it, else acc, as in the paper. A task of output type loglikelihood has one answer a
     question, right if greedy decoding gives it. Its "perplexity" is that of whole answers, as lm-eval reports it:

@@ -171,8 +171,8 @@ def measure_sensitivity(
 ) -> dict:
     """The stage: write `losses.json` into the folder `out`, returned too.
 
-    One parameter per flag of `obr sensitivity`. An interrupted run continues at its block; divergences, measured last,
-    start again. Until then copies of the model's layers at the references lie beside `out`.
+    One parameter per flag of `obr sensitivity`. An interrupted run continues at its block; the divergences, which
+    are measured last, start again. Until then copies of the layers at the references lie beside `out`.
 
     Args:
         rotation: the rotation's file, None for none. tokens: file of calibration windows. hessians: folder of cached

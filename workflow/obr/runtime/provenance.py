@@ -23,7 +23,7 @@ def software(root: Path = Path(__file__).parents[3]) -> dict:
     packages: all that this one needs, however indirectly, and that is installed; nothing else of the environment.
     lock: sha256 of each lock file in `root`. unlike_lock: {name: locked version} where another is installed.
     """
-    packages = _needed("obr")
+    packages = _needed("obr[all]")
     locks = [root / name for name in LOCKS if (root / name).is_file()]
     locked = dict(
         pin for path in locks for pin in re.findall(r"(?m)^([\w.-]+)==([^\s;\\]+)", path.read_text(encoding="utf-8"))
