@@ -29,11 +29,11 @@ def zero_shot(
     """Score `model` on the task without examples in the prompt; nothing is written, the model stays as it was.
 
     The keyword parameters are settings of the task. `limit` takes only the first rows. `max_length` (tokens) is the
-    model's own by default; longer prompts lose their beginning, BOS included, and count under "truncated". Log-likelihoods are summed in float32
-    whatever the model's dtype, or long answers would tie. Accuracies and standard errors are fractions; "value" is
-    acc_norm where the task has it, else acc, as in the paper. A task of output type loglikelihood has one answer a
-    question, right if greedy decoding gives it. Its "perplexity" is that of whole answers, as lm-eval reports it:
-    exp of the mean negative log-likelihood of an answer.
+    model's own by default; longer prompts lose their beginning, BOS included, and count under "truncated". Log-
+    likelihoods are summed in float32 whatever the model's dtype, or long answers would tie. Accuracies and standard
+    errors are fractions; "value" is acc_norm where the task has it, else acc, as in the paper. A task of output
+    type loglikelihood has one answer a question, right if greedy decoding gives it. Its "perplexity" is that of
+    whole answers, as lm-eval reports it: exp of the mean negative log-likelihood of an answer.
 
     bos: which special tokens are put before a prompt.
         None: as in the released evaluation, which uses lm-eval 0.4.2 and 0.4.4: none, but a beginning-of-sequence
