@@ -14,6 +14,7 @@ from obr.config.pattern import Pattern
 from obr.errors import ObrError
 from obr.kernels.cuda import library, operands
 from obr.methods import masks
+from obr.methods.layer_hessian import Hessian
 
 PAIRED = Pattern.parse("paired 4:8")
 
@@ -48,7 +49,7 @@ def test_real_masks():
     """A real layer's Hessian, Wanda's scores in pairs, codes of its own grid."""
     layer = np.load(Path(__file__).parent / "data/small.npz")
     weight, hessian = (torch.from_numpy(layer[name]).float() for name in ("weight", "hessian"))
-    mask = masks.mask_from_scores(masks.wanda(weight, hessian_diagonal=hessian.diagonal()), 0.5, PAIRED)
+    mask = masks.mask_from_scores(masks.wanda(weight, Hessian(hessian), 0), 0.5, PAIRED)
     codes = (weight / weight.abs().amax(1, keepdim=True) * 7).round().to(torch.int8)
     x = torch.randint(-8, 8, (3, codes.shape[1]), dtype=torch.int8)
     assert np.array_equal(emulated(codes, mask, x), x.long() @ (codes * mask).long().T)

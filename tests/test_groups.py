@@ -158,7 +158,7 @@ def test_the_promised_size():
         8 * pack(restore(weight, hessian, "gptq", bits=3, group=128), torch.float16).bytes / weight.numel() == 3.125
     )
     rows = Recipe.parse({"method": "gptq", "bits": 3, "calibration": "c"})
-    sizes = tensor_sizes.Sizes.guessed(0.1)
+    sizes = tensor_sizes.Sizes.estimate(0.1)
     more = cost_model.checkpoint_bytes(sizes, recipe) - cost_model.checkpoint_bytes(sizes, rows)
     assert 0 < more < 0.125 / 8 * sizes.block * sizes.blocks
     assert cost_model.compress(sizes, recipe, 0, 1).elements > cost_model.compress(sizes, rows, 0, 1).elements

@@ -207,7 +207,7 @@ def test_searched_scales_are_constants_and_clipped_weights_have_no_gradient():
 # --- The network ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, quantise", [("spinquant", "passed"), ("ostquant", "flowing")])
+@pytest.mark.parametrize("kind, quantise", [("spinquant", "ste_identity"), ("ostquant", "ste_range")])
 def test_turning_activations_is_folding_weights(kind, quantise, folder, tmp_path, monkeypatch):
     found = []
     for bits in (16, 15):  # weights at "15 bits" are folded; here they are not rounded

@@ -346,7 +346,7 @@ class Plug(Exception):
     "options", [{}, {"hessian": "cached"}, {"asymmetry": 1.0}], ids=["sequential", "cached", "asymmetric"]
 )
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp_path, monkeypatch, options):
-    from obr.checkpoints import format
+    from obr.checkpoints import writer
     from obr.compression import blocks as compression
 
     options = {"method": "obr_gptq", **options}
@@ -379,7 +379,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny_folder, prepared, tmp
         def pulled_late(*_):
             raise Plug
 
-        patch.setattr(format, "save_ends", pulled_late)
+        patch.setattr(writer, "save_ends", pulled_late)
         compressed(tiny_folder, prepared, tmp_path / "late", **options)
     with monkeypatch.context() as patch:
         patch.setattr(compression, "compress_group", pulled_late)

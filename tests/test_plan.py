@@ -162,7 +162,7 @@ def test_the_schedule_waits_for_inputs_cores_and_gpus():
 
 
 def test_work_grows_as_it_should():
-    small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.guessed(8)
+    small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.estimate(8)
     assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
     assert tensor_sizes.Sizes.estimate(6.7).hidden == pytest.approx(4096, rel=0.05)
     work = [cost_model.zero_shot(small, "piqa", None, 1).runs, cost_model.zero_shot(small, "piqa", None, 8).runs]

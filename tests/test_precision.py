@@ -9,7 +9,7 @@ import obr
 from families import TOKENS, random_model
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
-from obr.models.blocks import StreamedBlocks
+from obr.models.blocks import Blocks, StreamedBlocks
 from obr.models.fake_quant import fake_quantize
 from obr.models.hadamard import Kronecker, block_hadamard, hadamard, known_hadamard, sylvester
 from obr.models.layers import set_quantizers
@@ -133,7 +133,7 @@ def test_the_cuda_transform_gives_the_same_scale(dtype, monkeypatch):
 def test_queries_and_keys_are_transformed_in_float32_whatever_online_says():
     config = LlamaConfig(hidden_size=96, intermediate_size=192, num_attention_heads=4)
     model = obr.rotate(random_model(config), "quarot")
-    blocks = obr.model.Blocks(model)
+    blocks = Blocks(model)
     for online, expected in (("model", torch.float32), ("float32", torch.float32), ("float64", torch.float64)):
         block = blocks.load(0)
         set_quantizers(block, blocks.layout, Recipe.parse({"method": "rtn", "online": online}))

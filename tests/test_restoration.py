@@ -56,11 +56,12 @@ def check_golden(path: Path):
         assert (codes == result.codes.numpy()).mean() >= (0.95 if reactive else 0.98), name
 
 
-def test_the_small_golden_layer():
-    check_golden(HERE / "small.npz")
+@pytest.mark.parametrize("name", ["small", "up_proj_512"])
+def test_the_committed_golden_layers(name):
+    check_golden(HERE / f"{name}.npz")
 
 
-@pytest.mark.parametrize("name", ["up_proj_512", "down_proj_1024", "o_proj_512_unrotated"])
+@pytest.mark.parametrize("name", ["down_proj_1024", "o_proj_512_unrotated"])
 def test_golden_layers(real_data, name):
     check_golden(real_data / "golden" / f"{name}.npz")
 

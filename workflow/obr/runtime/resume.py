@@ -71,7 +71,7 @@ class Unfinished:
 def claim(folder: Path, run: dict | None, what: str = "blocks") -> None:
     """Make `folder` this run's own, or leave what is in it if an unfinished run that equals it wrote that.
 
-    what: it holds, for messages. The folder is held (see `files.hold`) until its owner lets it go.
+    what: it holds, for messages. The folder is held (see `locks.acquire`) until its owner lets it go.
 
     Raises:
         ObrError: it holds what another run has left, or another process is at work in it.
@@ -79,7 +79,11 @@ def claim(folder: Path, run: dict | None, what: str = "blocks") -> None:
     acquire(folder)
     noted = folder / "run.json"
     if noted.exists() and (there := read_json(noted)) != run:
-        differing = sorted(key for key in {*there, *(run or {})} if there.get(key) != (run or {}).get(key))
+        keys = {*there, *(run or {})}  # what a user sets first, then code and versions
+        differing = sorted(
+            (key for key in keys if there.get(key) != (run or {}).get(key)),
+            key=lambda key: (key in ("code", "versions"), key),
+        )
         raise ObrError(
             f"{folder} holds {what} of another run (its {differing[0]} differs); "
             "go back to those settings to finish it, or delete the folder to start anew."
