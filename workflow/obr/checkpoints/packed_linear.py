@@ -92,6 +92,12 @@ def load(
 
     Raises:
         ObrError: the folder is not a whole checkpoint of this format, or not one that `packed` can compute.
+
+    Example:
+        >>> model = obr.compress(obr.load_model("path/to/model"), None, {"method": "rtn"}, progress=False)
+        >>> manifest = obr.save(model, "rounded", tokenizer)
+        >>> obr.load("rounded").config.hidden_size == model.config.hidden_size
+        True
     """
     if not packed:
         return format.load(directory, recipe, dtype, device)

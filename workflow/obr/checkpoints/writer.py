@@ -246,13 +246,17 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
     What is written is what the model computes; anything else is refused. The folder appears whole, in place of an
     older checkpoint if there is one.
 
-        obr.save(model, "compressed", tokenizer)
-
-    Args:
+        Args:
         directory: new, empty, or an older checkpoint. tokenizer: saved beside the weights.
 
     Raises:
         ObrError: the model was not compressed in memory, or was changed since; the folder holds other files.
+
+    Example:
+        >>> model = obr.compress(obr.load_model("path/to/model"), None, {"method": "rtn"}, progress=False)
+        >>> manifest = obr.save(model, "compressed", tokenizer)
+        >>> manifest["bits_per_weight"]["theoretical"]
+        4.0
     """
     check_before_saving(model)
     directory, report, blocks = Path(directory), model.obr_report, ReadOnlyBlocks(model)

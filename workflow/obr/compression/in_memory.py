@@ -31,6 +31,13 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     Raises:
         ObrError: `obr.models.check` refuses the model, what the recipe asks does not fit it, or a layer cannot be
             compressed.
+
+    Example:
+        >>> tokens = obr.calibration_tokens(tokenizer, text, nsamples=4, seqlen=64)
+        >>> recipe = {"method": "obr_gptq", "bits": 4, "sparsity": 0.5}
+        >>> model = obr.compress(obr.load_model("path/to/model"), tokens, recipe, progress=False)
+        >>> round(model.obr_report.layers[0].sparsity, 2)
+        0.5
     """
     if isinstance(recipe, dict):
         recipe = Recipe.parse({"calibration": "given", **recipe})

@@ -120,6 +120,10 @@ class Recipe:
     (sequential only).
     blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
     others stay at 16 bits.
+
+    Example:
+        >>> Recipe.parse({"method": "obr_gptq", "bits": 4, "calibration": "wikitext2"}).bits_per_weight
+        3.0
     """
 
     method: str

@@ -37,6 +37,11 @@ def calibration_tokens(
     bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of the text, drawn likewise.
     Raises ObrError if the text is too short, if no document is longer than seqlen, or if the text is a list where
     one string is needed, or the reverse.
+
+    Example:
+        >>> tokens = obr.calibration_tokens(tokenizer, text, nsamples=4, seqlen=64)
+        >>> tuple(tokens.shape)
+        (4, 64)
     """
     check_sampling(sampling, not isinstance(text, str), "the text")
     if sampling == "documents":
@@ -54,9 +59,11 @@ def evaluation_windows(
     the text in the windows is then a target, and b is t // (seqlen - 1). A BOS token that the text begins with is
     left out. None (default) cuts the text as it is.
 
-        windows = obr.evaluation_windows(tokens, 2048, bos_token_id=tokenizer.bos_token_id)
+        Raises ObrError if not one window fits.
 
-    Raises ObrError if not one window fits.
+    Example:
+        >>> tuple(obr.evaluation_windows(torch.arange(100), 32).shape)
+        (3, 32)
     """
     if seqlen < 1:
         raise ObrError(f"seqlen {seqlen} must be at least 1: correct the config.")

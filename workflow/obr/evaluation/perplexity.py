@@ -44,6 +44,11 @@ def perplexity(model, windows: Tensor, *, room: MemoryBudget | None = None, prog
 
     Raises:
         ObrError: `obr.models.check` refuses the model, windows have fewer than two tokens, or the model gives NaN.
+
+    Example:
+        >>> windows = obr.evaluation_windows(tokenizer(text, return_tensors="pt")["input_ids"][0], 128, 1024)
+        >>> 1 < obr.perplexity(obr.load_model("path/to/model"), windows) < 1000
+        True
     """
     if isinstance(model, Blocks):
         return _perplexity(model, windows, room, progress)

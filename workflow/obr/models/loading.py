@@ -59,6 +59,11 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device
 
     Raises:
         ObrError: there is no such folder, or `obr.models.check` refuses what is in it.
+
+    Example:
+        >>> model = obr.load_model("path/to/model")
+        >>> model.training
+        False
     """
     folder = _local_folder(directory)
     checked, trust = check_folder(folder), remote_code.trusted(folder)

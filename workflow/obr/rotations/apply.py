@@ -25,6 +25,11 @@ def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
     Raises:
         ObrError: `obr.models.check` refuses the model, it is rotated or compressed already, or the rotation does
             not fit.
+
+    Example:
+        >>> model = obr.rotate(obr.load_model("path/to/model"), "quarot", seed=0)
+        >>> type(model.model.layers[0].mlp.down_proj).__name__
+        'QuantLinear'
     """
     from obr.models.check.memory import check_model, is_tied
     from obr.models.layers import ATTENTION, wrap_block
