@@ -67,7 +67,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
 
 
 HOLDER = "import sys, time; from obr.runtime import locks\n"
-HOLDER += "locks.hold(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+HOLDER += "locks.acquire(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
 def test_two_processes_do_not_write_one_thing(tmp_path):

@@ -38,7 +38,7 @@ def push(
     manifest = read_manifest(Path(checkpoint))
     check_contents(Path(checkpoint), manifest)
     if folder is not None:
-        check_replaceable(folder)
+        check_replaceable(folder, card=True)
     card = model_card(Path(checkpoint), manifest, repo, licence)
     if folder is not None:
         assemble(Path(checkpoint), card, folder)
