@@ -117,7 +117,8 @@ def without_encoding(source: str) -> list[int]:
     [
         ("path.read_text()", True), ("path.read_text(encoding='utf-8')", False), ("path.read_text('utf-8')", False),
         ("path.write_text(text)", True), ("path.write_text(text, encoding='utf-8')", False),
-        ("open(path)", True), ("open(path, 'w')", True), ("open(path, 'rb')", False), ("open(path, mode='wb')", False),
+        ("open(path)", True), ("open(path, 'w')", True), ("open(path, 'rb')", False),
+        ("open(path, mode='wb')", False),
         ("open(path, 'w', encoding='utf-8')", False), ("path.open()", True), ("path.open('rb')", False),
         ("found[0].path.open('a')", True), ("write_text(text, path)", False), ("os.open(path, 0)", False),
         ("os.fdopen(number, 'w')", True), ("io.open(path)", True),
