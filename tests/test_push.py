@@ -46,6 +46,9 @@ def checkpoint(tmp_path):
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "blocks": 1, "files": files}))
     (folder / "leftover.tmp").write_text("half")
+    (folder / "passwords.txt").write_text("no part of the checkpoint")
+    (folder / "notes").mkdir()
+    (folder / "notes/.env").write_text("no part of the checkpoint")
     for recipe, value in (("dense", 5.47), ("obr_gptq", 8.4)):
         for stage, name, content in (
             ("perplexity", "wikitext2", {"value": value}),

@@ -85,6 +85,12 @@ def _is_own(directory: Path, name: str) -> bool:
     return name in (MANIFEST, LAYERS, CONFIG, ENDS) or bool(BLOCK.fullmatch(name)) or is_side_file(name)
 
 
+def _is_in_progress(directory: Path, name: str) -> bool:
+    """Whether a file is the lock, or lies in the temporary folder, of a file of a checkpoint."""
+    first, suffix = Path(name.split("/")[0]).stem, Path(name.split("/")[0]).suffix
+    return suffix in (".lock", ".tmp") and _is_own(directory, first)
+
+
 def remove_outdated(directory: Path, blocks: int) -> None:
     """Remove the files of an older checkpoint from a folder that holds the blocks of the new one."""
     kept, directory = {block_file(index) for index in range(blocks)}, Path(directory)
@@ -101,9 +107,7 @@ def check_no_strays(directory: Path) -> None:
     directory = Path(directory)
     if not directory.is_dir():
         return
-    present = [
-        name for name in entries(directory) if name[0] != "." and not name.split("/")[0].endswith((".lock", ".tmp"))
-    ]
+    present = [name for name in entries(directory) if name[0] != "." and not _is_in_progress(directory, name)]
     weights = [name for name in present if name in (MANIFEST, ENDS) or BLOCK.fullmatch(name)]
     for name in present:
         if not weights or not _is_own(directory, name):
