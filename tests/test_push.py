@@ -119,7 +119,7 @@ def test_mistakes_are_told_in_a_sentence(checkpoint, tmp_path):
         push(tmp_path, "me/small", tmp_path / "out")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ObrError, match=r"holds thesis\.txt and is no checkpoint"):
+    with pytest.raises(ObrError, match=r"holds thesis\.txt and is not a checkpoint"):
         push(checkpoint, "me/small", tmp_path / "thesis")
 
 

@@ -31,12 +31,14 @@ def read_manifest(directory: Path) -> dict:
 
 
 def check_files(directory: Path, manifest: dict) -> None:
-    """Check that a folder holds the checkpoint of its manifest, and no other weights; `verify` hashes the contents.
+    """Check that a folder holds the checkpoint of its manifest, and no other weights.
+
+    Small files (configuration, tokenizer, code) are compared by their sha256; `check_contents` compares weights too.
 
     Called by all that read a checkpoint: load, from_pretrained, the evaluations, verify, export and push.
 
     Raises:
-        ObrError: a file is missing or is not the checkpoint's; config.json is not the one that was written.
+        ObrError: a file is missing or is not the checkpoint's; a small file is not the one that was written.
     """
     directory = Path(directory)
     files, blocks = manifest.get("files"), manifest.get("blocks")
@@ -58,11 +60,12 @@ def check_files(directory: Path, manifest: dict) -> None:
     for name in sorted(present - set(files)):
         if name.endswith((*WEIGHTS, ".safetensors.index.json")):
             raise ObrError(f"{directory}/{name} is not in the manifest of the checkpoint; delete it or move it.")
-    if sha256_of(directory / CONFIG) != files.get(CONFIG):
-        raise ObrError(
-            f"{directory}/{CONFIG} is not the file that was written (its sha256 differs), so the weights would mean "
-            "something else; restore it, or compress the model again."
-        )
+    for name in sorted({CONFIG, *files} - {LAYERS, ENDS} - wanted):
+        if sha256_of(directory / name) != files.get(name):
+            raise ObrError(
+                f"{directory}/{name} is not the file that was written (its sha256 differs), so the checkpoint would "
+                "mean something else; restore it, or compress the model again."
+            )
 
 
 def check_contents(directory: Path, manifest: dict) -> None:

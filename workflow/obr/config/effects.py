@@ -56,7 +56,7 @@ def _without_effect(raw: dict) -> Iterator[tuple[str, str, object, str]]:
         if entry.get("sampling") == "sequential" and entry.get("seed"):
             yield f"calibrations.{name}", "seed", entry["seed"], "sampling random and documents"
     for name, entry in raw["zero_shot"].items():
-        if entry.get("text") and entry["source"]["source"] != "cloze":
+        if entry.get("text") and entry["source"].get("source") != "cloze":
             yield f"zero_shot.{name}", "text", entry["text"], "tasks of source cloze"
     yield from _of_edition(raw)
 
