@@ -213,6 +213,7 @@ def test_the_schema_knows_every_bos_and_no_other(section, key, values):
         assert told is None or told.startswith(f"{section}.{key}.bos: ")
 
 
+QUOTING = {"recipe": "obr", "published": {}}
 FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perplexity": "wiki"}
 
 
@@ -223,17 +224,17 @@ FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perp
             {"tables__t__rows": [{"recipe": "obr", "published": {}, "published_bits": 3}]},
             "tables.t.rows[0].published_bits is 3, which nothing reads: published_bits is of rows with published in",
         ),
-        ({"tables__t__rows": [{"recipe": "obr", "seeds": [1]}]}, "tables.t.rows[0].seeds is [1], which nothing reads"),
+        ({"tables__t__rows": [{"recipe": "obr", "seeds": [1]}]}, "rows[0].seeds is [1], which nothing reads"),
         ({"tables__t__mean": True, "tables__t__zero_shot": []}, "tables.t.mean is True, which nothing reads"),
-        ({"figures__g": {**FIGURE, "x": "bits"}}, "figures.g.x is 'bits', which nothing reads: x is of figures of kind"),
+        ({"figures__g": {**FIGURE, "x": "bits"}}, "figures.g.x is 'bits', which nothing reads: x is of figures"),
         ({"figures__g": {**FIGURE, "panels": ["time"]}}, "panels is of figures of kind kernels; remove it"),
         ({"figures__g": {**FIGURE, "rows": [{"recipe": "obr", "published_bits": 3}]}}, "published_bits is 3"),
         ({"figures__g": {**FIGURE, "kind": "layer_error"}}, "figures.g.perplexity is 'wiki', which nothing reads"),
         (
-            {"figures__g": {"kind": "layer_error", "models": ["large"], "rows": [{"recipe": "obr", "published": {}}]}},
-            "figures.g.rows[0].published is {}, which nothing reads: published is of tables and of figures that quote",
+            {"figures__g": {"kind": "layer_error", "models": ["large"], "rows": [QUOTING]}},
+            "figures.g.rows[0].published is {}, which nothing reads: published is of tables and of figures",
         ),
-        ({"rotations__quarot__alpha": 0.7}, "rotations.quarot.alpha is 0.7, which nothing reads: alpha is of kind file"),
+        ({"rotations__quarot__alpha": 0.7}, "rotations.quarot.alpha is 0.7, which nothing reads: alpha is of"),
         ({"rotations__quarot__format": "awq"}, "rotations.quarot.format is 'awq', which nothing reads"),
         (
             {"rotations__r": {"kind": "file", "source": {"source": "path", "path": "x"}, "seed": 3}},

@@ -5,6 +5,7 @@ import re
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+from obr.errors import ObrError
 from obr.runtime.code_digest import digest
 from obr.runtime.files import read_json, sha256_of
 
