@@ -43,7 +43,8 @@ def zero_shot(
     No special token is put after a prompt or an answer. A BOS that the prompt begins with is not doubled.
 
     Raises ObrError when the task folder is damaged, an answer does not fit `max_length`, the head is tied
-    in the configuration only, its attention leaves quantisers out, a log-likelihood is not finite, or `bos` asks for a token that the tokenizer lacks.
+    in the configuration only, the attention leaves out quantisers, a log-likelihood is not finite, or `bos` asks for
+    a token that the tokenizer lacks.
     """
     from lm_eval.evaluator import evaluate
 

@@ -19,7 +19,7 @@ class ReadOnlyBlocks(Blocks):
     """
 
     def __init__(self, model: nn.Module):
-        layout = check_model(model)
+        check_model(model)
         self._hold(model)
         check_attention(model)
 
@@ -34,8 +34,10 @@ def check_attention(model: nn.Module) -> None:
     """
     for module in model.modules():
         quantiser = getattr(module, "key_value_quantizer", None)
+        if quantiser is None or not quantiser.active:
+            continue
         used = getattr(module, "config", model.config)._attn_implementation
-        if quantiser is not None and quantiser.active and used != ATTENTION:
+        if used != ATTENTION:
             raise ObrError(
                 f"The model quantises or transforms queries, keys or values, which attention {used!r} leaves out; "
                 f"call model.set_attn_implementation({ATTENTION!r})."
