@@ -14,6 +14,7 @@ from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.data.token_windows import calibrate
 from obr.errors import ObrError
+from obr.evaluation.language_model import PlainLM
 from obr.evaluation.tasks import download_task
 from obr.evaluation.zero_shot import zero_shot
 from obr.export.dispatch import export
@@ -109,3 +110,13 @@ def test_a_task_is_not_scored_by_attention_that_leaves_quantisers_out(folder, tm
     model.set_attn_implementation("sdpa")
     with pytest.raises(ObrError, match="which attention 'sdpa' leaves out"):
         zero_shot(model, tokenizer, tmp_path / "task")
+
+
+def test_a_space_after_a_question_belongs_to_its_answer(folder):
+    """As in lm-eval: a question that ends in a space would be tokenised otherwise than the text it begins."""
+    model = PlainLM.__new__(PlainLM)
+    model.tokenizer, model.before, model.truncated = load_tokenizer(folder / "model"), [], 0
+    model._max_length = 64
+    ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The sky is", "The sky is blue")]
+    question, answer = model._encode_pair("The sky is ", "blue")
+    assert question == ids[0] and question + answer == ids[1]
