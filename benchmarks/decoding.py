@@ -142,7 +142,7 @@ def check(folder: Path) -> None:
 def in_a_process(folder: Path, kind: str, tokens: int, threads: int) -> dict[str, float]:
     """What `write_tokens` finds in a process of its own. Raises ObrError if that fails."""
     command = [sys.executable, __file__, folder, kind, tokens, threads]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8")
     if done.returncode:
         raise ObrError(f"Writing text with {folder} failed under the benchmark: {done.stderr.strip()[-1000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -96,7 +96,7 @@ def readers(checkpoint: Path, count: int, blocks: int | None = None) -> list[dic
 
 def config_of(recipes: int, texts: int = 1) -> dict:
     """The tests' tiny workflow with so many recipes, which differ in alpha and share Hessians, and evaluations."""
-    config = copy.deepcopy(yaml.safe_load((ROOT / "tests/config.yaml").read_text()))
+    config = copy.deepcopy(yaml.safe_load((ROOT / "tests/config.yaml").read_text(encoding="utf-8")))
     entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "train", "hessian": "cached"}
     config["recipes"] = {f"r{n}": {**entry, "alpha": n / recipes} for n in range(recipes)}
     config["perplexity"] = {
@@ -112,7 +112,7 @@ def snakemake(folder: Path, config: dict, *arguments: str, python: tuple[str, ..
     Raises:
         ObrError: it failed; what it printed is in the message.
     """
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     for name in ("model", "train.txt", "heldout.txt"):  # what the config names must be there
         (folder / name).touch()
     command = [sys.executable, *python, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
@@ -175,7 +175,7 @@ def _pretend(folder: Path, config: dict) -> int:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.touch()
     sizes = {"num_attention_heads": 3, "hidden_size": 96, "intermediate_size": 192}
-    (folder / RESULTS / "models/tiny/config.json").write_text(json.dumps(sizes))
+    (folder / RESULTS / "models/tiny/config.json").write_text(json.dumps(sizes), encoding="utf-8")
     return len(paths)
 
 

@@ -75,7 +75,9 @@ def write_model(folder: Path, sizes: dict, seed: int = 0) -> None:
             metadata={"format": "pt"},
         )  # fmt: skip
         index |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
     model.config.save_pretrained(folder)
     _tokenizer(sizes["vocab_size"]).save_pretrained(folder)
 

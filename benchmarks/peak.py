@@ -28,7 +28,7 @@ def run_stage(stage: str, *arguments: object) -> dict[str, float]:
     """
     texts = [json.dumps(a) if isinstance(a, dict) else str(a) for a in arguments]
     command = [sys.executable, "-c", WATCH, sys.executable, "-m", "obr", stage, *texts]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     found = json.loads(done.stdout) if done.returncode == 0 else {"status": done.returncode}
     if found["status"]:
         raise ObrError(f"The stage {stage} failed under the benchmark: {done.stderr.strip()[-1000:]}")

@@ -126,7 +126,10 @@ def prepare(weights: dict[str, Stored], tokens: int, threads: int, cold: int) ->
 
 def last_cache() -> int:
     """Bytes of the largest cache of the first core; 64 MB where the system does not tell."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes = [
+        path.read_text(encoding="utf-8").strip()
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
     return max((int(size.removesuffix("K")) * 1024 for size in sizes if size.endswith("K")), default=64 << 20)
 
 

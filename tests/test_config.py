@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from obr.config.effects import ALL_FIGURES, FIGURES
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.config.workflow import Config, check_paths, check_widths, objection
@@ -210,3 +211,69 @@ def test_the_schema_knows_every_bos_and_no_other(section, key, values):
         told = objection(config, SCHEMA)
         assert (told is None) == (value in values), (value, told)
         assert told is None or told.startswith(f"{section}.{key}.bos: ")
+
+
+QUOTING = {"recipe": "obr", "published": {}}
+FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perplexity": "wiki"}
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"tables__t__rows": [{"recipe": "obr", "published": {}, "published_bits": 3}]},
+            "tables.t.rows[0].published_bits is 3, which nothing reads: published_bits is of rows with published in",
+        ),
+        ({"tables__t__rows": [{"recipe": "obr", "seeds": [1]}]}, "rows[0].seeds is [1], which nothing reads"),
+        ({"tables__t__mean": True, "tables__t__zero_shot": []}, "tables.t.mean is True, which nothing reads"),
+        ({"figures__g": {**FIGURE, "x": "bits"}}, "figures.g.x is 'bits', which nothing reads: x is of figures"),
+        ({"figures__g": {**FIGURE, "panels": ["time"]}}, "panels is of figures of kind kernels; remove it"),
+        ({"figures__g": {**FIGURE, "rows": [{"recipe": "obr", "published_bits": 3}]}}, "published_bits is 3"),
+        ({"figures__g": {**FIGURE, "kind": "layer_error"}}, "figures.g.perplexity is 'wiki', which nothing reads"),
+        (
+            {"figures__g": {"kind": "layer_error", "models": ["large"], "rows": [QUOTING]}},
+            "figures.g.rows[0].published is {}, which nothing reads: published is of tables and of figures",
+        ),
+        ({"rotations__quarot__alpha": 0.7}, "rotations.quarot.alpha is 0.7, which nothing reads: alpha is of"),
+        ({"rotations__quarot__format": "awq"}, "rotations.quarot.format is 'awq', which nothing reads"),
+        (
+            {"rotations__r": {"kind": "file", "source": {"source": "path", "path": "x"}, "seed": 3}},
+            "rotations.r.seed is 3, which nothing reads: seed is of drawn and learned rotations",
+        ),
+        ({"calibrations__d": {"text": "train", "sampling": "sequential", "seed": 2}}, "calibrations.d.seed is 2"),
+        (
+            {"zero_shot__z": {"source": {"source": "hub", "task": "piqa"}, "text": "train"}},
+            "zero_shot.z.text is 'train', which nothing reads: text is of tasks of source cloze",
+        ),
+        (
+            {"edition": {"models": ["small"], "calibrations": {"gone": "c"}, "perplexity": [], "zero_shot": []}},
+            "edition.calibrations.gone is 'c', which nothing reads",
+        ),
+        (
+            {
+                "edition": {
+                    "models": ["small"], "calibrations": {}, "perplexity": [], "zero_shot": [], "without": ["gone"],
+                }
+            },
+            "edition.without is 'gone', which nothing reads: without is of tables and figures of this config",
+        ),
+    ],
+)  # fmt: skip
+def test_keys_that_nothing_reads_are_refused(changes, sentence):
+    with pytest.raises(ObrError) as error:
+        Config(raw(**changes))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_keys_that_are_read_and_defaults_are_accepted():
+    """Snakemake fills defaults in; a second config file may have a rotation learned that the first reads."""
+    learned = {"kind": "smoothquant", "learn": {"calibration": "c"}, "format": "awq", "source": {}, "alpha": 0.5}
+    row = {"recipe": "obr", "published": {}, "published_bits": 3}
+    changes = {"rotations__r": learned, "figures__g": {**FIGURE, "rows": [row]}}
+    assert "r" in Config(raw(**changes)).raw["rotations"]
+
+
+def test_every_key_of_a_figure_is_one_that_some_kind_reads():
+    figure = SCHEMA["properties"]["figures"]["additionalProperties"]["properties"]
+    assert set(figure["kind"]["enum"]) == set(FIGURES)
+    assert set(figure) == ALL_FIGURES.union(*FIGURES.values())

@@ -55,7 +55,9 @@ def random_model(config, out, prompt):
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    model.half().float().requires_grad_(False)
+    for parameter in model.parameters():  # not by `model.half()`, which rounds rotary frequencies too
+        parameter.data = parameter.half().float()
+    model.requires_grad_(False)
     obr.save(obr.compress(model, prompt, {"method": "rtn"}), out)
     return out
 

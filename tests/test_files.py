@@ -98,7 +98,7 @@ def test_an_older_folder_is_never_there_in_part(tmp_path, monkeypatch):
                 monkeypatch.setattr(os, "replace", lambda a, b: os.rename(a, b) if a == out else 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     files.replace_folder(folder, out)
-    assert not out.exists() and (tmp_path / "out.old" / "a").read_text() == "old"
+    assert not out.exists() and (tmp_path / "out.old.tmp" / "a").read_text() == "old"
     monkeypatch.undo()
     with files.atomic_folder(out) as folder:
         (folder / "a").write_text("newer")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig
 
 import obr
 from obr.checkpoints.writer import save
@@ -143,6 +143,8 @@ def test_tokens_that_are_no_windows_are_told(model, tokens, sentence):
     if "Windows" not in sentence:
         with pytest.raises(ObrError, match=sentence):
             Blocks(model).embed(tokens)
+        with pytest.raises(ObrError, match=sentence):
+            obr.compress(model, tokens, {"method": "gptq"}, progress=False)
 
 
 # --- What is refused --------------------------------------------------------------------------------------
@@ -356,3 +358,44 @@ def test_models_that_users_prepare_are_taken(plain, windows):
         prepare(model)
         assert obr.perplexity(model, windows) == pytest.approx(own(model, windows), rel=2e-3)
         obr.compress(model.requires_grad_(False), None, RTN, progress=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.model.rotary_emb.inv_freq.mul_(0.99),
+        lambda m: m.model.rotary_emb.inv_freq.copy_(m.model.rotary_emb.inv_freq.bfloat16().float()),
+        lambda m: setattr(m.model.rotary_emb, "inv_freq", m.model.rotary_emb.inv_freq / 4),
+        lambda m: m.config.rope_parameters.update(rope_theta=500.0),
+    ],
+)
+def test_frequencies_that_no_file_would_keep_are_refused(model, windows, tmp_path, change):
+    """A checkpoint keeps the configuration alone: the model that is loaded would compute others."""
+    change(model)
+    for step in (
+        lambda: obr.perplexity(model, windows),
+        lambda: obr.rotate(model, "quarot"),
+        lambda: obr.compress(model, None, RTN, progress=False),
+    ):
+        with pytest.raises(ObrError, match=r"rotary_emb\.inv_freq differs from what the model's configuration gives"):
+            step()
+
+
+def test_frequencies_that_change_after_compression_keep_a_model_from_being_saved(model, tmp_path):
+    obr.compress(model, None, RTN, progress=False)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    with pytest.raises(ObrError, match=r"rotary_emb\.inv_freq differs"):
+        obr.save(model, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_scale_of_embeddings_is_compared_too(windows):
+    config = GemmaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    assert obr.perplexity(model, windows) == pytest.approx(own(model, windows), rel=1e-4)
+    model.model.embed_tokens.embed_scale.mul_(2)
+    with pytest.raises(ObrError, match=r"embed_tokens\.embed_scale differs from what the model's configuration"):
+        obr.perplexity(model, windows)

@@ -230,6 +230,7 @@ def test_saving_spares_a_folder_with_other_files(tmp_path):
         (lambda f: (f / "block_001.safetensors").unlink(), "lacks block_001"),
         (lambda f: (f / "adapter_config.json").write_text("{}", encoding="utf-8"), "adapter_config.json"),
         (lambda f: _edit(f / "config.json", rms_norm_eps=1e-2), "config.json is not the file that was written"),
+        (lambda f: _edit(f / "generation_config.json", top_k=3), "generation_config.json is not the file"),
         (lambda f: _edit(f / "manifest.json", dtype="bfloat16"), "its manifest says bfloat16"),
         (lambda f: _edit(f / "manifest.json", blocks=1), "block_001"),
     ],

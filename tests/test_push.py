@@ -46,6 +46,9 @@ def checkpoint(tmp_path):
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     (folder / "manifest.json").write_text(json.dumps({**MANIFEST, "blocks": 1, "files": files}))
     (folder / "leftover.tmp").write_text("half")
+    (folder / "passwords.txt").write_text("no part of the checkpoint")
+    (folder / "notes").mkdir()
+    (folder / "notes/.env").write_text("no part of the checkpoint")
     for recipe, value in (("dense", 5.47), ("obr_gptq", 8.4)):
         for stage, name, content in (
             ("perplexity", "wikitext2", {"value": value}),
@@ -116,7 +119,7 @@ def test_mistakes_are_told_in_a_sentence(checkpoint, tmp_path):
         push(tmp_path, "me/small", tmp_path / "out")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ObrError, match=r"holds thesis\.txt and is no checkpoint"):
+    with pytest.raises(ObrError, match=r"holds thesis\.txt and is not a checkpoint"):
         push(checkpoint, "me/small", tmp_path / "thesis")
 
 

@@ -19,7 +19,7 @@ rule download_model:
         local=jobs.local("models"),
         code=jobs.code("models.download"),
     shell:
-        "obr download-model --entry {params.entry:q} --out {params.out} >{log} 2>&1"
+        "obr download-model --entry {params.entry:q} --out {params.out} --rerun >{log} 2>&1"
 
 
 rule check_model:
@@ -117,7 +117,7 @@ rule download_task:
         local=jobs.local("zero_shot"),
         code=jobs.code("evaluation.tasks"),
     shell:
-        "obr download-task --entry {params.entry:q} {params.text} --out {params.out} >{log} 2>&1"
+        "obr download-task --entry {params.entry:q} {params.text} --out {params.out} --rerun >{log} 2>&1"
 
 
 rule download_released:
@@ -142,4 +142,4 @@ rule download_released:
         local=jobs.local("recipes"),
         code=jobs.code("checkpoints.released.stage"),
     shell:
-        "obr download-released --entry {params.entry:q} --out {params.out} >{log} 2>&1"
+        "obr download-released --entry {params.entry:q} --out {params.out} --rerun >{log} 2>&1"

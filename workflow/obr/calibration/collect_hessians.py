@@ -27,7 +27,7 @@ from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.rotations.apply import open_blocks
 from obr.runtime.files import atomic_write, write_json
 from obr.runtime.progress import Progress
-from obr.runtime.provenance import fingerprint
+from obr.runtime.provenance import fingerprint, model_hashes
 from obr.runtime.resume import Unfinished
 
 TILE = 1024  # columns of the tiles in which symmetric matrices are summed and mirrored
@@ -175,7 +175,10 @@ def hessian_stage(
         moments.clear()  # before the next block's are made
     (out / "hessian.json").unlink(missing_ok=True)  # of older ones, which go now
     unfinished.move(len(blocks))
-    notes = {"calibration": about, "blocks": len(blocks), "dtype": dtypes.name_of(blocks.dtype)}
+    notes = {
+        "calibration": about, "blocks": len(blocks), "dtype": dtypes.name_of(blocks.dtype),
+        "model": model_hashes(model), "rotation": run["rotation"],
+    }  # fmt: skip
     write_json(notes, out / "hessian.json")
     unfinished.remove()
 

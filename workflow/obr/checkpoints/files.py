@@ -6,7 +6,7 @@ from pathlib import Path
 from obr.errors import ObrError
 from obr.models.side_files import is_side_file
 from obr.models.tensor_files import check_names
-from obr.runtime.files import read_json, sha256_of
+from obr.runtime.files import check_folder_replaceable, entries, read_json, sha256_of
 from obr.runtime.resume import block_file
 
 FORMAT = 1
@@ -31,12 +31,14 @@ def read_manifest(directory: Path) -> dict:
 
 
 def check_files(directory: Path, manifest: dict) -> None:
-    """Check that a folder holds the checkpoint of its manifest, and no other weights; `verify` hashes the contents.
+    """Check that a folder holds the checkpoint of its manifest, and no other weights.
+
+    Small files (configuration, tokenizer, code) are compared by their sha256; `check_contents` compares weights too.
 
     Called by all that read a checkpoint: load, from_pretrained, the evaluations, verify, export and push.
 
     Raises:
-        ObrError: a file is missing or is not the checkpoint's; config.json is not the one that was written.
+        ObrError: a file is missing or is not the checkpoint's; a small file is not the one that was written.
     """
     directory = Path(directory)
     files, blocks = manifest.get("files"), manifest.get("blocks")
@@ -58,11 +60,12 @@ def check_files(directory: Path, manifest: dict) -> None:
     for name in sorted(present - set(files)):
         if name.endswith((*WEIGHTS, ".safetensors.index.json")):
             raise ObrError(f"{directory}/{name} is not in the manifest of the checkpoint; delete it or move it.")
-    if sha256_of(directory / CONFIG) != files.get(CONFIG):
-        raise ObrError(
-            f"{directory}/{CONFIG} is not the file that was written (its sha256 differs), so the weights would mean "
-            "something else; restore it, or compress the model again."
-        )
+    for name in sorted({CONFIG, *files} - {LAYERS, ENDS} - wanted):
+        if sha256_of(directory / name) != files.get(name):
+            raise ObrError(
+                f"{directory}/{name} is not the file that was written (its sha256 differs), so the checkpoint would "
+                "mean something else; restore it, or compress the model again."
+            )
 
 
 def check_contents(directory: Path, manifest: dict) -> None:
@@ -75,49 +78,53 @@ def check_contents(directory: Path, manifest: dict) -> None:
             )
 
 
-def stray_files(directory: Path) -> list[str]:
-    """Names of the files and folders in a folder that are no checkpoint's, sorted.
+def _is_own(directory: Path, name: str) -> bool:
+    """Whether a file, named from the checkpoint's folder on, is one that a checkpoint has.
 
-    Hidden files, lock files and those of a job in progress are left out.
+    Code belongs to a checkpoint whose config.json refers to it: that of a model which needs its own.
     """
-    known = (MANIFEST, LAYERS, CONFIG, ENDS, CARD)
-    found = []
-    for path in sorted(Path(directory).iterdir()):
-        ours = path.name in known or BLOCK.fullmatch(path.name) or is_side_file(path.name) or path.suffix == ".py"
-        folder = path.is_dir() and path.name in ("additional_chat_templates",)
-        if not ours and not folder and path.name[0] != "." and path.suffix not in (".lock", ".tmp"):
-            found.append(path.name)
-    return found
+    if name.endswith(".py") and "/" not in name:
+        return (directory / CONFIG).is_file() and bool(read_json(directory / CONFIG).get("auto_map"))
+    return name in (MANIFEST, LAYERS, CONFIG, ENDS) or bool(BLOCK.fullmatch(name)) or is_side_file(name)
+
+
+def _is_in_progress(directory: Path, name: str) -> bool:
+    """Whether a file is the lock, or lies in the temporary folder, of a file of a checkpoint."""
+    first, suffix = Path(name.split("/")[0]).stem, Path(name.split("/")[0]).suffix
+    return suffix in (".lock", ".tmp") and _is_own(directory, first)
 
 
 def remove_outdated(directory: Path, blocks: int) -> None:
     """Remove the files of an older checkpoint from a folder that holds the blocks of the new one."""
-    kept = {block_file(index) for index in range(blocks)}
-    for path in Path(directory).rglob("*"):
-        name = path.relative_to(directory).as_posix()
-        known = name in (MANIFEST, LAYERS, CONFIG, ENDS, CARD) or BLOCK.fullmatch(name) or is_side_file(name)
-        if path.is_file() and (known or path.suffix == ".py") and name not in kept:
-            path.unlink()
+    kept, directory = {block_file(index) for index in range(blocks)}, Path(directory)
+    for name in [name for name in entries(directory) if name not in kept and _is_own(directory, name)]:
+        (directory / name).unlink()
 
 
 def check_no_strays(directory: Path) -> None:
-    """Raise ObrError if a folder that a checkpoint is to be written into holds other files."""
-    if Path(directory).is_dir() and (found := stray_files(directory)):
-        raise ObrError(
-            f"{directory} holds {found[0]}, which is no part of a checkpoint; move it, or choose another folder."
-        )
+    """Raise ObrError if a folder that a checkpoint is to be written into, beside what is there, holds other files.
 
-
-def check_replaceable(directory: Path) -> None:
-    """Raise ObrError unless a folder is absent, empty, or an older checkpoint and nothing but that."""
+    Of an older checkpoint the manifest may be missing: Snakemake removes it before the job runs again. Hidden files
+    stay where they are, as do those of a job in progress.
+    """
     directory = Path(directory)
-    if not directory.exists():
-        return
     if not directory.is_dir():
-        raise ObrError(f"{directory} is a file; choose a folder for the checkpoint.")
-    present = [path.name for path in directory.iterdir() if path.suffix != ".lock"]
-    if present and MANIFEST not in present:
-        raise ObrError(
-            f"{directory} holds {min(present)} and is no checkpoint; choose a new folder, or delete what is in it."
-        )
-    check_no_strays(directory)
+        return
+    present = [name for name in entries(directory) if name[0] != "." and not _is_in_progress(directory, name)]
+    weights = [name for name in present if name in (MANIFEST, ENDS) or BLOCK.fullmatch(name)]
+    for name in present:
+        if not weights or not _is_own(directory, name):
+            raise ObrError(
+                f"{directory} holds {name}, which is no part of a checkpoint; move it, or choose another folder."
+            )
+
+
+def check_replaceable(directory: Path, card: bool = False) -> None:
+    """Raise ObrError unless a folder is absent, empty, or an older checkpoint and nothing but that.
+
+    card: a model card belongs to it too.
+    """
+    directory = Path(directory)
+    check_folder_replaceable(
+        directory, "a checkpoint", MANIFEST, lambda name: (card and name == CARD) or _is_own(directory, name)
+    )

@@ -144,7 +144,9 @@ class CheckpointBlocks(StreamedBlocks):
     def __init__(self, directory: Path, recipe: Recipe | None = None, dtype=None, device=None):
         self.manifest = read_manifest(Path(directory))
         check_files(Path(directory), self.manifest)
-        self.recipe, dtype = dtypes.settled(recipe or Recipe.parse(self.manifest["recipe"]), dtype)
+        own = Recipe.parse(self.manifest["recipe"])
+        _check_same_weights(recipe or own, own, directory)
+        self.recipe, dtype = dtypes.settled(recipe or own, dtype)
         super().__init__(Path(directory), None, dtype, device)
         vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         if len(self) != self.manifest["blocks"]:
@@ -174,6 +176,21 @@ class CheckpointBlocks(StreamedBlocks):
         if index in self.recipe.chosen(len(self)):
             set_quantizers(block, self.layout, self.recipe)
         return block
+
+
+def _check_same_weights(given: Recipe, own: Recipe, directory: Path) -> None:
+    """Raise ObrError if a recipe for evaluation says of weights what the checkpoint's own recipe does not.
+
+    A value that a recipe has by default says nothing.
+    """
+    default = Recipe(method=own.method)
+    for key in ("bits", "sparsity", "pattern", "group", "rotation"):
+        value, stored = getattr(given, key), getattr(own, key)
+        if value not in (stored, getattr(default, key)):
+            raise ObrError(
+                f"The recipe's {key} is {value!r}, but the weights of {directory} were compressed with {stored!r}; "
+                "a recipe for evaluation sets activations, queries, keys and values alone."
+            )
 
 
 def fill_block(

@@ -13,9 +13,8 @@ from obr.runtime.files import write_json
 def download_model(args: Namespace) -> None:
     from obr.models.download import download_model
 
-    download_model(
-        args.entry["source"], args.out, args.entry.get("dtype", "auto"), args.entry.get("trust_remote_code", False)
-    )
+    trust = args.entry.get("trust_remote_code", False)
+    download_model(args.entry["source"], args.out, args.entry.get("dtype", "auto"), trust, args.rerun)
 
 
 def check_model(args: Namespace) -> None:
@@ -41,7 +40,7 @@ def download_documents(args: Namespace) -> None:
 def download_task(args: Namespace) -> None:
     from obr.evaluation.tasks import download_task
 
-    download_task(args.entry["source"], args.out, args.text)
+    download_task(args.entry["source"], args.out, args.text, args.rerun)
 
 
 def download_rotation(args: Namespace) -> None:
@@ -141,7 +140,7 @@ def compress(args: Namespace) -> None:
 def download_released(args: Namespace) -> None:
     from obr.checkpoints.released.download import download_released
 
-    download_released(args.entry, args.out)
+    download_released(args.entry, args.out, args.rerun)
 
 
 def released(args: Namespace) -> None:

@@ -119,6 +119,13 @@ def _activations(parser: argparse.ArgumentParser, required: bool) -> None:
     )  # fmt: skip
 
 
+def _rerun(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--rerun", action="store_true",
+        help="also replace what is left of an earlier result, from which Snakemake has removed the declared outputs",
+    )  # fmt: skip
+
+
 OPTIONS = {
     "entry": _json("entry", "the config entry of this stage, as JSON"),
     "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
@@ -142,6 +149,7 @@ OPTIONS = {
     "out": _path("out", "what to write"),
     "activations": _activations,
     "compute": _compute,
+    "rerun": _rerun,
     "sizes": _sizes,
     "trust": _trust,
 }

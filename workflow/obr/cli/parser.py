@@ -21,11 +21,11 @@ DESCRIPTION = "The command line: one sub-command per stage. What Snakemake runs 
 
 # Sub-command -> its function, its help, and the names of its options; "?" marks those that may be left out.
 STAGES = {
-    "download-model": (commands.download_model, "Fetch a model into a folder.", "entry out"),
+    "download-model": (commands.download_model, "Fetch a model into a folder.", "entry out rerun"),
     "check-model": (commands.check_model, "Check recipes against a model's sizes.", "entry model out"),
     "download-text": (commands.download_text, "Fetch a text into a file.", "entry out"),
     "download-documents": (commands.download_documents, "Fetch a text's documents into a file.", "entry out"),
-    "download-task": (commands.download_task, "Fetch a zero-shot task.", "entry text? out"),
+    "download-task": (commands.download_task, "Fetch a zero-shot task.", "entry text? out rerun"),
     "download-rotation": (commands.download_rotation, "Make a model's rotation.", "entry model out trust"),
     "learn-rotation": (commands.learn_rotation, "Learn a model's rotation.", "entry model tokens out compute trust"),
     "calibrate": (commands.calibrate, "Choose calibration windows.", "entry model text out trust"),
@@ -60,7 +60,7 @@ STAGES = {
         "Compress a model by a recipe.",
         "entry model rotation? tokens? hessians? gradients? allocation? out activations compute trust",
     ),
-    "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "entry out"),
+    "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "entry out rerun"),
     "released": (
         commands.released,
         "Verify a checkpoint of the authors and take it over.",

@@ -10,7 +10,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.mixed_precision import allocate, sensitivity
 from obr.models import dtypes
-from obr.models.blocks import Blocks
+from obr.models.blocks import Blocks, check_windows
 from obr.models.layers import quantizer_settings, set_quantizers
 from obr.models.state import changing, check_before_compression, refuse_plain_saving
 
@@ -42,6 +42,8 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
     if isinstance(recipe, dict):
         recipe = Recipe.parse({"calibration": "given", **recipe})
     check_before_compression(model)
+    if tokens is not None:
+        check_windows(tokens)
     blocks = Blocks(model)
     computed_in = model.get_submodule(blocks.layout.embed).weight.dtype
     if recipe.dtype not in (None, dtypes.name_of(computed_in)):

@@ -16,7 +16,7 @@ from obr.models import dtypes
 from obr.models.hidden_states import MemoryBudget
 from obr.rotations import apply
 from obr.runtime.files import read_json
-from obr.runtime.provenance import fingerprint
+from obr.runtime.provenance import check_measured_on, fingerprint
 
 
 def compress_stage(
@@ -64,6 +64,7 @@ def compress_stage(
     elif recipe.needs_hessian or hessians:
         noted = read_json(hessians / "hessian.json")
         dtypes.check_shared(recipe, noted.get("dtype"), f"The Hessians in {hessians}")
+        check_measured_on(noted, f"The Hessians in {hessians}", model, rotation)
         report.calibration = noted["calibration"]
     cached = hessians if windows is None else None
     files = {"rotation": rotation, "calibration": tokens if cached is None else cached / "hessian.json"}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from obr.config import overrides
+from obr.config.effects import check_effects
 from obr.config.model_sizes import read_config, sizes_of
 from obr.config.paths import below
 from obr.config.pattern import Pattern
@@ -33,6 +34,7 @@ class Config:
 
     def __init__(self, raw: dict):
         self.raw = raw
+        check_effects(raw)
         overrides.transpose(raw)
         overrides.shrink(raw)
         self.results = raw["results"]

@@ -21,13 +21,23 @@ from obr.errors import ObrError, first_line
 from obr.evaluation.cloze import cloze
 from obr.evaluation.lm_eval_tasks import METRICS, Function, check_output_type, packaged_task, yaml_dumper
 from obr.runtime import hub
-from obr.runtime.files import atomic_folder, replace_folder, sha256_of, write_json, write_text
+from obr.runtime.files import (
+    atomic_folder,
+    check_folder_replaceable,
+    replace_folder,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 # Packaged keys without a meaning here, where there is one split and no examples in the prompt.
 DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
 
 
-def download_task(source: dict, out: Path, text: Path | None = None) -> None:
+FILES = ("data.jsonl", "task.yaml", "task.json")  # of a task folder
+
+
+def download_task(source: dict, out: Path, text: Path | None = None, rerun: bool = False) -> None:
     """Write the task folder `out` from one of three sources.
 
     {source: hub, task, revision?}: the split that lm-eval's task of that name is scored on (test
@@ -36,8 +46,12 @@ def download_task(source: dict, out: Path, text: Path | None = None) -> None:
     {source: cloze, task?, n, seed}: `n` multiple-choice questions made from the file `text`, see
         `cloze`; for machines with neither the hub nor task files.
 
-    Raises ObrError when the source cannot be read or its rows do not fit the task's prompts.
+    rerun: an earlier result in `out` may lack task.json, see `runtime.files.check_folder_replaceable`.
+
+    Raises ObrError when the source cannot be read, its rows do not fit the task's prompts, or `out` holds anything
+    but an earlier result.
     """
+    check_folder_replaceable(out, "a task folder", "task.json", FILES.__contains__, rerun)
     kind = source.get("source")
     if kind == "hub":
         rows, revision, config = _hub_rows(source)

@@ -43,17 +43,19 @@ def zero_shot(
     No special token is put after a prompt or an answer. A BOS that the prompt begins with is not doubled.
 
     Raises ObrError when the task folder is damaged, an answer does not fit `max_length`, the head is tied
-    in the configuration only, a log-likelihood is not finite, or `bos` asks for a token that the tokenizer lacks.
+    in the configuration only, the attention leaves out quantisers, a log-likelihood is not finite, or `bos` asks for
+    a token that the tokenizer lacks.
     """
     from lm_eval.evaluator import evaluate
 
     from obr.evaluation.language_model import PlainLM
     from obr.models.check.memory import check_finished
-    from obr.models.read_only import unchanged
+    from obr.models.read_only import check_attention, unchanged
 
     name = read_task(task_dir)["task"]
     _check_limit(limit, name)
     check_finished(model)
+    check_attention(model)
     _check_head(model)
     before, started = _before(model, tokenizer, bos), time.perf_counter()
     with quiet(), unchanged(model):

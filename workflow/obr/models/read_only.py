@@ -19,19 +19,29 @@ class ReadOnlyBlocks(Blocks):
     """
 
     def __init__(self, model: nn.Module):
-        layout = check_model(model)
+        check_model(model)
         self._hold(model)
-        blocks = model.get_submodule(layout.blocks)
-        quantisers = [getattr(block.get_submodule(layout.attention), "key_value_quantizer", None) for block in blocks]
-        used = model.config._attn_implementation
-        if used != ATTENTION and any(quantiser is not None and quantiser.active for quantiser in quantisers):
+        check_attention(model)
+
+    def load(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.layout.blocks)[index]
+
+
+def check_attention(model: nn.Module) -> None:
+    """Raise ObrError if a block's attention leaves out the quantiser or transform that the block has.
+
+    A block has a configuration of its own, which may name another attention than the model's.
+    """
+    for module in model.modules():
+        quantiser = getattr(module, "key_value_quantizer", None)
+        if quantiser is None or not quantiser.active:
+            continue
+        used = getattr(module, "config", model.config)._attn_implementation
+        if used != ATTENTION:
             raise ObrError(
                 f"The model quantises or transforms queries, keys or values, which attention {used!r} leaves out; "
                 f"call model.set_attn_implementation({ATTENTION!r})."
             )
-
-    def load(self, index: int) -> nn.Module:
-        return self.model.get_submodule(self.layout.blocks)[index]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,54 @@ def replace_folder(folder: Path, out: Path) -> None:
     """Rename a finished folder to `out`, over an older one, which is never there in part."""
     for path in [*folder.rglob("*"), folder]:
         fsync(path)
-    aside = out.with_name(out.name + ".old")
+    aside = out.with_name(out.name + ".old.tmp")  # "<out>.old" may be a backup that a user has made
     shutil.rmtree(aside, ignore_errors=True)
     if out.exists():
         os.replace(out, aside)
     os.replace(folder, out)
     fsync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+SYSTEM_FILES = (".snakemake_timestamp", ".DS_Store")  # which nobody misses
+
+
+def entries(folder: Path | str) -> list[str]:
+    """Names of all files, links and empty folders below a folder, sorted, with `/` between folders.
+
+    Hidden ones count too. Files that Snakemake and file managers leave are left out.
+    """
+    found = (
+        path for path in Path(folder).rglob("*") if not path.is_dir() or path.is_symlink() or not any(path.iterdir())
+    )
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.name not in SYSTEM_FILES)
+
+
+def check_folder_replaceable(
+    out: Path | str, what: str, sign: str, ours: Callable[[str], bool], rerun: bool = False
+) -> None:
+    """Raise ObrError unless a folder is absent, empty, or an earlier result of a command and nothing but that.
+
+    what: such a result, for messages. sign: the file that each result has. ours: whether a file of this name belongs
+    to it; if `sign` is JSON with a mapping "sha256", its keys are the names instead. rerun: `sign` may be missing,
+    since Snakemake removes the outputs of a job before the job runs again.
+    """
+    out = Path(out)
+    if out.is_symlink():
+        raise ObrError(f"{out} is a symbolic link, which would be lost; give the folder that the link names.")
+    if out.exists() and not out.is_dir():
+        raise ObrError(f"{out} is a file; choose a folder for {what}.")
+    names = entries(out) if out.is_dir() else []
+    if names and sign not in names and not rerun:
+        raise ObrError(
+            f"{out} holds {names[0]} and is not {what}, since it has no {sign}; choose a new folder, or move what is "
+            "in it."
+        )
+    listed = read_json(out / sign).get("sha256") if sign in names and sign.endswith(".json") else None
+    known = {*listed, sign} if isinstance(listed, dict) else None
+    for name in names:
+        if name not in known if known is not None else not ours(name):
+            raise ObrError(f"{out} holds {name}, which is no part of {what}; move it, or choose another folder.")
 
 
 def _remove(path: Path) -> None:

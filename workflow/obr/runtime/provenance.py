@@ -5,6 +5,7 @@ import re
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+from obr.errors import ObrError
 from obr.runtime.code_digest import digest
 from obr.runtime.files import read_json, sha256_of
 
@@ -83,9 +84,32 @@ def fingerprint(
     }
 
 
+def model_hashes(folder: Path) -> dict[str, str] | None:
+    """sha256 of each file of a model folder, as the download noted them; None where it noted none."""
+    path = Path(folder) / "source.json"
+    return read_json(path).get("sha256") or None if path.exists() else None
+
+
+def check_measured_on(noted: dict, what: str, model: Path, rotation: Path | None) -> None:
+    """Raise ObrError if statistics are of another model, or of the same one rotated otherwise.
+
+    noted: what their stage has noted, with "model" as of `model_hashes` and "rotation", a sha256 or None; statistics
+    of earlier versions note neither. what: they are, for messages. model, rotation: that read them now.
+    """
+    if "rotation" not in noted:
+        return
+    here = model_hashes(model)
+    if noted["model"] and here and noted["model"] != here:
+        odd = min(name for name in {*noted["model"], *here} if noted["model"].get(name) != here.get(name))
+        raise ObrError(f"{what} are of another model than {model} (its {odd} differs); measure them on this model.")
+    if noted["rotation"] != (sha256_of(rotation) if rotation else None):
+        given = f"rotated by {rotation}" if rotation else "without a rotation"
+        raise ObrError(f"{what} are not of the model {given}; measure them with the rotation that is used here.")
+
+
 def _model(folder: Path) -> dict:
     """Hashes where the download noted them, else names, sizes and times: hashing a large model takes minutes."""
-    if (folder / "source.json").exists() and (noted := read_json(folder / "source.json").get("sha256")):
+    if noted := model_hashes(folder):
         return noted
     weights = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*.safetensors"))}
     return {"config": sha256_of(folder / "config.json"), **weights}

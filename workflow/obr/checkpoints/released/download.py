@@ -6,7 +6,14 @@ from pathlib import Path
 
 from obr.errors import ObrError
 from obr.runtime import hub
-from obr.runtime.files import atomic_folder, removed_after, replace_folder, sha256_of, write_json
+from obr.runtime.files import (
+    atomic_folder,
+    check_folder_replaceable,
+    removed_after,
+    replace_folder,
+    sha256_of,
+    write_json,
+)
 
 # What holds the weights: safetensors if a repository has them, else pickles, which are opened as data alone.
 FORMS = (
@@ -15,19 +22,26 @@ FORMS = (
 )
 
 
-def download_released(source: dict, out: Path) -> None:
+def download_released(source: dict, out: Path, rerun: bool = False) -> None:
     """The stage: fetch a released checkpoint into the folder `out`, with a source.json.
 
     source: {"source": "hub", "repo", "revision"} or {"source": "path", "path"}, which is not copied. A broken
     download goes on where it was.
     source.json: {source, folder, revision, licence, sha256: {file: hash}}; the last three of the hub alone.
+    rerun: an earlier result in `out` may lack source.json, see `runtime.files.check_folder_replaceable`.
 
     Raises:
-        ObrError: it cannot be had, or has no state dict.
+        ObrError: it cannot be had, or has no state dict; `out` holds anything but an earlier result.
     """
     out = Path(out)
+    check_folder_replaceable(out, "a downloaded released checkpoint", "source.json", _is_own, rerun)
     out.parent.mkdir(parents=True, exist_ok=True)
     hub.choose({"hub": _from_hub, "path": _from_path}, source)(source, out)
+
+
+def _is_own(name: str) -> bool:
+    """Whether `download_released` writes files of this name."""
+    return name == "source.json" or any(fnmatch.fnmatchcase(name, pattern) for form in FORMS for pattern in form)
 
 
 def _from_path(source: dict, out: Path) -> None:

@@ -119,6 +119,19 @@ def meta_model(config, trust: bool = False, what: str = "the model") -> nn.Modul
     return model
 
 
+def with_buffers(model: nn.Module, config) -> nn.Module:
+    """A model without memory behind its weights, its buffers (rotary embeddings, scales) made real, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if any(True for _ in child.buffers(recurse=False)) and not list(child.parameters()):
+                setattr(module, name, type(child)(config))
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:  # beside weights, as the scale of Gemma's embeddings is
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+                model._init_weights(module)
+    return model.eval().requires_grad_(False)
+
+
 def check_family(model: nn.Module, layout: Layout, what: str) -> None:
     """Raise ObrError unless the family's modules are there; code of a model's own may call them otherwise."""
     modules, first = dict(model.named_modules()), f"{layout.blocks}.0."

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from obr.errors import ObrError
 from obr.models import remote_code
 from obr.models.architectures import Layout, layout_of
-from obr.models.check.folder import check_family, meta_model, spell
+from obr.models.check.folder import check_family, meta_model, spell, with_buffers
 from obr.models.configuration import check_sizes
 from obr.models.layers import QuantLinear
 
@@ -55,6 +55,7 @@ def check_model(model: nn.Module) -> Layout:
     check_sizes(model.config, "the model")
     reference = meta_model(model.config) if _is_native(model) else _own_meta_model(model)
     check_family(reference, layout, "the model")
+    with_buffers(reference, copy.deepcopy(model.config))
     wanted, ours = dict(reference.named_modules()), _places_of_ours(layout, model.config.num_hidden_layers)
     for name, module in model.named_modules():
         if not any(name.startswith(f"{place}.") and place in ours for place in _parents(name)):
@@ -148,6 +149,9 @@ def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be
     for key, parameter in module._parameters.items():
         if parameter is not None:
             _check_shape(f"{where}.{key}", parameter, wanted._parameters[key])
+    for key, buffer in module._buffers.items():
+        if buffer is not None:
+            _check_buffer(f"{where}.{key}", buffer, wanted._buffers[key], module)
     for key, value in vars(wanted).items():
         plain = key[0] != "_" and key not in CHANGING and isinstance(value, (bool, int, float, str, type(None)))
         if plain and vars(module).get(key, value) != value:
@@ -161,6 +165,23 @@ def _check_shape(name: str, found: Tensor, wanted: Tensor) -> None:
     if found.shape != wanted.shape:
         found, wanted = (" x ".join(map(str, tensor.shape)) for tensor in (found, wanted))
         raise ObrError(f"{name} is {found}, by the model's configuration it should be {wanted}: correct one of them.")
+
+
+def _check_buffer(name: str, found: Tensor, wanted: Tensor, module: nn.Module) -> None:
+    """Raise ObrError unless a buffer holds what the configuration gives: no file keeps it, so a change would be lost.
+
+    Frequencies of a rotary embedding that follow the length of the input are not compared, only their originals.
+    """
+    follows = str(getattr(module, "rope_type", "")) in ("dynamic", "longrope")
+    if found.is_meta or (follows and name.endswith(".inv_freq")):
+        return
+    _check_shape(name, found, wanted)
+    precision = torch.finfo(found.dtype).eps if found.is_floating_point() else 0
+    if not torch.allclose(found.cpu().double(), wanted.double(), rtol=max(1e-6, precision), atol=0):
+        raise ObrError(
+            f"{name} differs from what the model's configuration gives, and no file would keep it: change the "
+            "configuration instead (rope_parameters), or load the model again."
+        )
 
 
 def _check_calls(where: str, module: nn.Module) -> None:
