@@ -69,14 +69,8 @@ def compress_stage(
     cached = hessians if windows is None else None
     files = {"rotation": rotation, "calibration": tokens if cached is None else cached / "hessian.json"}
     files |= _read_layerwise(report, gradient_file, allocation_file, blocks.target)
-    run = fingerprint(
-        "compression.stage",
-        model,
-        files,
-        device=str(blocks.target),
-        dtype=str(blocks.dtype),
-        recipe=recipe.decisive(),
-    )
+    computed = {"device": str(blocks.target), "dtype": str(blocks.dtype)}
+    run = fingerprint("compression.stage", model, files, **computed, recipe=recipe.decisive())
     writer = Writer(out, blocks, report.dtype, run)
     compress_blocks(blocks, windows, cached, report, writer, MemoryBudget(megabytes, writer.unfinished.folder))
     return writer.finish(report, tokenizer_from=model)
