@@ -163,6 +163,18 @@ def _perplexity(row: pd.Series) -> dict[str, str]:
     return {} if pd.isna(row["perplexity"]) else {"Perplexity": f"{row['perplexity']:.2f}"}
 
 
+def _zero_shot(frame: pd.DataFrame) -> str:
+    rows = [
+        {
+            "Evaluation": row["evaluation"], "Tokens read": f"{row['tokens']:,}", "Seconds": _seconds(row, "time"),
+            "Time, streamed = 1": f"{row['ratio']:.2f}",
+        }
+        for _, row in frame.iterrows()
+    ]  # fmt: skip
+    first = frame.iloc[0]
+    return f"{first['model']}, {first['requests']} prompts with an answer, float32.\n\n{_markdown(rows)}"
+
+
 def _milliseconds(row: pd.Series) -> str:
     value, low, high = (f"{1e3 * row[f'time{part}_s']:.3g}" for part in ("", "_min", "_max"))
     return f"{value} ({low}–{high})"
@@ -176,5 +188,6 @@ TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], str]]] = {
     "scaling": ("How the time grows", _scaling),
     "products": ("Products with weights larger than the caches", _products),
     "decoding": ("Writing text, one token at a time", _decoding),
+    "zero_shot": ("Zero-shot evaluation against lm-eval's own model", _zero_shot),
     "large": ("A model of Llama-2-7B's shape", _large),
 }

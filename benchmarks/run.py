@@ -27,6 +27,7 @@ import products
 import restoration
 import scaling
 import stages
+import zero_shot
 from layers import CALIBRATION, MODEL, ROTATION
 from models import TINY, write_inputs
 from obr.errors import ObrError
@@ -102,6 +103,13 @@ def measure_decoding(s: Settings) -> list[dict]:
     return decoding.measure(s.results, s.scratch, tuple(sorted({1, s.threads})), 12 * s.repeats, 2)
 
 
+def measure_zero_shot(s: Settings) -> list[dict]:
+    if s.quick:
+        return zero_shot.measure(write_inputs(s.scratch / "tiny", TINY, 2, 32).model, [], 4, (1, 4), 1)
+    tasks = zero_shot.real_tasks(s.scratch) or sorted(s.results.glob("tasks/*"))
+    return zero_shot.measure(s.results / "models" / MODEL, tasks, 16, (1, 4, 8, 16, 32), 1)
+
+
 PARTS: dict[str, Callable[[Settings], list[dict]]] = {
     "restoration": measure_restoration,
     "joint": measure_joint,
@@ -110,6 +118,7 @@ PARTS: dict[str, Callable[[Settings], list[dict]]] = {
     "memory": measure_memory,
     "products": measure_products,
     "decoding": measure_decoding,
+    "zero_shot": measure_zero_shot,
     "large": measure_large,
 }
 
@@ -136,7 +145,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Measure the parts asked for, writing each as it is done, then render all."""
     parts = arguments.only or ([*PARTS] if arguments.quick else [p for p in PARTS if p != "large"])
-    demo = {"restoration", "joint", "stages", "decoding"}
+    demo = {"restoration", "joint", "stages", "decoding", "zero_shot"}
     if demo & set(parts) and not arguments.quick and not (arguments.results / "hessians").exists():
         raise ObrError(
             f"{arguments.results} has no Hessians; run `make demo` first or name its results by --results."

@@ -14,7 +14,7 @@ from obr.methods.restore import restore
 from test_restoration import layer
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-PARTS = ["restoration", "joint", "scaling", "stages", "memory", "products", "decoding", "large"]
+PARTS = ["restoration", "joint", "scaling", "stages", "memory", "products", "decoding", "zero_shot", "large"]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,14 @@ def test_packed_models_write_tokens_in_less_memory(out):
     assert megabytes["INT4, dense"] > megabytes["INT4, 50 %"] > megabytes["INT4, paired 4:8"]
     bound = frame["weights_mb"] * 1e6 / (frame["read_gb_s"] * 1e9) / frame["time_s"]
     assert frame["of_bound"].tolist() == pytest.approx(bound.tolist())
+
+
+def test_evaluations_that_differ_are_not_compared(module, out):
+    frame = pd.read_csv(out / "zero_shot.csv").set_index("evaluation")
+    assert list(frame.index) == ["streamed", "in memory", "lm-eval, batch 1", "lm-eval, batch 4"]
+    assert frame.loc["streamed", "ratio"] == 1 and frame.loc["streamed", "tokens"] < frame.iloc[-1]["tokens"]
+    with pytest.raises(ObrError, match=r"in memory and streamed evaluation are 0\.5 nats apart"):
+        module("zero_shot")._check_equal({"streamed": [(-1.0, True)], "in memory": [(-1.5, True)]})
 
 
 def test_products_are_compared_with_the_read_of_memory(out):

@@ -42,16 +42,18 @@ rule zero_shot:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
     resources:
-        mem_mb=jobs.memory(6, 3),
-        runtime=jobs.minutes(120, 30),
+        mem_mb=jobs.memory(4, 3),
+        runtime=jobs.minutes(120, 15),
         gpu=jobs.gpu,
+        activations_mb=config["activations_memory"],
     params:
         entry=jobs.entry("zero_shot"),
         recipe=jobs.evaluation,
         checkpoint=subpath(input.checkpoint, parent=True),
         task=subpath(input.task, parent=True),
         compute=jobs.compute,
-        code=[jobs.code("evaluation.zero_shot"), jobs.code("checkpoints.format")],
+        code=jobs.code("evaluation.zero_shot"),
     shell:
         "obr zero-shot --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
-        "--task {params.task} --out {output} {params.compute} --threads {threads} >{log} 2>&1"
+        "--task {params.task} --out {output} --activations-memory {resources.activations_mb} {params.compute} "
+        "--threads {threads} >{log} 2>&1"

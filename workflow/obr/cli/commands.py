@@ -176,15 +176,14 @@ def perplexity(args: Namespace) -> None:
 
 def zero_shot(args: Namespace) -> None:
     device, dtype = _computing(args.device, args.dtype)
-    from obr.checkpoints.format import load
-    from obr.evaluation.zero_shot import zero_shot
-    from obr.models.loading import load_tokenizer
+    from obr.config.recipe import Recipe
+    from obr.evaluation.zero_shot import zero_shot_stage
+    from obr.models.hidden_states import MemoryBudget
 
-    model = load(args.checkpoint, args.recipe, dtype, device)
-    result = zero_shot(
-        model, load_tokenizer(args.checkpoint), args.task,
-        limit=args.entry.get("limit"), batch_size=args.entry.get("batch_size", 1), bos=args.entry.get("bos"),
-    )  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    room = MemoryBudget(args.activations_memory, args.out.parent)
+    recipe = Recipe.parse(args.recipe) if args.recipe else None
+    result = zero_shot_stage(args.checkpoint, args.task, args.entry, recipe, dtype, device, room)
     write_json(result, args.out)
     spread = "" if result["stderr"] is None else f" ± {result['stderr']:.4f}"
     print(f"{result['task']}: {result['metric']} {result['value']:.4f}{spread}; {result['prompts']}")

@@ -74,7 +74,7 @@ STAGES = {
     "zero-shot": (
         commands.zero_shot,
         "Zero-shot accuracy of a checkpoint.",
-        "entry checkpoint recipe? task out compute trust",
+        "entry checkpoint recipe? task out activations compute trust",
     ),
     "kernels": (commands.kernels, "Time matrix products on this device.", "entry out compute sizes"),
     "table": (commands.table, "Make a table.", "entry recipes models results published out"),

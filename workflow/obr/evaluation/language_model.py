@@ -1,36 +1,53 @@
-"""lm-eval's wrapper of a transformers model, with prompts that begin with the tokens that are asked for."""
+"""An lm-eval model whose prompts begin with the tokens that are asked for, whatever computes its log-likelihoods."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
+from lm_eval.api.model import LM
+from lm_eval.models.utils import resolve_max_length
 
 from obr.errors import ObrError
-from obr.evaluation.likelihood import log_likelihoods
+from obr.evaluation.likelihood import Likelihood
+from obr.evaluation.prompt_trees import Request
 
 
-class PlainLM(HFLM):
-    """HFLM that puts the tokens `before` in front of prompts, adds no other, and counts truncated requests.
+class PlainLM(LM):
+    """Puts the tokens `before` in front of prompts, adds no other, and counts truncated requests.
 
-    HFLM tokenises the question alone and the question with the answer, both with the tokenizer's special tokens.
-    It takes the second from the first's length on for the answer. A token added after each text then drops the
-    first token of the answer.
+    lm-eval's own model tokenises the question alone and the question with the answer, both with the tokenizer's
+    special tokens. It takes the second from the first's length on for the answer. A token added after each text then
+    drops the first token of the answer.
+
+    Args:
+        config: of the model, which names its longest prompt.
+        max_length: in tokens, instead of the model's own.
+        score: from requests in tokens and the longest prompt to log-likelihoods; it gets all requests at once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, max_length: int | None, before: list[int]):
-        if tokenizer.pad_token is None:
-            tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it one; the caller's tokenizer stays as it is
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length,
-            softmax_dtype="float32",
-        )  # fmt: skip
-        self.before, self.truncated = before, 0
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: Any,
+        score: Callable[[list[Request], int], list[Likelihood]],
+        max_length: int | None = None,
+        before: list[int] | None = None,
+    ):
+        super().__init__()
+        self.tokenizer, self.score = tokenizer, score
+        self.max_length = max_length or resolve_max_length(config, tokenizer)
+        self.before, self.truncated = before or [], 0
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
-        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+        return self.score(pairs, self.max_length)
+
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
+        raise ObrError("tasks of output type loglikelihood_rolling are not scored: choose another task.")
+
+    def generate_until(self, requests: list) -> list[str]:
+        raise ObrError("tasks of output type generate_until are not scored: choose another task.")
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         # Spaces at the end of the question belong to the answer, as in lm-eval.
@@ -56,15 +73,13 @@ class PlainLM(HFLM):
 
     def _start(self) -> list[int]:
         """The token before an answer without a question, as in lm-eval: BOS, or EOS if there is no BOS."""
-        if self.prefix_token_id is None:
+        begin = [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        if begin == [None, None]:
             raise ObrError(
                 f"a question of the task is empty and {type(self.tokenizer).__name__} has neither a BOS nor an "
                 "EOS token to begin with: leave out such rows."
             )
-        return [self.prefix_token_id]
-
-    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None):
-        return log_likelihoods(self.model, requests, self.max_length, self.batch_size)
+        return [next(token for token in begin if token is not None)]
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -1,22 +1,37 @@
-"""Log-likelihoods of answers, where answers to one question share the computation of that question.
+"""Log-likelihoods of answers: by a model in memory, or by blocks of which one is in memory at a time.
 
-Multiple-choice tasks score several answers after the same context. Scored one by one, each answer has its context
-computed again, which is most of the work. Here the answers are branches of one sequence.
+Both compute what several requests begin with once; see `prompt_trees`.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-Request = tuple[object, list[int], list[int]]  # anything, tokens of the context, tokens of the answer
+from obr.evaluation.prompt_trees import Batch, Request, Tree, batches_of, joined, scores, trees_of
+from obr.models.blocks import Blocks, run_block
+from obr.models.hidden_states import MemoryBudget, StoredStates
+from obr.runtime.progress import Progress
+
+BATCH_TOKENS = 2048  # that pass through a block at a time
+CHUNK = 2**25  # numbers of logits in float32 that exist at a time
+# Rotary embeddings whose frequencies depend on the length of the sequence, beyond the length in this setting.
+LENGTH_DEPENDENT = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+
+# Of the hidden size: pairs of tokens, between which attention costs what a block's products cost for a token. A block
+# of a Llama has 12 d² weights, so 24 d² operations for a token; attention between two tokens takes 4 d. Half of 6 d,
+# since attention with a mask is slower than products.
+PAIRS = 3
+
+Likelihood = tuple[float, bool]
 
 
 def log_likelihoods(
     model: nn.Module, requests: Sequence[Request], max_length: int, batch_size: int = 1
-) -> list[tuple[float, bool]]:
+) -> list[Likelihood]:
     """Of each request: the summed log-probability of its answer, and whether greedy decoding gives that answer.
 
     Args:
@@ -26,108 +41,162 @@ def log_likelihoods(
         batch_size: the least number of answers in one forward pass, as far as there are so many.
 
     Log-probabilities are computed in float32. They are those of each context and answer alone, up to the rounding of
-    sums. Where a model's attention has a window and a question does not fit in it, its answers are scored one by one.
+    sums. Where a model's attention has a window and a request does not fit in it, the request is scored alone.
     """
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-    window = getattr(model.config, "sliding_window", None) or max_length + 1
-    for batch in _batches(_by_context(requests, max_length), batch_size, window):
-        for answer, likelihood in zip(batch.answers, _scored(model, batch), strict=True):
-            found[answer.request] = likelihood
+    window = getattr(model.config, "sliding_window", None) or max_length
+    beyond = _length_dependent(model.config)
+
+    def alone(length: int) -> bool:
+        return length > window or beyond(length)
+
+    found: list[Likelihood] = [(0.0, False)] * len(requests)
+    trees = trees_of(requests, max_length, BATCH_TOKENS, PAIRS * model.config.hidden_size, alone)
+    for batch, single in _by_answers(trees, batch_size, alone):
+        for number, likelihood in _in_memory(model, batch, single):
+            found[number] = likelihood
     return found
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """request: its number. rows: places in the packed sequence whose logits predict its tokens."""
-
-    request: int
-    tokens: list[int]
-    rows: list[int]
-
-
-@dataclass
-class _Batch:
-    """Contexts with their answers, packed into one sequence.
-
-    Of each of its tokens: the position that it has behind its own context; the number of its context; and of its
-    branch, 0 for a context's own tokens.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    contexts: list[int] = field(default_factory=list)
-    branches: list[int] = field(default_factory=list)
-    answers: list[_Answer] = field(default_factory=list)
-    alone: bool = False  # a single answer, for which the model's own mask serves
-
-    def append(self, context: Sequence[int], answers: list[tuple[int, list[int]]]) -> None:
-        number = self.contexts[-1] + 1 if self.contexts else 0
-        last = self._extend(context, 0, number, 0)[-1]
-        for branch, (request, tokens) in enumerate(answers, start=1):
-            # The last token is predicted and never read.
-            rows = [last, *self._extend(tokens[:-1], len(context), number, branch)]
-            self.answers.append(_Answer(request, tokens, rows))
-
-    def _extend(self, tokens: Sequence[int], first: int, context: int, branch: int) -> range:
-        start = len(self.tokens)
-        self.tokens += tokens
-        self.positions += range(first, first + len(tokens))
-        self.contexts += [context] * len(tokens)
-        self.branches += [branch] * len(tokens)
-        return range(start, len(self.tokens))
-
-    def mask(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(s, s), what is added to scores: 0 for what comes before a token in its own context and branch."""
-        positions, contexts, branches = (
-            torch.tensor(numbers, device=device) for numbers in (self.positions, self.contexts, self.branches)
-        )
-        seen = (contexts == contexts[:, None]) & (positions <= positions[:, None])
-        seen &= (branches == 0) | (branches == branches[:, None])
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+def _length_dependent(config) -> Callable[[int], bool]:
+    """Whether the position embeddings of a sequence of so many tokens are those of its length alone."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in LENGTH_DEPENDENT:
+        return lambda length: False
+    key = LENGTH_DEPENDENT[rope["rope_type"]]
+    limit = rope.get(key) or getattr(config, key)
+    return lambda length: length > limit
 
 
-def _by_context(requests: Sequence[Request], max_length: int) -> dict[tuple[int, ...], list[tuple[int, list[int]]]]:
-    """Answers, with the numbers of their requests, by the tokens of the context that are left to them."""
-    groups = defaultdict(list)
-    for number, (_, context, answer) in enumerate(requests):
-        kept = (context + answer)[-(max_length + 1) : -len(answer)]
-        groups[tuple(kept)].append((number, answer))
-    return groups
-
-
-def _batches(
-    groups: dict[tuple[int, ...], list[tuple[int, list[int]]]], batch_size: int, window: int
-) -> Iterator[_Batch]:
-    """window: tokens of a context and answer up to which every token attends to all before it."""
-    batch = _Batch()
-    for context, answers in groups.items():
-        if len(context) + max(len(tokens) for _, tokens in answers) - 1 > window:
-            for answer in answers:
-                single = _Batch(alone=True)
-                single.append(context, [answer])
-                yield single
-            continue
-        batch.append(context, answers)
-        if len(batch.answers) >= batch_size:
-            yield batch
-            batch = _Batch()
-    if batch.answers:
-        yield batch
+def _by_answers(trees: Sequence[Tree], batch_size: int, alone: Callable[[int], bool]) -> Iterator[tuple[Batch, bool]]:
+    """(batch of one row, whether it is one request alone, for which the model's own mask serves)."""
+    rows: list[Tree] = []
+    for tree in (tree for tree in trees if not alone(len(tree.last))):
+        rows.append(tree)
+        if sum(len(row.answers) for row in rows) >= batch_size:
+            yield Batch([joined(rows)]), False
+            rows = []
+    if rows:
+        yield Batch([joined(rows)]), False
+    # From short to long: dynamic frequencies stay those of the longest sequence until a short one comes.
+    for tree in sorted((tree for tree in trees if alone(len(tree.last))), key=len):
+        yield Batch([tree]), True
 
 
 @torch.no_grad()
-def _scored(model: nn.Module, batch: _Batch) -> Iterator[tuple[float, bool]]:
+def _in_memory(model: nn.Module, batch: Batch, alone: bool) -> Iterator[tuple[int, Likelihood]]:
     device = model.device
-    rows = torch.tensor([row for answer in batch.answers for row in answer.rows], device=device)
     logits = model(
-        torch.tensor([batch.tokens], device=device),
-        attention_mask=None if batch.alone else batch.mask(device, model.dtype)[None, None],
-        position_ids=torch.tensor([batch.positions], device=device),
-        logits_to_keep=rows,
+        batch.tokens.to(device),
+        attention_mask=None if alone else batch.mask(model.dtype, device),
+        position_ids=batch.positions.to(device),
+        logits_to_keep=torch.tensor(batch.scored, device=device),
         use_cache=False,
     ).logits[0]
-    parts = torch.log_softmax(logits, dim=-1, dtype=torch.float32).split([len(a.rows) for a in batch.answers])
-    for answer, part in zip(batch.answers, parts, strict=True):
-        tokens = torch.tensor(answer.tokens, device=device)
-        likelihood = part.gather(-1, tokens[:, None]).sum()
-        yield float(likelihood), bool((part.argmax(-1) == tokens).all())
+    return scores(batch, lambda places: logits, len(batch.scored))
+
+
+@torch.no_grad()
+def streamed_log_likelihoods(
+    blocks: Blocks,
+    requests: Sequence[Request],
+    max_length: int,
+    batch_tokens: int = BATCH_TOKENS,
+    room: MemoryBudget | None = None,
+    progress: bool = False,
+) -> list[Likelihood]:
+    """As `log_likelihoods`, of all requests at once, with each block loaded once.
+
+    Args:
+        blocks: those of the model. One is in memory at a time.
+        batch_tokens: the most tokens that pass through a block at a time. A longer request passes alone.
+        room: for the hidden states of all requests.
+        progress: whether it is shown.
+
+    Raises:
+        ObrError: tokens that the model does not have, or no room for the hidden states.
+    """
+    found: list[Likelihood] = [(0.0, False)] * len(requests)
+    beyond = _length_dependent(blocks.config)
+    trees = trees_of(requests, max_length, batch_tokens, PAIRS * blocks.config.hidden_size, beyond)
+    batches = batches_of(trees, batch_tokens, beyond)
+    if not batches:
+        return found
+    calls = _Calls(blocks, batches, beyond)
+    hidden = _entering(blocks, batches, room)
+    with Progress("zero-shot", len(blocks), progress) as shown:
+        for index in range(len(blocks)):
+            _run(blocks.load(index), hidden, batches, partial(calls.of, index))
+            shown.block()
+    chunk = max(1, CHUNK // blocks.model.get_submodule(blocks.layout.head).weight.shape[0])
+    for batch, states in zip(batches, hidden, strict=True):
+        rows = states.flatten(0, 1)
+        for number, likelihood in scores(batch, lambda places, rows=rows: _logits(blocks, rows, places), chunk):
+            found[number] = likelihood
+    return found
+
+
+def _entering(blocks: Blocks, batches: Sequence[Batch], room: MemoryBudget | None) -> StoredStates:
+    """The hidden states of all batches in front of the first block."""
+    hidden = None
+    for number, batch in enumerate(batches):
+        states, _ = blocks.entering(batch.tokens)
+        if hidden is None:
+            shapes = [(*other.shape, states.shape[-1]) for other in batches]
+            hidden = StoredStates(shapes, states.dtype, blocks.device, room)
+        hidden[number] = states
+    return hidden
+
+
+def _run(block: nn.Module, hidden: StoredStates, batches: Sequence[Batch], call: Callable[[Batch, Tensor], dict]):
+    """Replace the hidden states by the block's outputs, batch by batch."""
+    for number, batch in enumerate(batches):
+        states = hidden[number]
+        hidden[number] = run_block(block, states, call(batch, states))
+
+
+def _logits(blocks: Blocks, rows: Tensor, places: Tensor) -> Tensor:
+    return blocks.logits(rows[places.to(rows.device)][None])[0]
+
+
+class _Calls:
+    """The keyword arguments with which blocks are called for a batch.
+
+    The model's own forward makes them for one sequence; position embeddings are then taken at a batch's positions,
+    and the mask is the batch's own.
+    """
+
+    def __init__(self, blocks: Blocks, batches: Sequence[Batch], beyond: Callable[[int], bool]):
+        depths = {batch.depth for batch in batches}
+        usual = max((depth for depth in depths if not beyond(depth)), default=0)
+        self.length = {depth: depth if beyond(depth) else usual for depth in depths}
+        # From short to long: dynamic frequencies stay those of the longest sequence until a short one comes.
+        self.made = {length: self._made(blocks, length) for length in sorted(set(self.length.values()))}
+
+    @staticmethod
+    def _made(blocks: Blocks, length: int) -> list[tuple[dict, int | None]]:
+        """(arguments for a sequence, window) of each block."""
+        _, arguments = blocks.entering(torch.zeros(1, length, dtype=torch.long))
+        return [({**given, "attention_mask": None}, _window(given.get("attention_mask"))) for given in arguments]
+
+    def of(self, index: int, batch: Batch, states: Tensor) -> dict:
+        """Of block `index`, for the batch's states (b, s, d)."""
+        given, window = self.made[self.length[batch.depth]][index]
+        positions = batch.positions.to(states.device)
+        call = {name: _at(value, positions) for name, value in given.items()}
+        return call | {"attention_mask": batch.mask(states.dtype, states.device, window)}
+
+
+def _window(mask: Tensor | None) -> int | None:
+    """How many positions a token sees, by the model's own mask of a sequence (1, 1, s, s); None for all before it."""
+    if mask is None:
+        return None
+    last = mask[0, 0, -1]
+    seen = int((last if last.dtype == torch.bool else last == 0).sum())
+    return None if seen == len(last) else seen
+
+
+def _at(value, positions: Tensor):
+    """What is given to a block for the positions 0, 1, 2 … (1, s, …), for other positions (b, t)."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_at(part, positions) for part in value)
+    return value[0][positions] if isinstance(value, Tensor) else value

@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from obr.checkpoints.format import CheckpointBlocks
+from obr.config.recipe import Recipe
 from obr.data.tokenize import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
+from obr.evaluation.likelihood import BATCH_TOKENS, log_likelihoods, streamed_log_likelihoods
 from obr.evaluation.lm_eval_tasks import METRICS
 from obr.evaluation.tasks import load_task, quiet, read_task
+from obr.models import dtypes
 from obr.models.architectures import needs_bos
+from obr.models.check.memory import check_finished
+from obr.models.hidden_states import MemoryBudget
+from obr.models.loading import load_tokenizer
+from obr.models.read_only import check_attention, unchanged
 from obr.runtime.files import finite
 
 
@@ -46,20 +55,70 @@ def zero_shot(
     in the configuration only, the attention leaves out quantisers, a log-likelihood is not finite, or `bos` asks for
     a token that the tokenizer lacks.
     """
-    from lm_eval.evaluator import evaluate
-
-    from obr.evaluation.language_model import PlainLM
-    from obr.models.check.memory import check_finished
-    from obr.models.read_only import check_attention, unchanged
-
-    name = read_task(task_dir)["task"]
-    _check_limit(limit, name)
     check_finished(model)
     check_attention(model)
     _check_head(model)
-    before, started = _before(model, tokenizer, bos), time.perf_counter()
-    with quiet(), unchanged(model):
-        lm = PlainLM(model, tokenizer, batch_size, max_length, before)
+    score = partial(log_likelihoods, model, batch_size=batch_size)
+    with unchanged(model):
+        return _evaluated(
+            task_dir, score, model.config, tokenizer, limit=limit, max_length=max_length, bos=bos,
+            about={"batch_size": batch_size, "device": str(model.device), "dtype": dtypes.name_of(model.dtype)},
+        )  # fmt: skip
+
+
+def zero_shot_stage(
+    checkpoint: Path,
+    task_dir: Path,
+    spec: dict,
+    recipe: Recipe | None = None,
+    dtype=None,
+    device: str | None = None,
+    room: MemoryBudget | None = None,
+) -> dict:
+    """The stage: `zero_shot` of a checkpoint, one of whose blocks is in memory at a time.
+
+    spec: {"limit", "batch_tokens", "bos"}, each as in the config. recipe: whose activation settings apply.
+    dtype: of the computation, before the recipe's own. room: for the hidden states of all prompts and answers.
+    There is one parameter for each option of the command line.
+
+    Raises:
+        ObrError: as `zero_shot`; the folder is not a whole checkpoint; no room for the hidden states.
+    """
+    blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
+    batch_tokens = spec.get("batch_tokens") or BATCH_TOKENS
+    score = partial(streamed_log_likelihoods, blocks, batch_tokens=batch_tokens, room=room, progress=True)
+    return _evaluated(
+        task_dir, score, blocks.config, load_tokenizer(checkpoint), limit=spec.get("limit"), bos=spec.get("bos"),
+        about={
+            "batch_tokens": batch_tokens, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype),
+        },
+    )  # fmt: skip
+
+
+def _evaluated(
+    task_dir: Path,
+    score: Any,
+    config: Any,
+    tokenizer: Any,
+    *,
+    limit: int | None,
+    bos: bool | str | None,
+    about: dict,
+    max_length: int | None = None,
+) -> dict:
+    """What `zero_shot` returns, log-likelihoods being computed by `score`; see `PlainLM`.
+
+    about: how they are computed. The parameters are those of `zero_shot`.
+    """
+    from lm_eval.evaluator import evaluate
+
+    from obr.evaluation.language_model import PlainLM
+
+    name, started = read_task(task_dir)["task"], time.perf_counter()
+    _check_limit(limit, name)
+    before = _before(config, tokenizer, bos)
+    with quiet():
+        lm = PlainLM(tokenizer, config, score, max_length, before)
         task = load_task(task_dir)
         # Not simple_evaluate, which would also seed the process's random generators and spend a second
         # on describing the machine; the scoring is this same call. bootstrap_iters=1 switches standard errors on;
@@ -71,11 +130,11 @@ def zero_shot(
         "n": found["n-samples"][name]["effective"],
         "limit": limit, "num_fewshot": 0, "bos": bos,
         "prompts": f"{spell_tokens(tokenizer, before)} before each prompt" if before else "no special tokens",
-        **_bos_note(model, tokenizer, before),
-        "batch_size": batch_size, "max_length": lm.max_length, "truncated": lm.truncated,
+        **_bos_note(config, tokenizer, before),
+        "max_length": lm.max_length, "truncated": lm.truncated,
         "task_version": found["versions"][name],
         **{package: importlib.metadata.version(package) for package in ("lm_eval", "transformers", "torch")},
-        "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+        **about,
         "seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
 
@@ -85,19 +144,19 @@ def _check_limit(limit: int | None, task: str) -> None:
         raise ObrError(f"limit {limit} for task {task} is not a number of rows: use 1 or more, or null for all.")
 
 
-def _before(model: Any, tokenizer: Any, bos: bool | str | None) -> list[int]:
+def _before(config: Any, tokenizer: Any, bos: bool | str | None) -> list[int]:
     """The token ids that `bos` puts before each prompt."""
     if bos not in (None, True, False, "tokenizer"):
         raise ObrError(f"bos {bos!r} is unknown: use null, true, false or tokenizer.")
     if bos == "tokenizer":
         return special_tokens(tokenizer)[0]
-    wanted = needs_bos(model.config.model_type) if bos is None else bos
+    wanted = needs_bos(config.model_type) if bos is None else bos
     return [require_bos(tokenizer)] if wanted else []
 
 
-def _bos_note(model: Any, tokenizer: Any, before: list[int]) -> dict:
+def _bos_note(config: Any, tokenizer: Any, before: list[int]) -> dict:
     """{"note": sentence} for a model that needs a BOS token and gets none; else {}."""
-    family = model.config.model_type
+    family = config.model_type
     if not needs_bos(family) or (before and before[0] == tokenizer.bos_token_id):
         return {}
     return {
@@ -116,7 +175,7 @@ def _perplexity(samples: list[dict]) -> dict:
 
 
 def _check_head(model: Any) -> None:
-    # lm-eval calls tie_weights(), which would overwrite a head that has since been given weights of its own.
+    # transformers ties them when such a model is saved and loaded, so that it would not be the one that was scored.
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
         raise ObrError(

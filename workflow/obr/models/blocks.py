@@ -70,6 +70,21 @@ class Blocks:
             ObrError: no windows of tokens, tokens that the model does not have, or no room for the states.
         """
         check_windows(tokens)
+        hidden = None
+        for index, window in enumerate(tokens):
+            states, arguments = self.entering(window[None])
+            if hidden is None:
+                hidden = HiddenStates(len(tokens), states.shape[1:], states.dtype, self.device, room)
+            hidden[index] = states
+        return hidden, arguments
+
+    @torch.no_grad()
+    def entering(self, tokens: Tensor) -> tuple[Tensor, list[dict]]:
+        """What the model's own forward gives to its blocks: states (b, s, d), and keyword arguments of each block.
+
+        Raises:
+            ObrError: tokens that the model does not have.
+        """
         known = self.model.get_submodule(self.layout.embed).weight.shape[0]
         if strange := [int(t) for t in (tokens.max(), tokens.min()) if not 0 <= int(t) < known]:
             raise ObrError(
@@ -81,16 +96,10 @@ class Blocks:
         recorders = [_Recorder(block) for block in originals]
         setattr(parent, attribute, nn.ModuleList(recorders))
         try:
-            hidden = None
-            for index, window in enumerate(tokens.to(self.device)):
-                parent(input_ids=window[None], **CALL)
-                states = recorders[0].hidden
-                if hidden is None:
-                    hidden = HiddenStates(len(tokens), states.shape[1:], states.dtype, self.device, room)
-                hidden[index] = states
+            parent(input_ids=tokens.to(self.device), **CALL)
         finally:
             setattr(parent, attribute, originals)
-        return hidden, [recorder.arguments for recorder in recorders]
+        return recorders[0].hidden, [recorder.arguments for recorder in recorders]
 
 
 # How a model is called, whatever its configuration would have it return besides.

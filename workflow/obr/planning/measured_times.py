@@ -83,7 +83,7 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model
         return rule, artefact["device"], cost_model.perplexity(sizes, artefact["tokens"], artefact["seqlen"])
     if rule == "zero_shot":
         artefact = read_artefact(place("zero_shot", "model", "recipe", "task"))
-        work = cost_model.zero_shot(sizes, names[2], artefact["n"], artefact["batch_size"])
+        work = cost_model.zero_shot(sizes, names[2], artefact["n"], artefact["batch_tokens"])
         return rule, artefact["device"], work
     made = read_artefact(place("hessians", *PLACE))
     calibration = made["calibration"]

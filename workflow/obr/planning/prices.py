@@ -131,8 +131,9 @@ class Prices:
             work = cost_model.perplexity(sizes, tokens, length)
         else:
             entry = self.config["zero_shot"][job.wildcards["task"]]
-            tokens, length = 0, 256
-            work = cost_model.zero_shot(sizes, job.wildcards["task"], entry.get("limit"), entry["batch_size"])
+            task, limit, length = job.wildcards["task"], entry.get("limit"), entry["batch_tokens"]
+            tokens, *_ = cost_model.zero_shot_tokens(task, limit)
+            work = cost_model.zero_shot(sizes, task, limit, length)
         expected = work.seconds(cost_model.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(measured_times.stage_of(job.rule, recipe), 1.0) + OVERHEAD
         asymmetric = recipe is not None and recipe.asymmetry > 0
