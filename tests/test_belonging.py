@@ -116,7 +116,7 @@ def test_a_space_after_a_question_belongs_to_its_answer(folder):
     """As in lm-eval: a question that ends in a space would be tokenised otherwise than the text it begins."""
     model = PlainLM.__new__(PlainLM)
     model.tokenizer, model.before, model.truncated = load_tokenizer(folder / "model"), [], 0
-    model._max_length = 64
+    model.max_length = 64
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The sky is", "The sky is blue")]
     question, answer = model._encode_pair("The sky is ", "blue")
     assert question == ids[0] and question + answer == ids[1]

@@ -27,6 +27,7 @@ from obr.evaluation.zero_shot import zero_shot
 from obr.export.dispatch import export
 from obr.models.loading import load_tokenizer
 from obr.report.table_rows import value_of
+from running import with_hashes
 from test_zero_shot import TEXT, local_task
 
 BOOLQ = [
@@ -287,6 +288,7 @@ def test_the_definition_names_what_a_tokenizer_adds_after_the_text(tiny_folder, 
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     inner.save(str(tmp_path / "packed/tokenizer.json"))
+    with_hashes(tmp_path / "packed")
     found = perplexity_stage(tmp_path / "packed", tiny_folder / "heldout.txt", {"seqlen": 64, "tokens": 256})
     ending = "a BOS token once, before the text and the special tokens </s> once, after the text"
     assert found["definition"].endswith(ending) and "note" not in found
@@ -357,6 +359,7 @@ def test_gguf_says_what_the_tokenizer_adds(tiny_folder, tmp_path, template):
     ids = [(token, inner.token_to_id(token)) for token in ("<s>", "</s>", "a") if token in single]
     inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
     inner.save(str(tmp_path / "c/tokenizer.json"))
+    with_hashes(tmp_path / "c")
     if template == "another":
         with pytest.raises(ObrError, match="adds the special tokens a to a text, for which GGUF has no key"):
             export(tmp_path / "c", "gguf", tmp_path / "model.gguf")

@@ -25,6 +25,7 @@ from obr.evaluation.zero_shot import zero_shot, zero_shot_stage
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.models.read_only import ReadOnlyBlocks
+from running import with_hashes
 from test_likelihood import alone, tiny
 from test_special_tokens import BOOLQ, byte_level, make
 from test_zero_shot import LAMBADA, PIQA, WINOGRANDE, local_task
@@ -250,6 +251,7 @@ def test_texts_are_read_as_lm_eval_reads_them(name, bos, checkpoint, tokenizer, 
     for file in checkpoint.iterdir():
         if not (tmp_path / "with_bos" / file.name).exists():
             (tmp_path / "with_bos" / file.name).hardlink_to(file)
+    with_hashes(tmp_path / "with_bos")
     folder = local_task(tmp_path, name, TASKS[name])
     check_as_lm_eval(monkeypatch, tmp_path / "with_bos", folder, name, bos)
 

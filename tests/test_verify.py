@@ -21,6 +21,7 @@ from obr.rotations.obtain import make
 from obr.runtime import processor
 from obr.runtime.files import sha256_of
 from obr.runtime.provenance import software
+from running import with_hashes
 
 ROOT = Path(__file__).parents[1]
 MODEL, RECIPE = "m", {"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "pattern": "2:4"}
@@ -55,13 +56,6 @@ def results(tmp_path_factory) -> Path:
 def checkpoint(results, tmp_path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(results / "compressed" / MODEL / "cached", tmp_path / "checkpoint"))
-
-
-def with_hashes(checkpoint: Path) -> None:
-    """Let the manifest list the files as they are now, as a careful forger would."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"] = {name: sha256_of(checkpoint / name) for name in manifest["files"]}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("kind", ["cached", "sequential"])
