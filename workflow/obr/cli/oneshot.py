@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from obr.config.methods import MASKS
+from obr.config.oneshot_options import OFFERED
+from obr.config.recipe_checks import DTYPES
 
 QUANTIZE = "Compress a model in one command: a folder or hub id in, a packed checkpoint out."
 RECIPES = "Print the recipes of the config, or all values of one."
@@ -20,8 +22,6 @@ calibration windows are kept in DIR.work beside DIR."""
 
 def quantize_options(parser: argparse.ArgumentParser) -> None:
     """The options; each is a field of `OneShot` and a parameter of `obr.quantize`."""
-    from obr.config.oneshot_options import OFFERED
-
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, hub id such as owner/name, or a name of the config's models")
@@ -40,7 +40,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--activation-bits", type=int, metavar="B", help="of the inputs of linear layers: 16 (default)")
     add("--kv-bits", type=int, metavar="B", help="of keys and values: 16 (default)")
     add = parser.add_argument_group("rotation").add_argument
-    add("--rotation", metavar="NAME", help="quarot (default), none, FILE.safetensors or a name of the config's rotations")
+    add("--rotation", metavar="NAME", help="quarot (default), none, FILE.safetensors or a rotation of the config")
     add("--seed", type=int, metavar="N", help="of rotation, calibration windows and random masks: 0")
     add = parser.add_argument_group("calibration").add_argument
     add(
@@ -49,21 +49,21 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--samples", type=int, metavar="N", help="windows: 128")
     add("--seqlen", type=int, metavar="T", help="tokens per window: 2048")
-    add("--hessian", choices=("sequential", "cached"), help="of the compressed blocks before (default), or the dense model")
+    add("--hessian", choices=("sequential", "cached"), help="sequential (default), or of the dense model: cached")
     _recipe_and_run(parser)
 
 
 def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", metavar="NAME", help="FILE.yaml or a recipe of the config, which the options above change")
-    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="where names are looked up: config.yaml")
+    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="looked up for names: config.yaml")
     add("--print-recipe", action="store_true", help="print the recipe with where each value comes from; do nothing")
     add("--dry-run", action="store_true", help="print what would be done; do nothing")
     add = parser.add_argument_group("run").add_argument
     add("--evaluate", metavar="TEXT", help="perplexity before and after on FILE.txt or a text of the config")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU if there is one")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the computation: float32 on a CPU, else the model's")
-    add("--activations-memory", type=float, default=4096, metavar="MB", help="for hidden states; more lie in a file: 4096")
+    add("--dtype", choices=DTYPES, help="of the computation: float32 on a CPU, the model's on a GPU")
+    add("--activations-memory", type=float, default=4096, metavar="MB", help="for hidden states: 4096")
     add("--threads", type=int, default=None, help="CPU threads: all")
     add("--overwrite", action="store_true", help="replace an older checkpoint, or unfinished blocks of another run")
 

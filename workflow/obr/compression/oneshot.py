@@ -53,14 +53,15 @@ class Quantized:
         return tuple(float("inf") if value is None else value for value in values)
 
     def lines(self) -> list[str]:
-        """The outcome: bits per weight, size, error, perplexity if it was asked for, and how to load the checkpoint."""
+        """The outcome: bits per weight, size, error, perplexity if it was asked for, how to load the checkpoint."""
         manifest, bits = self.manifest, self.manifest["bits_per_weight"]
-        layers = manifest["blocks"] and sum(1 for _ in (self.folder / "layers.csv").open(encoding="utf-8")) - 1
+        with (self.folder / "layers.csv").open(encoding="utf-8") as file:
+            layers = sum(1 for _ in file) - 1
         error = manifest["relative_error"]
         found = {
             "bits per weight": f"{bits['theoretical']:.2f} in theory, {bits['file']:.2f} in the file",
             "size": f"{manifest['file_bytes'] / 1e6:.1f} MB, {self.original_bytes / 1e6:.1f} MB before",
-            "relative error": f"{error:.4f}, mean over {layers} layers" if error is not None else "none: nothing was compressed",
+            "relative error": "none" if error is None else f"{error:.4f}, mean over {layers} layers",
         }
         if self.perplexity:
             before, after = self.perplexity
@@ -133,10 +134,10 @@ def quantize(
     Raises:
         ObrError: something cannot be had, does not fit, or would be overwritten; the sentence names the remedy.
     """
-    given = dict(locals())
-    given |= {name: Path(given[name]) for name in ("out",)}
-    given |= {name: str(given[name]) for name in ("model", "rotation", "calibration", "evaluate") if given[name] is not None}
-    given |= {"configfile": tuple(map(Path, configfile)), "recipe": str(recipe) if isinstance(recipe, Path) else recipe}
+    given = dict(locals()) | {"out": Path(out), "configfile": tuple(map(Path, configfile))}
+    for name in ("model", "rotation", "calibration", "evaluate", "recipe"):
+        if isinstance(given[name], Path):
+            given[name] = str(given[name])
     return run(resolve(OneShot(**given)))
 
 
@@ -178,7 +179,7 @@ def _check_out(job: Job, folder: Path) -> bool:
         raise ObrError(f"{out} is a file; choose a folder for the checkpoint.")
     unfinished, wanted = out.with_name(f"{out.name}.unfinished"), job.decisive()
     noted = read_json(note) if note.exists() else None
-    same = noted is not None and noted == _plain(wanted)
+    same = noted is not None and noted == wanted
     interrupted = (unfinished / "run.json").exists()
     present = sorted(path.name for path in out.iterdir() if path.suffix != ".lock") if out.exists() else []
     if interrupted and not same:
@@ -200,20 +201,13 @@ def _check_out(job: Job, folder: Path) -> bool:
     return finished and not options.overwrite
 
 
-def _plain(value: dict) -> dict:
-    import json
-
-    return json.loads(json.dumps(value))
-
-
 def _difference(noted: dict | None, wanted: dict) -> str:
     """What differs between two jobs, in brackets."""
     if noted is None:
         return ""
-    wanted = _plain(wanted)
     pairs = {**noted, **noted.get("recipe", {})}, {**wanted, **wanted["recipe"]}
     names = [name for name in pairs[1] if name != "recipe" and pairs[0].get(name) != pairs[1][name]]
-    return f" (its {names[0]} differs)" if names else ""
+    return f" (first difference: {names[0]})" if names else ""
 
 
 def _check_length(job: Job, work: WorkFolder) -> None:
@@ -223,7 +217,8 @@ def _check_length(job: Job, work: WorkFolder) -> None:
     lengths += [job.perplexity.get("seqlen", SEQLEN)] if job.perplexity else []
     if isinstance(longest, int) and lengths and max(lengths) > longest:
         raise ObrError(
-            f"Windows have {max(lengths)} tokens, but the model has {longest} positions; give --seqlen {longest} or less."
+            f"Windows have {max(lengths)} tokens, but the model has {longest} positions; give --seqlen {longest} or "
+            "less."
         )
 
 

@@ -96,7 +96,7 @@ class WorkFolder:
                 if name in self.job.from_file:
                     raise
                 raise ObrError(
-                    f"{str(error).removesuffix('.')}; or give a text file of your own, such as --calibration FILE.txt."
+                    f"{str(error).removesuffix('.')}; or give a text file, such as --calibration FILE.txt."
                 ) from error
 
         return self.made(path, request, make)

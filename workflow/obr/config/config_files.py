@@ -38,7 +38,9 @@ def read_yaml(path: Path) -> dict:
     import yaml
 
     try:
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        value = yaml.load(
+            Path(path).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
     except OSError as error:
         raise ObrError(f"{path} cannot be read ({error.strerror}); correct the path.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

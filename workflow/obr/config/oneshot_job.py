@@ -1,5 +1,6 @@
 """What `obr quantize` does, with every name resolved: which model, rotation, texts and calibration windows."""
 
+import json
 import re
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from obr.config.oneshot_options import OneShot, reads_windows, resolved_recipe
 from obr.config.recipe import Recipe
 from obr.config.recipe_origins import Origins
 from obr.errors import ObrError, first_line
+from obr.runtime import local_sources
 from obr.runtime.files import read_json
 
 SAMPLES, SEQLEN = 128, 2048
@@ -40,9 +42,10 @@ class Job:
     from_file: set[str] = field(default_factory=set)
 
     def decisive(self) -> dict:
-        """All that decides the checkpoint, as plain data."""
+        """All that decides the checkpoint, as JSON has it."""
         read = {name: self.texts[entry["text"]] for name, entry in self.calibrations.items() if "text" in entry}
-        return {
+        sources = [self.entry["source"], (self.rotation or {}).get("source", {}), *read.values()]
+        found = {
             "model": str(self.in_place.resolve()) if self.in_place else self.entry,
             "recipe": self.recipe.to_dict() | {"label": None},
             "rotation": self.rotation,
@@ -50,7 +53,9 @@ class Job:
             "texts": read,
             "device": self.options.device,
             "dtype": self.options.dtype,
+            "files": [local_sources.state(source, self.model) for source in sources],
         }
+        return json.loads(json.dumps(found))
 
     def lines(self) -> list[str]:
         """What will be done, one line per thing."""
@@ -108,7 +113,9 @@ def _resolve_model(job: Job) -> None:
             job.in_place = folder  # downloaded and checked by this project
         return
     if folder.exists():
-        raise ObrError(f"{name} is a file; give the folder of a model in safetensors, or a hub id such as owner/name.")
+        raise ObrError(
+            f"{name} is a file; give the folder of a model in safetensors, or a hub id such as owner/name."
+        )
     if HUB_NAME.fullmatch(name) and not (options.configfile and name in options.config.raw["models"]):
         job.model = _plain(name.split("/")[1])
         job.entry = {"source": {"source": "hub", "repo": name, "revision": "main"}}
@@ -119,7 +126,10 @@ def _resolve_model(job: Job) -> None:
             f"{name} is no folder, no hub id such as owner/name and no model of {options.config_name}, which has "
             f"{', '.join(models)}; correct it, or name another config by --configfile."
         )
-    job.model, job.entry = name, {key: models[name][key] for key in ("source", "dtype", "trust_remote_code") if key in models[name]}
+    job.model, job.entry = (
+        name,
+        {key: models[name][key] for key in ("source", "dtype", "trust_remote_code") if key in models[name]},
+    )
 
 
 def _resolve_rotation(job: Job) -> None:
@@ -214,7 +224,9 @@ def _check_readable(path: Path, flag: str) -> None:
         with path.open(encoding="utf-8") as file:
             file.read(1 << 16)
     except (OSError, UnicodeDecodeError) as error:
-        raise ObrError(f"{flag} {path} is not text in UTF-8 ({first_line(error)}); convert it, or correct it.") from error
+        raise ObrError(
+            f"{flag} {path} is not text in UTF-8 ({first_line(error)}); convert it, or correct it."
+        ) from error
 
 
 def _plain(name: str) -> str:

@@ -59,7 +59,9 @@ class OneShot:
     def config(self) -> Config:
         """The workflow's config, in which names are looked up; read when the first is."""
         if not self.configfile and not DEFAULT.is_file():
-            raise ObrError(f"{DEFAULT} is not there to look names up in; give files, or name a config by --configfile.")
+            raise ObrError(
+                f"{DEFAULT} is not there to look names up in; give files, or name a config by --configfile."
+            )
         return load_config(self.configfile)
 
     @property
@@ -90,7 +92,10 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
         if (bits := getattr(options, flag)) is not None:
             for part in parts:
                 if part != "o_inputs" or entry.get(part):  # by default those of the activations
-                    entry[part], origins[part] = {**(entry.get(part) or {}), "bits": bits}, f"--{flag.replace('_', '-')}"
+                    entry[part], origins[part] = (
+                        {**(entry.get(part) or {}), "bits": bits},
+                        f"--{flag.replace('_', '-')}",
+                    )
     if entry.get("method") == "released":
         raise ObrError(
             "The recipe's method is 'released', which takes over a checkpoint that others made; run it by Snakemake."

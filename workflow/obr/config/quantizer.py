@@ -39,12 +39,17 @@ class QuantizerSettings:
 SIXTEEN_BITS = QuantizerSettings()
 
 
-# A plain type of a field -> (the values that it takes, their name in messages). numpy's numbers are such numbers, too.
-PLAIN = {int: (Integral, "a whole number"), float: (Real, "a number"), str: (str, "text"), bool: (bool, "true or false")}
+# A plain type of a field -> (the values that it takes, numpy's among them, and their name in messages).
+PLAIN = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    bool: (bool, "true or false"),
+}
 
 
 def build_settings(cls, entry: dict, what: str):
-    """An instance of a dataclass from a config entry. Raises ObrError at an unknown key, or a value of another type."""
+    """A dataclass from a config entry. Raises ObrError at an unknown key or a value of another type."""
     if not isinstance(entry, dict):
         raise ObrError(f"{what} is {entry!r}, which is not a mapping; correct it.")
     known = {f.name for f in fields(cls)}

@@ -67,8 +67,6 @@ def listing(config: Config) -> list[str]:
     for key, recipe in config.parsed.items():
         zeros = recipe.pattern or (f"{100 * recipe.sparsity:g} %" if recipe.sparsity else "-")
         source = config.recipes[key].get("weights") or "-"
-        rows.append(
-            (key, recipe.method, recipe.setting, zeros, recipe.rotation, recipe.calibration or "-", source)
-        )
+        rows.append((key, recipe.method, recipe.setting, zeros, recipe.rotation, recipe.calibration or "-", source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -47,7 +47,7 @@ def claim(device: str) -> str:
 
 
 def device_of(name: str) -> str:
-    """"cpu" or "cuda" for a device that may be "auto": a GPU if one is visible."""
+    """ "cpu" or "cuda" for a device that may be "auto": a GPU if one is visible."""
     if name != "auto":
         return name
     return "cuda" if _visible() else "cpu"
