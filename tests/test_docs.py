@@ -33,8 +33,14 @@ LEFT_OUT = {
     "snakemake --executor kubernetes": "its plugin is no part of the project, nor is a cluster",
 }
 UPLOAD = "obr push --checkpoint results/compressed/llama-2-7b/obr_gptq_w --repo you/name"
+LLAMA = "obr quantize meta-llama/Llama-2-7b-hf --sparsity 0.5 --bits 4 --out llama-2-7b-obr"
 # What is run in place of a command, and why.
 IN_PLACE = {
+    LLAMA: (
+        LLAMA.replace("meta-llama/Llama-2-7b-hf", "$OBR_TINY/model")
+        + " --calibration $OBR_TINY/train.txt --samples 16 --seqlen 128",
+        "it needs the hub: on the tiny model and its text",
+    ),
     UPLOAD: (f"{UPLOAD} --dry-run uploaded", "it needs an account on the hub"),
     "snakemake --report report.html": (
         "command snakemake --configfile config.test.yaml --report report.html",
@@ -45,6 +51,9 @@ IN_PLACE = {
 PATHS = {
     "results/compressed/llama-2-7b/obr_gptq_w": f"{SMOKE}/compressed/tiny/obr_gptq",
     "results/compressed/MODEL/RECIPE": f"{SMOKE}/compressed/tiny/obr_gptq_2_4",
+    "path/to/model": "$OBR_TINY/model",
+    "--calibration text.txt": "--calibration $OBR_TINY/train.txt",
+    "held_out.txt": "$OBR_TINY/heldout.txt",
 }
 DATA = ("text/wiki.valid.raw", "text/wiki.test.raw", "tasks/piqa_validation.jsonl", "tasks/arc_easy_test.jsonl")
 DATA += ("tasks/winogrande_xl_validation.jsonl",)

@@ -58,6 +58,7 @@ def stages(folder: Path, model: Path, text: Path, recipe: dict, *options: str) -
     calibration = json.dumps({"text": text.stem, "nsamples": 4, "seqlen": 64})
     copy, tokens, rotation = folder / "model", folder / "t.safetensors", folder / "r.safetensors"
     common = ["--model", copy, "--rotation", rotation]
+    files = {"TOKENS": tokens, "HESSIANS": folder / "h"}
     for arguments in (
         ["download-model", "--entry", entry, "--out", copy],
         ["download-rotation", "--entry", '{"kind": "quarot", "seed": 0}', "--model", copy, "--out", rotation],
