@@ -66,10 +66,7 @@ def stages(folder: Path, model: Path, text: Path, recipe: dict, *options: str) -
         ["hessian", *common, "--tokens", tokens, "--out", folder / "h"],
         ["compress", "--entry", json.dumps(recipe), *common, *options, "--out", folder / "checkpoint"],
     ):
-        given = [
-            str(part).replace("TOKENS", str(tokens)).replace("HESSIANS", str(folder / "h")) for part in arguments
-        ]
-        assert main(given) == 0
+        assert main([str(files.get(part, part)) for part in arguments]) == 0
     return folder / "checkpoint"
 
 
@@ -236,7 +233,7 @@ def test_errors_are_one_sentence(more, said, broken, command, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "model, said", [("{empty}", "config.json is missing"), ("{file}", "is a file"), ("x", "models")]
+    "model, said", [("{empty}", "config.json is missing"), ("{file}", "is a file"), ("x", "x is no folder")]
 )
 def test_models_that_are_none_are_refused(model, said, broken, command, tmp_path, capsys):
     assert main(command(tmp_path / "out", model=model.format(**broken))) == 1
