@@ -1,5 +1,6 @@
 """`obr quantize` and `obr.quantize` give the checkpoint that the stages give one by one; `obr recipes` says why."""
 
+import doctest
 import inspect
 import json
 import os
@@ -89,6 +90,15 @@ def test_the_library_gives_the_bytes_of_the_command(checkpoint, tiny_folder, tmp
     )
     assert found.folder == tmp_path / "out" and found.perplexity is None
     assert same(found.folder, checkpoint)
+
+
+def test_the_example_of_the_library_runs(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "path/to").mkdir(parents=True)
+    (tmp_path / "path/to/model").symlink_to(tiny_folder / "model")
+    (tmp_path / "text.txt").symlink_to(tiny_folder / "train.txt")
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder().find(obr.quantize, "quantize", globs={"obr": obr})
+    assert doctest.DocTestRunner().run(example) == (0, 2)
 
 
 def test_every_option_is_a_parameter_and_every_parameter_an_option():

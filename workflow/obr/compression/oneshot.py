@@ -14,6 +14,7 @@ from obr.compression.work_folder import WorkFolder
 from obr.config.model_sizes import read_config
 from obr.config.oneshot_job import SEQLEN, Job, resolve, work_folder
 from obr.config.oneshot_options import OneShot
+from obr.config.workflow import check_widths
 from obr.errors import ObrError
 from obr.evaluation.perplexity import blocks_perplexity, perplexity_stage
 from obr.models import remote_code
@@ -71,65 +72,39 @@ class Quantized:
 
 
 def quantize(
-    model: str | Path,
-    out: str | Path,
-    *,
-    method: str | None = None,
-    bits: int | None = None,
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    group: int | None = None,
-    mask: str | None = None,
-    alpha: float | None = None,
-    damp: float | None = None,
-    clip: str | None = None,
-    activation_bits: int | None = None,
-    kv_bits: int | None = None,
-    rotation: str | Path | None = None,
-    seed: int | None = None,
-    calibration: str | Path | None = None,
-    samples: int | None = None,
-    seqlen: int | None = None,
-    hessian: str | None = None,
-    recipe: "str | Path | dict | Recipe | None" = None,
-    evaluate: str | Path | None = None,
-    configfile: Sequence[str | Path] = (),
-    device: str = "auto",
-    dtype: str | None = None,
-    activations_memory: float = 4096,
-    overwrite: bool = False,
-) -> Quantized:
-    """Compress a model and write a packed checkpoint; the same as the command `obr quantize`, with its options.
+    model: str | Path, out: str | Path, *, method: str | None = None, bits: int | None = None,
+    sparsity: float | None = None, pattern: str | None = None, group: int | None = None, mask: str | None = None,
+    alpha: float | None = None, damp: float | None = None, clip: str | None = None,
+    activation_bits: int | None = None, kv_bits: int | None = None, rotation: str | Path | None = None,
+    seed: int | None = None, calibration: str | Path | None = None, samples: int | None = None,
+    seqlen: int | None = None, hessian: str | None = None, recipe: "str | Path | dict | Recipe | None" = None,
+    evaluate: str | Path | None = None, configfile: Sequence[str | Path] = (), device: str = "auto",
+    dtype: str | None = None, activations_memory: float = 4096, overwrite: bool = False,
+) -> Quantized:  # fmt: skip
+    """Compress a model, one block in memory at a time; the parameters are the options of the command `obr quantize`.
 
-    One block at a time is in memory. An interrupted call that is repeated goes on at the block it was at. Each
-    parameter is an option of the command, so there are many; None leaves a value to the recipe.
+        >>> found = obr.quantize("path/to/model", "packed", bits=3, calibration="text.txt", samples=8, seqlen=64)
+        >>> found.manifest["bits_per_weight"]["theoretical"]
+        2.5
 
-        found = obr.quantize("path/to/model", "compressed", sparsity=0.5, bits=4, calibration="text.txt")
-        model = obr.load(found.folder)
+    A call that was interrupted and is repeated goes on at its block. None leaves a value to the recipe.
 
     Args:
-        model: a folder with config.json and safetensors, a repository of the hub such as "owner/name", or a name of
-            the config's models.
-        out: folder of the checkpoint: new, or empty. Model, rotation and windows are kept in the folder `<out>.work`.
-        method, bits, sparsity, pattern, group, mask, alpha, damp, clip: fields of `obr.Recipe`. Defaults: obr_gptq,
-            4 bits, sparsity 0.5.
-        activation_bits, kv_bits: of the inputs of linear layers, and of keys and values; 16 for none.
+        model: a folder of safetensors, a hub repository "owner/name", or a name of the config's models.
+        out: folder of the packed checkpoint, new or empty; the files it is made from lie in the folder `<out>.work`.
+        method, bits, sparsity, pattern, group, mask, alpha, damp, clip, hessian: fields of `obr.Recipe`, by default
+            obr_gptq at 4 bits and sparsity 0.5, with sequential Hessians.
+        activation_bits, kv_bits: of linear layers' inputs, and of keys and values; 16, the default, for none.
         rotation: "quarot" (default), "none", a file of this project, or a name of the config's rotations.
-        seed: of the rotation, the calibration windows and random masks; by default 0 or the config's.
-        calibration: a text file in UTF-8, or a name of the config's calibrations or texts; "wikitext2" by default,
-            which is fetched from the hub.
-        samples, seqlen: windows, and tokens per window; 128 and 2048 by default.
-        hessian: "sequential" (default) or "cached".
-        recipe: base recipe that the other parameters change: a name of the config's recipes, a YAML file, a
-            dictionary of fields or a Recipe.
-        evaluate: perplexity is measured on this text, before and after: a file, or a name of the config's section
-            perplexity or texts.
-        configfile: YAML files in which names are looked up, merged in their order; the project's config.yaml by
-            default.
-        device: "cpu", "cuda" or "auto". dtype: of the computation, such as "bfloat16"; by default float32 on a CPU
-            and the model's own on a GPU.
+        seed: of rotation, calibration windows and random masks.
+        calibration: a text file, or a name of the config's calibrations or texts; by default "wikitext2" of the hub.
+        samples, seqlen: windows, and tokens per window; by default 128 and 2048.
+        recipe: what the parameters change: a name of the config's recipes, a YAML file, a dictionary or a Recipe.
+        evaluate: a text, as for calibration, on which perplexity is measured before and after.
+        configfile: files in which names are looked up, instead of the project's config.yaml.
+        device: "cpu", "cuda" or "auto". dtype: of the computation; float32 on a CPU, the model's on a GPU.
         activations_memory: MB for hidden states; more of them lie in a file.
-        overwrite: replace an older checkpoint in `out`, or blocks that another run has left unfinished.
+        overwrite: replace an older checkpoint, or blocks that another run has left unfinished.
 
     Raises:
         ObrError: something cannot be had, does not fit, or would be overwritten; the sentence names the remedy.
@@ -157,7 +132,7 @@ def run(job: Job) -> Quantized:
             finished = _check_out(job, folder)
             work = WorkFolder(folder, job, device, dtype)
             work.texts()
-            _check_length(job, work)
+            _check_model(job, work)
             if not finished:
                 compress_stage(
                     work.model, job.recipe, out, rotation=work.rotation, dtype=dtype, device=device,
@@ -210,9 +185,12 @@ def _difference(noted: dict | None, wanted: dict) -> str:
     return f" (first difference: {names[0]})" if names else ""
 
 
-def _check_length(job: Job, work: WorkFolder) -> None:
-    """Raise ObrError at windows that are longer than the model's context."""
-    longest = read_config(work.model).get("max_position_embeddings")
+def _check_model(job: Job, work: WorkFolder) -> None:
+    """Raise ObrError at windows longer than the context, or a pattern that does not divide the layers."""
+    config, recipe = read_config(work.model), job.recipe
+    patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
+    check_widths(config, patterns, job.model)
+    longest = config.get("max_position_embeddings")
     lengths = [entry.get("seqlen", SEQLEN) for entry in job.calibrations.values()]
     lengths += [job.perplexity.get("seqlen", SEQLEN)] if job.perplexity else []
     if isinstance(longest, int) and lengths and max(lengths) > longest:

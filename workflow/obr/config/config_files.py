@@ -74,5 +74,5 @@ def _fill_defaults(raw: dict, schema: dict) -> None:
         yield from check(validator, subschemas, instance, parent)
 
     filling = validators.extend(Draft202012Validator, {"properties": properties})
-    for _ in filling(schema).iter_errors(raw):  # errors are told by `objection`, once everything is filled in
+    for _ in filling(schema).iter_errors(raw):  # `objection` reports errors, once everything is filled in
         pass
