@@ -100,7 +100,9 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
         raise ObrError(
             "The recipe's method is 'released', which takes over a checkpoint that others made; run it by Snakemake."
         )
-    recipe = Recipe.parse({"calibration": "given", **entry})
+    if "calibration" not in entry:
+        entry["calibration"], origins["calibration"] = BASE["calibration"], BASE_ORIGIN
+    recipe = Recipe.parse(entry)
     if not reads_windows(recipe) and origins.get("calibration") == BASE_ORIGIN:
         entry.pop("calibration")
         origins.pop("calibration")
