@@ -306,6 +306,13 @@ def test_a_dry_run_leaves_nothing_behind(command, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_that_reads_no_windows_gets_none(tiny_folder, tmp_path):
+    recipe = {"method": "rtn", "bits": 8, "calibration": "wikitext2"}
+    found = obr.quantize(tiny_folder / "model", tmp_path / "out", recipe=recipe, device="cpu")
+    assert found.manifest["calibration"] is None and found.manifest["recipe"]["rotation"] == "none"
+    assert found.lines()[2].endswith("mean over 14 layers")
+
+
 def test_an_allocation_runs_all_of_its_stages(tiny_folder, tmp_path):
     options = [{"method": "gptq", "bits": 4}, {"method": "gptq", "bits": 2}]
     recipe = {"method": "gptq", "rotation": "quarot", "allocation": {"bits": 3.0, "options": options}}

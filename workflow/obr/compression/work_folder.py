@@ -158,7 +158,7 @@ class WorkFolder:
     def statistics(self) -> dict[str, Path]:
         """What the recipe's compression reads besides model and rotation, by the parameters of `compress_stage`."""
         recipe, found = self.recipe, {}
-        if recipe.calibration is None:
+        if recipe.calibration not in self.job.calibrations:  # its method reads no windows
             return found
         tokens = self.windows(recipe.calibration)
         needs_hessians = recipe.hessian == "cached" or recipe.allocation is not None
