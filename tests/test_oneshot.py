@@ -310,7 +310,7 @@ def test_a_recipe_that_reads_no_windows_gets_none(tiny_folder, tmp_path):
     recipe = {"method": "rtn", "bits": 8, "calibration": "wikitext2"}
     found = obr.quantize(tiny_folder / "model", tmp_path / "out", recipe=recipe, device="cpu")
     assert found.manifest["calibration"] is None and found.manifest["recipe"]["rotation"] == "none"
-    assert found.lines()[2].endswith("mean over 14 layers")
+    assert "not measured" in found.lines()[2]
 
 
 def test_an_allocation_runs_all_of_its_stages(tiny_folder, tmp_path):

@@ -59,10 +59,11 @@ class Quantized:
         with (self.folder / "layers.csv").open(encoding="utf-8") as file:
             layers = sum(1 for _ in file) - 1
         error = manifest["relative_error"]
+        mean = "not measured, without windows" if error is None else f"{error:.4f}, mean over {layers} layers"
         found = {
             "bits per weight": f"{bits['theoretical']:.2f} in theory, {bits['file']:.2f} in the file",
             "size": f"{manifest['file_bytes'] / 1e6:.1f} MB, {self.original_bytes / 1e6:.1f} MB before",
-            "relative error": "none" if error is None else f"{error:.4f}, mean over {layers} layers",
+            "relative error": mean,
         }
         if self.perplexity:
             before, after = self.perplexity
