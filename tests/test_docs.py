@@ -33,8 +33,14 @@ LEFT_OUT = {
     "snakemake --executor kubernetes": "its plugin is no part of the project, nor is a cluster",
 }
 UPLOAD = "obr push --checkpoint results/compressed/llama-2-7b/obr_gptq_w --repo you/name"
+LLAMA = "obr quantize meta-llama/Llama-2-7b-hf --sparsity 0.5 --bits 4 --out llama-2-7b-obr"
 # What is run in place of a command, and why.
 IN_PLACE = {
+    LLAMA: (
+        LLAMA.replace("meta-llama/Llama-2-7b-hf", "$OBR_TINY/model")
+        + " --calibration $OBR_TINY/train.txt --samples 16 --seqlen 128",
+        "it needs the hub: on the tiny model and its text",
+    ),
     UPLOAD: (f"{UPLOAD} --dry-run uploaded", "it needs an account on the hub"),
     "snakemake --report report.html": (
         "command snakemake --configfile config.test.yaml --report report.html",
@@ -45,6 +51,12 @@ IN_PLACE = {
 PATHS = {
     "results/compressed/llama-2-7b/obr_gptq_w": f"{SMOKE}/compressed/tiny/obr_gptq",
     "results/compressed/MODEL/RECIPE": f"{SMOKE}/compressed/tiny/obr_gptq_2_4",
+}
+# Names of the user's own model and texts -> the tiny model's.
+OWN = {
+    "path/to/model": "$OBR_TINY/model",
+    "--calibration text.txt": "--calibration $OBR_TINY/train.txt",
+    "held_out.txt": "$OBR_TINY/heldout.txt",
 }
 DATA = ("text/wiki.valid.raw", "text/wiki.test.raw", "tasks/piqa_validation.jsonl", "tasks/arc_easy_test.jsonl")
 DATA += ("tasks/winogrande_xl_validation.jsonl",)
@@ -106,13 +118,17 @@ def running(request, project):
 
 
 def _wants_results(command: str) -> bool:
+    return not command.startswith("obr quantize") and _stands_in(command)
+
+
+def _stands_in(command: str) -> bool:
     return command in IN_PLACE or any(path in command for path in PATHS)
 
 
 def _run(command: str, project: Path, work: Path):
     """A shell that runs the command: in the folder with results where it wants some, else in the project."""
     text = IN_PLACE.get(command, (command,))[0]
-    for path, stand_in in PATHS.items():
+    for path, stand_in in (PATHS | OWN).items():
         text = text.replace(path, str(stand_in))
     if text.startswith("obr push"):
         text += " --licence mit"  # the tiny model, unlike those of the hub, comes without a licence
@@ -141,7 +157,7 @@ def test_a_printed_command_works_as_printed(command, running, project):
 
 
 def test_what_is_left_out_or_replaced_is_still_printed():
-    for start in (*LEFT_OUT, *IN_PLACE, *PATHS):
+    for start in (*LEFT_OUT, *IN_PLACE, *PATHS, *OWN):
         assert any(start in command for command in PRINTED), start
     for command in INLINE:
         assert f"`{command}`" in (ROOT / "README.md").read_text(encoding="utf-8"), command

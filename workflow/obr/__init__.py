@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from obr.checkpoints.packed_linear import load
     from obr.checkpoints.writer import save
     from obr.compression.in_memory import compress
+    from obr.compression.oneshot import quantize
     from obr.config.recipe import Recipe
     from obr.data.token_windows import calibration_tokens, evaluation_windows
     from obr.errors import ObrError
@@ -34,6 +35,7 @@ _HOME = {
     "load": "checkpoints.packed_linear",
     "load_model": "models.loading",
     "perplexity": "evaluation.perplexity",
+    "quantize": "compression.oneshot",
     "register_with_transformers": "checkpoints.huggingface",
     "restore": "methods.restore",
     "rotate": "rotations.apply",
@@ -41,7 +43,7 @@ _HOME = {
 }
 __all__ = [
     "ObrError", "Recipe", "calibration_tokens", "compress", "evaluation_windows", "load", "load_model", "perplexity",
-    "register_with_transformers", "restore", "rotate", "save",
+    "quantize", "register_with_transformers", "restore", "rotate", "save",
 ]  # fmt: skip
 
 

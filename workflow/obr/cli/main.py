@@ -1,4 +1,4 @@
-"""The command line: one sub-command a stage. What Snakemake runs can be copied and run by hand."""
+"""The command `obr`: sub-commands for people and one per stage, which Snakemake runs and people can run by hand."""
 
 import gc
 import io
@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"obr: {sentence}", file=sys.stderr)
         with remote_code.allowed(getattr(args, "trust_remote_code", False)):
             args.stage(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ObrError as error:
         print(f"obr: {error}", file=sys.stderr)
         return 1

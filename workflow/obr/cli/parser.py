@@ -2,7 +2,7 @@
 
 import argparse
 
-from obr.cli import commands
+from obr.cli import commands, oneshot
 from obr.cli.options import (
     ERRATA,
     EXPORT,
@@ -17,7 +17,7 @@ from obr.cli.options import (
     verify_options,
 )
 
-DESCRIPTION = "The command line: one sub-command per stage. What Snakemake runs can be copied and run by hand."
+DESCRIPTION = "Sparse and quantised language models: commands for people, and the stages of the workflow."
 
 # Sub-command -> its function, its help, and the names of its options; "?" marks those that may be left out.
 STAGES = {
@@ -82,25 +82,41 @@ STAGES = {
 }
 # Sub-commands with options of their own.
 BY_HAND = {
-    "plan": (commands.plan, PLAN, plan_options),
+    "quantize": (oneshot.quantize, oneshot.QUANTIZE, oneshot.quantize_options),
+    "recipes": (oneshot.recipes, oneshot.RECIPES, oneshot.recipes_options),
+    "export": (commands.export, EXPORT, export_options),
     "push": (commands.push, PUSH, push_options),
     "verify": (commands.verify, VERIFY, verify_options),
-    "export": (commands.export, EXPORT, export_options),
+    "plan": (commands.plan, PLAN, plan_options),
     "errata": (commands.errata, ERRATA, errata_options),
 }
 
 
+def _listed(title: str, commands: dict) -> str:
+    """A section of the help: sub-commands with their help, one per line."""
+    return "\n".join([f"{title}:", *(f"  {name:<20} {text}" for name, (_, text, _) in commands.items())])
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the whole command line; a parsed command has its function as `stage`."""
-    found = argparse.ArgumentParser(prog="obr", description=DESCRIPTION)
-    stages = found.add_subparsers(required=True, metavar="STAGE")
+    sections = [
+        _listed("commands", BY_HAND),
+        _listed("workflow stages (called by Snakemake; what it prints can be run by hand)", STAGES),
+        "obr COMMAND --help prints a command's options.",
+    ]
+    found = argparse.ArgumentParser(
+        prog="obr", usage="obr [-h] COMMAND ...", description=DESCRIPTION, epilog="\n\n".join(sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    # Without a help of their own, sub-commands are not listed twice.
+    chosen = found.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS, prog="obr")
+    for name, (function, text, add_options) in BY_HAND.items():
+        command = chosen.add_parser(name, description=text)
+        command.set_defaults(stage=function)
+        add_options(command)
     for name, (function, text, options) in STAGES.items():
-        command = stages.add_parser(name, help=text, description=text)
+        command = chosen.add_parser(name, description=text)
         command.set_defaults(stage=function)
         for option in options.split():
             OPTIONS[option.rstrip("?")](command, not option.endswith("?"))
-    for name, (function, text, add_options) in BY_HAND.items():
-        command = stages.add_parser(name, help=text, description=text)
-        command.set_defaults(stage=function)
-        add_options(command)
     return found

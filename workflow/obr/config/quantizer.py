@@ -1,6 +1,9 @@
 """Settings of the quantisers of activations, queries, keys and values."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
+from types import NoneType
+from typing import get_args, get_type_hints
 
 from obr.errors import ObrError
 
@@ -36,12 +39,41 @@ class QuantizerSettings:
 SIXTEEN_BITS = QuantizerSettings()
 
 
+# A plain type of a field -> (the values that it takes, numpy's among them, and their name in messages).
+PLAIN = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    bool: (bool, "true or false"),
+}
+
+
 def build_settings(cls, entry: dict, what: str):
+    """A dataclass from a config entry. Raises ObrError at an unknown key or a value of another type."""
+    if not isinstance(entry, dict):
+        raise ObrError(f"{what} is {entry!r}, which is not a mapping; correct it.")
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(entry) - known)
     if unknown:
         raise ObrError(f"{what} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}.")
+    for key, hint in get_type_hints(cls).items():
+        if entry.get(key) is not None:
+            _check_type(entry[key], get_args(hint) or (hint,), f"{what}.{key}")
     return cls(**entry)
+
+
+def _check_type(value, kinds: tuple, what: str) -> None:
+    """Raise ObrError unless a value has one of a field's types, or is the mapping that a dataclass is built from."""
+    kinds = tuple(kind for kind in kinds if kind is not NoneType)
+    if all(kind in PLAIN for kind in kinds):
+        fits = any(isinstance(value, PLAIN[kind][0]) and (kind is bool) == isinstance(value, bool) for kind in kinds)
+        wanted = " or ".join(PLAIN[kind][1] for kind in kinds)
+    elif all(is_dataclass(kind) for kind in kinds):
+        fits, wanted = isinstance(value, (dict, *kinds)), "a mapping"
+    else:
+        return
+    if not fits:
+        raise ObrError(f"{what} is {value!r}, which is not {wanted}; correct it.")
 
 
 def check_choice(value, choices, what: str) -> None:

@@ -75,7 +75,7 @@ class Allocation:
         if isinstance(entry, Allocation):
             return entry
         allocation = build_settings(cls, {"bits": 0, "options": [], **entry}, what)
-        if isinstance(allocation.options, str) or not allocation.options:
+        if not isinstance(allocation.options, list | tuple) or not allocation.options:
             raise ObrError(
                 f"{what}.options is {allocation.options!r}; list options, in a config under layer_options."
             )

@@ -12,7 +12,7 @@ from obr.config.recipe import Recipe
 from obr.data import token_windows, tokenize
 from obr.errors import ObrError
 from obr.models import dtypes
-from obr.models.blocks import Blocks, run_in_place
+from obr.models.blocks import Blocks, StreamedBlocks, run_in_place
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.models.read_only import ReadOnlyBlocks, unchanged
@@ -26,6 +26,7 @@ DEFINITION = (
 )
 
 
+DENSE = "W16A16KV16"  # setting of a model as it is
 TOKENS = 1024  # whose logits, a vocabulary wide each, exist at a time
 
 
@@ -102,9 +103,15 @@ def perplexity_stage(
     Returns what the artefact holds. JSON has no infinity: an infinite perplexity has "value" None and "status" "inf",
     every other one "status" "finite". "note" is there where windows lack a BOS token that the family needs.
     """
-    started = time.monotonic()
     blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
-    tokenizer, bos = load_tokenizer(checkpoint), spec.get("bos")
+    return blocks_perplexity(blocks, load_tokenizer(checkpoint), text, spec, room, blocks.recipe.setting)
+
+
+def blocks_perplexity(
+    blocks: StreamedBlocks, tokenizer, text: Path, spec: dict, room: MemoryBudget | None, setting: str = DENSE
+) -> dict:
+    """Perplexity of streamed blocks on a text, as `perplexity_stage` returns it. setting: of the quantisation."""
+    started, bos = time.monotonic(), spec.get("bos")
     tokens = tokenize.tokenize(tokenizer, tokenize.read_text(text), bos)
     windows = token_windows.evaluation_windows(
         tokens, spec["seqlen"], spec.get("tokens"), tokenize.window_bos(tokenizer, bos)
@@ -121,7 +128,7 @@ def perplexity_stage(
         "seqlen": seqlen,
         "tokens": windows.numel(),
         "tokens_in_text": len(tokens),
-        "setting": blocks.recipe.setting,
+        "setting": setting,
         "device": str(blocks.target),
         "dtype": dtypes.name_of(blocks.dtype),
         "versions": versions(),

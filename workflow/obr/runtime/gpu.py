@@ -46,6 +46,13 @@ def claim(device: str) -> str:
         time.sleep(5)
 
 
+def device_of(name: str) -> str:
+    """ "cpu" or "cuda" for a device that may be "auto": a GPU if one is visible."""
+    if name != "auto":
+        return name
+    return "cuda" if _visible() else "cpu"
+
+
 def _visible() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:

@@ -1,0 +1,78 @@
+"""The workflow's configuration read from its files, without Snakemake: merged, checked, defaults filled in."""
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+from obr.config.workflow import Config, objection
+from obr.errors import ObrError, first_line
+
+PROJECT = Path(__file__).parents[3]
+DEFAULT = PROJECT / "config.yaml"
+SCHEMA = PROJECT / "workflow/schemas/config.schema.yaml"
+
+
+def load_config(files: Sequence[Path] = ()) -> Config:
+    """The configuration of the workflow, as Snakemake has it with `--configfile FILE ...`.
+
+    files: merged in their order, mappings key by key; none: the project's config.yaml, which also lies below files
+    without `models`, as in the Snakefile.
+
+    Raises:
+        ObrError: a file cannot be read, or the schema or `Config` refuses what is in it.
+    """
+    raw: dict = {}
+    for file in files:
+        merge(raw, read_yaml(file))
+    if "models" not in raw:
+        raw = merge(read_yaml(DEFAULT), raw)
+    schema = read_yaml(SCHEMA)
+    _fill_defaults(raw, schema)
+    if sentence := objection(raw, schema):
+        raise ObrError(sentence)
+    return Config(raw)
+
+
+def read_yaml(path: Path) -> dict:
+    """The mapping in a YAML file. Raises ObrError if the file cannot be read, or holds anything else."""
+    import yaml
+
+    try:
+        value = yaml.load(
+            Path(path).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
+    except OSError as error:
+        raise ObrError(f"{path} cannot be read ({error.strerror}); correct the path.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ObrError(f"{path} is not YAML in UTF-8 ({first_line(error)}); correct the file.") from error
+    if not isinstance(value, dict):
+        raise ObrError(f"{path} holds a YAML {type(value).__name__}, not a mapping; correct the file.")
+    return value
+
+
+def merge(under: dict, over: dict) -> dict:
+    """Lay one configuration over another in place, as Snakemake does: mappings key by key, all else replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            merge(under[key], value)
+        else:
+            under[key] = value
+    return under
+
+
+def _fill_defaults(raw: dict, schema: dict) -> None:
+    """Set the schema's defaults in place, as snakemake.utils.validate does."""
+    from jsonschema import Draft202012Validator, validators
+
+    check = Draft202012Validator.VALIDATORS["properties"]
+
+    def properties(validator, subschemas, instance, parent) -> Iterable:
+        if isinstance(instance, dict):
+            for key, subschema in subschemas.items():
+                if "default" in subschema:
+                    instance.setdefault(key, deepcopy(subschema["default"]))
+        yield from check(validator, subschemas, instance, parent)
+
+    filling = validators.extend(Draft202012Validator, {"properties": properties})
+    for _ in filling(schema).iter_errors(raw):  # `objection` reports errors, once everything is filled in
+        pass

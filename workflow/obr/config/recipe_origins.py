@@ -1,0 +1,72 @@
+"""Where each value of a recipe comes from: the config's entry, the recipe whose weights it uses, or the default."""
+
+from dataclasses import dataclass, fields
+
+from obr.config.recipe import Recipe
+from obr.config.workflow import Config
+from obr.errors import ObrError
+
+
+@dataclass(frozen=True)
+class Origins:
+    """given: {field: value} before the checks of `Recipe.parse`. named: {field: where that value comes from}."""
+
+    given: dict
+    named: dict[str, str]
+
+    def of(self, recipe: Recipe, field: str, value) -> str:
+        """Where a field's value in the checked recipe comes from, such as "default"."""
+        if field == "sparsity" and recipe.pattern:
+            return "follows from the pattern"
+        if field in self.named and (isinstance(value, dict) or self.given[field] == value):
+            return self.named[field]
+        if field not in self.named and value == Recipe(recipe.method).to_dict()[field]:
+            return "default"
+        return f"follows from the {'allocation' if recipe.allocation else 'method'}"
+
+    def lines(self, recipe: Recipe) -> list[str]:
+        """The recipe as YAML: one field per line, each with a comment on where its value comes from."""
+        found = [(f.name, recipe.to_dict()[f.name]) for f in fields(Recipe)]
+        found = [(name, value) for name, value in found if value is not None]
+        texts = [f"{name}: {_flow(value)}" for name, value in found]
+        width = max(len(text) for text in texts if len(text) < 60)
+        return [
+            f"{text.ljust(width)}  # {self.of(recipe, name, value)}"
+            for text, (name, value) in zip(texts, found, strict=True)
+        ]
+
+
+def _flow(value) -> str:
+    """A value as YAML on one line."""
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=1e9, sort_keys=False).removesuffix("...\n").strip()
+
+
+def config_entry(config: Config, name: str, where: str) -> tuple[dict, dict[str, str]]:
+    """(fields, {field: the entry that it stands in}) of a recipe of the config, with what its `weights` brings along.
+
+    where: the config's name in messages. Raises ObrError if the config has no recipe of that name.
+    """
+    if name not in config.recipes:
+        close = [key for key in config.recipes if name in key or key in name][:8] or list(config.recipes)[:8]
+        raise ObrError(
+            f"{name} is neither a YAML file nor a recipe of {where}, which has {len(config.recipes)}, such as "
+            f"{', '.join(close)}; obr recipes list prints them all."
+        )
+    entry = {key: value for key, value in config.recipes[name].items() if value is not None}
+    own, weights = config.raw["recipes"][name], entry.pop("weights", None)
+    entry.pop("source", None)
+    borrowed = f"recipes.{weights}, whose weights it uses"
+    return entry, {key: f"recipes.{name}" if own.get(key) is not None else borrowed for key in entry}
+
+
+def listing(config: Config) -> list[str]:
+    """The recipes of a config, one per line: name, method, setting, zeros, rotation, calibration, whose weights."""
+    rows = [("recipe", "method", "setting", "zeros", "rotation", "calibration", "weights of")]
+    for key, recipe in config.parsed.items():
+        zeros = recipe.pattern or (f"{100 * recipe.sparsity:g} %" if recipe.sparsity else "-")
+        source = config.recipes[key].get("weights") or "-"
+        rows.append((key, recipe.method, recipe.setting, zeros, recipe.rotation, recipe.calibration or "-", source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
