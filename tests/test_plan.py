@@ -72,9 +72,11 @@ def test_one_target_is_priced_alone(tmp_path):
 
 
 def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[str, float]:
-    """Planned over measured seconds, of every stage and of all."""
+    """Planned over measured seconds, of every stage and of all. Of the demo's zero-shot jobs one is timed."""
     prices, planned, measured = Prices(config), defaultdict(float), defaultdict(float)
     for job in jobs:
+        if job.rule == "zero_shot" and name(job) not in seconds:
+            continue
         for key in (job.rule, "all"):
             planned[key] += prices.price(job).seconds
             measured[key] += seconds[name(job)]
@@ -174,7 +176,7 @@ def test_the_schedule_waits_for_inputs_cores_and_gpus():
 
 
 def test_work_grows_as_it_should():
-    small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.guessed(8)
+    small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.estimate(8)
     assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
     assert tensor_sizes.Sizes.estimate(6.7).hidden == pytest.approx(4096, rel=0.05)
     work = [cost_model.zero_shot(small, "piqa", None, tokens).runs for tokens in (256, 2048)]
