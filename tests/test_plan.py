@@ -72,9 +72,11 @@ def test_one_target_is_priced_alone(tmp_path):
 
 
 def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[str, float]:
-    """Planned over measured seconds, of every stage and of all."""
+    """Planned over measured seconds, of every stage and of all. Of the demo's zero-shot jobs one is timed."""
     prices, planned, measured = Prices(config), defaultdict(float), defaultdict(float)
     for job in jobs:
+        if job.rule == "zero_shot" and name(job) not in seconds:
+            continue
         for key in (job.rule, "all"):
             planned[key] += prices.price(job).seconds
             measured[key] += seconds[name(job)]
