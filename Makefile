@@ -20,7 +20,9 @@ READY := .venv/.ready
 .PHONY: plan demo demo-wikitext smoke test test-faults test-processors test-slurm benchmark benchmark-large kernels lint audit clean
 .DEFAULT_GOAL := demo
 
-# Python compiles a module when it is first imported; compiling all of them here would take most of a minute.
+# Python compiles a module when it is first imported; compiling all of them here would take most of a minute. Where the
+# environment forbids it to keep what it has compiled, every process compiles torch again: 3 s each, hundreds of times.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # By hash, all but torch; it comes last and pinned, so that nothing else chooses its build.
