@@ -181,9 +181,9 @@ class CheckpointBlocks(StreamedBlocks):
 def _check_same_weights(given: Recipe, own: Recipe, directory: Path) -> None:
     """Raise ObrError if a recipe for evaluation says of weights what the checkpoint's own recipe does not.
 
-    A value that a recipe has by default says nothing.
+    A value that a recipe of its method has by default says nothing; so {"method": "dense"} switches quantisers off.
     """
-    default = Recipe(method=own.method)
+    default = Recipe.parse({"method": given.method, "calibration": "given"})
     for key in ("bits", "sparsity", "pattern", "group", "rotation"):
         value, stored = getattr(given, key), getattr(own, key)
         if value not in (stored, getattr(default, key)):
