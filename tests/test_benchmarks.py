@@ -96,7 +96,9 @@ def test_products_are_compared_with_the_read_of_memory(out):
 
 def test_a_wrong_product_is_not_timed(module, monkeypatch):
     products = module("products")
-    monkeypatch.setattr(products.int4.Weight, "integers", lambda self, tokens: torch.zeros(len(tokens.q), self.rows))
+    monkeypatch.setattr(
+        products.packed_weight.Weight, "integers", lambda self, tokens: torch.zeros(len(tokens.q), self.rows)
+    )
     with pytest.raises(ObrError, match="layout dense is wrong"):
         products.prepare(products.store((8, 64), 1), 1, 1, 1)
 
@@ -105,8 +107,8 @@ def test_a_model_with_wrong_products_writes_nothing(module, monkeypatch, tmp_pat
     decoding, models = module("decoding"), module("models")
     folders = decoding.write_stack(tmp_path, {**models.TINY, "num_hidden_layers": 1})
     decoding.check(folders["INT4, 50 %"])
-    whole = decoding.int4.Weight.integers
-    monkeypatch.setattr(decoding.int4.Weight, "integers", lambda self, tokens: whole(self, tokens) + 1)
+    whole = decoding.packed_weight.Weight.integers
+    monkeypatch.setattr(decoding.packed_weight.Weight, "integers", lambda self, tokens: whole(self, tokens) + 1)
     with pytest.raises(ObrError, match="multiplied wrongly"):
         decoding.check(folders["INT4, 50 %"])
 

@@ -170,15 +170,23 @@ def test_what_pip_is_told_to_install_is_in_the_lock_file_where_that_is_said():
 def test_the_examples_of_the_library_run(tiny_folder, tmp_path, monkeypatch):
     import torch
 
+    import obr
+
     monkeypatch.chdir(tmp_path)
     inputs = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
-    found = {"weight": torch.randn(32, 64, generator=torch.Generator().manual_seed(1)), "hessian": inputs.T @ inputs}
+    found = {
+        "obr": obr,
+        "weight": torch.randn(32, 64, generator=torch.Generator().manual_seed(1)),
+        "hessian": inputs.T @ inputs,
+    }
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/model").symlink_to(tiny_folder / "model")
     (tmp_path / "text.txt").symlink_to(tiny_folder / "train.txt")
     found["text"] = (tiny_folder / "train.txt").read_text(encoding="utf-8")
     found["stream"] = torch.arange(5000) % 500  # the tokens of a text
-    examples = [block for document in DOCUMENTS for block in blocks(document, "python")]
+    first = "docs/library.md"  # whose names the others use
+    documents = [first, *(document for document in DOCUMENTS if document != first)]
+    examples = [block for document in documents for block in blocks(document, "python")]
     assert len(examples) >= 2
     for example in examples:
         exec(compile(example, "example", "exec"), found)

@@ -15,6 +15,7 @@ PLAIN = ("ObrError",)  # an exception: nothing to show
 def test_the_example_of_a_public_name_runs(name, tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/model").symlink_to(tiny_folder / "model")
+    (tmp_path / "text.txt").symlink_to(tiny_folder / "train.txt")
     monkeypatch.chdir(tmp_path)
     names = {
         "obr": obr, "torch": torch, name: getattr(obr, name),

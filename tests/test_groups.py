@@ -168,8 +168,8 @@ def test_the_promised_size():
     "entry, sentence",
     [
         ({"group": 0}, "r.group is 0; it must be a number of columns"),
-        ({"group": 12.5}, "r.group is 12.5; it must be"),
-        ({"group": True}, "r.group is True; it must be"),
+        ({"group": 12.5}, "r.group is 12.5, which is not a whole number"),
+        ({"group": True}, "r.group is True, which is not a whole number"),
         (
             {"method": "obr_gptq"},
             "group is 128, but method obr_gptq takes one scale a row; use method rtn or gptq, or",

@@ -87,7 +87,7 @@ def test_checkpoints_report_them(tokens, tmp_path):
     ("options", "sentence"),
     [
         ({"held_out": -1}, "r.held_out is -1; it must be a number of calibration windows"),
-        ({"held_out": 0.5}, "r.held_out is 0.5; it must be a number of calibration windows"),
+        ({"held_out": 0.5}, "r.held_out is 0.5, which is not a whole number"),
         ({"held_out": 2, "hessian": "cached"}, "r.held_out is 2, but cached Hessians know the dense model's"),
         ({"held_out": 2, "method": "rtn"}, "r.held_out is 2, but method rtn reads no activations"),
     ],
