@@ -246,16 +246,16 @@ FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perp
             "zero_shot.z.text is 'train', which nothing reads: text is of tasks of source cloze",
         ),
         (
-            {"edition": {"models": ["small"], "calibrations": {"gone": "c"}, "perplexity": [], "zero_shot": []}},
-            "edition.calibrations.gone is 'c', which nothing reads",
+            {"overrides": {"models": ["small"], "calibrations": {"gone": "c"}, "perplexity": [], "zero_shot": []}},
+            "overrides.calibrations.gone is 'c', which nothing reads",
         ),
         (
             {
-                "edition": {
+                "overrides": {
                     "models": ["small"], "calibrations": {}, "perplexity": [], "zero_shot": [], "without": ["gone"],
                 }
             },
-            "edition.without is 'gone', which nothing reads: without is of tables and figures of this config",
+            "overrides.without is 'gone', which nothing reads: without is of tables and figures of this config",
         ),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ import yaml
 
 from obr.config.workflow import Config
 from running import ROOT, SMOKE, environment
-from test_edition import merged
+from test_overrides import merged
 
 FOLDERS = (".", "docs", "tests/data", "workflow/published")
 DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for folder in FOLDERS for p in (ROOT / folder).glob("*.md"))

@@ -144,8 +144,8 @@ def test_a_dtype_decides_a_checkpoint_and_a_borrower_may_have_its_own():
     assert json.loads(config.evaluation_entry("obr"))["dtype"] == "bfloat16"
     inherited = Config(replaced(RAW, recipes__obr__dtype="bfloat16"))
     assert inherited.parsed["obr_a4"].dtype == "bfloat16"
-    edition = {"models": ["large"], "calibrations": {}, "perplexity": ["wiki"], "zero_shot": [], "dtype": "float16"}
-    changed = Config(replaced(RAW, recipes__obr__dtype="bfloat16", edition=edition))
+    overrides = {"models": ["large"], "calibrations": {}, "perplexity": ["wiki"], "zero_shot": [], "dtype": "float16"}
+    changed = Config(replaced(RAW, recipes__obr__dtype="bfloat16", overrides=overrides))
     assert {recipe.dtype for recipe in changed.parsed.values()} == {"float16"}
 
 

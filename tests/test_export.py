@@ -145,8 +145,8 @@ def test_other_families(name, prompt, tmp_path):
 @pytest.mark.parametrize(
     ("rotation", "recipe", "form", "message"),
     [
-        ("quarot", {"method": "rtn"}, "gguf", "computed anew for every token"),
-        ("quarot", {"method": "rtn"}, "compressed-tensors", "computed anew for every token"),
+        ("quarot", {"method": "rtn"}, "gguf", "computed at run time for every token"),
+        ("quarot", {"method": "rtn"}, "compressed-tensors", "computed at run time for every token"),
         (None, {"method": "rtn", "activations": {"bits": 8}}, "compressed-tensors", "quantises activations"),
         (None, {"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 4}}, "gguf", "keys and values"),
         (None, {"method": "rtn"}, "onnx", "'onnx' is unknown; choose from compressed-tensors, gguf"),

@@ -129,7 +129,7 @@ def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch
         ObrError, match=r"out.unfinished holds blocks of another run \(its rotation differs\); go back"
     ):
         collect_hessians.hessian_stage(model, None, tokens, tmp_path / "out", device="cpu")
-    with pytest.raises(ObrError, match=r"its dtype differs.*or delete the folder to start anew"):
+    with pytest.raises(ObrError, match=r"its dtype differs.*or delete the folder to start again"):
         collect_hessians.hessian_stage(model, rotation, tokens, tmp_path / "out", dtype=torch.bfloat16, device="cpu")
 
     collect_hessians.hessian_stage(model, rotation, tokens, tmp_path / "out", device="cpu")

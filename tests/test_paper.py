@@ -14,7 +14,7 @@ from obr.config.recipe import Recipe
 from obr.config.workflow import Config
 from obr.report import published, table, table_rows
 from obr.report.figures import draw
-from test_edition import merged
+from test_overrides import merged
 
 PUBLISHED = Path(__file__).parents[1] / "workflow" / "published" / "results.csv"
 # Tables that the paper does not have.

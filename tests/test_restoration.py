@@ -37,7 +37,8 @@ def layer(rows: int, columns: int, seed: int = 0, tokens: int | None = None):
 
 def golden(path: Path):
     data = np.load(path)
-    weight, hessian = torch.tensor(data["weight"]), torch.tensor(data["hessian"])
+    upper = torch.tensor(data["hessian"])  # the whole matrix, or its upper triangle
+    weight, hessian = torch.tensor(data["weight"]), upper.triu() + upper.triu(1).T
     errors = dict(zip(data["relative_error_of"].tolist(), data["relative_error"].tolist(), strict=True))
     return data, weight, hessian, errors
 

@@ -115,7 +115,7 @@ def test_other_inputs_are_noticed_before_anything_is_made_again(results, tmp_pat
     make({"kind": "quarot", "seed": 1}, results / "models" / MODEL, other)
     checkpoint = str(results / "compressed" / MODEL / "cached")
     assert main.main(["verify", checkpoint, "--recompute", "1", "--rotation", str(other)]) == 1
-    assert "The rotation at hand is not the one that the checkpoint was made from" in capsys.readouterr().err
+    assert "The rotation given is not the one that the checkpoint was made from" in capsys.readouterr().err
     assert main.main(["verify", checkpoint, "--recompute", "1", "--model", str(tmp_path / "gone")]) == 1
     assert "gone does not exist; say with --model where" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ from safetensors import SafetensorError
 
 
 class ObrError(Exception):
-    """A problem told in one sentence that names the thing, the value and the remedy.
+    """A problem in one sentence that names the thing, the value and the remedy.
 
     The command line prints it without a traceback and exits with status 1. What a file has put into it, line ends
     and a terminal's control characters among it, is written out, and cut where it is too long.

@@ -197,16 +197,16 @@ def _differing(report: LayerReport, packed: Packed, restored: Restored, recipe: 
         "rows": restored.weight.shape[0], "columns": restored.weight.shape[1],
         "zeros": float((restored.weight == 0).float().mean()), "packed_bytes": packed.bytes,
     }  # fmt: skip
-    if recipe.method != "released":  # those are told as their authors made them, not as they are stored
+    if recipe.method != "released":  # those are reported as their authors made them, not as they are stored
         found |= {"bits": restored.bits, "pattern": str(restored.pattern or ""), "sparsity": restored.sparsity}
-    told = asdict(report)
-    return next(((key, told[key], value) for key, value in found.items() if not _same(told[key], value)), None)
+    stated = asdict(report)
+    return next(((key, stated[key], value) for key, value in found.items() if not _same(stated[key], value)), None)
 
 
-def _same(told, found) -> bool:
+def _same(stated, found) -> bool:
     if isinstance(found, float):
-        return math.isclose(told, found, rel_tol=1e-6, abs_tol=1e-6)
-    return told == found
+        return math.isclose(stated, found, rel_tol=1e-6, abs_tol=1e-6)
+    return stated == found
 
 
 def _sums(directory: Path, manifest: dict, totals: Totals) -> Iterator[str]:
@@ -223,7 +223,7 @@ def _sums(directory: Path, manifest: dict, totals: Totals) -> Iterator[str]:
     for key, value in found.items():
         if not _same(manifest[key], value):
             yield f"{directory}/manifest.json says {key} {manifest[key]}, the files have {value}; it was altered."
-    told = manifest["bits_per_weight"].get("file")
+    stated = manifest["bits_per_weight"].get("file")
     size = 8 * totals.bytes / totals.weights
-    if not isinstance(told, NUMBER) or not _same(told, size):
-        yield f"{directory}/manifest.json says {told} bits a weight in the file, there are {size:.4f}; altered."
+    if not isinstance(stated, NUMBER) or not _same(stated, size):
+        yield f"{directory}/manifest.json says {stated} bits a weight in the file, there are {size:.4f}; altered."

@@ -159,7 +159,7 @@ class Writer:
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
         config.tie_word_embeddings = is_tied(blocks.model, blocks.layout)
-        config.quantization_config = {"quant_method": "obr", "format": FORMAT}  # see `pretrained`
+        config.quantization_config = {"quant_method": "obr", "format": FORMAT}  # see `huggingface`
         config.save_pretrained(self.directory)
         if tokenizer_from:
             copy_side_files(tokenizer_from, self.directory)

@@ -252,7 +252,7 @@ def verify(args: Namespace) -> None:
     for problem in problems:
         print(printable(problem))
     if problems:
-        raise ObrError(f"{args.checkpoint} is not what its manifest says in {len(problems)} points, told above.")
+        raise ObrError(f"{args.checkpoint} is not what its manifest says in {len(problems)} points, listed above.")
     print(f"{args.checkpoint} is what its manifest says.")
 
 

@@ -1,4 +1,4 @@
-"""Layers of a packed checkpoint made anew from what its manifest names, and compared with those that it holds."""
+"""Layers of a packed checkpoint recomputed from what its manifest names, and compared with those that it holds."""
 
 import random
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Repeated:
-    """A layer made anew. identical: to the last bit. differing: fraction of its weights that do. made_by, again_by:
+    """A recomputed layer. identical: to the last bit. differing: fraction of its weights that do. made_by, again_by:
     the processors, as `processor.about` has them; made_by is None if the manifest does not say."""
 
     block: int
@@ -138,7 +138,7 @@ def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
     made_from = {**made_from, "recipe": Recipe.parse(made_from["recipe"]).decisive()}  # with fields of later versions
     for name in ("model", "rotation", "calibration", "gradients", "recipe"):
         if name in made_from and made_from[name] != here[name]:
-            raise ObrError(f"The {name} at hand is not the one that the checkpoint was made from; give that one.")
+            raise ObrError(f"The {name} given is not the one that the checkpoint was made from; give that one.")
 
 
 def _repeated(

@@ -91,11 +91,11 @@ def _of_rotation(where: str, entry: dict) -> Iterator[tuple[str, str, object, st
 
 
 def _of_edition(raw: dict) -> Iterator[tuple[str, str, object, str]]:
-    """Names that an edition replaces or leaves out and that the config does not have."""
-    edition = raw.get("edition") or {}
+    """Names that `overrides` replaces or leaves out and that the config does not have."""
+    overrides = raw.get("overrides") or {}
     for key, section in (("calibrations", raw["calibrations"]), ("rotations", raw["rotations"]), ("masks", MASKS)):
-        for name in sorted(set(edition.get(key, {})) - set(section)):
-            yield f"edition.{key}", name, edition[key][name], f"no {key} of this config"
-    for name in edition.get("without", []):
+        for name in sorted(set(overrides.get(key, {})) - set(section)):
+            yield f"overrides.{key}", name, overrides[key][name], f"no {key} of this config"
+    for name in overrides.get("without", []):
         if name not in raw["tables"] and name not in raw["figures"]:
-            yield "edition", "without", name, "tables and figures of this config, which has none of that name"
+            yield "overrides", "without", name, "tables and figures of this config, which has none of that name"

@@ -15,46 +15,48 @@ QUICK_NOTE = (
 
 
 def transpose(raw: dict) -> None:
-    """Put every table and figure on the models and data that `edition` names.
+    """Put every table and figure on the models and data that `overrides` names.
 
     Published numbers of the original models are not quoted beside other models: those have no published name.
-    Tables and figures that name these models already are the edition's own, and stay as they are.
+    Tables and figures that name these models already are the overrides' own, and stay as they are.
     """
-    edition = raw.get("edition")
-    if not edition:
+    overrides = raw.get("overrides")
+    if not overrides:
         return
     for recipe in raw["recipes"].values():
-        if "dtype" in edition:
-            recipe["dtype"] = edition["dtype"]
+        if "dtype" in overrides:
+            recipe["dtype"] = overrides["dtype"]
         for key in ("calibration", "rotation", "mask"):
             if recipe.get(key):
-                recipe[key] = edition.get(f"{key}s", {}).get(recipe[key], recipe[key])
+                recipe[key] = overrides.get(f"{key}s", {}).get(recipe[key], recipe[key])
     for rotation in raw.get("rotations", {}).values():
         if learn := rotation.get("learn"):
-            learn["calibration"] = edition["calibrations"].get(learn["calibration"], learn["calibration"])
+            learn["calibration"] = overrides["calibrations"].get(learn["calibration"], learn["calibration"])
     for calibration in raw.get("calibrations", {}).values():
         if "mix" in calibration:
-            calibration["mix"] = [edition["calibrations"].get(name, name) for name in calibration["mix"]]
+            calibration["mix"] = [overrides["calibrations"].get(name, name) for name in calibration["mix"]]
     for section in ("tables", "figures"):
         for entry in raw[section].values():
-            if entry.get("models") == edition["models"]:
+            if entry.get("models") == overrides["models"]:
                 continue
             if "models" in entry:
-                entry["models"] = list(edition["models"])
+                entry["models"] = list(overrides["models"])
             texts = entry.get("perplexity")
             if texts:
-                entry["perplexity"] = edition["perplexity"][0] if isinstance(texts, str) else edition["perplexity"]
+                entry["perplexity"] = (
+                    overrides["perplexity"][0] if isinstance(texts, str) else overrides["perplexity"]
+                )
                 entry.pop("published_metrics", None)
             if entry.get("zero_shot"):
-                entry["zero_shot"] = edition["zero_shot"]
-                entry["mean"] = entry.get("mean", False) and len(edition["zero_shot"]) > 1
+                entry["zero_shot"] = overrides["zero_shot"]
+                entry["mean"] = entry.get("mean", False) and len(overrides["zero_shot"]) > 1
             if "rotations" in entry:
-                renamed = [edition.get("rotations", {}).get(name, name) for name in entry["rotations"]]
+                renamed = [overrides.get("rotations", {}).get(name, name) for name in entry["rotations"]]
                 entry["rotations"] = list(dict.fromkeys(renamed))
             if "models" in entry:  # others, of kernels, are the same products on any machine
                 for key in ("mentions", "quoted"):
                     entry.pop(key, None)
-    for name in edition.get("without", []):
+    for name in overrides.get("without", []):
         raw["tables"].pop(name, None)
         raw["figures"].pop(name, None)
 

@@ -64,7 +64,7 @@ def document_windows(
 
     With one `random.Random(seed)`, for each window: a document `randint(0, n - 1)`, again until it has more than
     seqlen tokens, then the window [j, j + seqlen) with j = `randint(0, t - seqlen - 1)`, t its number of tokens.
-    A document is tokenised when it is drawn, by itself, with special tokens as `tokenize` adds them. One of exactly
+    A document is tokenised alone when it is drawn, with special tokens as `tokenize` adds them. One of exactly
     seqlen tokens is drawn again; GPTQ's loader accepts it and then ends in an error. All other draws are the same.
     bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of a document, drawn likewise.
     Raises ObrError if no document has more than seqlen tokens.

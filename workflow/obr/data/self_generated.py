@@ -1,4 +1,4 @@
-"""Calibration windows that a model writes itself, where no text of its training is at hand."""
+"""Calibration windows that a model writes itself, where no text of its training is available."""
 
 import hashlib
 import json

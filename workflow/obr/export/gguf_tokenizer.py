@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file: byte-level BPE, told by how it splits text before it merges."""
+"""A tokenizer in a GGUF file: byte-level BPE, recognised by how it splits text before it merges."""
 
 from pathlib import Path
 

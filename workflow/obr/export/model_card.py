@@ -83,20 +83,20 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
         if row:
             rows[label] = row
     error = manifest.get("relative_error")
-    told = (
+    notes = (
         f"Mean relative error of the layers' outputs on the calibration data: {error:.4f}."
         if error is not None
         else ""
     )
     if key not in rows:
-        return f"No evaluation of this checkpoint was found beside it. {told}".strip()
+        return f"No evaluation of this checkpoint was found beside it. {notes}".strip()
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| | {' | '.join(columns)} |", f"| :-- |{' --: |' * len(columns)}"]
     lines += [
         f"| {label} | {' | '.join(row.get(column, '–') for column in columns)} |" for label, row in rows.items()
     ]
-    told = " ".join([told, *(text for text, known in meanings.items() if known)])
-    return "\n".join([*lines, "", told]).strip()
+    notes = " ".join([notes, *(text for text, known in meanings.items() if known)])
+    return "\n".join([*lines, "", notes]).strip()
 
 
 def _told(recipe: Recipe) -> dict:

@@ -35,8 +35,8 @@ class ExportSource:
         for name, spec in online_transforms.specs(block).items():
             if spec.get("type") != "range":  # of activations, which are left out
                 raise ObrError(
-                    f"{where}.{name} is computed anew for every token, for which {self.form} has no place; compress "
-                    "with a rotation that folds into the weights, or none."
+                    f"{where}.{name} is computed at run time for every token, for which {self.form} has no place; "
+                    "compress with a rotation that folds into the weights, or none."
                 )
         empty = self.blocks.model.get_submodule(self.layout.blocks)[index]
         for name in self.layout.linears:

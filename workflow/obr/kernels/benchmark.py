@@ -285,10 +285,10 @@ def _clocks(device: torch.device) -> dict:
     which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", which, "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=10
         ).stdout
-        now, most = (float(part) for part in told.split(","))
+        now, most = (float(part) for part in answer.split(","))
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     return {"sm_mhz": now, "sm_mhz_most": most}

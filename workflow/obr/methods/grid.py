@@ -87,23 +87,23 @@ class Grid:
     def _clip_search(self, weight: Tensor) -> "Grid":
         errors = native.clip_errors(weight, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)
         if errors is None:
-            worth = torch.ones(len(weight), SHRINK_STEPS, dtype=torch.bool, device=weight.device)
+            candidates = torch.ones(len(weight), SHRINK_STEPS, dtype=torch.bool, device=weight.device)
         else:
-            worth = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
-        scale = self.scale * _shrink(self.scale.device)[worth.int().argmax(1, keepdim=True)]
-        open_rows = (worth.sum(1) > 1).nonzero()[:, 0]
+            candidates = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
+        scale = self.scale * _shrink(self.scale.device)[candidates.int().argmax(1, keepdim=True)]
+        open_rows = (candidates.sum(1) > 1).nonzero()[:, 0]
         width = -(-weight.shape[1] // _VECTORS) * _VECTORS
         chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // width)
         for part in open_rows.split(chunk):
             rows = functional.pad(weight[part], (0, width - weight.shape[1]))  # zeros have no error
-            scale[part] = self._best_of(rows, self.scale[part], worth[part])
+            scale[part] = self._best_of(rows, self.scale[part], candidates[part])
         return Grid(scale, self.bits)
 
-    def _best_of(self, rows: Tensor, full: Tensor, worth: Tensor) -> Tensor:
-        """Of the shrunk scales that are `worth` a look (r, steps), each row's best, the first of equal ones."""
+    def _best_of(self, rows: Tensor, full: Tensor, candidates: Tensor) -> Tensor:
+        """Of the shrunk scales marked in `candidates` (r, steps), each row's best, the first of equal ones."""
         scale, best = full.clone(), torch.full_like(full, torch.inf)
         for i in range(SHRINK_STEPS):
-            of = worth[:, i].nonzero()[:, 0]
+            of = candidates[:, i].nonzero()[:, 0]
             if not len(of):
                 continue
             trial, looked = full[of] * _shrink(full.device)[i], rows[of]

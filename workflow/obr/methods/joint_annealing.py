@@ -79,7 +79,7 @@ class CoordinateDescent:
         return (losses.clamp_min(0) / self.diagonal.sum().clamp_min(1e-30)).sqrt()
 
     def renew(self, weight: Tensor) -> None:
-        """Compute the gradient anew towards `weight (r, n)`."""
+        """Recompute the gradient towards `weight (r, n)`."""
         self.gradient.copy_(product(self.codes - weight / self.grid.scale, self.hessian))
 
     @cached_property

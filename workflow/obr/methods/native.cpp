@@ -88,7 +88,7 @@ void errors_of_rows(const float* weight, const float* scale, int64_t first, int6
 }  // namespace
 
 // errors (rows, steps): the sum over a row's columns of |Q(w) - w|^exponent for scales shrunk by 0, 1, 2 ... per cent.
-// weight (rows, columns), scale (rows). Good to 1e-5: for choosing what is worth an exact look. A sum that has grown
+// weight (rows, columns), scale (rows). Good to 1e-5: for choosing what needs an exact look. A sum that has grown
 // past the best of its row is left unfinished.
 extern "C" void clip_errors(const float* weight, const float* scale, int64_t rows, int64_t columns, int steps,
                             float low, float high, float exponent, int threads, float* errors) {
@@ -359,7 +359,7 @@ template <typename T>
 struct Alternation {
     float* dual;
     const T* product;
-    const float *target, *root, *scale, *worth;
+    const float *target, *root, *scale, *row_weights;
     int64_t columns;
     float low, high;
 
@@ -368,7 +368,7 @@ struct Alternation {
         float* __restrict b = dual + row * columns;
         const T* __restrict p = product + row * columns;
         const float *__restrict t = target + row * columns, *__restrict h = root;
-        const float unit = scale[row], weight = worth[row];
+        const float unit = scale[row], weight = row_weights[row];
         for (int64_t j = 0; j < columns; ++j) {
             b[j] += widen(p[j]) + t[j];
             const float v = b[j] / h[j], q = rounded(v, unit, low, high);
@@ -416,19 +416,19 @@ void alternate_rows(const Alternation<T>& step, T* moved, float* projected, uint
 // One step of the alternating projections, in units of the Hessian's root: `b = dual + product + target`, where
 // product is `moved @ ρ(H + ρ)⁻¹`; projected is Π(b), dual becomes `b - projected`, moved `projected - dual - target`.
 //
-// All (rows, columns); product and moved are float or bfloat16. root (columns), scale and worth (rows). Kept are the
+// All (rows, columns); product and moved are float or bfloat16. root (columns), scale and row_weights (rows). Kept are the
 // `kept` largest gains of a row; or of a group, so many in the whole row; or as many on average in the rows of each
 // of `count` parts, which end where the next of `parts` (count + 1) begins.
 extern "C" void alternate(float* dual, const void* product, void* moved, int bfloat, const float* target,
-                          const float* root, const float* scale, const float* worth, float* projected, uint8_t* support,
+                          const float* root, const float* scale, const float* row_weights, float* projected, uint8_t* support,
                           int64_t rows, int64_t columns, const int64_t* parts, int count, int64_t kept, int group,
                           int unit, float low, float high, int threads) {
     if (bfloat)
-        alternate_rows(Alternation<uint16_t>{dual, static_cast<const uint16_t*>(product), target, root, scale, worth,
+        alternate_rows(Alternation<uint16_t>{dual, static_cast<const uint16_t*>(product), target, root, scale, row_weights,
                                              columns, low, high},
                        static_cast<uint16_t*>(moved), projected, support, rows, parts, count, kept, group, unit, threads);
     else
-        alternate_rows(Alternation<float>{dual, static_cast<const float*>(product), target, root, scale, worth, columns,
+        alternate_rows(Alternation<float>{dual, static_cast<const float*>(product), target, root, scale, row_weights, columns,
                                           low, high},
                        static_cast<float*>(moved), projected, support, rows, parts, count, kept, group, unit, threads);
 }

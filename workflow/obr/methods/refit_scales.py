@@ -1,4 +1,4 @@
-"""Scales fitted anew, once a restoration has decided the codes."""
+"""Scales refitted after a restoration has decided the codes."""
 
 from dataclasses import replace
 

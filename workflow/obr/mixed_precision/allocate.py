@@ -185,10 +185,10 @@ def allocate_stage(recipe: Recipe, sensitivity: Path, out: Path) -> Choice:
     return choice
 
 
-def chosen_options(told: dict, what: str) -> dict[tuple[int, str], Option]:
+def chosen_options(measured: dict, what: str) -> dict[tuple[int, str], Option]:
     """{(block, layer): option} of an artefact's contents. Raises ObrError if they contradict each other."""
     try:
-        found = [Option.parse(option, what) for option in told["options"]]
-        return {(row["block"], row["layer"]): found[row["option"]] for row in told["layers"]}
+        found = [Option.parse(option, what) for option in measured["options"]]
+        return {(row["block"], row["layer"]): found[row["option"]] for row in measured["layers"]}
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ObrError(f"{what} holds no allocation ({type(error).__name__} {error}); allocate again.") from error

@@ -124,7 +124,7 @@ def scaled(layers: list[dict], measured: dict[int, dict[str, float]], options: t
     Raises:
         ObrError: a loss is not finite.
     """
-    told = []
+    measured_layers = []
     for layer in layers:
         name, factors = f"{layer['block']}.{layer['layer']}", {}
         for number, found in measured.items():
@@ -133,8 +133,10 @@ def scaled(layers: list[dict], measured: dict[int, dict[str, float]], options: t
                 raise ObrError(f"Layer {name} cost no finite loss at {options[number].label}; use dtype float32.")
             factors[options[number].prunes] = max(found[name], 0.0) / predicted if predicted > 0 else 0.0
         losses = [factors[option.prunes] * loss for option, loss in zip(options, layer["losses"], strict=True)]
-        told.append({**layer, "losses": losses, "by_gradients": [layer["losses"][number] for number in measured]})
-    return told
+        measured_layers.append(
+            {**layer, "losses": losses, "by_gradients": [layer["losses"][number] for number in measured]}
+        )
+    return measured_layers
 
 
 def measured_losses(
@@ -206,15 +208,15 @@ def measure_sensitivity(
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
     windows = measurement_windows(windows)
     found = _divergences(blocks, windows, options, unfinished, measured, megabytes)
-    told = {
+    measured_layers = {
         "options": [asdict(option) for option in options], "blocks": len(blocks),
         "layers": scaled(layers, found, options), "calibration": about, "gradients": notes,
         "references": list(found), "tokens": windows.numel(), "device": str(blocks.target),
         "dtype": dtypes.name_of(blocks.dtype),
     }  # fmt: skip
-    write_json(told, out / "losses.json")
+    write_json(measured_layers, out / "losses.json")
     unfinished.remove()
-    return told
+    return measured_layers
 
 
 def _divergences(

@@ -165,7 +165,7 @@ def _is_neutral(key: str, value, raw: dict, family: type) -> bool:
 def check_sizes(config, what: str) -> None:
     """Raise ObrError unless a transformers configuration has the sizes of a decoder, which fit each other.
 
-    config: of any family; what it does not have is left to `layout.layout_of`.
+    config: of any family; what it does not have is left to `architectures.layout_of`.
     """
     _check_numbers({key: getattr(config, key, None) for key in (*SIZES, *OPTIONAL_SIZES)}, what)
     heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)

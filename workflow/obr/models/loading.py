@@ -28,10 +28,10 @@ def load_tokenizer(directory: Path):
 
 
 def config_of(directory: Path):
-    """The transformers configuration of a model folder; see `foreign` for code that the folder brings along.
+    """The transformers configuration of a model folder; see `remote_code` for code that the folder brings along.
 
     Raises:
-        ObrError: there is none, or one that `model_config.load_config` refuses.
+        ObrError: there is none, or one that `configuration.load_config` refuses.
     """
     return load_config(Path(directory), str(directory), remote_code.trusted(directory))
 

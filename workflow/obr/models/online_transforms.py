@@ -1,4 +1,4 @@
-"""What is computed anew for every token, beside the model's own layers, and kept with a compressed checkpoint."""
+"""Online transforms: modules that compute at run time beside a model's own layers, saved in the checkpoint."""
 
 import torch
 from torch import Tensor, nn

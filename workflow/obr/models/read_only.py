@@ -49,7 +49,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in evaluation mode; afterwards it is what it was, to the last bit."""
     modules = list(model.modules())
     training = [module.training for module in modules]
-    # A rotary embedding with a dynamic base writes its frequencies anew for each length.
+    # A rotary embedding with a dynamic base rewrites its frequencies for each length.
     state = [
         (module, dict(module._buffers), {k: v for k, v in vars(module).items() if isinstance(v, (int, float))})
         for module in modules

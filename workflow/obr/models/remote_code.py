@@ -29,7 +29,7 @@ def is_allowed() -> bool:
 
 
 def trusted(folder: Path | str) -> bool:
-    """What transformers is told of a folder as `trust_remote_code`; False outside `allowed`.
+    """What transformers gets for a folder as `trust_remote_code`; False outside `allowed`.
 
     folder: of a downloaded model, or of a checkpoint made from one.
 
@@ -48,7 +48,7 @@ def trusted(folder: Path | str) -> bool:
 
 
 def refusal(folder: Path, error: Exception) -> ObrError | None:
-    """What the user is told when transformers refused to run a folder's code; None if it failed otherwise."""
+    """The sentence for the user when transformers refused to run a folder's code; None if it failed otherwise."""
     if "trust_remote_code" not in str(error):
         return None
     return ObrError(

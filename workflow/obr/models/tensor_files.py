@@ -101,9 +101,9 @@ class TensorFiles:
 
     def _contradicts(self, tensor: str, file: str, mapping: dict[str, str]) -> None:
         other = mapping.get(tensor)
-        told = "is not in the index" if other is None else f"is in {other} by the index"
+        place = "is not in the index" if other is None else f"is in {other} by the index"
         raise ObrError(
-            f"{file} of {self.what} holds {tensor}, which {told}: fetch index and weights from the same revision."
+            f"{file} of {self.what} holds {tensor}, which {place}: fetch index and weights from the same revision."
         )
 
     def _headers(self, path: Path) -> Iterator[tuple[str, tuple[list[int], str]]]:

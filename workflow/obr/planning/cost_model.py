@@ -189,7 +189,7 @@ def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) ->
         products += passes * 2.0 * parts * weights * sizes.hidden
     if kind == "ostquant":  # its teacher
         products += sizes.logits(tokens)
-    if kind != "spinquant" or rounds:  # which folds nothing anew for 16-bit weights
+    if kind != "spinquant" or rounds:  # which folds nothing again for 16-bit weights
         elements += FOLDED * parts * weights
     if rounds and quantise.get("clip", "mse") == "mse":
         elements += CLIP_PASSES * (2 if learn.get("recompute") else 1) * parts * weights

@@ -74,10 +74,10 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model
             notes = json.loads(file.metadata()["gradients"])
         return rule, notes["device"], cost_model.gradients(sizes, notes["tokens"], notes["seqlen"])
     if rule == "sensitivity":
-        told = read_artefact(place("sensitivity", *PLACE, "options"))
-        options = [Option.parse(option, "option") for option in told["options"]]
-        blocks = len({layer["block"] for layer in told["layers"]})
-        return rule, told["device"], cost_model.sensitivity(replace(sizes, blocks=blocks), options)
+        losses = read_artefact(place("sensitivity", *PLACE, "options"))
+        options = [Option.parse(option, "option") for option in losses["options"]]
+        blocks = len({layer["block"] for layer in losses["layers"]})
+        return rule, losses["device"], cost_model.sensitivity(replace(sizes, blocks=blocks), options)
     if rule == "perplexity":
         artefact = read_artefact(place("perplexity", "model", "recipe", "text"))
         return rule, artefact["device"], cost_model.perplexity(sizes, artefact["tokens"], artefact["seqlen"])

@@ -117,7 +117,7 @@ def _compression_notes(evidence: Evidence) -> list[str]:
         if calibration:
             name = manifest["recipe"].get("calibration")
             text = calibration.get("text", name)
-            of = "" if text == name else f" of {text}"  # an edition may keep a name and change its text
+            of = "" if text == name else f" of {text}"  # overrides may keep a name and change its text
             calibrations[f"{name}, {calibration['tokens']:,} tokens{of}"][label] = None
             hessians[manifest["recipe"].get("hessian")][label] = None
     notes = [f"Calibration: {text}{_whose(calibrations, labels)}." for text, labels in calibrations.items()]

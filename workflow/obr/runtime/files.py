@@ -90,7 +90,7 @@ def write_json(value: Any, path: Path | str) -> None:
 def finite(key: str, value: float, status: str = "status") -> dict:
     """A number as JSON holds it: {"value": 8.1, "status": "finite"}, or {"value": None, "status": "inf"}.
 
-    status: the key of the status, which is "finite", "inf", "-inf" or "nan". `artefacts.value_of` reads both.
+    status: the key of the status, which is "finite", "inf", "-inf" or "nan". `table_rows.value_of` reads both.
     """
     return {key: value, status: "finite"} if math.isfinite(value) else {key: None, status: str(float(value))}
 

@@ -37,10 +37,10 @@ def acquire(path: Path | str) -> None:
                 who = file.readline().strip() or "another process"
             raise ObrError(f"{path} is being written by {who}; wait for it or end it, then rerun.") from error
         except OSError as error:
-            told = (
+            notice = (
                 f"obr: the file system of {path} keeps no locks ({error.strerror}): do not run anything twice there."
             )
-            print(told, file=sys.stderr)
+            print(notice, file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
                 break

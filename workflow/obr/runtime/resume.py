@@ -86,7 +86,7 @@ def claim(folder: Path, run: dict | None, what: str = "blocks") -> None:
         )
         raise ObrError(
             f"{folder} holds {what} of another run (its {differing[0]} differs); "
-            "go back to those settings to finish it, or delete the folder to start anew."
+            "go back to those settings to finish it, or delete the folder to start again."
         )
     if not noted.exists():  # nobody's: a run notes who it is before it leaves anything else
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,7 +27,7 @@ SOURCES = [HERE / name for name in ("kernels.cpp", "layout.h", "pool.h", "avx512
 # No fused multiply-add, which only some levels have: scales are multiplied in with the same result by all of them.
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-ffp-contract=off"]
-# Best first; what the compiler is told, and by which the processor is known.
+# Best first; the flags of the compiler, and by which the processor is known.
 LEVELS: dict[str, list[str]] = {
     "avx512": [
         *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi"),
@@ -86,7 +86,7 @@ class Tokens:
 
 
 def quantize(x: Tensor, settings: QuantizerSettings, bounds=None, level: str | None = None) -> Tokens:
-    """Round `x (t, n)` token by token to the grid of `quantize.fake_quantize`, the same whole numbers.
+    """Round `x (t, n)` token by token to the grid of `fake_quant.fake_quantize`, the same whole numbers.
 
     bounds: factors `low` and `high` (1,) of a token's extremes, for a learned clip_ratio.
 

@@ -58,8 +58,8 @@ class Checked:
 def check_folder(folder: Path, what: str | None = None, trust: bool | None = None, castable: bool = False) -> Checked:
     """Check a model folder; headers are read, and contents only where head and embedding may be tied.
 
-    what: its name in messages. trust: its own code may be run; by default as `foreign.trusted` says. castable: the
-    weights are about to be cast, so they may be stored in float64.
+    what: its name in messages. trust: its own code may be run; by default as `remote_code.trusted` says. castable:
+    the weights are about to be cast, so they may be stored in float64.
 
     Raises:
         ObrError: the configuration, a file, a tensor, a shape or a dtype is not accounted for.

@@ -144,8 +144,8 @@ def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be
         found, expected = getattr(module, kind), getattr(wanted, kind)
         for key in sorted({*found, *expected}):
             if (found.get(key) is None) != (expected.get(key) is None):
-                told = "no" if found.get(key) is None else "the extra"
-                raise ObrError(f"The model has {told} {where}.{key}, by its configuration: {OTHERWISE}.")
+                count = "no" if found.get(key) is None else "the extra"
+                raise ObrError(f"The model has {count} {where}.{key}, by its configuration: {OTHERWISE}.")
     for key, parameter in module._parameters.items():
         if parameter is not None:
             _check_shape(f"{where}.{key}", parameter, wanted._parameters[key])

@@ -21,7 +21,7 @@ from obr.runtime.files import atomic_write
 
 COLUMN, PAGE = 3.5, 7.0  # inches: one column of a two-column paper, and its whole width
 REMARK_LINE = 0.13  # inches: the height of a line of 7-point text
-# Okabe and Ito's palette, told apart by colour-blind readers; its yellow is too pale on white.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; its yellow is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 STYLE = {
@@ -43,7 +43,7 @@ STYLE = {
 
 @dataclass
 class Canvas:
-    """A figure being drawn: its panels, the handles of its one legend, and what it has to confess."""
+    """A figure being drawn: its panels, the handles of its one legend, and the notes for its caption."""
 
     figure: Figure
     panels: list[Axes]

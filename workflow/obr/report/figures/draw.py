@@ -42,7 +42,7 @@ def draw(
 
     Raises:
         ObrError: the kind is unknown, an artefact is missing (the sentence names the target to build), or the
-            entry's rows cannot be told apart in it.
+            entry's rows cannot be distinguished in it.
     """
     kind = entry.get("kind")
     if kind not in KINDS:
@@ -51,12 +51,12 @@ def draw(
     for model in entry.get("models") or []:
         model_label(models, model)
     quotes = Quotes(entry, models, rows, published) if rows else None
-    told, note = entry.get("mentions") or [], entry.get("note")
-    numbers = load(published) if told or entry.get("published") else None
+    mentioned, note = entry.get("mentions") or [], entry.get("note")
+    numbers = load(published) if mentioned or entry.get("published") else None
     with matplotlib.rc_context(STYLE):
         source = FigureInputs(entry, models, Path(results), rows, quotes, numbers, shapes or [])
         sheet = KINDS[kind](source)
-        sheet.remarks += mentions(numbers, told, notes=False) if told else []
+        sheet.remarks += mentions(numbers, mentioned, notes=False) if mentioned else []
         sheet.remarks += [note] if note else []
         if entry.get("title"):
             sheet.figure.suptitle(textwrap.fill(entry["title"], int(sheet.figure.get_figwidth() * 12)))

@@ -23,7 +23,7 @@ PANELS = {
     "bound": ("Share of the read bound", "%", "percent", None),
 }
 DRAWN = [column for _, _, column, _ in PANELS.values()]
-# Whose kernel -> its bars, told apart by lightness; black whiskers can be seen on each.
+# Whose kernel -> its bars, distinguished by lightness; black whiskers can be seen on each.
 PYTORCH, OWN, PUBLISHED = "PyTorch", "this package", "published"
 FILLS = {
     PYTORCH: {"facecolor": "#D3E3F1"},

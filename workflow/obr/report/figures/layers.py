@@ -66,14 +66,14 @@ def allocation(source: FigureInputs) -> Canvas:
     A cell's colour is its option, and what is written in it the bits a weight that this takes.
     """
     panels = [(model, label, row) for model, label in source.labels.items() for row in source.rows]
-    told = [
+    choices = [
         read_artefact(paths.path(source.results, "allocation", model=m, recipe=r.checkpoint)) for m, _, r in panels
     ]
-    labels = list(dict.fromkeys(Option.parse(o, "option").label for choice in told for o in choice["options"]))
+    labels = list(dict.fromkeys(Option.parse(o, "option").label for choice in choices for o in choice["options"]))
     styles = {name: (COLOURS[i % len(COLOURS)], "" if i < len(COLOURS) else "//") for i, name in enumerate(labels)}
     sheet = new_canvas(len(panels), across=1, height=2.0)
     sheet.figure.set_figwidth(PAGE)
-    for panel, (_, label, row), choice in zip(sheet.panels, panels, told):
+    for panel, (_, label, row), choice in zip(sheet.panels, panels, choices):
         options = [Option.parse(option, "option").label for option in choice["options"]]
         kinds = [k for k in LAYER_KINDS if k in {_kind(layer["layer"]) for layer in choice["layers"]}]
         for layer in choice["layers"]:
@@ -110,7 +110,7 @@ def _kind(layer: str) -> str:
 def natural_sparsity(source: FigureInputs) -> Canvas:
     """Zeros among the weights that were not pruned, by block: a panel per model and row, a line per kind of layer.
 
-    The dashed line is the mean over all quantised weights, told with the published one beneath.
+    The dashed line is the mean over all quantised weights, given with the published one beneath.
     """
     rows = [row for row in source.rows if row.recipe.method != "dense"]
     panels = [(model, label, row) for model, label in source.labels.items() for row in rows]

@@ -30,7 +30,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class Network:
-    """A model rotated and quantised anew in every pass, with gradients on the rotation's parameters.
+    """A model rotated and quantised again in every pass, with gradients on the rotation's parameters.
 
     quantise: `straight_through.passed` or `.flowing`. recompute: keep only what enters each block, and compute
     it again on the way back. Folds and hidden states are float32; products are of `task.dtype`. The recipe's bits

@@ -49,7 +49,7 @@ class Snapshots:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
                 return tensors, json.loads(file.metadata()["note"])
         except BROKEN_FILE as error:
-            raise ObrError(f"{self.path} cannot be read ({error}); delete its folder to start anew.") from error
+            raise ObrError(f"{self.path} cannot be read ({error}); delete its folder to start again.") from error
 
     def write(self, tensors: dict[str, Tensor], note: dict) -> None:
         """Replace what was kept; tensors of any dtype, a generator's state among them; note: as JSON."""

@@ -2,7 +2,7 @@
 
 Two kinds, which the papers differ in. `ste_identity`: the gradient of the output is that of the input, scales are
 constants (SpinQuant). `ste_range`: only rounding is passed over, so that gradients reach the range, and factors of
-it, and stop at clipped values (FlatQuant, OmniQuant, OSTQuant). Either stands in for `quantize.fake_quantize`.
+it, and stop at clipped values (FlatQuant, OmniQuant, OSTQuant). Either stands in for `fake_quant.fake_quantize`.
 """
 
 from collections.abc import Callable
