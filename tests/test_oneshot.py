@@ -4,6 +4,7 @@ import doctest
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,6 +241,25 @@ def test_errors_are_one_sentence(more, said, broken, command, tmp_path, capfd):
     told = [line for line in lines if line.startswith("obr: ")]
     assert len(told) == 1 and told[0] == lines[-1] and said in told[0] and told[0].endswith("."), lines
     assert not (tmp_path / "new/out/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        ({"device": "gpu"}, "device is 'gpu'; choose one of auto, cpu, cuda"),
+        ({"dtype": "int3"}, "dtype is 'int3'; choose one of float32, float16, bfloat16"),
+        ({"activations_memory": "a"}, "activations_memory is 'a'; it must be a number of MB"),
+        ({"activations_memory": -1}, "activations_memory is -1; it must be a number of MB"),
+        ({"activations_memory": float("nan")}, "activations_memory is nan"),
+        ({"seed": -1}, "seed is -1; it must be a whole number from 0 on"),
+        ({"recipe": [1]}, "recipe is [1]; give a name"),
+        ({"configfile": "gone.yaml"}, "gone.yaml cannot be read"),
+    ],
+)
+def test_the_library_refuses_what_the_parser_of_the_command_would(option, said, tiny_folder, tmp_path):
+    with pytest.raises(ObrError, match=re.escape(said)):
+        obr.quantize(tiny_folder / "model", tmp_path / "out", **{"recipe": "dense", **option})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

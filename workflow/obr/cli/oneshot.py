@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from obr.config.methods import MASKS
-from obr.config.oneshot_options import OFFERED
+from obr.config.oneshot_options import DEVICES, OFFERED
 from obr.config.recipe_checks import DTYPES
 
 QUANTIZE = "Compress a model in one command: a folder or hub id in, a packed checkpoint out."
@@ -61,7 +61,7 @@ def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print what would be done; do nothing")
     add = parser.add_argument_group("run").add_argument
     add("--evaluate", metavar="TEXT", help="perplexity before and after on FILE.txt or a text of the config")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default): a GPU if there is one")
+    add("--device", default="auto", choices=DEVICES, help="auto (default): a GPU if there is one")
     add("--dtype", choices=DTYPES, help="of the computation: float32 on a CPU, the model's on a GPU")
     add("--activations-memory", type=float, default=4096, metavar="MB", help="for hidden states: 4096")
     add("--threads", type=int, default=None, help="CPU threads: all")

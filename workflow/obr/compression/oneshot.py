@@ -79,7 +79,7 @@ def quantize(
     activation_bits: int | None = None, kv_bits: int | None = None, rotation: str | Path | None = None,
     seed: int | None = None, calibration: str | Path | None = None, samples: int | None = None,
     seqlen: int | None = None, hessian: str | None = None, recipe: "str | Path | dict | Recipe | None" = None,
-    evaluate: str | Path | None = None, configfile: Sequence[str | Path] = (), device: str = "auto",
+    evaluate: str | Path | None = None, configfile: "str | Path | Sequence[str | Path]" = (), device: str = "auto",
     dtype: str | None = None, activations_memory: float = 4096, overwrite: bool = False,
 ) -> Quantized:  # fmt: skip
     """Compress a model, one block in memory at a time; the parameters are the options of the command `obr quantize`.
@@ -110,7 +110,8 @@ def quantize(
     Raises:
         ObrError: something cannot be had, does not fit, or would be overwritten; the sentence names the remedy.
     """
-    given = dict(locals()) | {"out": Path(out), "configfile": tuple(map(Path, configfile))}
+    given = dict(locals()) | {"out": Path(out)}
+    given["configfile"] = tuple(map(Path, [configfile] if isinstance(configfile, str | Path) else configfile))
     for name in ("model", "rotation", "calibration", "evaluate", "recipe"):
         if isinstance(given[name], Path):
             given[name] = str(given[name])

@@ -58,7 +58,7 @@ def _without_effect(raw: dict) -> Iterator[tuple[str, str, object, str]]:
     for name, entry in raw["zero_shot"].items():
         if entry.get("text") and entry["source"].get("source") != "cloze":
             yield f"zero_shot.{name}", "text", entry["text"], "tasks of source cloze"
-    yield from _of_edition(raw)
+    yield from _of_overrides(raw)
 
 
 def _of_rows(where: str, entry: dict) -> Iterator[tuple[str, str, object, str]]:
@@ -90,7 +90,7 @@ def _of_rotation(where: str, entry: dict) -> Iterator[tuple[str, str, object, st
                 yield where, key, entry[key], DRAWN_OR_LEARNED
 
 
-def _of_edition(raw: dict) -> Iterator[tuple[str, str, object, str]]:
+def _of_overrides(raw: dict) -> Iterator[tuple[str, str, object, str]]:
     """Names that `overrides` replaces or leaves out and that the config does not have."""
     overrides = raw.get("overrides") or {}
     for key, section in (("calibrations", raw["calibrations"]), ("rotations", raw["rotations"]), ("masks", MASKS)):

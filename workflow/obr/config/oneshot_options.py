@@ -7,7 +7,9 @@ from pathlib import Path
 
 from obr.config.config_files import DEFAULT, load_config, read_yaml
 from obr.config.methods import METHODS
+from obr.config.quantizer import check_choice
 from obr.config.recipe import Recipe
+from obr.config.recipe_checks import DTYPES
 from obr.config.recipe_origins import Origins, config_entry
 from obr.config.workflow import Config
 from obr.errors import ObrError
@@ -21,6 +23,7 @@ FIELDS = (
     "calibration", "hessian",
 )  # fmt: skip
 OFFERED = tuple(name for name in METHODS if name not in ("dense", "released"))  # methods of --method
+DEVICES = ("auto", "cpu", "cuda")
 OBR = ("obr_rtn", "obr_gptq")  # functions of methods that read alpha
 
 
@@ -54,6 +57,19 @@ class OneShot:
     dtype: str | None = None
     activations_memory: float = 4096
     overwrite: bool = False
+
+    def __post_init__(self):
+        """Raise ObrError at what the parser of the command refuses, since `obr.quantize` has no parser before it."""
+        check_choice(self.device, DEVICES, "device")
+        if self.dtype is not None:
+            check_choice(self.dtype, DTYPES, "dtype")
+        memory = self.activations_memory
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 <= memory < float("inf"):
+            raise ObrError(f"activations_memory is {memory!r}; it must be a number of MB from 0 on.")
+        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
+            raise ObrError(f"seed is {self.seed!r}; it must be a whole number from 0 on.")
+        if self.recipe is not None and not isinstance(self.recipe, str | dict | Recipe):
+            raise ObrError(f"recipe is {self.recipe!r}; give a name, a YAML file, a dictionary or an obr.Recipe.")
 
     @cached_property
     def config(self) -> Config:
