@@ -273,7 +273,7 @@ def test_models_that_are_none_are_refused(model, said, broken, command, tmp_path
 
 def test_types_are_checked_in_the_library_too(tiny_folder, tmp_path):
     for wrong in ({"bits": "4"}, {"sparsity": "half"}, {"group": 1.5}, {"seed": "a"}, {"recipe": {"activations": 4}}):
-        with pytest.raises(ObrError, match="which is not a|must be a whole number"):
+        with pytest.raises(ObrError, match=r"which is not a|must be a whole number"):
             obr.quantize(tiny_folder / "model", tmp_path / "out", calibration=tiny_folder / "train.txt", **wrong)
 
 
