@@ -16,11 +16,12 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.evaluation.block_pass import run
 from obr.evaluation.likelihood import BATCH_TOKENS, Answers
-from obr.evaluation.perplexity import TextRun, Windows
+from obr.evaluation.perplexity import DENSE, TextRun, Windows
 from obr.evaluation.resume_point import ResumePoint
 from obr.evaluation.tasks import read_task
 from obr.evaluation.zero_shot import TaskRun, streamed_about
 from obr.models import dtypes
+from obr.models.blocks import StreamedBlocks
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.runtime.files import read_json, sha256_of, write_json
@@ -91,13 +92,7 @@ def evaluate_stage(
     """
     if len({w.label for w in wanted}) != len(wanted):
         raise ObrError("two scores have the same name; give each text and task a name of its own.")
-    blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
-    about = {
-        "checkpoint": sha256_of(checkpoint / MANIFEST),
-        "recipe": blocks.recipe.to_dict() | {"label": None},
-        "dtype": dtypes.name_of(blocks.dtype),
-        "device": blocks.target.type,
-    }
+    blocks, about = opened(Path(checkpoint), recipe, dtype, device)
     keys = {w.label: w.key(code) for w in wanted}
     scores = _known(out, about)
     for kind in KINDS:
@@ -109,11 +104,38 @@ def evaluate_stage(
         resume = ResumePoint(
             out.with_name(f"{out.name}.states"), _digest({**about, "keys": [keys[w.label] for w in missing]})
         )
-        for one, score in zip(missing, _scores(blocks, missing, room, resume), strict=True):
+        for one, score in zip(missing, _scores(blocks, about["setting"], missing, room, resume), strict=True):
             scores[one.kind][one.name] = {"key": keys[one.label], **score}
         write_json({**about, **scores}, out)
         resume.drop()
     return {**about, **scores}
+
+
+def opened(
+    folder: Path, recipe: Recipe | None = None, dtype=None, device: str | None = None
+) -> tuple[StreamedBlocks, dict]:
+    """The blocks of a packed checkpoint, or of a model as it came, and what identifies them in an artefact.
+
+    Raises:
+        ObrError: the folder is neither, or `recipe` is given for a model that is not compressed.
+    """
+    if (folder / MANIFEST).exists() or not (folder / "config.json").exists():
+        blocks: StreamedBlocks = CheckpointBlocks(folder, recipe, dtype, device)
+        identity, settings = sha256_of(folder / MANIFEST), blocks.recipe.to_dict() | {"label": None}
+    elif recipe is not None:
+        raise ObrError(f"{folder} is a model that is not compressed, so no recipe applies to it; leave it out.")
+    else:
+        blocks = StreamedBlocks(folder, None, dtype, device)
+        files = sorted(folder.glob("*.safetensors"))
+        identity, settings = _digest({path.name: sha256_of(path) for path in [folder / "config.json", *files]}), None
+    about = {
+        "checkpoint": identity,
+        "recipe": settings,
+        "setting": blocks.recipe.setting if settings else DENSE,
+        "dtype": dtypes.name_of(blocks.dtype),
+        "device": blocks.target.type,
+    }
+    return blocks, about
 
 
 def _known(out: Path, about: dict) -> dict[str, dict]:
@@ -124,7 +146,11 @@ def _known(out: Path, about: dict) -> dict[str, dict]:
 
 
 def _scores(
-    blocks: CheckpointBlocks, wanted: Sequence[Wanted], room: MemoryBudget | None, resume: ResumePoint
+    blocks: StreamedBlocks,
+    setting: str,
+    wanted: Sequence[Wanted],
+    room: MemoryBudget | None,
+    resume: ResumePoint,
 ) -> list[dict]:
     """What the artefact holds of each text and task."""
     started, tokenizer = time.monotonic(), load_tokenizer(blocks.directory)
@@ -132,7 +158,7 @@ def _scores(
     parts: list[Any] = []
     for one in wanted:
         if one.kind == "perplexity":
-            runs.append(TextRun(blocks, tokenizer, one.source, one.spec, blocks.recipe.setting))
+            runs.append(TextRun(blocks, tokenizer, one.source, one.spec, setting))
             parts.append(Windows(blocks, runs[-1].windows))
         else:
             limit, bos = one.spec.get("limit"), one.spec.get("bos")

@@ -17,6 +17,7 @@ from obr.evaluation.lm_eval_tasks import METRICS
 from obr.evaluation.tasks import load_task, quiet, read_task
 from obr.models import dtypes
 from obr.models.architectures import needs_bos
+from obr.models.blocks import StreamedBlocks
 from obr.models.check.memory import check_finished
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
@@ -92,7 +93,7 @@ def zero_shot_stage(
     return run.result(found) | about | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def streamed_about(blocks: CheckpointBlocks, batch_tokens: int) -> dict:
+def streamed_about(blocks: StreamedBlocks, batch_tokens: int) -> dict:
     """How log-likelihoods are computed, for the artefact."""
     return {"batch_tokens": batch_tokens, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype)}
 
