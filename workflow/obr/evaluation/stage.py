@@ -56,7 +56,8 @@ class Wanted:
             ObrError: the source is missing or broken.
         """
         if self.kind == "zero_shot":
-            data = read_task(self.source)["sha256"]
+            record = read_task(self.source)
+            data = [record.get(key) for key in ("task", "sha256", "num_fewshot", "examples_sha256")]
         elif not self.source.is_file():
             raise ObrError(f"the text {self.source} does not exist; correct the path.")
         else:

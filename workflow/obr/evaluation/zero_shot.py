@@ -14,7 +14,7 @@ from obr.data.tokenize import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
 from obr.evaluation.likelihood import BATCH_TOKENS, Likelihood, log_likelihoods, streamed_log_likelihoods
 from obr.evaluation.lm_eval_tasks import METRICS
-from obr.evaluation.tasks import load_task, quiet, read_task
+from obr.evaluation.tasks import FEWSHOT_SEED, load_task, quiet, read_task
 from obr.models import dtypes
 from obr.models.architectures import needs_bos
 from obr.models.blocks import StreamedBlocks
@@ -35,7 +35,7 @@ def zero_shot(
     max_length: int | None = None,
     bos: bool | str | None = None,
 ) -> dict:
-    """Score `model` on the task without examples in the prompt; nothing is written, the model stays as it was.
+    """Score `model` on the task; nothing is written, the model stays as it was.
 
     The keyword parameters are settings of the task. `limit` takes only the first rows. `max_length` (tokens) is the
     model's own by default; longer prompts lose their beginning, BOS included, and count under "truncated". Log-
@@ -118,7 +118,9 @@ class TaskRun:
     ):  # fmt: skip
         from obr.evaluation.language_model import PlainLM
 
-        self.name, self.limit, self.bos = read_task(task_dir)["task"], limit, bos
+        record = read_task(task_dir)
+        self.name, self.limit, self.bos = record["task"], limit, bos
+        self.shots = record.get("num_fewshot", 0)
         _check_limit(limit, self.name)
         before = _before(config, tokenizer, bos)
         with quiet():
@@ -135,6 +137,7 @@ class TaskRun:
     def _evaluate(self, lm: Any) -> dict:
         from lm_eval.evaluator import evaluate
 
+        self.task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples whenever it is asked
         # Not simple_evaluate, which would also seed the process's random generators and spend a second
         # on describing the machine; the scoring is this same call. bootstrap_iters=1 switches standard errors on;
         # those of a mean are computed, not drawn.
@@ -150,7 +153,7 @@ class TaskRun:
             "task": self.name,
             **_scores(found["results"][self.name], found["samples"][self.name], self.task),
             "n": found["n-samples"][self.name]["effective"],
-            "limit": self.limit, "num_fewshot": 0, "bos": self.bos,
+            "limit": self.limit, "num_fewshot": self.shots, "bos": self.bos,
             **self.about,
             "task_version": found["versions"][self.name],
             **{package: importlib.metadata.version(package) for package in ("lm_eval", "transformers", "torch")},
