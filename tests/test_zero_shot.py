@@ -567,11 +567,7 @@ def test_prompts_with_examples_are_those_of_lm_eval(model, tokenizer, tmp_path, 
     task.build_all_requests()
     prompts = [request for request, _, _ in run.requests]
     assert prompts == [instance.args for instance in task.instances]
-    assert (
-        prompts[0][0].count("Question:") == 3
-        and run.requests
-        != TaskRun(local_task(tmp_path / "plain", "piqa", PIQA[:3]), model.config, tokenizer).requests
-    )
+    assert prompts[0][0].count("Question:") == 3
     result = zero_shot(model, tokenizer, folder)
     assert result["num_fewshot"] == 2 and result["n"] == 3
 
