@@ -80,7 +80,7 @@ def evaluate_stage(
 
     One block of the model is in memory at a time, and each is loaded once for all texts and tasks. Scores that `out`
     holds already, of the same checkpoint, settings and data, are kept and not computed again. An evaluation that is
-    interrupted and repeated goes on near its block.
+    interrupted and repeated goes on near its block. There is one parameter for each option of `obr evaluate`.
 
     Args:
         recipe: whose activation settings apply; None for the checkpoint's own.
