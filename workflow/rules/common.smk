@@ -7,9 +7,15 @@ import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
+from obr.config.config_files import add_recipes
 from obr.config.rule_functions import RuleFunctions
 from obr.config.workflow import Config, check_paths, objection
 from obr.errors import ObrError
+
+try:
+    add_recipes(config)
+except ObrError as error:
+    raise WorkflowError(str(error)) from None
 
 try:
     validate(config, "../schemas/config.schema.yaml")
@@ -35,6 +41,12 @@ PUBLISHED = f"{workflow.basedir}/workflow/published/results.csv"
 
 wildcard_constraints:
     **jobs.wildcards(),
+
+
+def prepare():
+    """Before any job: a results folder that can be written, and in it what tables and figures read of the config."""
+    check_writable()
+    jobs.write_settings()
 
 
 def check_writable():

@@ -5,9 +5,9 @@ rule perplexity:
     output:
         jobs.path("perplexity"),
     log:
-        jobs.log("perplexity", "model", "recipe", "text"),
+        jobs.log("perplexity", "model", "recipe", "activations", "text"),
     benchmark:
-        jobs.benchmark("perplexity", "model", "recipe", "text")
+        jobs.benchmark("perplexity", "model", "recipe", "activations", "text")
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
@@ -35,9 +35,9 @@ rule zero_shot:
     output:
         jobs.path("zero_shot"),
     log:
-        jobs.log("zero_shot", "model", "recipe", "task"),
+        jobs.log("zero_shot", "model", "recipe", "activations", "task"),
     benchmark:
-        jobs.benchmark("zero_shot", "model", "recipe", "task")
+        jobs.benchmark("zero_shot", "model", "recipe", "activations", "task")
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]

@@ -38,15 +38,13 @@ rule table:
         mem_mb=1000,
         runtime=10,
     params:
-        entry=jobs.entry("tables"),
-        recipes=jobs.used("tables", "recipes"),
-        models=jobs.used("tables", "models"),
+        settings=jobs.settings("tables"),
         results=subpath(output[0], ancestor=2),
         stem=subpath(output.csv, strip_suffix=".csv"),
         code=jobs.code("report.table"),
     shell:
-        "obr table --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} "
-        "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
+        "obr table {wildcards.table} --config {params.settings} --results {params.results} "
+        "--published {input.published} --out {params.stem} >{log} 2>&1"
 
 
 rule figure:
@@ -72,16 +70,13 @@ rule figure:
         mem_mb=1000,
         runtime=10,
     params:
-        entry=jobs.entry("figures"),
-        recipes=jobs.used("figures", "recipes"),
-        models=jobs.used("figures", "models"),
-        shapes=jobs.shapes,
+        settings=jobs.settings("figures"),
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".pdf"),
         code=jobs.code("report.figures.draw"),
     shell:
-        "obr figure --entry {params.entry:q} --recipes {params.recipes:q} --models {params.models:q} {params.shapes} "
-        "--results {params.results} --published {input.published} --out {params.stem} >{log} 2>&1"
+        "obr figure {wildcards.figure} --config {params.settings} --results {params.results} "
+        "--published {input.published} --out {params.stem} >{log} 2>&1"
 
 
 rule errata:

@@ -202,23 +202,17 @@ def kernels(args: Namespace) -> None:
 
 
 def table(args: Namespace) -> None:
+    from obr.config.config_files import read_yaml
     from obr.report.table import build, write
 
-    write(build(args.entry, args.recipes, args.models, args.results, args.published), args.out)
+    write(build(read_yaml(args.config), args.name, args.results, args.published), args.out)
 
 
 def figure(args: Namespace) -> None:
+    from obr.config.config_files import read_yaml
     from obr.report.figures.draw import draw
 
-    draw(
-        args.entry,
-        args.recipes,
-        args.models,
-        args.results,
-        args.published,
-        args.out,
-        (args.shapes or {}).get("shapes"),
-    )
+    draw(read_yaml(args.config), args.name, args.results, args.published, args.out)
 
 
 def push(args: Namespace) -> None:

@@ -37,6 +37,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--damp", type=float, metavar="D", help="of the Hessian, in units of its mean diagonal: 0.01")
     add("--clip", choices=("mse", "minmax", "learned"), help="how a row's scale is found: mse (default)")
     add = parser.add_argument_group("activations (simulated)").add_argument
+    add("--activations", metavar="SCHEME", help="a scheme of the config, such as a4kv4, that the options below change")
     add("--activation-bits", type=int, metavar="B", help="of the inputs of linear layers: 16 (default)")
     add("--kv-bits", type=int, metavar="B", help="of keys and values: 16 (default)")
     add = parser.add_argument_group("rotation").add_argument
@@ -93,6 +94,7 @@ def recipes_options(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="list|show", dest="what")
     shown = commands.add_parser("show", help="all values of a recipe, each with where it comes from")
     shown.add_argument("name", metavar="NAME", help="of the recipe")
+    shown.add_argument("--activations", metavar="SCHEME", help="as evaluated with this scheme of the config")
     for command in (commands.add_parser("list", help="all recipes, one per line"), shown):
         command.add_argument(
             "--configfile", type=Path, nargs="+", default=(), metavar="FILE",
@@ -109,5 +111,6 @@ def recipes(args: Namespace) -> None:
         print("\n".join(listing(config)))
         return
     where = " and ".join(map(str, args.configfile)) or "config.yaml"
-    entry, named = config_entry(config, args.name, where)
-    print("\n".join(Origins(entry, named).lines(config.parsed[args.name])))
+    entry, named = config_entry(config, args.name, where, args.activations)
+    recipe = config.evaluated(args.name, args.activations) if args.activations else config.parsed[args.name]
+    print("\n".join(Origins(entry, named).lines(recipe)))

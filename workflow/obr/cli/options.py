@@ -144,9 +144,8 @@ def _rerun(parser: argparse.ArgumentParser, required: bool) -> None:
 OPTIONS = {
     "entry": _json("entry", "the config entry of this stage, as JSON"),
     "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
-    "recipes": _json("recipes", "the config's recipes, resolved, as JSON"),
-    "models": _json("models", "the config's models, as JSON"),
-    "shapes": _json("shapes", "the config's kernels, whose shapes a figure of kernels draws, as JSON"),
+    "name": lambda parser, required: parser.add_argument("name", metavar="NAME", help="of the table or figure"),
+    "config": _path("config", "YAML or JSON file with the table or figure and the recipes and models that it names"),
     "model": _path("model", "folder of a downloaded model"),
     "text": _path("text", "text file"),
     "released": _path("released", "folder of a downloaded checkpoint of the authors"),

@@ -79,8 +79,8 @@ STAGES = {
         "entry checkpoint recipe? task out activations compute trust",
     ),
     "kernels": (commands.kernels, "Time matrix products on this device.", "entry out compute sizes"),
-    "table": (commands.table, "Make a table.", "entry recipes models results published out"),
-    "figure": (commands.figure, "Draw a figure.", "entry recipes models results published shapes? out"),
+    "table": (commands.table, "Make a table.", "name config results published out"),
+    "figure": (commands.figure, "Draw a figure.", "name config results published out"),
 }
 # Sub-commands with options of their own.
 BY_HAND = {

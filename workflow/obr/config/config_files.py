@@ -4,33 +4,65 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 
+from obr.config.recipe_sheets import read_sheets
 from obr.config.workflow import Config, objection
 from obr.errors import ObrError, first_line
 
 PROJECT = Path(__file__).parents[3]
 DEFAULT = PROJECT / "config.yaml"
+FOLDER = PROJECT / "config"
 SCHEMA = PROJECT / "workflow/schemas/config.schema.yaml"
+# What names mean, whichever experiment uses them; recipes are in sheets beside these files.
+DEFINITIONS = tuple(
+    FOLDER / f"{name}.yaml"
+    for name in ("models", "datasets", "rotations", "activations", "layer_options", "kernels")
+)
 
 
 def load_config(files: Sequence[Path] = ()) -> Config:
     """The configuration of the workflow, as Snakemake has it with `--configfile FILE ...`.
 
-    files: merged in their order, mappings key by key; none: the project's config.yaml, which also lies below files
-    without `models`, as in the Snakefile.
+    files: merged in their order, mappings key by key, over the project's own: sheets of recipes, definitions,
+    config.yaml and the experiments that are named, in this order.
 
     Raises:
         ObrError: a file cannot be read, or the schema or `Config` refuses what is in it.
     """
-    raw: dict = {}
+    over: dict = {}
     for file in files:
+        merge(over, read_yaml(file))
+    raw: dict = {}
+    for file in (*DEFINITIONS, DEFAULT):
         merge(raw, read_yaml(file))
-    if "models" not in raw:
-        raw = merge(read_yaml(DEFAULT), raw)
+    merge(raw, deepcopy(over))
+    for file in experiment_files(raw):
+        merge(raw, read_yaml(file))
+    merge(raw, over)
+    add_recipes(raw)
     schema = read_yaml(SCHEMA)
     _fill_defaults(raw, schema)
     if sentence := objection(raw, schema):
         raise ObrError(sentence)
     return Config(raw)
+
+
+def experiment_files(raw: dict) -> list[Path]:
+    """The files of the experiments that a config names: a list, or one name.
+
+    Raises:
+        ObrError: there is no file of that name in config/experiments.
+    """
+    names, folder = raw.get("experiments") or [], FOLDER / "experiments"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            raise ObrError(f"experiments names {name!r}, which config/experiments has not; it has {', '.join(known)}.")
+    return [folder / f"{name}.yaml" for name in ([names] if isinstance(names, str) else names)]
+
+
+def add_recipes(raw: dict) -> None:
+    """Lay a config's recipes over those of the sheets, in place."""
+    raw["recipes"] = merge(read_sheets(FOLDER / "recipes"), raw.get("recipes") or {})
 
 
 def read_yaml(path: Path) -> dict:

@@ -52,6 +52,10 @@ def _without_effect(raw: dict) -> Iterator[tuple[str, str, object, str]]:
             yield f"tables.{name}", "mean", True, "tables with zero_shot"
     for name, entry in raw["rotations"].items():
         yield from _of_rotation(f"rotations.{name}", entry)
+    for name, entry in raw["recipes"].items():
+        if entry.get("activations") and entry.get("hessian_inputs") != "quantised":
+            readers = "recipes with hessian_inputs: quantised; a row names the activations that it is evaluated with"
+            yield f"recipes.{name}", "activations", entry["activations"], readers
     for name, entry in raw["calibrations"].items():
         if entry.get("sampling") == "sequential" and entry.get("seed"):
             yield f"calibrations.{name}", "seed", entry["seed"], "sampling random and documents"

@@ -8,9 +8,10 @@ from pathlib import Path
 from obr.config.config_files import DEFAULT, load_config, read_yaml
 from obr.config.methods import METHODS
 from obr.config.quantizer import check_choice
-from obr.config.recipe import Recipe
+from obr.config.recipe import QUANTIZERS, Recipe
 from obr.config.recipe_checks import DTYPES
 from obr.config.recipe_origins import Origins, config_entry
+from obr.config.schemes import scheme_entry
 from obr.config.workflow import Config
 from obr.errors import ObrError
 
@@ -42,6 +43,7 @@ class OneShot:
     alpha: float | None = None
     damp: float | None = None
     clip: str | None = None
+    activations: str | None = None
     activation_bits: int | None = None
     kv_bits: int | None = None
     rotation: str | None = None
@@ -104,6 +106,11 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
     if options.sparsity is not None:
         entry.pop("pattern", None)
         origins.pop("pattern", None)
+    if options.activations is not None:
+        where = f"--activations of {options.config_name}"
+        scheme = scheme_entry(options.config.raw, options.activations, where)
+        entry = {key: value for key, value in entry.items() if key not in QUANTIZERS} | scheme
+        origins |= dict.fromkeys(scheme, f"activations.{options.activations}")
     for flag, parts in (("activation_bits", ("activations", "o_inputs")), ("kv_bits", ("keys", "values"))):
         if (bits := getattr(options, flag)) is not None:
             for part in parts:

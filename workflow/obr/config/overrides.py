@@ -18,7 +18,8 @@ def transpose(raw: dict) -> None:
     """Put every table and figure on the models and data that `overrides` names.
 
     Published numbers of the original models are not quoted beside other models: those have no published name.
-    Tables and figures that name these models already are the overrides' own, and stay as they are.
+    Tables and figures that name these models already are the overrides' own, and stay as they are. Those with
+    checkpoints of the paper's authors are left out, since these are of the original models.
     """
     overrides = raw.get("overrides")
     if not overrides:
@@ -29,6 +30,9 @@ def transpose(raw: dict) -> None:
         for key in ("calibration", "rotation", "mask"):
             if recipe.get(key):
                 recipe[key] = overrides.get(f"{key}s", {}).get(recipe[key], recipe[key])
+    for scheme in raw.get("activations", {}).values():
+        if "dtype" in overrides and "dtype" in scheme:
+            scheme["dtype"] = overrides["dtype"]
     for rotation in raw.get("rotations", {}).values():
         if learn := rotation.get("learn"):
             learn["calibration"] = overrides["calibrations"].get(learn["calibration"], learn["calibration"])
@@ -36,8 +40,11 @@ def transpose(raw: dict) -> None:
         if "mix" in calibration:
             calibration["mix"] = [overrides["calibrations"].get(name, name) for name in calibration["mix"]]
     for section in ("tables", "figures"):
-        for entry in raw[section].values():
+        for name, entry in list(raw[section].items()):
             if entry.get("models") == overrides["models"]:
+                continue
+            if _has_released(raw, entry):
+                del raw[section][name]
                 continue
             if "models" in entry:
                 entry["models"] = list(overrides["models"])
@@ -56,9 +63,17 @@ def transpose(raw: dict) -> None:
             if "models" in entry:  # others, of kernels, are the same products on any machine
                 for key in ("mentions", "quoted"):
                     entry.pop(key, None)
-    for name in overrides.get("without", []):
-        raw["tables"].pop(name, None)
-        raw["figures"].pop(name, None)
+    for section in ("tables", "figures"):
+        for name in overrides.get(section, {}).keys() & raw[section].keys():
+            raw[section][name] |= overrides[section][name]
+        for name in overrides.get("without", []):
+            raw[section].pop(name, None)
+
+
+def _has_released(raw: dict, entry: dict) -> bool:
+    """Whether a row is a checkpoint of the paper's authors, which is of the original model."""
+    keys = [row if isinstance(row, str) else row.get("recipe") for row in entry.get("rows", [])]
+    return any(raw["recipes"].get(key, {}).get("method") == "released" for key in keys)
 
 
 def shrink(raw: dict) -> None:
@@ -106,16 +121,13 @@ def _seeded(raw: dict, key: str, seed: int) -> str:
     """The recipe `key` with another seed, entered into the config; `key` itself if that is its seed already."""
     recipe = dict(raw["recipes"][key])
     before = dict(recipe)
-    if recipe.get("weights"):
-        recipe["weights"] = _seeded(raw, recipe["weights"], seed)
-    else:
-        if recipe.get("calibration"):
-            recipe["calibration"] = _with_seed(raw["calibrations"], recipe["calibration"], seed)
-        rotation = raw["rotations"].get(recipe.get("rotation", "none"))
-        if rotation and rotation["kind"] != "file":
-            recipe["rotation"] = _with_seed(raw["rotations"], recipe["rotation"], seed)
-        if recipe.get("mask") == "random" and recipe.get("seed", 0) != seed:
-            recipe["seed"] = seed
+    if recipe.get("calibration"):
+        recipe["calibration"] = _with_seed(raw["calibrations"], recipe["calibration"], seed)
+    rotation = raw["rotations"].get(recipe.get("rotation", "none"))
+    if rotation and rotation["kind"] != "file":
+        recipe["rotation"] = _with_seed(raw["rotations"], recipe["rotation"], seed)
+    if recipe.get("mask") == "random" and recipe.get("seed", 0) != seed:
+        recipe["seed"] = seed
     if recipe == before:
         return key
     name = f"{key}-seed{seed}"

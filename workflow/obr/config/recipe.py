@@ -15,7 +15,6 @@ BUDGETS = ("model", "block")  # over whose layers an allocation's bits are sprea
 # Fields that say how inputs are quantised; they leave weights alone, unless Hessians see quantised inputs.
 QUANTIZERS = ("activations", "o_inputs", "queries", "keys", "values")
 EVALUATION_ONLY = ("label", "online", *QUANTIZERS)
-BORROWING = ("label", "online", "dtype", *QUANTIZERS)  # what a recipe may set that borrows the weights of another
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is compressed and evaluated; the config's `recipes` entries, field by field.
+    """How a model is compressed and evaluated: an entry of the config's `recipes` and one of its `activations`.
 
     sparsity: fraction of the weights of each linear layer that is removed (implied by `pattern`).
     mask: the score by which weights are removed, a key of SCORES (methods "obr_rtn" and "obr_gptq"; "wanda" takes
@@ -168,7 +167,6 @@ class Recipe:
         if isinstance(entry, Recipe):
             return entry
         entry = {k: v for k, v in entry.items() if v is not None}
-        entry.pop("weights", None)
         entry.pop("source", None)  # of a released checkpoint; what it holds is checked when it is read
         for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")

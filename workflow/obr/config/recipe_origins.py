@@ -1,8 +1,9 @@
-"""Where each value of a recipe comes from: the config's entry, the recipe whose weights it uses, or the default."""
+"""Where each value of a recipe comes from: the config's recipe, its activation scheme, or the default."""
 
 from dataclasses import dataclass, fields
 
 from obr.config.recipe import Recipe
+from obr.config.schemes import evaluated_entry
 from obr.config.workflow import Config
 from obr.errors import ObrError
 
@@ -43,10 +44,14 @@ def _flow(value) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1e9, sort_keys=False).removesuffix("...\n").strip()
 
 
-def config_entry(config: Config, name: str, where: str) -> tuple[dict, dict[str, str]]:
-    """(fields, {field: the entry that it stands in}) of a recipe of the config, with what its `weights` brings along.
+def config_entry(config: Config, name: str, where: str, scheme: str | None = None) -> tuple[dict, dict[str, str]]:
+    """(fields, {field: the entry that it stands in}) of a recipe of the config.
 
-    where: the config's name in messages. Raises ObrError if the config has no recipe of that name.
+    scheme: the activation scheme that it is evaluated with; None for what its checkpoint depends on alone. where: the
+    config's name in messages.
+
+    Raises:
+        ObrError: the config has no recipe, or no scheme, of that name.
     """
     if name not in config.recipes:
         close = [key for key in config.recipes if name in key or key in name][:8] or list(config.recipes)[:8]
@@ -54,19 +59,23 @@ def config_entry(config: Config, name: str, where: str) -> tuple[dict, dict[str,
             f"{name} is neither a YAML file nor a recipe of {where}, which has {len(config.recipes)}, such as "
             f"{', '.join(close)}; obr recipes list prints them all."
         )
-    entry = {key: value for key, value in config.recipes[name].items() if value is not None}
-    own, weights = config.raw["recipes"][name], entry.pop("weights", None)
-    entry.pop("source", None)
-    borrowed = f"recipes.{weights}, whose weights it uses"
-    return entry, {key: f"recipes.{name}" if own.get(key) is not None else borrowed for key in entry}
+    own = config.raw["recipes"][name]
+    entry = evaluated_entry(config.raw, name, scheme) if scheme else config.recipes[name]
+    entry = {key: value for key, value in entry.items() if value is not None and key != "source"}
+    named = scheme or own.get("activations")
+    of_scheme = config.raw["activations"][named] if named else {}
+    return entry, {
+        key: f"recipes.{name}" if own.get(key) is not None and key not in of_scheme else f"activations.{named}"
+        for key in entry
+    }
 
 
 def listing(config: Config) -> list[str]:
-    """The recipes of a config, one per line: name, method, setting, zeros, rotation, calibration, whose weights."""
-    rows = [("recipe", "method", "setting", "zeros", "rotation", "calibration", "weights of")]
+    """The recipes of a config, one per line: name, method, bits, zeros, rotation, calibration, label."""
+    rows = [("recipe", "method", "bits", "zeros", "rotation", "calibration", "label")]
     for key, recipe in config.parsed.items():
         zeros = recipe.pattern or (f"{100 * recipe.sparsity:g} %" if recipe.sparsity else "-")
-        source = config.recipes[key].get("weights") or "-"
-        rows.append((key, recipe.method, recipe.setting, zeros, recipe.rotation, recipe.calibration or "-", source))
+        bits = recipe.setting.partition("A")[0].removeprefix("W")
+        rows.append((key, recipe.method, bits, zeros, recipe.rotation, recipe.calibration or "-", recipe.label or "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -3,15 +3,16 @@
 Snakemake calls them with the wildcards of a job, and with its input where a parameter depends on that.
 """
 
+import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from obr.config import paths
 from obr.config.workflow import Config
 from obr.runtime import code_digest, local_sources
+from obr.runtime.files import write_text
 
 # The wildcard that names an entry of a section, where it is not the section's singular.
 WILDCARDS = {"perplexity": "text", "zero_shot": "task"}
@@ -51,6 +52,7 @@ class RuleFunctions:
         return {
             "model": one_of(raw["models"]), "rotation": one_of(["none", *raw["rotations"]]),
             "calibration": one_of(raw["calibrations"]), "recipe": one_of(self.config.parsed),
+            "activations": one_of(raw["activations"]),
             "text": one_of(raw["perplexity"]), "task": one_of(raw["zero_shot"]),
             "options": one_of(raw["layer_options"]), "table": one_of(raw["tables"]), "figure": one_of(raw["figures"]),
         }  # fmt: skip
@@ -98,7 +100,7 @@ class RuleFunctions:
         return self.config.weight_entry(wildcards.recipe)
 
     def evaluation(self, wildcards) -> str:
-        return self.config.evaluation_entry(wildcards.recipe)
+        return self.config.evaluation_entry(wildcards.recipe, wildcards.activations)
 
     def sensitivity_entry(self, wildcards) -> str:
         """The options that are tried, and the blocks on which."""
@@ -112,17 +114,38 @@ class RuleFunctions:
         shapes = [{k: v for k, v in shape.items() if k not in ("device", "published")} for shape in shapes]
         return _json({**kernels, "shapes": shapes})
 
-    def used(self, section: str, of: str) -> Callable:
-        """A function: the recipes or models that a table or figure names, as JSON."""
+    def _settings(self, section: str, name: str) -> dict:
+        """The part of the config that a table or figure reads, as its command gets it."""
+        raw, entry = self.raw, self.raw[section][name]
+        rows = self.config.rows(entry)
+        recipes = {key: raw["recipes"][key] for key, _ in rows}
+        options = {recipe["allocation"]["options"] for recipe in recipes.values() if recipe.get("allocation")}
+        found = {
+            section: {name: entry},
+            "recipes": recipes,
+            "activations": {key: raw["activations"][key] for _, key in rows},
+            "layer_options": {key: raw["layer_options"][key] for key in options},
+            "models": {key: raw["models"][key] for key in entry.get("models", [])},
+        }
+        return found | ({"kernels": raw["kernels"]} if entry.get("kind") == "kernels" else {})
 
-        def entries(wildcards):
-            entry = self._entry(section, wildcards)
-            if of == "models":
-                return _json({m: self.raw["models"][m] for m in entry.get("models", [])})
-            keys = {key for row in self.config.rows(entry) for key in (row, self.config.checkpoint_of(row))}
-            return _json({key: self.config.recipes[key] for key in sorted(keys)})
+    def _settings_file(self, section: str, name: str) -> tuple[str, str]:
+        """(place, contents) of the settings of a table or figure: named by its contents, so that it never changes."""
+        text = json.dumps(self._settings(section, name), sort_keys=True, indent=1) + "\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return self.path("settings", section=section, name=name, digest=digest), text
 
-        return entries
+    def settings(self, section: str) -> Callable:
+        """A function: the file with what a table or figure reads of the config; another one as soon as that changes."""
+        return lambda wildcards: self._settings_file(section, wildcards[section.rstrip("s")])[0]
+
+    def write_settings(self) -> None:
+        """Write the settings of all tables and figures that are not there yet."""
+        for section in ("tables", "figures"):
+            for name in self.raw[section]:
+                place, text = self._settings_file(section, name)
+                if not Path(place).exists():
+                    write_text(text, place)
 
     # What decides a job besides its inputs
 
@@ -198,8 +221,7 @@ class RuleFunctions:
         return self.path("calibration", calibration=calibration, model=wildcards.model)
 
     def checkpoint(self, wildcards) -> str:
-        key = self.config.checkpoint_of(wildcards.recipe)
-        return self.path("checkpoint", model=wildcards.model, recipe=key)
+        return self.path("checkpoint", model=wildcards.model, recipe=wildcards.recipe)
 
     def evaluated_text(self, wildcards) -> str:
         return self.path("text", text=self.raw["perplexity"][wildcards.text]["text"])
@@ -235,6 +257,8 @@ class RuleFunctions:
     def compute(self, wildcards) -> str:
         """Flags of a stage that runs a model; the config's dtype is for stages whose recipe names none."""
         recipe = self.config.parsed.get(wildcards.get("recipe"))
+        if recipe is not None and "activations" in wildcards.keys():  # noqa: SIM118, no mapping
+            recipe = self.config.evaluated(wildcards.recipe, wildcards.activations)
         own = recipe is not None and recipe.dtype is not None
         dtype = f"--dtype {self.raw['dtype']}" if self.raw["dtype"] and not own else ""
         return " ".join(filter(None, (f"--device {self.raw['device']}", dtype, self.trust(wildcards))))
@@ -255,12 +279,6 @@ class RuleFunctions:
         if wildcards.device == "cuda" and self.raw["device"] == "cpu":
             return "--device cpu --sizes-only"
         return f"--device {wildcards.device}"
-
-    def shapes(self, wildcards) -> str:
-        """The shapes of the benchmark that a figure of kernels draws."""
-        if self.raw["figures"][wildcards.figure]["kind"] != "kernels":
-            return ""
-        return f"--shapes {shlex.quote(_json({'shapes': self.raw['kernels']['shapes']}))}"
 
     # Resources
 

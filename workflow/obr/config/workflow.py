@@ -14,8 +14,9 @@ from obr.config.model_sizes import read_config, sizes_of
 from obr.config.paths import below
 from obr.config.pattern import Pattern
 from obr.config.quantizer import check_choice
-from obr.config.recipe import BORROWING, Recipe
+from obr.config.recipe import Recipe
 from obr.config.rotations import DRAWN, LEARNED
+from obr.config.schemes import SIXTEEN_BITS_SCHEME, check_defined, checkpoint_entry, evaluated_entry, scheme_of
 from obr.errors import ObrError, printable
 
 # Artefacts of each row's weights that a kind of figure reads besides its scores.
@@ -34,15 +35,18 @@ class Config:
 
     def __init__(self, raw: dict):
         self.raw = raw
+        raw.setdefault("layer_options", {})
+        raw.setdefault("activations", {}).setdefault(SIXTEEN_BITS_SCHEME, {})
         check_effects(raw)
         overrides.transpose(raw)
         overrides.shrink(raw)
         self.results = raw["results"]
         self._check_seeds()
         overrides.multiply(raw)
-        raw.setdefault("layer_options", {})
-        self.recipes = {key: self._resolve(key) for key in raw["recipes"]}
+        self.recipes = {key: checkpoint_entry(raw, key) for key in raw["recipes"]}
         self.parsed = {key: Recipe.parse(entry, f"recipes.{key}") for key, entry in self.recipes.items()}
+        for key, entry in raw["activations"].items():
+            Recipe.parse({"method": "rtn", **entry}, f"activations.{key}")
         for key, recipe in self.parsed.items():
             if recipe.rotation != "none":
                 self._defined("rotations", recipe.rotation, f"recipes.{key}.rotation")
@@ -69,50 +73,22 @@ class Config:
             if entry.get("seeds"):
                 self._check_entry(f"tables.{key}", entry)
 
-    def _resolve(self, key: str) -> dict:
-        """A recipe's entry with what it takes over from the recipe named by its `weights`."""
-        entry = self._with_options(key)
-        base = entry.get("weights")
-        if base is None:
-            return entry
-        self._defined("recipes", base, f"recipes.{key}.weights")
-        if self.raw["recipes"][base].get("weights"):
-            raise ObrError(f"recipes.{key}.weights is {base!r}, which itself borrows; name its source instead.")
-        odd = sorted(set(entry) - {"weights", *BORROWING})
-        if odd:
-            raise ObrError(
-                f"recipes.{key} borrows the weights of {base!r}, so it may not set {odd[0]!r}; "
-                f"it may set {', '.join(BORROWING[:-1])} and {BORROWING[-1]}."
-            )
-        return {**self._with_options(base), "label": None, **entry}
-
     def _check_dtype(self, key: str, recipe: Recipe) -> None:
         """Raise ObrError if a recipe's compression reads shared statistics that are computed in another dtype."""
         shared = recipe.shared
-        if not shared or recipe.dtype in (None, self.raw.get("dtype")) or self.checkpoint_of(key) != key:
+        if not shared or recipe.dtype in (None, self.raw.get("dtype")):
             return
         raise ObrError(
             f"recipes.{key}.dtype is {recipe.dtype!r}, but its {shared[0]} are computed once for all recipes, in the "
             f"config's dtype, which is {self.raw.get('dtype') or 'null'}; set that dtype, or leave the recipe's out."
         )
 
-    def _with_options(self, key: str) -> dict:
-        """A recipe's entry with the options that its allocation names."""
-        entry = dict(self.raw["recipes"][key])
-        if entry.get("allocation"):
-            self._defined("layer_options", self.options_of(key), f"recipes.{key}.allocation.options")
-            options = self.raw["layer_options"][self.options_of(key)]
-            entry["allocation"] = {**entry["allocation"], "options": options}
-        return entry
-
     def options_of(self, key: str) -> str:
-        """The key of layer_options that the allocation of a recipe with weights of its own names."""
+        """The key of layer_options that the allocation of a recipe names."""
         return self.raw["recipes"][key]["allocation"]["options"]
 
     def _defined(self, section: str, name: str, where: str) -> None:
-        if name not in self.raw[section]:
-            known = ", ".join(self.raw[section]) or "none"
-            raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {known}.")
+        check_defined(self.raw[section], section, name, where)
 
     def _check_rotation(self, where: str, entry: dict) -> None:
         if "learn" in entry:
@@ -166,10 +142,9 @@ class Config:
             raise ObrError(f"{where} draws kernels but names no device; add device: cpu or cuda.")
         for model in entry.get("models", []):
             self._defined("models", model, f"{where}.models")
-        for recipe in self.rows(entry):
-            self._defined("recipes", recipe, f"{where}.rows")
-            source = self.raw["recipes"][recipe].get("weights") or recipe
-            if entry.get("kind") == "allocation" and not self.raw["recipes"][source].get("allocation"):
+        for recipe, scheme in self.rows(entry, where):
+            self._defined("activations", scheme, f"{where}.rows: activations of {recipe}")
+            if entry.get("kind") == "allocation" and not self.raw["recipes"][recipe].get("allocation"):
                 raise ObrError(f"{where} draws allocations, but recipe {recipe!r} has none; list recipes with one.")
         texts = entry.get("perplexity", [])
         for name in [texts] if isinstance(texts, str) else texts:
@@ -181,35 +156,42 @@ class Config:
             if "learn" not in self.raw["rotations"][name]:
                 raise ObrError(f"{where}.rotations names {name!r}, which is not learned here; it has no curve.")
 
-    def checkpoint_of(self, recipe: str) -> str:
-        """The recipe whose folder holds the weights of this one."""
-        return self.recipes[recipe].get("weights") or recipe
-
     def weight_entry(self, recipe: str) -> str:
         """JSON of what decides a recipe's checkpoint."""
-        return json.dumps(self.parsed[self.checkpoint_of(recipe)].decisive(), sort_keys=True)
+        return json.dumps(self.parsed[recipe].decisive(), sort_keys=True)
 
-    def evaluation_entry(self, recipe: str) -> str:
-        """JSON of what decides how a recipe's checkpoint is evaluated."""
-        entry = self.parsed[recipe].to_dict()
+    def evaluated(self, recipe: str, scheme: str) -> Recipe:
+        """A recipe as its checkpoint is evaluated under an activation scheme."""
+        return Recipe.parse(evaluated_entry(self.raw, recipe, scheme), f"recipe {recipe} with activations {scheme}")
+
+    def evaluation_entry(self, recipe: str, scheme: str) -> str:
+        """JSON of what decides how a recipe's checkpoint is evaluated under an activation scheme."""
+        entry = self.evaluated(recipe, scheme).to_dict()
         entry.pop("label")
         return json.dumps(entry, sort_keys=True)
 
-    def rows(self, entry: dict) -> list[str]:
-        """The recipes of an entry's rows, with those of all seeds; rows that only quote have none."""
+    def rows(self, entry: dict, where: str = "the entry") -> list[tuple[str, str]]:
+        """(recipe, activation scheme) of an entry's rows, with those of all seeds beside each row's own; rows that
+        only quote have none.
+
+        Raises:
+            ObrError: a recipe that the config does not define. where: the entry's place, in messages.
+        """
         found = []
         for row in entry.get("rows", []):
-            if isinstance(row, str):
-                found.append(row)
-            elif "recipe" in row:
-                found += row.get("variants") or [row["recipe"]]
+            if isinstance(row, dict) and "recipe" not in row:
+                continue
+            row = {"recipe": row} if isinstance(row, str) else row
+            keys = row.get("variants") or [row["recipe"]]
+            for key in (row["recipe"], *keys):
+                self._defined("recipes", key, f"{where}.rows")
+            found += [(key, scheme_of(self.raw, row)) for key in keys]
         return found
 
     def recipes_of(self, model: str) -> list[str]:
         """Recipes whose checkpoints some table or figure asks of the model, each once."""
         entries = [*self.raw["tables"].values(), *self.raw["figures"].values()]
-        keys = [self.checkpoint_of(row) for e in entries if model in e.get("models", []) for row in self.rows(e)]
-        return list(dict.fromkeys(keys))
+        return list(dict.fromkeys(row for e in entries if model in e.get("models", []) for row, _ in self.rows(e)))
 
     def artefacts(self, entry: dict) -> Iterator[str]:
         """The files that a table or figure is made of, below the results folder."""
@@ -219,14 +201,14 @@ class Config:
         for model in entry.get("models", []):
             for rotation in entry.get("rotations", []):
                 yield below("learning_curve", rotation=rotation, model=model)
-            for row in self.rows(entry):
+            for recipe, scheme in self.rows(entry):
+                names = {"model": model, "recipe": recipe}
                 for text in [texts] if isinstance(texts, str) else texts:
-                    yield below("perplexity", model=model, recipe=row, text=text)
+                    yield below("perplexity", **names, activations=scheme, text=text)
                 for task in entry.get("zero_shot", []):
-                    yield below("zero_shot", model=model, recipe=row, task=task)
-                read = ["checkpoint", *READ_BY_FIGURES.get(entry.get("kind"), ())]
-                for artefact in read:
-                    yield below(artefact, model=model, recipe=self.checkpoint_of(row))
+                    yield below("zero_shot", **names, activations=scheme, task=task)
+                for artefact in ["checkpoint", *READ_BY_FIGURES.get(entry.get("kind"), ())]:
+                    yield below(artefact, **names)
 
     def measured_blocks(self, options: str, rotation: str, calibration: str) -> str | None:
         """The blocks to measure: those of the recipes whose allocations choose from it, all if these differ."""
@@ -234,7 +216,7 @@ class Config:
             recipe.blocks
             for key, recipe in self.parsed.items()
             if recipe.allocation is not None
-            and self.options_of(self.checkpoint_of(key)) == options
+            and self.options_of(key) == options
             and (recipe.rotation, recipe.calibration) == (rotation, calibration)
         }
         return found.pop() if len(found) == 1 else None

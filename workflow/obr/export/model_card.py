@@ -70,25 +70,26 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     """One row of what is known: every evaluation of this checkpoint in its results folder, and of the dense model."""
     results, model, key = checkpoint.parents[2], checkpoint.parent.name, checkpoint.name
     rows, meanings = {}, {}
-    for label, recipe in (("dense", "dense"), (key, key)):
-        row = {}
-        for path in sorted(paths.folder(results, "perplexity", model=model, recipe=recipe).glob("*.json")):
+    places = [(recipe, folder) for recipe in dict.fromkeys(("dense", key)) for folder in _evaluated(results, model, recipe)]
+    for recipe, scheme in places:
+        row, names = {}, {"model": model, "recipe": recipe, "activations": scheme}
+        for path in sorted(paths.folder(results, "perplexity", **names).glob("*.json")):
             score, column = read_artefact(path), f"{HEADINGS.get(path.stem, path.stem)} perplexity"
             row[column] = f"{value_of(score):.2f}"
             meanings[f"{column}: {score.get('definition')}."] = score.get("definition")
-        for path in sorted(paths.folder(results, "zero_shot", model=model, recipe=recipe).glob("*.json")):
+        for path in sorted(paths.folder(results, "zero_shot", **names).glob("*.json")):
             score = read_artefact(path)
             row[f"{HEADINGS.get(path.stem, path.stem)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"
             meanings[f"Zero-shot prompts: {score.get('prompts')}."] = score.get("prompts")
         if row:
-            rows[label] = row
+            rows[recipe if scheme == SIXTEEN_BITS_SCHEME else f"{recipe}, {scheme}"] = row
     error = manifest.get("relative_error")
     notes = (
         f"Mean relative error of the layers' outputs on the calibration data: {error:.4f}."
         if error is not None
         else ""
     )
-    if key not in rows:
+    if not any(recipe == key for recipe, _ in places):
         return f"No evaluation of this checkpoint was found beside it. {notes}".strip()
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [f"| | {' | '.join(columns)} |", f"| :-- |{' --: |' * len(columns)}"]
@@ -97,6 +98,17 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     ]
     notes = " ".join([notes, *(text for text, known in meanings.items() if known)])
     return "\n".join([*lines, "", notes]).strip()
+
+
+def _evaluated(results: Path, model: str, recipe: str) -> list[str]:
+    """The activation schemes under which a checkpoint was evaluated, "a16" first."""
+    found = {
+        folder.name
+        for artefact in ("perplexity", "zero_shot")
+        for folder in paths.folder(results, artefact, model=model, recipe=recipe, activations="*").parent.glob("*")
+        if any(folder.glob("*.json"))
+    }
+    return sorted(found, key=lambda scheme: (scheme != SIXTEEN_BITS_SCHEME, scheme))
 
 
 def _told(recipe: Recipe) -> dict:

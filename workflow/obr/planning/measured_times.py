@@ -79,11 +79,11 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model
         blocks = len({layer["block"] for layer in losses["layers"]})
         return rule, losses["device"], cost_model.sensitivity(replace(sizes, blocks=blocks), options)
     if rule == "perplexity":
-        artefact = read_artefact(place("perplexity", "model", "recipe", "text"))
+        artefact = read_artefact(place("perplexity", "model", "recipe", "activations", "text"))
         return rule, artefact["device"], cost_model.perplexity(sizes, artefact["tokens"], artefact["seqlen"])
     if rule == "zero_shot":
-        artefact = read_artefact(place("zero_shot", "model", "recipe", "task"))
-        work = cost_model.zero_shot(sizes, names[2], artefact["n"], artefact["batch_tokens"])
+        artefact = read_artefact(place("zero_shot", "model", "recipe", "activations", "task"))
+        work = cost_model.zero_shot(sizes, names[3], artefact["n"], artefact["batch_tokens"])
         return rule, artefact["device"], work
     made = read_artefact(place("hessians", *PLACE))
     calibration = made["calibration"]

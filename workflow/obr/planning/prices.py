@@ -6,6 +6,7 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
+from obr.config.schemes import checkpoint_entry
 from obr.planning import cost_model, measured_times, tensor_sizes
 from obr.planning.dry_run import Job
 
@@ -57,13 +58,7 @@ class Prices:
 
     def recipe(self, key: str) -> Recipe:
         """A recipe as the workflow resolves it."""
-        entry = self.config["recipes"][key]
-        base = self.config["recipes"][entry["weights"]] if entry.get("weights") else {}
-        entry = {k: v for k, v in {**base, **entry}.items() if k != "source"}
-        if entry.get("allocation"):
-            options = self.config["layer_options"][entry["allocation"]["options"]]
-            entry["allocation"] = {**entry["allocation"], "options": options}
-        return Recipe.parse(entry, key)
+        return Recipe.parse(checkpoint_entry(self.config, key), key)
 
     def calibration(self, key: str | None) -> tuple[int, int]:
         """(tokens, tokens of a window)."""

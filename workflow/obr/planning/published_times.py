@@ -18,7 +18,7 @@ def published_times(path: Path, jobs: list[Job], each: list[Price], prices: Pric
     found = []
     for job, price in zip(jobs, each):
         recipe = prices.recipe(job.wildcards["recipe"]) if job.rule == "compress" else None
-        if recipe and recipe.method in TIMED_IN_THE_PAPER and job.wildcards["recipe"] == f"{recipe.method}_w":
+        if recipe and recipe.method in TIMED_IN_THE_PAPER and job.wildcards["recipe"] == f"{recipe.method}-w4s50-quarot":
             method, model = TIMED_IN_THE_PAPER[recipe.method], prices.config["models"][job.wildcards["model"]]
             if model.get("published") in set(printed["model"]):
                 minutes = lookup(printed, model=model["published"], method=method)

@@ -14,6 +14,7 @@ from obr.report.table_notes import MASKS, Evidence, notes_of
 from obr.report.table_rows import (
     Metric,
     Row,
+    entry_of,
     metrics_of,
     model_label,
     number,
@@ -28,10 +29,12 @@ from obr.runtime.files import write_text
 DETAILS = ("bits_per_weight", "file_mb", "seconds", "relative_error", "held_out_error", "sparsity")
 
 
-def build(entry: dict, recipes: dict, models: dict, results: Path, published: Path) -> Table:
+def build(config: dict, name: str, results: Path, published: Path) -> Table:
     """Gather one table of the config.
 
-    The frame holds, for each (model, row): `model, model_label, recipe, label, method, setting, sparsity`
+    config: as read from its files, or the part that the table needs: tables, recipes, activations and models.
+
+    The frame holds, for each (model, row): `model, model_label, recipe, activations, label, method, setting, sparsity`
     (as asked for: a fraction or a pattern), then `{metric}_paper, {metric}_ours, {metric}_stderr` (zero-shot
     only) and `{metric}_delta` (ours - paper) for each text, task and `mean`, then the details asked for.
 
@@ -39,10 +42,11 @@ def build(entry: dict, recipes: dict, models: dict, results: Path, published: Pa
         ObrError: a recipe, model or detail is unknown, an artefact is missing (the sentence names the target
             to build), or a published filter is misspelt or ambiguous.
     """
-    rows, metrics, details = resolve_rows(entry, recipes), metrics_of(entry), list(entry.get("details") or [])
-    for name in details:
-        if name not in DETAILS:
-            raise ObrError(f"Detail {name!r} is unknown; choose from {', '.join(DETAILS)}.")
+    entry, models = entry_of(config, "tables", name), config["models"]
+    rows, metrics, details = resolve_rows(entry, config), metrics_of(entry), list(entry.get("details") or [])
+    for detail in details:
+        if detail not in DETAILS:
+            raise ObrError(f"Detail {detail!r} is unknown; choose from {', '.join(DETAILS)}.")
     labels = {key: model_label(models, key) for key in entry.get("models") or []}
     if not labels:
         raise ObrError(f"Table {entry.get('title', '')!r} has no models; list model keys under `models`.")
@@ -71,7 +75,8 @@ def build(entry: dict, recipes: dict, models: dict, results: Path, published: Pa
 
 
 def _head(model: str, label: str, row: Row, quotes: papers.Quotes) -> dict:
-    names = {"model": model, "model_label": label, "recipe": row.key, "label": row.label}
+    names = {"model": model, "model_label": label, "recipe": row.checkpoint, "activations": row.activations}
+    names["label"] = row.label
     if row.recipe is None:
         return names | {"method": "", **quotes.setting(model, row)}
     asked = "by layer" if row.recipe.allocation else row.recipe.pattern or row.recipe.sparsity
@@ -149,7 +154,7 @@ def _ordered(records: list[dict], metrics: list[Metric]) -> pd.DataFrame:
     frame = pd.DataFrame(records)
     parts = [f"{m.key}_{part}" for m in metrics for part in ("paper", "ours", "stderr", "delta")]
     parts = [column for column in parts if column in frame]
-    head = list(frame.columns[:7])
+    head = list(frame.columns[:8])
     return frame[head + parts + [c for c in frame.columns if c not in {*head, *parts}]]
 
 

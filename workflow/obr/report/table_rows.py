@@ -6,6 +6,7 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Recipe
+from obr.config.schemes import evaluated_entry, scheme_of
 from obr.errors import ObrError
 from obr.report.published import MEANS
 
@@ -30,8 +31,9 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe of a table or figure. `checkpoint` is the recipe whose folder holds its weights.
+    """One recipe of a table or figure under one activation scheme. `checkpoint` is the recipe's key in the config.
 
+    key: tells the rows of an entry apart, such as "gptq-w4-quarot/a4kv4".
     variants: the same recipe under each of several seeds, itself included; empty where one seed is asked for.
     published_bits: bits per weight at which the published figure draws the row; None where it counts as ours does.
     A row that only quotes has no recipe.
@@ -41,6 +43,7 @@ class Row:
     label: str
     recipe: Recipe | None
     checkpoint: str
+    activations: str
     published: dict | None
     variants: tuple["Row", ...] = ()
     published_bits: float | None = None
@@ -62,12 +65,14 @@ class Metric:
     kind: str = "zero_shot"  # or perplexity, mean, minutes, quoted
 
 
-def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
-    """The `rows` of an entry, each a recipe key, `{recipe, label?, published?, published_bits?, variants?}` or, for
-    a row that only quotes, `{label, published}`.
+def resolve_rows(entry: dict, config: dict) -> list[Row]:
+    """The `rows` of an entry, each a recipe key, `{recipe, activations?, label?, published?, published_bits?,
+    variants?}` or, for a row that only quotes, `{label, published}`.
+
+    config: with the sections that rows name: recipes, activations and layer_options.
 
     Raises:
-        ObrError: no rows, or a recipe (or the one that its `weights` names) is not in the config.
+        ObrError: no rows, or a recipe or activation scheme is not in the config.
     """
     if not entry.get("rows"):
         raise ObrError(f"Entry {entry.get('title', '')!r} has no rows; list recipe keys under `rows`.")
@@ -76,22 +81,21 @@ def resolve_rows(entry: dict, recipes: dict) -> list[Row]:
         item = {"recipe": item} if isinstance(item, str) else item
         published = item.get("published")
         if "recipe" not in item:
-            rows.append(Row(item["label"], item["label"], None, "", published))
+            rows.append(Row(item["label"], item["label"], None, "", "", published))
             continue
-        label = item.get("label")
-        variants = tuple(_row(key, recipes, label, None) for key in item.get("variants") or [])
-        row = _row(item["recipe"], recipes, label, published)
+        row = replace(_row(item["recipe"], item, config), published=published)
+        variants = tuple(_row(key, item, config) for key in item.get("variants") or [])
         rows.append(replace(row, variants=variants, published_bits=item.get("published_bits")))
     return rows
 
 
-def _row(key: str, recipes: dict, label: str | None, published: dict | None) -> Row:
-    checkpoint = recipes.get(key, {}).get("weights") or key
-    for name in (key, checkpoint):
-        if name not in recipes:
-            raise ObrError(f"Recipe {name!r} is not in the config; known are {', '.join(sorted(recipes))}.")
-    recipe = Recipe.parse(recipes[key], key)
-    return Row(key, label or recipe.label or key, recipe, checkpoint, published)
+def _row(key: str, item: dict, config: dict) -> Row:
+    """The row of a recipe, the item's own or that of another seed."""
+    if key not in config["recipes"]:
+        raise ObrError(f"Recipe {key!r} is not in the config; known are {', '.join(sorted(config['recipes']))}.")
+    scheme = scheme_of(config, {**item, "recipe": key})
+    recipe = Recipe.parse(evaluated_entry(config, key, scheme), key)
+    return Row(f"{key}/{scheme}", item.get("label") or recipe.label or key, recipe, key, scheme, None)
 
 
 def model_label(models: dict, key: str) -> str:
@@ -129,6 +133,14 @@ def metrics_of(entry: dict) -> list[Metric]:
     return found
 
 
+def entry_of(config: dict, section: str, name: str) -> dict:
+    """A table or figure of a config. Raises ObrError if there is none of that name."""
+    if name not in (config.get(section) or {}):
+        known = ", ".join(config.get(section) or {}) or "none"
+        raise ObrError(f"{section} of the config has no {name!r}; it has {known}.")
+    return config[section][name]
+
+
 def read_artefact(path: Path) -> dict:
     """One JSON artefact. Raises ObrError, naming the target to build, if it is missing or damaged."""
     require(path)
@@ -150,11 +162,13 @@ def read_manifest(results: Path, model: str, row: Row) -> dict:
 
 
 def read_perplexity(results: Path, model: str, row: Row, text: str) -> dict:
-    return read_artefact(paths.path(results, "perplexity", model=model, recipe=row.key, text=text))
+    names = {"model": model, "recipe": row.checkpoint, "activations": row.activations}
+    return read_artefact(paths.path(results, "perplexity", **names, text=text))
 
 
 def read_zero_shot(results: Path, model: str, row: Row, task: str) -> dict:
-    return read_artefact(paths.path(results, "zero_shot", model=model, recipe=row.key, task=task))
+    names = {"model": model, "recipe": row.checkpoint, "activations": row.activations}
+    return read_artefact(paths.path(results, "zero_shot", **names, task=task))
 
 
 def number(value) -> float:

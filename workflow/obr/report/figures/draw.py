@@ -22,39 +22,31 @@ from obr.report.figures.layers import allocation, layer_error, natural_sparsity
 from obr.report.figures.learning import learning_curve
 from obr.report.figures.perplexity import perplexity_bits, sweep
 from obr.report.published import Quotes, load, mentions
-from obr.report.table_rows import model_label, resolve_rows
+from obr.report.table_rows import entry_of, model_label, resolve_rows
 
 
-def draw(
-    entry: dict,
-    recipes: dict,
-    models: dict,
-    results: Path,
-    published: Path,
-    out_stem: Path,
-    shapes: list[dict] | None = None,
-) -> None:
+def draw(config: dict, name: str, results: Path, published: Path, out_stem: Path) -> None:
     """Draw one figure of the config to `out_stem` + .pdf and .png (200 dpi).
 
-    One parameter per flag of `obr figure`.
-
-    shapes: those of the kernel benchmark, which say what a product is called where it is published.
+    config: as read from its files, or the part that the figure needs: figures, recipes, activations and models, and
+    for products kernels, whose shapes say what a product is called where it is published.
 
     Raises:
         ObrError: the kind is unknown, an artefact is missing (the sentence names the target to build), or the
             entry's rows cannot be distinguished in it.
     """
-    kind = entry.get("kind")
+    entry, models = entry_of(config, "figures", name), config["models"]
+    kind, shapes = entry.get("kind"), (config.get("kernels") or {}).get("shapes") or []
     if kind not in KINDS:
         raise ObrError(f"Figure kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
-    rows = [] if kind in ("kernels", "learning_curve") else resolve_rows(entry, recipes)
+    rows = [] if kind in ("kernels", "learning_curve") else resolve_rows(entry, config)
     for model in entry.get("models") or []:
         model_label(models, model)
     quotes = Quotes(entry, models, rows, published) if rows else None
     mentioned, note = entry.get("mentions") or [], entry.get("note")
     numbers = load(published) if mentioned or entry.get("published") else None
     with matplotlib.rc_context(STYLE):
-        source = FigureInputs(entry, models, Path(results), rows, quotes, numbers, shapes or [])
+        source = FigureInputs(entry, models, Path(results), rows, quotes, numbers, shapes)
         sheet = KINDS[kind](source)
         sheet.remarks += mentions(numbers, mentioned, notes=False) if mentioned else []
         sheet.remarks += [note] if note else []

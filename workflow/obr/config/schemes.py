@@ -1,0 +1,54 @@
+"""Entries of a config with their names resolved: a checkpoint's recipe, and a recipe under an activation scheme."""
+
+from collections.abc import Iterable
+
+from obr.config.recipe import QUANTIZERS
+from obr.errors import ObrError
+
+SIXTEEN_BITS_SCHEME = "a16"  # there in every config: activations, keys and values stay at 16 bits
+SCHEME_FIELDS = (*QUANTIZERS, "online", "dtype")  # what a scheme may set of a recipe
+
+
+def check_defined(names: Iterable[str], section: str, name: str, where: str) -> None:
+    """Raise ObrError if a section, with these names, does not define the one that stands at `where`."""
+    names = list(names)
+    if name not in names:
+        raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {', '.join(names) or 'none'}.")
+
+
+def scheme_of(raw: dict, row: str | dict) -> str:
+    """The activation scheme of a row: its own, else that of its recipe, else "a16"."""
+    own = None if isinstance(row, str) else row.get("activations")
+    recipe = row if isinstance(row, str) else row["recipe"]
+    return own or raw["recipes"][recipe].get("activations") or SIXTEEN_BITS_SCHEME
+
+
+def checkpoint_entry(raw: dict, key: str) -> dict:
+    """A recipe's entry with the options that its allocation names, and the quantisers that its Hessians see.
+
+    Raises:
+        ObrError: the config has no such recipe, or what the recipe names is not defined.
+    """
+    check_defined(raw["recipes"], "recipes", key, "the recipe")
+    entry = dict(raw["recipes"][key])
+    if allocation := entry.get("allocation"):
+        options = raw.get("layer_options") or {}
+        check_defined(options, "layer_options", allocation["options"], f"recipes.{key}.allocation.options")
+        entry["allocation"] = {**allocation, "options": options[allocation["options"]]}
+    if scheme := entry.pop("activations", None):
+        found = scheme_entry(raw, scheme, f"recipes.{key}.activations")
+        entry |= {name: value for name, value in found.items() if name in QUANTIZERS}
+    return entry
+
+
+def evaluated_entry(raw: dict, key: str, scheme: str) -> dict:
+    """A recipe's entry as its checkpoint is evaluated under a scheme, whose fields replace those of the recipe."""
+    entry = {name: value for name, value in checkpoint_entry(raw, key).items() if name not in QUANTIZERS}
+    return entry | scheme_entry(raw, scheme, f"the activations of recipe {key}")
+
+
+def scheme_entry(raw: dict, scheme: str, where: str) -> dict:
+    """The fields of an activation scheme. Raises ObrError if the config does not define it."""
+    schemes = {SIXTEEN_BITS_SCHEME: {}, **(raw.get("activations") or {})}
+    check_defined(schemes, "activations", scheme, where)
+    return dict(schemes[scheme])
