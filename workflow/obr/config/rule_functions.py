@@ -94,7 +94,8 @@ class RuleFunctions:
         Taking `input` keeps a changed pattern from starting the check of the model again: Snakemake would then
         overlook what else has changed behind it. Patterns that change later are checked when the workflow is read.
         """
-        return _json(self.config.patterns_of(wildcards.model))
+        given = self.config.patterns_of(wildcards.model)
+        return _json({recipe: pattern for recipe, pattern in given.items() if pattern})
 
     def weights(self, wildcards) -> str:
         return self.config.weight_entry(wildcards.recipe)
