@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from obr.config.config_files import layered
 from obr.config.effects import ALL_FIGURES, FIGURES
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
@@ -14,6 +15,7 @@ from replaced import replaced
 from running import CONFIG, ROOT
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+OBR_A4 = {"recipe": "obr", "activations": "a4"}
 RAW = {
     "results": "results",
     "models": {"small": {}, "large": {}},
@@ -25,11 +27,9 @@ RAW = {
     "recipes": {
         "dense": {"method": "dense"},
         "obr": {"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "label": "OBR"},
-        "obr_a4": {"weights": "obr", "activations": {"bits": 4}},
     },
-    "tables": {
-        "t": {"title": "T", "models": ["small", "large"], "rows": ["dense", "obr_a4"], "perplexity": ["wiki"]}
-    },
+    "activations": {"a4": {"activations": {"bits": 4}}},
+    "tables": {"t": {"title": "T", "models": ["small", "large"], "rows": ["dense", OBR_A4], "perplexity": ["wiki"]}},
     "figures": {"f": {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perplexity": "wiki"}},
 }
 
@@ -38,17 +38,40 @@ def raw(**changes):
     return replaced(RAW, **changes)
 
 
-def test_weights_are_shared_and_settings_resolved():
+def test_a_checkpoint_is_evaluated_under_the_schemes_of_its_rows():
     config = Config(raw())
-    assert config.checkpoint_of("obr_a4") == "obr" == config.checkpoint_of("obr")
-    assert config.parsed["obr_a4"].setting == "W4A4KV16" and config.parsed["obr_a4"].method == "obr_gptq"
-    assert config.weight_entry("obr_a4") == config.weight_entry("obr")
-    assert config.evaluation_entry("obr_a4") != config.evaluation_entry("obr")
-    assert list(config.artefacts(config.raw["tables"]["t"]))[:3] == [
-        "perplexity/small/dense/wiki.json",
+    evaluated = config.evaluated("obr", "a4")
+    assert evaluated.setting == "W4A4KV16" and evaluated.method == "obr_gptq"
+    assert config.evaluation_entry("obr", "a4") != config.evaluation_entry("obr", "a16")
+    assert config.rows(config.raw["tables"]["t"]) == [("dense", "a16"), ("obr", "a4")]
+    assert list(config.artefacts(config.raw["tables"]["t"]))[:4] == [
+        "perplexity/small/dense/a16/wiki.json",
         "compressed/small/dense/manifest.json",
-        "perplexity/small/obr_a4/wiki.json",
+        "perplexity/small/obr/a4/wiki.json",
+        "compressed/small/obr/manifest.json",
     ]
+
+
+def test_quantised_hessians_see_the_scheme_that_their_recipe_names():
+    recipe = {**RAW["recipes"]["obr"], "hessian_inputs": "quantised", "activations": "a4"}
+    config = Config(raw(recipes__seen=recipe, tables__t__rows=["seen", {"recipe": "seen", "activations": "a16"}]))
+    assert json.loads(config.weight_entry("seen"))["activations"]["bits"] == 4
+    assert config.rows(config.raw["tables"]["t"]) == [("seen", "a4"), ("seen", "a16")]
+    assert config.evaluated("seen", "a16").activations.bits == 16
+    with pytest.raises(
+        ObrError, match=r"recipes.seen.activations is 'a4', which nothing reads: activations is of rec"
+    ):
+        Config(raw(recipes__seen={**recipe, "hessian_inputs": "plain"}))
+    with pytest.raises(ObrError, match=r"recipes.seen.activations is 'gone', which activations does not define"):
+        Config(raw(recipes__seen={**recipe, "activations": "gone"}))
+
+
+def test_a_scheme_may_set_the_precision_of_the_evaluation():
+    schemes = {"own": {"dtype": None, "online": "float32"}, "same": {}}
+    recipe = {**RAW["recipes"]["obr"], "dtype": "bfloat16", "online": "model"}
+    config = Config(raw(activations=schemes, recipes__obr=recipe, tables__t__rows=["obr"]))
+    assert (config.evaluated("obr", "own").dtype, config.evaluated("obr", "own").online) == (None, "float32")
+    assert (config.evaluated("obr", "same").dtype, config.evaluated("obr", "same").online) == ("bfloat16", "model")
 
 
 def test_labels_and_spelt_out_defaults_do_not_change_a_checkpoint():
@@ -61,13 +84,12 @@ def test_labels_and_spelt_out_defaults_do_not_change_a_checkpoint():
 def test_an_allocation_takes_its_options_from_the_config():
     options = {"mixed": [{"method": "gptq", "bits": 3}, {"method": "joint", "pattern": "8:16"}]}
     recipe = {"method": "joint", "calibration": "c", "allocation": {"bits": 3.0, "options": "mixed"}}
-    rows = ["mixed", "mixed_a4"]
-    more = {"mixed": recipe, "mixed_a4": {"weights": "mixed", "activations": {"bits": 4}}}
+    rows = ["mixed", {"recipe": "mixed", "activations": "a4"}]
+    more = {"mixed": recipe}
     changes = {"layer_options": options, "recipes": {**RAW["recipes"], **more}, "tables__t__rows": rows}
     config = Config(raw(**changes, figures__f={"kind": "allocation", "models": ["large"], "rows": rows}))
-    assert (
-        config.parsed["mixed_a4"].options == config.parsed["mixed"].options and config.options_of("mixed") == "mixed"
-    )
+    assert config.evaluated("mixed", "a4").options == config.parsed["mixed"].options
+    assert config.options_of("mixed") == "mixed"
     assert [option["bits"] for option in json.loads(config.weight_entry("mixed"))["allocation"]["options"]] == [3, 4]
     assert "allocations/large/mixed.json" in set(config.artefacts(config.raw["figures"]["f"]))
     assert config.measured_blocks("mixed", "none", "c") is None
@@ -100,9 +122,9 @@ def test_only_models_limits_tables_and_figures():
         ({"recipes__obr__sparsity": 1.2}, "recipes.obr.sparsity is 1.2; it must lie between 0 and 0.95"),
         ({"recipes__obr__pattern": "4:2"}, "Pattern '4:2' must keep"),
         ({"recipes__obr__nonsense": 1}, "recipes.obr has the unknown key 'nonsense'; known are activations"),
-        ({"recipes__obr_a4__weights": "gone"}, "recipes.obr_a4.weights is 'gone', which recipes does not define"),
-        ({"recipes__obr_a4__bits": 3}, "recipes.obr_a4 borrows the weights of 'obr', so it may not set 'bits'"),
-        ({"recipes__obr_a4__activations": {"bits": 1}}, "recipes.obr_a4.activations: bits 1 is out of range"),
+        ({"tables__t__rows": [{**OBR_A4, "activations": "a3"}]}, "tables.t.rows: activations of obr is 'a3', which"),
+        ({"activations__a4__bits": 3}, "a key of activations.a4 is 'bits'; choose one of activations"),
+        ({"activations__a4__activations": {"bits": 1}}, "activations.a4.activations: bits 1 is out of range"),
         ({"calibrations__d": {"mix": ["c", "gone"]}}, "calibrations.d.mix is 'gone', which calibrations does not"),
         (
             {"calibrations__d": {"mix": ["c", "c"], "seqlen": 64}},
@@ -205,7 +227,7 @@ def test_bos_of_windows_that_are_of_no_text(entry, sentence):
     ("zero_shot", "piqa", (None, True, False, "tokenizer")),
 ])  # fmt: skip
 def test_the_schema_knows_every_bos_and_no_other(section, key, values):
-    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config = layered({})
     for value in (*values, "text", 2):
         config[section][key]["bos"] = value
         told = objection(config, SCHEMA)

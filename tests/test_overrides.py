@@ -3,38 +3,30 @@
 from pathlib import Path
 
 import pytest
-import yaml
-from jsonschema.validators import Draft202012Validator
 
+from obr.config.config_files import layered, merge, read_yaml
 from obr.config.workflow import Config
 from obr.errors import ObrError
 from obr.report import published
 from replaced import replaced
-from test_config import RAW
+from test_config import OBR_A4, RAW
 
 ROOT = Path(__file__).parents[1]
 
 
+STUDIES = (
+    "hessians", "seeds", "ostquant", "rotations", "released", "joint", "joint_rotations", "mixed_precision",
+    "statistics", "kernels_cpu",
+)  # fmt: skip
+SMALL = "config/experiments/small.yaml"
+
+
 def merged(*names: str, **changes) -> dict:
-    """Configs laid over one another, as Snakemake lays them, with the schema's defaults of what is used here."""
-    config: dict = {}
+    """The project's config with the paper and all studies, under other files and changes."""
+    over: dict = {"experiments": ["paper", *STUDIES]}
     for name in names:
-        _lay(config, yaml.safe_load((ROOT / name).read_text()))
-    config |= changes
-    schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
-    errors = list(Draft202012Validator(schema).iter_errors(config))
-    assert not errors, errors[0].message
-    for section in ("rotations", "calibrations", "perplexity", "zero_shot", "figures"):
-        config.setdefault(section, {})
-    return config
-
-
-def _lay(under: dict, over: dict) -> None:
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(under.get(key), dict):
-            _lay(under[key], value)
-        else:
-            under[key] = value
+        merge(over, read_yaml(ROOT / name))
+    return layered(merge(over, changes))
 
 
 def seeded(**changes) -> Config:
@@ -46,15 +38,14 @@ def test_seeds_become_recipes_with_their_own_windows_and_rotations():
     config = seeded()
     rows = config.raw["tables"]["t"]["rows"]
     assert rows[0]["variants"] == ["dense"]
-    assert rows[1]["variants"] == ["obr_a4", "obr_a4-seed1"]
-    assert config.checkpoint_of("obr_a4-seed1") == "obr-seed1"
+    assert rows[1]["variants"] == ["obr", "obr-seed1"] and rows[1]["activations"] == "a4"
     other = config.parsed["obr-seed1"]
     assert (other.calibration, other.rotation) == ("c-seed1", "quarot-seed1")
     assert config.raw["calibrations"]["c-seed1"] == {"text": "train", "seed": 1}
     assert config.raw["rotations"]["quarot-seed1"]["seed"] == 1
-    assert config.parsed["obr_a4-seed1"].activations.bits == 4
+    assert config.evaluated("obr-seed1", "a4").activations.bits == 4
     made = list(config.artefacts(config.raw["tables"]["t"]))
-    assert "compressed/small/obr-seed1/manifest.json" in made and "perplexity/large/obr_a4-seed1/wiki.json" in made
+    assert "compressed/small/obr-seed1/manifest.json" in made and "perplexity/large/obr-seed1/a4/wiki.json" in made
     assert "obr-seed1" in config.recipes_of("small")
 
 
@@ -66,9 +57,9 @@ def test_a_mixture_of_another_seed_mixes_windows_of_that_seed():
 
 
 def test_a_row_may_have_seeds_of_its_own():
-    table = {**RAW["tables"]["t"], "seeds": [0, 1], "rows": ["dense", {"recipe": "obr", "seeds": [0]}, "obr_a4"]}
+    table = {**RAW["tables"]["t"], "seeds": [0, 1], "rows": ["dense", {"recipe": "obr", "seeds": [0]}, OBR_A4]}
     rows = Config(replaced(RAW, tables__t=table)).raw["tables"]["t"]["rows"]
-    assert [row["variants"] for row in rows] == [["dense"], ["obr"], ["obr_a4", "obr_a4-seed1"]]
+    assert [row["variants"] for row in rows] == [["dense"], ["obr"], ["obr", "obr-seed1"]]
 
 
 def test_random_masks_have_the_seed_and_files_of_rotations_do_not():
@@ -98,7 +89,7 @@ PAPER = {f"table{n}" for n in range(1, 11)} | {"time", "hessians", "seeds", "ost
 
 
 def test_the_paper_is_complete_and_every_filter_finds_its_numbers():
-    config = Config(merged("config.yaml"))
+    config = Config(merged())
     assert set(config.raw["tables"]) >= PAPER and set(config.raw["figures"]) >= {
         "fig1a",
         "fig1b",
@@ -122,9 +113,9 @@ def test_the_paper_is_complete_and_every_filter_finds_its_numbers():
 
 def test_the_papers_masks_and_texts_are_those_of_each_front_end():
     """QuaRot's and FlatQuant's code weigh sequences by 1/i, SpinQuant's does not; C4's windows are in documents."""
-    config = Config(merged("config.yaml"))
+    config = Config(merged())
     masks = {
-        name: {config.parsed[row].chosen_mask for row in config.rows(entry)} - {None}
+        name: {config.parsed[row].chosen_mask for row, _ in config.rows(entry)} - {None}
         for name, entry in config.raw["tables"].items()
     }
     both = {"wanda", "wanda_harmonic", "magnitude", "sparsegpt", "random"}
@@ -140,23 +131,23 @@ def test_the_papers_masks_and_texts_are_those_of_each_front_end():
         assert name in wanted or name.startswith(("table1_", "released")) or found <= {"wanda"}, name
     assert config.raw["calibrations"]["c4"]["sampling"] == "documents"
     assert "rows" not in config.raw["texts"]["c4_train"]
-    assert {r.calibration for k, r in config.parsed.items() if k.endswith("_c4")} == {"c4"}
+    assert {r.calibration for k, r in config.parsed.items() if k.endswith("-c4")} == {"c4"}
     full = config.raw["texts"]["wikitext2_train_full"]
     assert full["strip"] is True and "min_chars" not in full
 
 
 def test_an_edition_renames_masks():
-    small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
+    small = Config(merged(SMALL))
     assert not any(recipe.needs_harmonic for recipe in small.parsed.values())
-    assert small.parsed["obr_gptq_w"].mask == small.parsed["wanda_w"].mask == "wanda"
-    assert small.parsed["obr_gptq_sparsegpt"].mask == "sparsegpt"
+    assert small.parsed["obr_gptq-w4s50-quarot"].mask == small.parsed["wanda-w4s50-quarot"].mask == "wanda"
+    assert small.parsed["obr_gptq-w4s50-quarot-sparsegpt"].mask == "sparsegpt"
 
 
 def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
     """Of equal storage, dense 3 bits by GPTQ; and, except where time is the matter, dense 4 bits."""
-    config = Config(merged("config.yaml"))
+    config = Config(merged())
     for name, entry in config.raw["tables"].items():
-        rows = [config.parsed[row] for row in config.rows(entry)]
+        rows = [config.evaluated(*row) for row in config.rows(entry)]
         if any(r.bits == 4 and r.sparsity == 0.5 for r in rows) and not name.startswith("released"):
             settings = {r.setting[2:] for r in rows if r.bits == 4 and r.sparsity == 0.5}
             for setting in settings:
@@ -173,7 +164,7 @@ def test_quick_learns_in_two_steps():
 
 
 def test_the_quick_small_edition_leaves_windows_to_learn_from():
-    small = Config(merged("config.yaml", "workflow/configs/small.yaml", quick="true"))
+    small = Config(merged(SMALL, quick="true"))
     for rotation in small.raw["rotations"].values():
         if learn := rotation.get("learn"):
             windows = small.raw["calibrations"][learn["calibration"]]["nsamples"]
@@ -181,22 +172,22 @@ def test_the_quick_small_edition_leaves_windows_to_learn_from():
 
 
 def test_an_edition_renames_rotations_of_recipes_and_figures():
-    small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
-    assert small.parsed["spinquant_learned_w"].rotation == "spinquant"
+    small = Config(merged(SMALL))
+    assert small.parsed["gptq-w4-spinquant_learned_w"].rotation == "spinquant"
     assert small.raw["figures"]["learning"]["rotations"] == ["spinquant", "ostquant", "flatquant"]
 
 
 def test_a_table_of_the_editions_own_stays_as_it_is():
-    config = Config(merged("config.yaml", "workflow/configs/small.yaml", "workflow/configs/small-wikitext.yaml"))
+    config = Config(merged(SMALL, "config/experiments/small-wikitext.yaml"))
     own = config.raw["tables"]["joint_margin"]
     assert own["perplexity"] == ["wikitext2_longer"] and len(own["rows"][1]["variants"]) == 3
     assert config.raw["tables"]["joint_seeds"]["perplexity"] == ["wikitext2_file"]
 
 
 def test_the_small_edition_has_every_table_and_quotes_nothing_of_other_models():
-    small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
+    small = Config(merged(SMALL))
     released = {"released_7b", "released_70b", "released_qwen_7b"}
-    assert set(small.raw["tables"]) == set(Config(merged("config.yaml")).raw["tables"]) - released
+    assert set(small.raw["tables"]) == set(Config(merged()).raw["tables"]) - released
     assert set(small.raw["figures"]) >= {"fig1a", "fig1b", "fig4", "fig5", "fig7"}
     for entry in [*small.raw["tables"].values(), *small.raw["figures"].values()]:
         assert entry.get("models", ["smollm2-135m"]) == ["smollm2-135m"]
@@ -204,7 +195,7 @@ def test_the_small_edition_has_every_table_and_quotes_nothing_of_other_models():
     assert "published" not in small.raw["models"]["smollm2-135m"]
     made = {p for e in small.raw["tables"].values() for p in small.artefacts(e)}
     assert not any("wikitext2" in path or "piqa" in path for path in made)
-    assert {small.parsed[r].calibration for e in small.raw["tables"].values() for r in small.rows(e)} <= {
+    assert {small.parsed[r].calibration for e in small.raw["tables"].values() for r, _ in small.rows(e)} <= {
         None, "sotu_20th", "sotu_19th", "sotu_20th-seed1", "sotu_20th-seed2",
         "sotu_few", "sotu_many", "generated", "mixed",
     }  # fmt: skip

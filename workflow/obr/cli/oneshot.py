@@ -37,7 +37,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--damp", type=float, metavar="D", help="of the Hessian, in units of its mean diagonal: 0.01")
     add("--clip", choices=("mse", "minmax", "learned"), help="how a row's scale is found: mse (default)")
     add = parser.add_argument_group("activations (simulated)").add_argument
-    add("--activations", metavar="SCHEME", help="a scheme of the config, such as a4kv4, that the options below change")
+    add("--activations", metavar="SCHEME", help="a scheme of the config, such as a4kv4, which the next two change")
     add("--activation-bits", type=int, metavar="B", help="of the inputs of linear layers: 16 (default)")
     add("--kv-bits", type=int, metavar="B", help="of keys and values: 16 (default)")
     add = parser.add_argument_group("rotation").add_argument

@@ -5,6 +5,7 @@ from copy import deepcopy
 from pathlib import Path
 
 from obr.config.recipe_sheets import read_sheets
+from obr.config.schemes import check_defined
 from obr.config.workflow import Config, objection
 from obr.errors import ObrError, first_line
 
@@ -14,16 +15,14 @@ FOLDER = PROJECT / "config"
 SCHEMA = PROJECT / "workflow/schemas/config.schema.yaml"
 # What names mean, whichever experiment uses them; recipes are in sheets beside these files.
 DEFINITIONS = tuple(
-    FOLDER / f"{name}.yaml"
-    for name in ("models", "datasets", "rotations", "activations", "layer_options", "kernels")
+    FOLDER / f"{name}.yaml" for name in ("models", "datasets", "rotations", "activations", "layer_options", "kernels")
 )
 
 
 def load_config(files: Sequence[Path] = ()) -> Config:
     """The configuration of the workflow, as Snakemake has it with `--configfile FILE ...`.
 
-    files: merged in their order, mappings key by key, over the project's own: sheets of recipes, definitions,
-    config.yaml and the experiments that are named, in this order.
+    files: merged in their order, mappings key by key, over the project's own files.
 
     Raises:
         ObrError: a file cannot be read, or the schema or `Config` refuses what is in it.
@@ -31,19 +30,31 @@ def load_config(files: Sequence[Path] = ()) -> Config:
     over: dict = {}
     for file in files:
         merge(over, read_yaml(file))
+    return Config(layered(over))
+
+
+def layered(over: dict) -> dict:
+    """What is given on the command line, laid over the project's files, with the schema's defaults.
+
+    The lowest layer are the sheets of recipes. Then come the definitions, config.yaml, the experiments that are
+    named, and what is given.
+
+    Raises:
+        ObrError: a file cannot be read, or the schema refuses what is in it.
+    """
     raw: dict = {}
     for file in (*DEFINITIONS, DEFAULT):
         merge(raw, read_yaml(file))
     merge(raw, deepcopy(over))
     for file in experiment_files(raw):
         merge(raw, read_yaml(file))
-    merge(raw, over)
+    merge(raw, deepcopy(over))
     add_recipes(raw)
     schema = read_yaml(SCHEMA)
     _fill_defaults(raw, schema)
     if sentence := objection(raw, schema):
         raise ObrError(sentence)
-    return Config(raw)
+    return raw
 
 
 def experiment_files(raw: dict) -> list[Path]:
@@ -53,11 +64,12 @@ def experiment_files(raw: dict) -> list[Path]:
         ObrError: there is no file of that name in config/experiments.
     """
     names, folder = raw.get("experiments") or [], FOLDER / "experiments"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    for name in [names] if isinstance(names, str) else names:
-        if name not in known:
-            raise ObrError(f"experiments names {name!r}, which config/experiments has not; it has {', '.join(known)}.")
-    return [folder / f"{name}.yaml" for name in ([names] if isinstance(names, str) else names)]
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        check_defined(
+            (path.stem for path in sorted(folder.glob("*.yaml"))), "config/experiments", name, "experiments"
+        )
+    return [folder / f"{name}.yaml" for name in names]
 
 
 def add_recipes(raw: dict) -> None:

@@ -76,6 +76,8 @@ def listing(config: Config) -> list[str]:
     for key, recipe in config.parsed.items():
         zeros = recipe.pattern or (f"{100 * recipe.sparsity:g} %" if recipe.sparsity else "-")
         bits = recipe.setting.partition("A")[0].removeprefix("W")
-        rows.append((key, recipe.method, bits, zeros, recipe.rotation, recipe.calibration or "-", recipe.label or "-"))
+        rows.append(
+            (key, recipe.method, bits, zeros, recipe.rotation, recipe.calibration or "-", recipe.label or "-")
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -92,4 +92,6 @@ def _value(cell: str, kind: type, where: str):
     try:
         return {"true": True, "false": False}[cell] if kind is bool else kind(cell)
     except (ValueError, KeyError):
-        raise ObrError(f"{where} is {cell!r}, which is not {NAMES[kind]}; correct it, or leave the cell empty.") from None
+        raise ObrError(
+            f"{where} is {cell!r}, which is not {NAMES[kind]}; correct it, or leave the cell empty."
+        ) from None

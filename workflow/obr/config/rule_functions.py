@@ -137,7 +137,7 @@ class RuleFunctions:
         return self.path("settings", section=section, name=name, digest=digest), text
 
     def settings(self, section: str) -> Callable:
-        """A function: the file with what a table or figure reads of the config; another one as soon as that changes."""
+        """A function: the file with what a table or figure reads of the config; another one when that changes."""
         return lambda wildcards: self._settings_file(section, wildcards[section.rstrip("s")])[0]
 
     def write_settings(self) -> None:

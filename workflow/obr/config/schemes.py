@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from obr.config.recipe import QUANTIZERS
+from obr.config.quantizer import check_choice
+from obr.config.recipe import QUANTIZERS, Recipe
 from obr.errors import ObrError
 
 SIXTEEN_BITS_SCHEME = "a16"  # there in every config: activations, keys and values stay at 16 bits
@@ -13,7 +14,9 @@ def check_defined(names: Iterable[str], section: str, name: str, where: str) -> 
     """Raise ObrError if a section, with these names, does not define the one that stands at `where`."""
     names = list(names)
     if name not in names:
-        raise ObrError(f"{where} is {name!r}, which {section} does not define; it defines {', '.join(names) or 'none'}.")
+        raise ObrError(
+            f"{where} is {name!r}, which {section} does not define; it defines {', '.join(names) or 'none'}."
+        )
 
 
 def scheme_of(raw: dict, row: str | dict) -> str:
@@ -45,6 +48,13 @@ def evaluated_entry(raw: dict, key: str, scheme: str) -> dict:
     """A recipe's entry as its checkpoint is evaluated under a scheme, whose fields replace those of the recipe."""
     entry = {name: value for name, value in checkpoint_entry(raw, key).items() if name not in QUANTIZERS}
     return entry | scheme_entry(raw, scheme, f"the activations of recipe {key}")
+
+
+def check_scheme(entry: dict, where: str) -> None:
+    """Raise ObrError if a scheme sets what is no field of one, or to what cannot be."""
+    for name in entry:
+        check_choice(name, SCHEME_FIELDS, f"a key of {where}")
+    Recipe.parse({"method": "rtn", **entry}, where)
 
 
 def scheme_entry(raw: dict, scheme: str, where: str) -> dict:

@@ -16,7 +16,14 @@ from obr.config.pattern import Pattern
 from obr.config.quantizer import check_choice
 from obr.config.recipe import Recipe
 from obr.config.rotations import DRAWN, LEARNED
-from obr.config.schemes import SIXTEEN_BITS_SCHEME, check_defined, checkpoint_entry, evaluated_entry, scheme_of
+from obr.config.schemes import (
+    SIXTEEN_BITS_SCHEME,
+    check_defined,
+    check_scheme,
+    checkpoint_entry,
+    evaluated_entry,
+    scheme_of,
+)
 from obr.errors import ObrError, printable
 
 # Artefacts of each row's weights that a kind of figure reads besides its scores.
@@ -46,7 +53,7 @@ class Config:
         self.recipes = {key: checkpoint_entry(raw, key) for key in raw["recipes"]}
         self.parsed = {key: Recipe.parse(entry, f"recipes.{key}") for key, entry in self.recipes.items()}
         for key, entry in raw["activations"].items():
-            Recipe.parse({"method": "rtn", **entry}, f"activations.{key}")
+            check_scheme(entry, f"activations.{key}")
         for key, recipe in self.parsed.items():
             if recipe.rotation != "none":
                 self._defined("rotations", recipe.rotation, f"recipes.{key}.rotation")

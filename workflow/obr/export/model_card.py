@@ -6,6 +6,7 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Recipe
+from obr.config.schemes import SIXTEEN_BITS_SCHEME
 from obr.errors import ObrError
 from obr.report.table_rows import HEADINGS, number, read_artefact, value_of
 
@@ -70,7 +71,9 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     """One row of what is known: every evaluation of this checkpoint in its results folder, and of the dense model."""
     results, model, key = checkpoint.parents[2], checkpoint.parent.name, checkpoint.name
     rows, meanings = {}, {}
-    places = [(recipe, folder) for recipe in dict.fromkeys(("dense", key)) for folder in _evaluated(results, model, recipe)]
+    places = [
+        (recipe, folder) for recipe in dict.fromkeys(("dense", key)) for folder in _evaluated(results, model, recipe)
+    ]
     for recipe, scheme in places:
         row, names = {}, {"model": model, "recipe": recipe, "activations": scheme}
         for path in sorted(paths.folder(results, "perplexity", **names).glob("*.json")):

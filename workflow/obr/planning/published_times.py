@@ -5,7 +5,12 @@ from pathlib import Path
 from obr.planning.dry_run import Job
 from obr.planning.prices import Price, Prices
 
-TIMED_IN_THE_PAPER = {"sparsegpt_gptq": "SparseGPT+GPTQ", "obr_rtn": "OBR_RTN", "obr_gptq": "OBR_GPTQ"}
+# Recipe -> its method as the paper prints it.
+TIMED_IN_THE_PAPER = {
+    "sparsegpt_gptq-w4s50-quarot": "SparseGPT+GPTQ",
+    "obr_rtn-w4s50-quarot": "OBR_RTN",
+    "obr_gptq-w4s50-quarot": "OBR_GPTQ",
+}
 
 
 def published_times(path: Path, jobs: list[Job], each: list[Price], prices: Prices) -> list[dict]:
@@ -17,9 +22,9 @@ def published_times(path: Path, jobs: list[Job], each: list[Price], prices: Pric
     printed = select(load(path), source="obr", metric="compression_time_min")
     found = []
     for job, price in zip(jobs, each):
-        recipe = prices.recipe(job.wildcards["recipe"]) if job.rule == "compress" else None
-        if recipe and recipe.method in TIMED_IN_THE_PAPER and job.wildcards["recipe"] == f"{recipe.method}-w4s50-quarot":
-            method, model = TIMED_IN_THE_PAPER[recipe.method], prices.config["models"][job.wildcards["model"]]
+        method = TIMED_IN_THE_PAPER.get(job.wildcards["recipe"]) if job.rule == "compress" else None
+        if method:
+            model = prices.config["models"][job.wildcards["model"]]
             if model.get("published") in set(printed["model"]):
                 minutes = lookup(printed, model=model["published"], method=method)
                 row = {"model": job.wildcards["model"], "method": method, "published": minutes}

@@ -34,9 +34,9 @@ def build(config: dict, name: str, results: Path, published: Path) -> Table:
 
     config: as read from its files, or the part that the table needs: tables, recipes, activations and models.
 
-    The frame holds, for each (model, row): `model, model_label, recipe, activations, label, method, setting, sparsity`
-    (as asked for: a fraction or a pattern), then `{metric}_paper, {metric}_ours, {metric}_stderr` (zero-shot
-    only) and `{metric}_delta` (ours - paper) for each text, task and `mean`, then the details asked for.
+    The frame holds, for each (model, row): `model, model_label, recipe, activations, label, method, setting,
+    sparsity` (as asked for: a fraction or a pattern), then `{metric}_paper, {metric}_ours, {metric}_stderr`
+    (zero-shot only) and `{metric}_delta` (ours - paper) for each text, task and `mean`, then the details asked for.
 
     Raises:
         ObrError: a recipe, model or detail is unknown, an artefact is missing (the sentence names the target
