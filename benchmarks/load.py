@@ -169,7 +169,7 @@ def _pretend(folder: Path, config: dict) -> int:
     paths += ["hessians/tiny/quarot/train/hessian.json", "tables/load.md", "tables/load.tex"]
     for recipe in config["recipes"]:
         paths += [f"compressed/tiny/{recipe}/manifest.json", f"compressed/tiny/{recipe}/layers.csv"]
-        paths += [f"perplexity/tiny/{recipe}/{text}.json" for text in config["perplexity"]]
+        paths += [f"perplexity/tiny/{recipe}/a16/{text}.json" for text in config["perplexity"]]
     for path in paths:
         place = folder / RESULTS / path
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -7,23 +7,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from obr.errors import ObrError
 from obr.report.figures import draw
 from obr.report.figures.canvas import COLUMN, PAGE, Canvas
 from obr.report.figures.layers import LAYER_KINDS
-from test_table import ENTRY, MODELS, OBR, PUBLISHED, RECIPES, TABLE_1, fabricate
+from test_overrides import merged
+from test_table import CONFIG, ENTRY, OBR, OBR_A16, PUBLISHED, RECIPES, TABLE_1, fabricate
 
 ALPHAS = (0.25, 0.5, 0.75)
 SWEEP = {f"alpha_{a}": {**OBR, "label": f"α {a}", "alpha": a} for a in ALPHAS}
 SWEEP |= {f"rtn_{a}": {**OBR, "label": f"RTN α {a}", "method": "obr_rtn", "alpha": a} for a in ALPHAS}
-ALL = RECIPES | SWEEP
+ALL = CONFIG | {"recipes": RECIPES | SWEEP}
 BITS = {
     "kind": "perplexity_bits",
     "title": "Perplexity and size",
     "models": ["llama", "tiny"],
-    "rows": [*ENTRY["rows"], "obr_24", "obr_a16"],
+    "rows": [*ENTRY["rows"], "obr_24", OBR_A16],
     "perplexity": "wikitext2",
     "published": TABLE_1,
 }
@@ -40,7 +40,7 @@ ALPHA = {
 def results(tmp_path_factory) -> Path:
     results = fabricate(tmp_path_factory.mktemp("results"))
     for i, key in enumerate(SWEEP):
-        path = results / "perplexity" / "llama" / key / "wikitext2.json"
+        path = results / "perplexity" / "llama" / key / "a4kv4" / "wikitext2.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"value": 8.0 + i}))
     lines = [
@@ -63,7 +63,8 @@ def sheet(entry: dict, results: Path, monkeypatch, tmp_path, shapes=None) -> Can
     drawn = []
     kind = draw.KINDS[entry["kind"]]
     monkeypatch.setitem(draw.KINDS, entry["kind"], lambda source: drawn.append(kind(source)) or drawn[0])
-    draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "out" / "figure.name", shapes)
+    config = ALL | {"figures": {"f": entry}, "kernels": {"shapes": shapes or []}}
+    draw.draw(config, "f", results, PUBLISHED, tmp_path / "out" / "figure.name")
     files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert set(files) == {"figure.name.pdf", "figure.name.png"}
     assert files["figure.name.pdf"].startswith(b"%PDF") and files["figure.name.png"].startswith(b"\x89PNG")
@@ -103,7 +104,7 @@ def test_seeds_are_a_mean_with_a_bar_in_the_colour_of_their_group(results, monke
     seeded = {"recipe": "obr", "variants": ["obr", "alpha_0.25", "alpha_0.75"]}
     entry = {**BITS, "models": ["llama"], "rows": ["dense", "rtn", seeded], "published": None, "group_by": "hessian"}
     (panel,) = (drawn := sheet(entry, results, monkeypatch, tmp_path)).panels
-    kept = json.loads((results / "perplexity/llama/obr/wikitext2.json").read_text())["value"]
+    kept = json.loads((results / "perplexity/llama/obr/a4kv4/wikitext2.json").read_text())["value"]
     values = [kept, 8.0, 10.0]
     assert any(np.isclose(y, np.mean(values)) for _, y in points(panel))
     bars = [segment for bar in panel.collections for segment in bar.get_segments()]
@@ -122,13 +123,13 @@ def test_a_sweep_is_a_line_per_group_in_rising_order(results, monkeypatch, tmp_p
 
 def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
     entry = {**ALPHA, "rows": ["alpha_0.5", "obr"]}
-    with pytest.raises(ObrError, match=r"'alpha_0.5' and 'obr' share alpha 0.5 .*set group_by"):
-        draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
+    with pytest.raises(ObrError, match=r"'alpha_0.5/a4kv4' and 'obr/a4kv4' share alpha 0.5 .*set group_by"):
+        draw.draw(ALL | {"figures": {"f": entry}}, "f", results, PUBLISHED, tmp_path / "f")
 
 
 def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "perplexity" / "llama" / "alpha_0.5" / "wikitext2.json"
+    path = copy / "perplexity" / "llama" / "alpha_0.5" / "a4kv4" / "wikitext2.json"
     path.write_text('{"value": null, "status": "inf"}')
     drawn = sheet(ALPHA, copy, monkeypatch, tmp_path)
     assert drawn.remarks == ["Llama-2-7B, α 0.5: perplexity inf, not shown"]
@@ -142,11 +143,11 @@ def test_layer_errors_by_kind(results, monkeypatch, tmp_path):
     path = copy / "compressed" / "llama" / "obr" / "layers.csv"
     layers = pd.read_csv(path)
     layers.assign(layer="self_attn." + layers["layer"] + "_proj").to_csv(path, index=False)
-    entry = {"kind": "layer_error", "models": ["llama"], "rows": ["dense", "rtn", "obr", "obr_a16", "obr_24"]}
+    entry = {"kind": "layer_error", "models": ["llama"], "rows": ["dense", "rtn", "obr", OBR_A16, "obr_24"]}
     drawn = sheet(entry, copy, monkeypatch, tmp_path)
     titles = [panel.get_title() for panel in drawn.panels if panel.get_title()]
     assert titles == list(LAYER_KINDS)
-    assert labels(drawn) == ["RTN", "OBR (GPTQ)", "OBR 2:4"]  # obr_a16 has obr's weights, dense no error
+    assert labels(drawn) == ["RTN", "OBR (GPTQ)", "OBR 2:4"]  # OBR_A16 has obr's weights, dense no error
     assert [len(panel.get_lines()) for panel in drawn.panels[:7]] == [3] * 7
     assert points(drawn.panels[0])[0] == pytest.approx((0, 0.02 * 1.25))
     assert max(x for x, _ in points(drawn.panels[0])) == 5  # the seventh block is left alone
@@ -253,7 +254,7 @@ def test_products_that_were_not_run_have_published_times_beside_their_sizes(resu
 def test_the_papers_figures_of_kernels_fit_a_page(results, monkeypatch, tmp_path, figure_key, timed):
     """As the config has them, from a benchmark of the config's shapes, timed or with sizes alone."""
     copy = shutil.copytree(results, tmp_path / "results")
-    config = yaml.safe_load((Path(__file__).parents[1] / "config.yaml").read_text())
+    config = merged()
     entry, shapes = config["figures"][figure_key], config["kernels"]["shapes"]
     names = entry.get("kernels") or ["fp32", "fp16", "bf16", "int8", "packed int4", "packed int4 50 %"]
     status, measured = "ok" if timed else "not available: no device", ("median_ms", "p25_ms", "p75_ms", "tops_dense")
@@ -308,18 +309,18 @@ def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
         ({**ALPHA, "models": []}, "no models"),
         ({**BITS, "models": ["lama"]}, "'lama' is not in the config"),
         ({**ALPHA, "perplexity": ["wikitext2", "sotu"]}, "needs one text"),
-        ({**ALPHA, "perplexity": "c4"}, r"perplexity/llama/dense/c4.json is missing; build it with"),
+        ({**ALPHA, "perplexity": "c4"}, r"perplexity/llama/dense/a16/c4.json is missing; build it with"),
         ({"kind": "kernels"}, "names no device"),
         ({"kind": "kernels", "device": "tpu"}, r"kernels/tpu.csv is missing; build it with"),
     ],
 )
 def test_mistakes_are_named(results, tmp_path, entry, message):
     with pytest.raises(ObrError, match=message):
-        draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
+        draw.draw(ALL | {"figures": {"f": entry}}, "f", results, PUBLISHED, tmp_path / "f")
     assert not list(tmp_path.iterdir())
 
 
 def test_drawing_twice_gives_the_same_file(results, tmp_path):
     for name in ("a", "b"):
-        draw.draw(ALPHA, ALL, MODELS, results, PUBLISHED, tmp_path / name)
+        draw.draw(ALL | {"figures": {"f": ALPHA}}, "f", results, PUBLISHED, tmp_path / name)
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()

@@ -1,4 +1,4 @@
-"""Every table and figure of config.yaml is built, from fabricated artefacts: filters, seeds, rows that only quote."""
+"""Every table and figure of the experiments is built, from fabricated artefacts: filters, seeds, rows that only quote."""
 
 import json
 import math
@@ -50,7 +50,8 @@ def fabricate(config: Config, results: Path) -> Path:
 
 
 def _content(config: Config, stage: str, names: list[str]) -> dict:
-    recipe, about = config.parsed[names[1]], {"device": "cuda", "versions": {"torch": "2.13.0"}}
+    scheme, about = names[2] if len(names) == 4 else "a16", {"device": "cuda", "versions": {"torch": "2.13.0"}}
+    recipe = config.evaluated(names[1], scheme)
     worse = (16 - min(recipe.bits, 8)) / 16 + recipe.sparsity + (16 - recipe.activations.bits) / 24
     if stage == "perplexity":
         value = 5 * math.exp(worse + 0.1 * chance("".join(names)))
@@ -103,7 +104,7 @@ def _kernels(config: Config, device: str, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory) -> tuple[Config, Path]:
-    config = Config(merged("config.yaml"))
+    config = Config(merged())
     return config, fabricate(config, tmp_path_factory.mktemp("paper"))
 
 
@@ -123,10 +124,10 @@ def built(paper, name: str) -> table.Table:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published.Quotes, "rows", noting)
-        return table.build(config.raw["tables"][name], config.recipes, config.raw["models"], results, PUBLISHED)
+        return table.build(config.raw, name, results, PUBLISHED)
 
 
-@pytest.mark.parametrize("name", merged("config.yaml")["tables"])
+@pytest.mark.parametrize("name", merged()["tables"])
 def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, name):
     made = built(paper, name)
     columns = [column for column in made.frame if column.endswith("_paper")]
@@ -142,10 +143,9 @@ def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, 
     )
 
 
-@pytest.mark.parametrize("name", merged("config.yaml")["figures"])
+@pytest.mark.parametrize("name", merged()["figures"])
 def test_every_figure_is_drawn(paper, tmp_path, monkeypatch, name):
     config, results = paper
-    entry, shapes = config.raw["figures"][name], config.raw["kernels"]["shapes"]
     checked, save = [], draw.save
 
     def save_and_check(drawn, stem):  # under the style that the figure was drawn in
@@ -153,7 +153,7 @@ def test_every_figure_is_drawn(paper, tmp_path, monkeypatch, name):
         checked.append(assert_nothing_is_cut(drawn))
 
     monkeypatch.setattr(draw, "save", save_and_check)
-    draw.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / name, shapes)
+    draw.draw(config.raw, name, results, PUBLISHED, tmp_path / name)
     assert (tmp_path / f"{name}.png").stat().st_size > 5000 and checked
 
 
@@ -174,8 +174,7 @@ def test_figure_1a_draws_published_points_where_the_paper_does(paper, tmp_path, 
     config, results = paper
     drawn = []
     monkeypatch.setattr(draw, "save", lambda sheet, _: drawn.append(sheet))
-    entry = config.raw["figures"]["fig1a"]
-    draw.draw(entry, config.recipes, config.raw["models"], results, PUBLISHED, tmp_path / "f")
+    draw.draw(config.raw, "fig1a", results, PUBLISHED, tmp_path / "f")
     (panel,) = drawn[0].axes
     hollow = [line for line in panel.get_lines() if line.get_fillstyle() == "none" and line.get_marker() != "None"]
     found = sorted((round(float(x)), float(y)) for line in hollow for x, y in line.get_xydata() if math.isfinite(y))
@@ -188,10 +187,11 @@ def test_figure_1a_draws_published_points_where_the_paper_does(paper, tmp_path, 
 def test_seeds_are_averaged_with_their_spread(paper):
     _, results = paper
     frame = built(paper, "seeds").frame.set_index("recipe")
-    keys = ["obr_gptq", "obr_gptq-seed1", "obr_gptq-seed2"]
-    found = [json.loads((results / f"perplexity/llama-2-7b/{k}/wikitext2.json").read_text())["value"] for k in keys]
-    assert frame.loc["obr_gptq", "wikitext2_ours"] == pytest.approx(np.mean(found))
-    assert frame.loc["obr_gptq", "wikitext2_stderr"] == pytest.approx(np.std(found, ddof=1))
+    key = "obr_gptq-w4s50-quarot"
+    folders = [results / "perplexity/llama-2-7b" / name for name in (key, f"{key}-seed1", f"{key}-seed2")]
+    found = [json.loads((folder / "a4kv4/wikitext2.json").read_text())["value"] for folder in folders]
+    assert frame.loc[key, "wikitext2_ours"] == pytest.approx(np.mean(found))
+    assert frame.loc[key, "wikitext2_stderr"] == pytest.approx(np.std(found, ddof=1))
     assert math.isnan(frame.loc["dense", "wikitext2_stderr"])
     assert any("over 3 seeds (0, 1, 2)" in note for note in built(paper, "seeds").notes)
 
@@ -242,7 +242,7 @@ def test_each_bit_setting_of_ostquants_table_has_its_own_learned_rotation(paper)
     """Weights are rounded while learning at W4A16KV16 alone; keys and values where the setting quantises them."""
     config, _ = paper
     used = {}
-    for row in table_rows.resolve_rows(config.raw["tables"]["ostquant"], config.recipes):
+    for row in table_rows.resolve_rows(config.raw["tables"]["ostquant"], config.raw):
         learned = config.raw["rotations"].get(row.recipe.rotation, {"kind": ""})
         if learned["kind"] in ("spinquant", "ostquant"):
             used[learned["kind"], row.recipe.setting] = row.recipe.rotation
@@ -255,8 +255,8 @@ def test_each_bit_setting_of_ostquants_table_has_its_own_learned_rotation(paper)
 
 def test_times_stand_in_minutes_beside_the_papers(paper, tmp_path):
     frame = built(paper, "time").frame.set_index(["model", "recipe"])
-    assert frame.loc[("llama-2-7b", "obr_gptq_w"), "minutes_paper"] == 138
-    assert 10 <= frame.loc[("llama-2-7b", "obr_gptq_w"), "minutes_ours"] < 20
+    assert frame.loc[("llama-2-7b", "obr_gptq-w4s50-quarot"), "minutes_paper"] == 138
+    assert 10 <= frame.loc[("llama-2-7b", "obr_gptq-w4s50-quarot"), "minutes_ours"] < 20
     assert any("Compression: wall-clock" in note and "on cuda" in note for note in built(paper, "time").notes)
 
 
@@ -272,13 +272,11 @@ def test_mentions_are_told(paper):
 def test_quant_only_of_table_2_stands_beside_three_bit_weights(paper):
     """The paper heads these rows W4; its other tables have 3-bit weights for quant-only."""
     made = built(paper, "table2")
-    frame = made.frame.set_index("recipe")
+    frame = made.frame.set_index(["recipe", "activations"])
     quoted = frame[["wikitext2_paper", "mean_paper"]]
-    assert quoted.loc["rtn_3bit_a8"].tolist() == [80.525, 39.98] and quoted.loc["rtn_3bit_w"].tolist() == [
-        80.25,
-        40.04,
-    ]
-    assert quoted.loc[["rtn_a8", "rtn_w"]].isna().all(axis=None)
+    assert quoted.loc[("rtn-w3-quarot", "a8kv8")].tolist() == [80.525, 39.98]
+    assert quoted.loc[("rtn-w3-quarot", "a16")].tolist() == [80.25, 40.04]
+    assert quoted.loc["rtn-w4-quarot"].isna().all(axis=None) and len(quoted.loc["rtn-w4-quarot"]) == 2
     assert any("quoted beside 3-bit RTN" in note for note in made.notes)
 
 
@@ -286,7 +284,7 @@ def test_sparse_rows_stand_beside_dense_ones_of_4_and_3_bits(paper):
     """In every table that quotes the paper; by GPTQ, of the same rotation and bits of activations."""
     config, _ = paper
     for name, entry in config.raw["tables"].items():
-        rows = [row.recipe for row in table_rows.resolve_rows(entry, config.recipes) if row.recipe]
+        rows = [row.recipe for row in table_rows.resolve_rows(entry, config.raw) if row.recipe]
         sparse = [recipe for recipe in rows if recipe.sparsity and recipe.bits < 16]
         if entry.get("published") and sparse:
             dense = {(r.rotation, r.setting) for r in rows if r.method == "gptq"}
@@ -295,11 +293,11 @@ def test_sparse_rows_stand_beside_dense_ones_of_4_and_3_bits(paper):
 
 
 # A compression's time has nothing to do with the bits of activations.
-@pytest.mark.parametrize("name", [name for name in merged("config.yaml")["tables"] if name != "time"])
+@pytest.mark.parametrize("name", [name for name in merged()["tables"] if name != "time"])
 def test_quotes_stand_beside_recipes_of_the_same_bits_and_sparsity(paper, name):
     config, _ = paper
     entry, models = config.raw["tables"][name], config.raw["models"]
-    rows = [row for row in table_rows.resolve_rows(entry, config.recipes) if row.recipe and row.published]
+    rows = [row for row in table_rows.resolve_rows(entry, config.raw) if row.recipe and row.published]
     quotes = published.Quotes(entry, models, rows, PUBLISHED)
     for model in entry["models"]:
         for row in rows:

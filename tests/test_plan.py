@@ -22,7 +22,7 @@ from obr.planning.prices import Prices
 from obr.planning.schedule import schedule
 from test_workflow import CONFIG, ROOT, snakemake
 
-DEMO = ROOT / "workflow" / "configs" / "demo.yaml"
+DEMO = ROOT / "config" / "experiments" / "demo.yaml"
 SNAKEFILE = ROOT / "Snakefile"
 
 
@@ -48,7 +48,7 @@ def name(job: Job) -> str:
         "kernels": "device",
     }
     order |= {"gradients": order["hessian"], "sensitivity": f"{order['hessian']} options"}
-    keys = order.get(job.rule, "model recipe text task table figure").split()
+    keys = order.get(job.rule, "model recipe activations text task table figure").split()
     return "/".join([job.rule, *(job.wildcards[k] for k in keys if k in job.wildcards)])
 
 
@@ -108,20 +108,19 @@ def test_a_plan_of_the_demo_reads_well(demo):
 
 
 def test_the_paper_is_priced_with_its_licences(tmp_path):
-    plan = plan_of(SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path)}, [], 16, 1)
+    everything = {"results": str(tmp_path), "experiments": ["paper", "ostquant"]}
+    plan = plan_of(SNAKEFILE, [], everything, [], 16, 1)
     assert plan.jobs > 900 and plan.gpu > 100 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
     assert "learn_rotation, zero_shot" not in summary(plan)
     assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
     assert "Gated" in summary(plan) and "larger GPU: some of learn_rotation" in summary(plan)
-    few = plan_of(
-        SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path), "only_models": ["llama-2-7b"]}, [], 16, 1
-    )
+    few = plan_of(SNAKEFILE, [], everything | {"only_models": ["llama-2-7b"]}, [], 16, 1)
     assert few.busy < plan.busy / 2 and set(few.by_model) == {"llama-2-7b"}
 
 
 def test_the_sizes_of_every_task_of_the_paper_are_known():
-    tasks = yaml.safe_load((ROOT / "config.yaml").read_text())["zero_shot"]
-    assert {entry["source"]["task"] for entry in tasks.values()} <= set(cost_model.TASKS)
+    tasks = yaml.safe_load((ROOT / "config/datasets.yaml").read_text())["zero_shot"]
+    assert {entry["source"]["task"] for entry in tasks.values() if entry["source"]["source"] == "hub"} <= set(cost_model.TASKS)
     sizes = tensor_sizes.Sizes.estimate(7.0)
     one, two = (cost_model.zero_shot(sizes, task, 100, 2048).products for task in ("lambada_openai", "winogrande"))
     assert one / two == pytest.approx(90 / 29, rel=0.02)
@@ -142,11 +141,11 @@ def fabricated(results: Path, seconds: float) -> None:
     (results / "models/m").mkdir(parents=True)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
     (results / "models/m/config.json").write_text(json.dumps({**sizes, "vocab_size": 500}))
-    (results / "perplexity/m/r").mkdir(parents=True)
+    (results / "perplexity/m/r/a16").mkdir(parents=True)
     about = {"device": "cpu", "tokens": 4096, "seqlen": 1024}
-    (results / "perplexity/m/r/t.json").write_text(json.dumps(about))
-    (results / "benchmarks/perplexity/m/r").mkdir(parents=True)
-    (results / "benchmarks/perplexity/m/r/t.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
+    (results / "perplexity/m/r/a16/t.json").write_text(json.dumps(about))
+    (results / "benchmarks/perplexity/m/r/a16").mkdir(parents=True)
+    (results / "benchmarks/perplexity/m/r/a16/t.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
 
 
 def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):

@@ -54,7 +54,7 @@ def checkpoint(tmp_path):
             ("perplexity", "wikitext2", {"value": value}),
             ("zero_shot", "piqa", {"value": 0.7, "metric": "acc_norm"}),
         ):
-            path = tmp_path / "results" / stage / "llama" / recipe / f"{name}.json"
+            path = tmp_path / "results" / stage / "llama" / recipe / "a16" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
     return folder
@@ -95,14 +95,22 @@ def test_the_card_tells_what_it_is_how_good_and_under_which_licence(checkpoint):
 
 
 def test_the_card_says_what_was_measured_and_shows_infinities(checkpoint, tmp_path):
-    path = tmp_path / "results/perplexity/llama/obr_gptq/wikitext2.json"
+    path = tmp_path / "results/perplexity/llama/obr_gptq/a16/wikitext2.json"
     path.write_text(json.dumps({**finite("value", math.inf), "definition": "made up; no special tokens"}))
-    path = tmp_path / "results/zero_shot/llama/obr_gptq/piqa.json"
+    path = tmp_path / "results/zero_shot/llama/obr_gptq/a16/piqa.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": "no special tokens"}))
     card = model_card(checkpoint, MANIFEST, "me/small")
     assert "| obr_gptq | inf | 70.00 |" in card
     assert "WikiText-2 perplexity: made up; no special tokens. Zero-shot prompts: no special tokens." in card
     assert "None" not in card
+
+
+def test_the_card_has_a_line_for_each_activation_scheme(checkpoint, tmp_path):
+    path = tmp_path / "results/perplexity/llama/obr_gptq/a4kv4/wikitext2.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"value": 9.1}))
+    card = model_card(checkpoint, MANIFEST, "me/small")
+    assert "| obr_gptq | 8.40 | 70.00 |" in card and "| obr_gptq, a4kv4 | 9.10 | – |" in card
 
 
 def test_an_unknown_licence_must_be_given_and_an_odd_one_is_named(checkpoint):

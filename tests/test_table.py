@@ -23,7 +23,8 @@ MODELS = {
     "llama": {"label": "Llama-2-7B", "published": "Llama-2-7B"},
     "tiny": {"label": "Tiny_1 & co"},
 }
-A4 = {"activations": {"bits": 4}, "keys": {"bits": 4}, "values": {"bits": 4}}
+SCHEMES = {"a4kv4": {"activations": {"bits": 4}, "keys": {"bits": 4}, "values": {"bits": 4}}}
+A4 = {"activations": "a4kv4"}  # of rows that name no scheme
 OBR = {
     "method": "obr_gptq",
     "rotation": "quarot",
@@ -38,10 +39,9 @@ RECIPES = {
     "obr": {"label": "OBR (GPTQ)", **OBR},
     "obr_cached": {"label": "OBR, cached", **OBR, "hessian": "cached"},
     "obr_24": {"label": "OBR 2:4", **OBR, "pattern": "2:4"},
-    "obr_a16": {"label": "OBR, 16-bit activations", **OBR, "weights": "obr"}
-    | dict.fromkeys(("activations", "keys", "values")),
 }
-PERPLEXITY = {"dense": 5.5, "rtn": 140.0, "obr": 8.1, "obr_cached": 8.3, "obr_24": 13.0, "obr_a16": 7.5}
+OBR_A16 = {"recipe": "obr", "activations": "a16", "label": "OBR, 16-bit activations"}
+PERPLEXITY = {"dense": 5.5, "rtn": 140.0, "obr": 8.1, "obr_cached": 8.3, "obr_24": 13.0}
 ENTRY = {
     "title": "Main results (50% & W4A4KV4)",
     "models": ["llama", "tiny"],
@@ -58,6 +58,7 @@ ENTRY = {
     "published": TABLE_1,
     "note": "A note of the config.",
 }
+CONFIG = {"recipes": RECIPES, "activations": SCHEMES, "models": MODELS}
 
 
 def save(path: Path, content: dict) -> None:
@@ -70,8 +71,8 @@ def fabricate(results: Path) -> Path:
     for model in MODELS:
         for place, (key, recipe) in enumerate(RECIPES.items()):
             shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
-            if "weights" not in recipe:
-                _compressed(results / "compressed" / model / key, key, recipe, shared)
+            _compressed(results / "compressed" / model / key, key, recipe, shared)
+            scheme = recipe.get("activations", "a16")
             for text, windows in (("wikitext2", 141), ("sotu", 20)):
                 content = {
                     "value": PERPLEXITY[key],
@@ -80,7 +81,7 @@ def fabricate(results: Path) -> Path:
                     "seqlen": 2048,
                 }
                 content |= {"definition": "exp of the mean cross-entropy", **shared}
-                save(results / "perplexity" / model / key / f"{text}.json", content)
+                save(results / "perplexity" / model / key / scheme / f"{text}.json", content)
             for i, task in enumerate(TASKS):
                 score = {
                     "task": task,
@@ -89,7 +90,12 @@ def fabricate(results: Path) -> Path:
                     "metric": "acc",
                 }
                 score |= {"n": 200, "limit": 200 if model == "tiny" else None, **shared}
-                save(results / "zero_shot" / model / key / f"{task}.json", score)
+                save(results / "zero_shot" / model / key / scheme / f"{task}.json", score)
+    for model in MODELS:
+        shutil.copytree(results / "zero_shot" / model / "obr/a4kv4", results / "zero_shot" / model / "obr/a16")
+        score = json.loads((results / "perplexity" / model / "obr/a4kv4/wikitext2.json").read_text())
+        for text in ("wikitext2", "sotu"):
+            save(results / "perplexity" / model / "obr/a16" / f"{text}.json", score | {"value": 7.5})
     return results
 
 
@@ -121,7 +127,7 @@ def numbers() -> pd.DataFrame:
 
 
 def build(results, **changes):
-    return table.build({**ENTRY, **changes}, RECIPES, MODELS, results, PUBLISHED)
+    return table.build(CONFIG | {"tables": {"main": {**ENTRY, **changes}}}, "main", results, PUBLISHED)
 
 
 def cell(built, model, recipe, column):
@@ -257,17 +263,22 @@ def test_a_mean_of_other_tasks_is_not_set_against_the_papers(results):
     assert any("not the paper's six tasks" in note for note in built.notes)
 
 
-def test_a_recipe_on_other_weights_reads_their_manifest(results):
-    built = build(results, rows=["obr_a16"], models=["llama"])
-    assert cell(built, "llama", "obr_a16", "setting") == "W4A16KV16"
-    assert cell(built, "llama", "obr_a16", "wikitext2_ours") == 7.5
-    assert cell(built, "llama", "obr_a16", "bits_per_weight_theoretical") == 3.0
+def test_a_checkpoint_has_a_row_for_each_activation_scheme(results):
+    frame = build(results, rows=["obr", OBR_A16], models=["llama"]).frame
+    assert frame["recipe"].tolist() == ["obr", "obr"] and frame["activations"].tolist() == ["a4kv4", "a16"]
+    assert frame["setting"].tolist() == ["W4A4KV4", "W4A16KV16"]
+    assert frame["wikitext2_ours"].tolist() == [8.1, 7.5]
+    assert frame["bits_per_weight_theoretical"].tolist() == [3.0, 3.0]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": ["obbr"]}, "'obbr' is not in the config"),
+        (
+            {"rows": [{"recipe": "obr", "activations": "a3"}]},
+            "activations of recipe obr is 'a3', which activations do",
+        ),
         ({"models": ["lama"]}, "'lama' is not in the config"),
         ({"rows": []}, "no rows"),
         ({"details": ["speed"]}, "'speed' is unknown"),
@@ -285,7 +296,7 @@ def test_mistakes_are_named(results, changes, message):
 
 def test_a_missing_artefact_names_its_target(results, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "zero_shot" / "llama" / "obr" / "boolq.json"
+    path = copy / "zero_shot" / "llama" / "obr" / "a4kv4" / "boolq.json"
     path.unlink()
     with pytest.raises(ObrError, match=rf"{path} is missing; build it with `snakemake {path}`"):
         build(copy)
@@ -334,7 +345,7 @@ def test_columns_without_values_are_left_out(results, tmp_path):
 @pytest.mark.parametrize("value, shown", [(math.inf, "inf | +inf"), (math.nan, "nan | –")])
 def test_an_overflown_perplexity_is_printed(results, tmp_path, value, shown):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "perplexity" / "llama" / "obr" / "wikitext2.json"
+    path = copy / "perplexity" / "llama" / "obr" / "a4kv4" / "wikitext2.json"
     save(path, {**json.loads(path.read_text()), **finite("value", value)})
     assert "Infinity" not in path.read_text() and "NaN" not in path.read_text()
     table.write(build(copy, models=["llama"]), tmp_path / "t")
@@ -346,14 +357,14 @@ def test_an_overflown_perplexity_is_printed(results, tmp_path, value, shown):
 
 def test_notes_say_how_prompts_were_tokenised_and_what_lacks_bos(results, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    for path in copy.glob("zero_shot/llama/*/*.json"):
+    for path in copy.glob("zero_shot/llama/*/*/*.json"):
         save(path, {**json.loads(path.read_text()), "prompts": "no special tokens"})
     assert "Zero-shot prompts: no special tokens." in build(copy).notes
-    for path in copy.glob("zero_shot/tiny/*/*.json"):
+    for path in copy.glob("zero_shot/tiny/*/*/*.json"):
         save(
             path, {**json.loads(path.read_text()), "prompts": "a BOS token before each prompt", "note": "none there"}
         )
-    for path in copy.glob("perplexity/tiny/*/sotu.json"):
+    for path in copy.glob("perplexity/tiny/*/*/sotu.json"):
         save(path, {**json.loads(path.read_text()), "note": "19 of 20 windows have none"})
     path = copy / "compressed" / "tiny" / "obr" / "manifest.json"
     save(path, {**json.loads(path.read_text()), "calibration": {"tokens": 9, "note": "3 of 4 windows have none"}})
@@ -413,7 +424,7 @@ def test_tables_do_not_import_torch():
 def test_report_captions_render(path):
     """As Snakemake does: Jinja with the job's config and wildcards, then reStructuredText."""
     jinja2, core = pytest.importorskip("jinja2"), pytest.importorskip("docutils.core")
-    config = {"models": MODELS, "recipes": RECIPES, "tables": {"main": ENTRY}}
+    config = CONFIG | {"tables": {"main": ENTRY}}
     config["figures"] = {"bits": {"kind": "perplexity_bits", "title": "Size", "models": ["tiny"]}}
     wildcards = {"table": "main", "figure": "bits", "model": "tiny", "recipe": "obr", "device": "cpu"}
     job = SimpleNamespace(config=config, wildcards=SimpleNamespace(**wildcards))

@@ -58,7 +58,7 @@ def test_evaluations_name_their_special_tokens(finished):
     assert "Zero-shot prompts: no special tokens." in notes["zero_shot"]
     assert "dropped; no special tokens;" in notes["zero_shot"]  # of perplexity: the tokenizer adds none
     assert "Zero-shot prompts: a BOS token before each prompt." in notes["last_word"]
-    score = json.loads((finished / SMOKE / "zero_shot/tiny/dense/last_word.json").read_text())
+    score = json.loads((finished / SMOKE / "zero_shot/tiny/dense/a16/last_word.json").read_text())
     assert score["output_type"] == "loglikelihood" and score["n"] == 12 and score["perplexity"] > 1
 
 
@@ -157,7 +157,7 @@ def test_layers_get_what_was_allocated_to_them(finished):
 
 
 def test_a_lost_result_is_rebuilt_with_its_tables(finished):
-    lost = finished / SMOKE / "perplexity/tiny/wanda/heldout.json"
+    lost = finished / SMOKE / "perplexity/tiny/wanda/a16/heldout.json"
     whole = lost.read_bytes()
     lost.unlink()
     try:
@@ -198,7 +198,7 @@ def test_one_table_or_one_model_at_a_time(finished):
 
 def test_the_printed_command_is_the_recipe(finished):
     """A rule's shell line, run by hand, makes the same artefact."""
-    target = finished / SMOKE / "perplexity/tiny/obr_gptq/heldout.json"
+    target = finished / SMOKE / "perplexity/tiny/obr_gptq/a16/heldout.json"
     before = yaml.safe_load(target.read_text())["value"]
     shown = snakemake(finished, CONFIG, "--dry-run", "--printshellcmds", "--forcerun", "perplexity").stdout
     command = next(c for c in re.findall(r"^Shell command: (obr perplexity .*)$", shown, re.M) if "/obr_gptq/" in c)
