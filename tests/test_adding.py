@@ -55,9 +55,10 @@ RECIPE = {
 def extended(tiny_folder, tmp_path_factory):
     """The results of the tiny workflow for a table with the additions, by a package that has them."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("extended")
-    for part in ("workflow", "envs"):
+    for part in ("workflow", "envs", "config"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Snakefile", source)
+    for part in ("Snakefile", "config.yaml"):
+        shutil.copy(ROOT / part, source)
     for name, text in ENTRIES.items():
         with open(source / "workflow/obr" / name, "a", encoding="utf-8") as file:
             file.write(text)

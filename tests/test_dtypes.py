@@ -138,15 +138,16 @@ def test_a_dtype_decides_a_checkpoint_and_a_borrower_may_have_its_own():
     assert Recipe.parse({**BASE, "hessian_inputs": "quantised"}).decisive()["online"] == "model"
     with pytest.raises(ObrError, match=r"dtype is 'float8'; choose one of float32, float16, bfloat16"):
         Recipe.parse({"method": "rtn", "dtype": "float8"})
-    config = Config(replaced(RAW, recipes__obr__dtype="bfloat16", recipes__obr_a4__dtype=None))
-    assert config.parsed["obr"].dtype == "bfloat16" and config.parsed["obr_a4"].dtype is None
-    assert json.loads(config.weight_entry("obr_a4"))["dtype"] == "bfloat16"
-    assert json.loads(config.evaluation_entry("obr"))["dtype"] == "bfloat16"
+    config = Config(replaced(RAW, recipes__obr__dtype="bfloat16", activations__a4__dtype=None))
+    assert config.parsed["obr"].dtype == "bfloat16" and config.evaluated("obr", "a4").dtype is None
+    assert json.loads(config.weight_entry("obr"))["dtype"] == "bfloat16"
+    assert json.loads(config.evaluation_entry("obr", "a16"))["dtype"] == "bfloat16"
     inherited = Config(replaced(RAW, recipes__obr__dtype="bfloat16"))
-    assert inherited.parsed["obr_a4"].dtype == "bfloat16"
+    assert inherited.evaluated("obr", "a4").dtype == "bfloat16"
     overrides = {"models": ["large"], "calibrations": {}, "perplexity": ["wiki"], "zero_shot": [], "dtype": "float16"}
-    changed = Config(replaced(RAW, recipes__obr__dtype="bfloat16", overrides=overrides))
+    changed = Config(replaced(RAW, recipes__obr__dtype="bfloat16", activations__a4__dtype=None, overrides=overrides))
     assert {recipe.dtype for recipe in changed.parsed.values()} == {"float16"}
+    assert changed.evaluated("obr", "a4").dtype == "float16"
 
 
 @pytest.mark.parametrize(
@@ -164,26 +165,25 @@ def test_a_config_cannot_share_statistics_between_dtypes(changes, what):
     with pytest.raises(ObrError, match=rf"recipes.obr.dtype is 'bfloat16', but its {what} are .* which is float16"):
         Config(replaced(RAW, dtype="float16", **own))
     Config(replaced(RAW, dtype="bfloat16", **own))
-    borrower = {"weights": "obr", "dtype": "bfloat16"}
     own["recipes__obr"] = {**recipe, "dtype": None}
-    assert Config(replaced(RAW, **own, recipes__obr_a4=borrower)).parsed["obr_a4"].dtype == "bfloat16"
+    config = Config(replaced(RAW, **own, activations__a4__dtype="bfloat16"))
+    assert config.evaluated("obr", "a4").dtype == "bfloat16"  # an evaluation shares nothing
 
 
 def test_the_workflow_gives_the_configs_dtype_to_recipes_without_their_own(tiny_folder, tmp_path):
-    recipes = {
-        "own": {"method": "rtn", "dtype": "bfloat16"}, "none": {"method": "rtn"},
-        "borrower": {"weights": "none", "dtype": "float32"},
-    }  # fmt: skip
-    table = {"title": "T", "models": ["tiny"], "rows": list(recipes), "perplexity": ["heldout"]}
+    recipes = {"own": {"method": "rtn", "dtype": "bfloat16"}, "none": {"method": "rtn"}}
+    schemes = {"single": {"dtype": "float32"}, "configs": {"dtype": None}}
+    rows = ["own", "none", {"recipe": "none", "activations": "single"}, {"recipe": "own", "activations": "configs"}]
+    table = {"title": "T", "models": ["tiny"], "rows": rows, "perplexity": ["heldout"]}
     config = {**CONFIG, "recipes": recipes, "tables": {"t": table}, "figures": {}, "dtype": "float16"}
+    config["activations"] = schemes
     run = snakemake(tmp_path, config, "--dry-run", "--printshellcmds")
     assert run.returncode == 0, run.stdout[-2000:]
-    found = re.findall(r"^Shell command: obr (compress|perplexity) .*--out \S+/tiny/([^/ ]+).*$", run.stdout, re.M)
-    assert sorted(found) == [
-        ("compress", "none"), ("compress", "own"),
-        ("perplexity", "borrower"), ("perplexity", "none"), ("perplexity", "own"),
-    ]  # fmt: skip
-    for line in re.findall(r"^Shell command: obr (?:compress|perplexity) .*$", run.stdout, re.M):
-        (recipe,) = re.findall(r"--out \S+/tiny/([^/ ]+)", line)
-        assert ("--dtype float16" in line) == (recipe == "none"), line
-        assert (f'"dtype": "{recipes[recipe].get("dtype")}"' in line) == (recipe != "none"), line
+    wanted = {"own": "bfloat16", "none": None, "none/single": "float32", "own/configs": None}
+    wanted |= {"own/a16": "bfloat16", "none/a16": None}
+    found = re.findall(r"^Shell command: (obr (?:compress|perplexity) .*--out \S+?/tiny/(\S+).*)$", run.stdout, re.M)
+    found = [(line, place.removesuffix("/heldout.json")) for line, place in found]
+    assert sorted(place for _, place in found) == sorted(wanted)
+    for line, place in found:
+        assert ("--dtype float16" in line) == (wanted[place] is None), line
+        assert (f'"dtype": "{wanted[place]}"' in line) == (wanted[place] is not None), line

@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from obr.checkpoints.format import load_block, save_block
 from obr.checkpoints.packing import Packed, pack, unpack
 from obr.checkpoints.writer import store
+from obr.config.config_files import layered
 from obr.config.workflow import Config, objection
 from obr.errors import ObrError
 from obr.methods.restore import restore
@@ -243,16 +244,18 @@ def test_the_fuzzer_sees_what_it_should(blocks, tmp_path):
 # --- Configs ----------------------------------------------------------------------------------------------
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
-CONFIGS = [yaml.safe_load((ROOT / path).read_text()) for path in ("tests/config.yaml", "workflow/configs/demo.yaml")]
+CONFIGS = [yaml.safe_load((ROOT / "tests/config.yaml").read_text()), layered({"experiments": "demo"})]
 
 
 def small(raw: dict) -> dict:
     """A config with few of the recipes, so that a change falls on each key often."""
     raw = copy.deepcopy(raw)
-    raw["recipes"] = {key: raw["recipes"][key] for key in ("dense", "obr_gptq", "obr_gptq_a4", "allocated")}
+    raw["recipes"] = {key: raw["recipes"][key] for key in ("dense", "obr_gptq", "allocated")}
+    raw["activations"] = {"a4": {"activations": {"bits": 4}, "keys": {"bits": 4}}}
+    rows = ["obr_gptq", {"recipe": "obr_gptq", "activations": "a4"}]
     for entry in (*raw["tables"].values(), *raw["figures"].values()):
         if "rows" in entry:
-            entry["rows"] = ["allocated"] if entry.get("kind") == "allocation" else ["obr_gptq", "obr_gptq_a4"]
+            entry["rows"] = ["allocated"] if entry.get("kind") == "allocation" else copy.deepcopy(rows)
     return raw
 
 

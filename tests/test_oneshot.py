@@ -8,26 +8,25 @@ import re
 import signal
 import subprocess
 import sys
-from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
-from snakemake.utils import validate
 
 import obr
 from obr.cli.main import main
 from obr.cli.parser import parser
-from obr.config.config_files import SCHEMA, load_config
+from obr.config.config_files import load_config
 from obr.config.oneshot_job import resolve
 from obr.config.oneshot_options import OneShot
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
+from obr.planning.dry_run import pending
 from running import ROOT, digests
 
 SMALL = {"samples": 4, "seqlen": 64, "device": "cpu"}
-DEMO = ROOT / "workflow/configs/demo.yaml"
+DEMO = ROOT / "config/experiments/demo.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +292,8 @@ def test_a_recipe_of_the_config_is_changed_by_options():
     def job(**options):
         return resolve(OneShot("smollm2-135m", Path("out"), configfile=[DEMO], **options))
 
-    found = job(recipe="obr_gptq_a8", pattern="2:4", activation_bits=4, seed=7, samples=3, evaluate="sotu")
+    key = "obr_gptq-w4s50-quarot-sotu"
+    found = job(recipe=key, activations="a8kv8", pattern="2:4", activation_bits=4, seed=7, samples=3, evaluate="sotu")
     config = load_config([DEMO])
     assert found.entry["source"] == config.raw["models"]["smollm2-135m"]["source"]
     assert found.recipe.pattern == "2:4" and found.recipe.activations.bits == 4 and found.recipe.keys.bits == 8
@@ -301,9 +301,9 @@ def test_a_recipe_of_the_config_is_changed_by_options():
     assert found.rotation == {**config.raw["rotations"]["quarot"], "seed": 7}
     assert found.calibrations["sotu"] == {**config.raw["calibrations"]["sotu"], "seed": 7, "nsamples": 3}
     assert found.perplexity["tokens"] == 4096
-    for name, recipe in config.parsed.items():
-        assert job(recipe=name).recipe == recipe, name
-    assert job(recipe="rtn").calibrations  # cached Hessians measure the error of RTN, too
+    for name in (name for name in config.parsed if name.endswith("-sotu")):
+        assert job(recipe=name).recipe == config.parsed[name], name
+    assert job(recipe="rtn-w4-quarot-sotu").calibrations  # cached Hessians measure the error of RTN, too
     assert not job(recipe="dense").calibrations
 
 
@@ -345,27 +345,39 @@ def test_an_allocation_runs_all_of_its_stages(tiny_folder, tmp_path):
         obr.quantize(tiny_folder / "model", tmp_path / "no", recipe=recipe, bits=4)
 
 
-@pytest.mark.parametrize("config", ["config.yaml", "workflow/configs/demo.yaml"])
-def test_a_config_is_read_as_snakemake_reads_it(config):
-    raw = yaml.safe_load((ROOT / config).read_text())
-    validate(raw, str(SCHEMA))
-    from obr.config.workflow import Config
-
-    expected = Config(deepcopy(raw))
-    found = load_config([ROOT / config])
-    assert found.raw == expected.raw and found.parsed == expected.parsed
+@pytest.mark.parametrize(
+    ("files", "given"),
+    [
+        ([], {}),
+        ([DEMO], {}),
+        ([ROOT / "config/experiments/small.yaml"], {"experiments": ["joint", "seeds"], "quick": "true"}),
+        ([ROOT / "tests/config.yaml"], {"threads": {"compress": 3}}),
+    ],
+    ids=["paper", "demo", "small", "tests"],
+)
+def test_a_config_is_read_as_snakemake_reads_it(tiny_folder, tmp_path, files, given):
+    """With all its layers, and the defaults of the schema."""
+    given = {"results": str(tmp_path / "results"), **given}
+    results = tmp_path / ("results-quick" if "quick" in given else "results")
+    expected, _ = pending(
+        ROOT / "Snakefile", files, given, [f"{results}/rotations/quarot/smollm2-135m.safetensors"], 1
+    )
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump(given))
+    assert load_config([*files, tmp_path / "given.yaml"]).raw == expected
 
 
 def test_recipes_are_listed_and_shown(capsys):
-    assert main(["recipes", "list", "--configfile", str(DEMO)]) == 0
+    assert main(["recipes", "list"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in listed[1:]] == list(load_config([DEMO]).recipes)
-    assert main(["recipes", "show", "obr_gptq_a8", "--configfile", str(DEMO)]) == 0
-    shown = capsys.readouterr().out
-    assert Recipe.parse(yaml.safe_load(shown)) == load_config([DEMO]).parsed["obr_gptq_a8"]
-    origins = {line.split(":")[0]: line.rpartition("# ")[2] for line in shown.splitlines()}
-    assert origins["keys"] == "recipes.obr_gptq_a8" and origins["damp"] == "default"
-    assert origins["alpha"] == "recipes.obr_gptq, whose weights it uses"
+    config, key = load_config(), "obr_gptq-w4s50-flatquant"
+    assert [line.split()[0] for line in listed[1:]] == list(config.recipes)
+    for scheme, expected in ((), config.parsed[key]), (("a8kv8",), config.evaluated(key, "a8kv8")):
+        assert main(["recipes", "show", key, *(("--activations", *scheme) if scheme else ())]) == 0
+        shown = capsys.readouterr().out
+        assert Recipe.parse(yaml.safe_load(shown)) == expected
+        origins = {line.split(":")[0]: line.rpartition("# ")[2] for line in shown.splitlines()}
+        assert origins["keys"] == f"activations.{scheme[0] if scheme else 'flatquant-a4kv4'}"
+        assert origins["alpha"] == f"recipes.{key}" and origins["damp"] == "default"
     assert main(["recipes", "show", "obr_gpt"]) == 1
     assert "such as obr_gptq" in capsys.readouterr().err
 

@@ -226,9 +226,16 @@ def test_the_readme_tells_the_truth():
         ast.parse(block)
 
 
-@pytest.mark.parametrize("recipe", ["config.yaml", "workflow/configs/demo.yaml", "tests/config.yaml"])
-def test_configs_hold_no_absolute_paths(recipe):
-    assert not re.search(r'"/[a-z]', json.dumps(yaml.safe_load((ROOT / recipe).read_text())))
+CONFIGS = [ROOT / "config.yaml", ROOT / "tests/config.yaml", *sorted((ROOT / "config").rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_hold_no_absolute_paths_and_no_anchors(path):
+    text = path.read_text()
+    assert not re.search(r'"/[a-z]', json.dumps(yaml.safe_load(text)))
+    for event in yaml.parse(text):
+        assert not isinstance(event, yaml.AliasEvent) and getattr(event, "anchor", None) is None, event.start_mark
+        assert getattr(event, "value", None) != "<<", event.start_mark
 
 
 @pytest.mark.parametrize(

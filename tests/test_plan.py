@@ -120,7 +120,9 @@ def test_the_paper_is_priced_with_its_licences(tmp_path):
 
 def test_the_sizes_of_every_task_of_the_paper_are_known():
     tasks = yaml.safe_load((ROOT / "config/datasets.yaml").read_text())["zero_shot"]
-    assert {entry["source"]["task"] for entry in tasks.values() if entry["source"]["source"] == "hub"} <= set(cost_model.TASKS)
+    assert {entry["source"]["task"] for entry in tasks.values() if entry["source"]["source"] == "hub"} <= set(
+        cost_model.TASKS
+    )
     sizes = tensor_sizes.Sizes.estimate(7.0)
     one, two = (cost_model.zero_shot(sizes, task, 100, 2048).products for task in ("lambada_openai", "winogrande"))
     assert one / two == pytest.approx(90 / 29, rel=0.02)

@@ -258,7 +258,7 @@ def test_what_others_released_is_neither_made_again_nor_multiplied_packed_nor_al
 def test_they_are_priced_by_their_size(tmp_path):
     """The host's work of the authors' three: 7, 7.6 and 69 billion parameters."""
     targets = [str(tmp_path / f"tables/{name}.csv") for name in ("released_7b", "released_70b", "released_qwen_7b")]
-    plan = plan_of(ROOT / "Snakefile", [ROOT / "config.yaml"], {"results": str(tmp_path)}, targets, 16, 1)
+    plan = plan_of(ROOT / "Snakefile", [], {"results": str(tmp_path), "experiments": "released"}, targets, 16, 1)
     rules = plan.by_rule
     assert rules["released"]["jobs"] == rules["download_released"]["jobs"] == 3
     assert 1200 < rules["released"]["longest"] < 20_000 and 5 < rules["released"]["host"] < 40
