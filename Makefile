@@ -35,14 +35,14 @@ $(READY): requirements.lock requirements.torch.lock pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml
-	@PYTHONWARNINGS=ignore::RuntimeWarning $(SNAKEMAKE) --quiet all --configfile workflow/configs/demo.yaml --report results/demo/report.html
+	$(SNAKEMAKE) --cores all --configfile config/experiments/demo.yaml
+	@PYTHONWARNINGS=ignore::RuntimeWarning $(SNAKEMAKE) --quiet all --configfile config/experiments/demo.yaml --report results/demo/report.html
 	@echo "Report: results/demo/report.html"
 	@echo "Figures: results/demo/figures/"; echo; cat results/demo/tables/demo.md
 
 # The same on WikiText-2 and PIQA, whose files lie in the folder OBR_DATA.
 demo-wikitext: $(READY)
-	$(SNAKEMAKE) --cores all --configfile workflow/configs/demo.yaml workflow/configs/demo-wikitext.yaml
+	$(SNAKEMAKE) --cores all --configfile config/experiments/demo.yaml config/experiments/demo-wikitext.yaml
 	@cat results/demo-wikitext/tables/demo.md
 
 plan: $(READY)

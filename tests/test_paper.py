@@ -1,4 +1,4 @@
-"""Every table and figure of the experiments, built from fabricated artefacts: filters, seeds, rows that only quote."""
+"""Every table and figure of the experiments, from fabricated artefacts: filters, seeds, rows that only quote."""
 
 import json
 import math

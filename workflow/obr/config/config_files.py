@@ -74,7 +74,9 @@ def experiment_files(raw: dict) -> list[Path]:
 
 def add_recipes(raw: dict) -> None:
     """Lay a config's recipes over those of the sheets, in place."""
-    raw["recipes"] = merge(read_sheets(FOLDER / "recipes"), raw.get("recipes") or {})
+    own = raw.get("recipes", {})
+    if isinstance(own, dict):  # the schema refuses anything else
+        raw["recipes"] = merge(read_sheets(FOLDER / "recipes"), own)
 
 
 def read_yaml(path: Path) -> dict:
