@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-SKIPPED = ("logs", "benchmarks", "kernels")
+SKIPPED = ("logs", "benchmarks", "kernels", "config")
 # Keys of JSON files that say how or when a result was made, not what it is.
 ABOUT = (
     "code",

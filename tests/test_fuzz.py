@@ -244,7 +244,8 @@ def test_the_fuzzer_sees_what_it_should(blocks, tmp_path):
 # --- Configs ----------------------------------------------------------------------------------------------
 
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
-CONFIGS = [yaml.safe_load((ROOT / "tests/config.yaml").read_text()), layered({"experiments": "demo"})]
+TINY = yaml.safe_load((ROOT / "tests/config.yaml").read_text())
+CONFIGS = [layered(TINY), layered({"experiments": "demo"})]
 
 
 def small(raw: dict) -> dict:
@@ -259,7 +260,7 @@ def small(raw: dict) -> dict:
     return raw
 
 
-SMALL = small(CONFIGS[0])
+SMALL = small(TINY)
 
 
 def _with_defaults(validator, properties, instance, schema):

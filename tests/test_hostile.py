@@ -469,7 +469,7 @@ def test_a_plain_tensor_file_is_no_checkpoint(tmp_path, capsys):
 
 
 def test_an_unreadable_entry_is_refused():
-    run = [sys.executable, "-m", "obr", "table", "--entry"]
+    run = [sys.executable, "-m", "obr", "check-model", "--entry"]
     for entry in ("[" * 100_000, "[1]", "\x01"):
         done = subprocess.run([*run, entry], capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -140,10 +140,10 @@ def test_another_seed_of_the_rotation_reruns_what_is_rotated(finished):
 
 
 def test_another_budget_is_allocated_from_the_same_measurements(finished):
-    found = jobs(finished, changed(recipes__allocated__allocation={"bits": 2.5, "options": "mixed"}))
+    found = jobs(finished, changed(recipes__allocated__allocation={"bits": 2.5, "options": "few"}))
     assert found == {"allocate": 1, "compress": 1, "perplexity": 1, "table": 1, "figure": 2}
-    fewer = CONFIG["layer_options"]["mixed"][1:]
-    found = jobs(finished, changed(layer_options__mixed=fewer))
+    fewer = CONFIG["layer_options"]["few"][1:]
+    found = jobs(finished, changed(layer_options__few=fewer))
     assert found["sensitivity"] == found["allocate"] == found["compress"] == 1 and "gradients" not in found
 
 
@@ -173,8 +173,10 @@ def test_a_lost_result_is_rebuilt_with_its_tables(finished):
 def test_editing_code_reruns_what_depends_on_it(finished, tmp_path):
     """In a copy of the source: the restoration's code leaves Hessians alone, comments leave everything alone."""
     source = tmp_path / "source"
-    shutil.copytree(ROOT / "workflow", source / "workflow", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Snakefile", source)
+    for part in ("workflow", "config"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("Snakefile", "config.yaml"):
+        shutil.copy(ROOT / part, source)
     module = source / "workflow" / "obr" / "methods" / "restore.py"
     text = module.read_text()
 
@@ -229,7 +231,7 @@ def test_the_report_is_one_file(finished):
         ({"zero_shot__last_word__bos": "window"}, "zero_shot.last_word.bos"),
         ({"calibrations__generated__bos": True}, "calibrations.generated.bos is true, which is of windows of a text"),
         ({"tables__smoke__models": ["gone"]}, "tables.smoke.models is 'gone', which models does not define"),
-        ({"only_models": ["gone"]}, "only_models is 'gone', which models does not define; it defines llama-2-7b"),
+        ({"only_models": ["gone"]}, "only_models is 'gone', which models does not define; it defines tiny, llama-2-7b"),
         ({"texts__train__path": "$OBR_TINY/gone.txt"}, "gone.txt does not exist; correct the path"),
         ({"models__tiny__source__path": "$UNSET_FOLDER/model"}, "names an environment variable that is not set"),
         (

@@ -36,6 +36,9 @@ try:
 except ObrError as error:
     raise WorkflowError(str(error)) from None
 
+if workflow.remote_exec:  # a job on another machine, perhaps with a disk of its own
+    jobs.write_settings()
+
 PUBLISHED = f"{workflow.basedir}/workflow/published/results.csv"
 
 

@@ -63,12 +63,11 @@ def experiment_files(raw: dict) -> list[Path]:
     Raises:
         ObrError: there is no file of that name in config/experiments.
     """
-    names, folder = raw.get("experiments") or [], FOLDER / "experiments"
-    names = [names] if isinstance(names, str) else names
+    names, folder = raw.get("experiments"), FOLDER / "experiments"
+    names = [names] if isinstance(names, str) else names if isinstance(names, list) else []  # or the schema objects
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
     for name in names:
-        check_defined(
-            (path.stem for path in sorted(folder.glob("*.yaml"))), "config/experiments", name, "experiments"
-        )
+        check_defined(known, "config/experiments", name, "experiments")
     return [folder / f"{name}.yaml" for name in names]
 
 

@@ -119,7 +119,8 @@ class RuleFunctions:
         """The part of the config that a table or figure reads, as its command gets it."""
         raw, entry = self.raw, self.raw[section][name]
         rows = self.config.rows(entry)
-        recipes = {key: raw["recipes"][key] for key, _ in rows}
+        own = [row["recipe"] for row in entry.get("rows", []) if isinstance(row, dict) and "recipe" in row]
+        recipes = {key: raw["recipes"][key] for key in (*own, *(recipe for recipe, _ in rows))}
         options = {recipe["allocation"]["options"] for recipe in recipes.values() if recipe.get("allocation")}
         found = {
             section: {name: entry},

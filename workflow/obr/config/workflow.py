@@ -178,8 +178,8 @@ class Config:
         return json.dumps(entry, sort_keys=True)
 
     def rows(self, entry: dict, where: str = "the entry") -> list[tuple[str, str]]:
-        """(recipe, activation scheme) of an entry's rows, with those of all seeds beside each row's own; rows that
-        only quote have none.
+        """(recipe, activation scheme) of an entry's rows, where a row has several seeds those of all; rows that only
+        quote have none.
 
         Raises:
             ObrError: a recipe that the config does not define. where: the entry's place, in messages.
