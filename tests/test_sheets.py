@@ -77,8 +77,11 @@ def test_every_recipe_of_the_sheets_is_of_use():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("recipe\tmethod\tbits\na\trtn\tfour\n", r"sheet.tsv line 2: bits is 'four', not a whole number; correct it"),
-        ("recipe\tmethod\trefit\na\trtn\tyes\n", r"line 2: refit is 'yes', not true or false"),
+        (
+            "recipe\tmethod\tbits\na\trtn\tfour\n",
+            r"sheet.tsv line 2: bits is 'four', which is not a whole number; corr",
+        ),
+        ("recipe\tmethod\trefit\na\trtn\tyes\n", r"line 2: refit is 'yes', which is not true or false"),
         ("recipe\tmethod\tsparse\na\trtn\t1\n", r"sheet.tsv has the unknown column 'sparse'; known are recipe, note"),
         ("recipe\tmethod\tactivations.bits\na\trtn\t4\n", r"unknown column 'activations.bits'"),
         ("recipe\tmethod\na\trtn\na\tgptq\n", r"line 3: recipe 'a' is there before; give each recipe one line"),

@@ -231,7 +231,10 @@ def test_the_report_is_one_file(finished):
         ({"zero_shot__last_word__bos": "window"}, "zero_shot.last_word.bos"),
         ({"calibrations__generated__bos": True}, "calibrations.generated.bos is true, which is of windows of a text"),
         ({"tables__smoke__models": ["gone"]}, "tables.smoke.models is 'gone', which models does not define"),
-        ({"only_models": ["gone"]}, "only_models is 'gone', which models does not define; it defines tiny, llama-2-7b"),
+        (
+            {"only_models": ["gone"]},
+            "only_models is 'gone', which models does not define; it defines tiny, llama-2-7b",
+        ),
         ({"texts__train__path": "$OBR_TINY/gone.txt"}, "gone.txt does not exist; correct the path"),
         ({"models__tiny__source__path": "$UNSET_FOLDER/model"}, "names an environment variable that is not set"),
         (
