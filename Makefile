@@ -49,7 +49,7 @@ plan: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/obr plan $(PLAN)
 
 smoke: $(READY)
-	$(BIN)/python tests/tiny.py results/tiny
+	$(BIN)/python tests/helpers/tiny_model.py results/tiny
 	OBR_TINY="$(CURDIR)/results/tiny" OBR_TESTS="$(CURDIR)/tests" $(SNAKEMAKE) --cores all --configfile tests/config.yaml
 	@cat results/smoke/tables/*.md
 
@@ -60,16 +60,16 @@ test: $(READY)
 
 test-faults: $(READY)
 	OBR_KILLS=25 OBR_EXAMPLES=100000 PATH="$(CURDIR)/$(BIN):$$PATH" \
-	$(BIN)/python -m pytest -s tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py tests/test_resume.py
+	$(BIN)/python -m pytest -s tests/workflow/test_faults.py tests/project/test_fuzz.py tests/models/test_untrusted_files.py tests/runtime/test_resume.py
 
 test-processors: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/processors.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/helpers/instruction_sets.py
 
 # Where the packages cannot be had, the tests skip and say so.
 test-slurm: $(READY)
 	-command -v slurmctld >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	slurmctld slurmd slurm-client munge
-	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_slurm.py
+	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/workflow/test_slurm.py
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/run.py
