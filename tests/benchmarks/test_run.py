@@ -37,7 +37,7 @@ def module(monkeypatch):
         sys.modules.pop(path.stem, None)
 
 
-def test_every_part_leaves_a_table_and_figures(out):
+def test_benchmark_parts_write_tables_and_figures(out):
     page = (out / "benchmarks.md").read_text()
     for part in PARTS:
         frame = pd.read_csv(out / f"{part}.csv")
@@ -50,7 +50,7 @@ def test_every_part_leaves_a_table_and_figures(out):
     assert not [path for path in out.iterdir() if path.is_dir()], "models made on the way stay behind"
 
 
-def test_times_and_peaks_are_of_this_world(out):
+def test_peaks_exceed_weights_and_speedups_follow_from_times(out):
     for part, column in (("restoration", "ours_s"), ("scaling", "time_s"), ("stages", "time_s")):
         assert (pd.read_csv(out / f"{part}.csv")[column] > 0).all(), part
     peaks = pd.concat([pd.read_csv(out / f"{part}.csv")["peak_mb"] for part in ("memory", "large")])
@@ -114,7 +114,7 @@ def test_a_model_with_wrong_products_writes_nothing(module, monkeypatch, tmp_pat
         decoding.check(folders["INT4, 50 %"])
 
 
-def test_without_llama_there_is_no_row_and_a_reason(module, monkeypatch, capsys, tmp_path):
+def test_missing_llama_cpp_leaves_reason_in_place_of_row(module, monkeypatch, capsys, tmp_path):
     products = module("products")
     monkeypatch.setenv("OBR_GGML", str(tmp_path))
     products.ggml.libraries.cache_clear()
@@ -155,7 +155,7 @@ def test_a_peak_is_the_stages_own(module):
     assert held.sum() > 0 and 5 < peak < 300
 
 
-def test_a_stage_that_fails_says_why(module):
+def test_failed_stage_shows_error(module):
     with pytest.raises(ObrError, match="nosuch"):
         module("peak").run_stage("calibrate", "--entry", {}, "--model", "nosuch", "--text", "nosuch", "--out", "x")
 

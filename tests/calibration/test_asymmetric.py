@@ -148,7 +148,7 @@ def test_the_dense_model_is_not_quantised(files, tmp_path):
     assert not torch.equal(blind.self_attn.q_proj.weight, aimed.self_attn.q_proj.weight)
 
 
-def test_layers_can_be_made_again(files, tmp_path):
+def test_recompute_reproduces_asymmetric_layers(files, tmp_path):
     manifest = stage(files, tmp_path / "m" / "out", method="obr_gptq", asymmetry=0.5)
     assert manifest["recipe"]["asymmetry"] == 0.5
     places = Places(files / "model", files / "rotation.safetensors", files / "tokens.safetensors")
@@ -170,6 +170,6 @@ def test_blocks_left_out_stay_as_they_are(tokens):
         ({"asymmetry": 0.5, "method": "rtn"}, "r.asymmetry is 0.5, but method rtn reads no activations"),
     ],
 )
-def test_where_it_means_nothing_it_is_refused(options, sentence):
+def test_invalid_asymmetry_is_refused(options, sentence):
     with pytest.raises(ObrError, match=sentence):
         Recipe.parse({**RECIPE, **options}, "r")

@@ -138,7 +138,7 @@ def test_an_interrupted_stage_goes_on_where_it_was(inputs, tmp_path, monkeypatch
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_what_is_left_is_reckoned_without_resumed_blocks(monkeypatch, capsys):
+def test_remaining_time_excludes_resumed_blocks(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Progress("obr_gptq", 10) as shown:

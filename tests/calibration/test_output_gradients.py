@@ -50,7 +50,7 @@ def by_one_graph(model, linears: dict, tokens) -> dict:
     return {name: total / tokens.numel() for name, total in sums.items()}
 
 
-def test_they_are_those_of_the_whole_model(tiny_folder, windows):
+def test_streamed_gradients_equal_backward_of_whole_model(tiny_folder, windows):
     """transformers' own model and graph, nothing of ours in it."""
     tokens = windows[1]
     found, loss = output_gradients.squared_gradients(StreamedBlocks(tiny_folder / "model"), tokens, progress=False)
@@ -64,7 +64,7 @@ def test_they_are_those_of_the_whole_model(tiny_folder, windows):
         assert loss == pytest.approx(float(model(input_ids=tokens, labels=tokens).loss), rel=1e-4)
 
 
-def test_of_a_rotated_model_behind_its_online_transforms(tiny_folder, windows, rotation, tmp_path):
+def test_gradients_of_rotated_model_are_behind_online_transforms(tiny_folder, windows, rotation, tmp_path):
     tokens = windows[1][:2]
     blocks = apply.open_blocks(tiny_folder / "model", rotation)
     found, _ = output_gradients.squared_gradients(
@@ -94,7 +94,7 @@ def test_a_model_in_memory_is_left_as_it_was(tiny_folder, windows):
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-def test_the_stage_writes_what_it_measured(tiny_folder, windows, tmp_path):
+def test_gradient_stage_writes_measured_values(tiny_folder, windows, tmp_path):
     out = tmp_path / "g" / "train.safetensors"
     notes = output_gradients.gradients(tiny_folder / "model", None, windows[0], out, nsamples=2, seqlen=32)
     found, told = output_gradients.load(out)

@@ -36,7 +36,7 @@ def checkpoint(tiny_folder, prompt, tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_those_of_our_own_reader(checkpoint, prompt, dtype):
+def test_from_pretrained_logits_equal_obr_load(checkpoint, prompt, dtype):
     ours = obr.load(checkpoint, dtype=dtype, device="cpu")
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     assert torch.equal(theirs(prompt).logits, ours(prompt).logits)

@@ -77,7 +77,7 @@ def test_perplexity_is_the_simulated_one_and_half_precision_works(tiny_folder, p
     assert obr.perplexity(half, prompt) == pytest.approx(values[0], rel=0.05)
 
 
-def test_no_weight_stays_unpacked(tiny_folder, prompt, tmp_path):
+def test_packed_model_keeps_no_dense_weight(tiny_folder, prompt, tmp_path):
     model = obr.load(compressed(tiny_folder, tmp_path / "c", RECIPES["unstructured"], prompt), packed=True)
     names = [name for name, tensor in model.named_parameters() if tensor.ndim == 2]
     assert set(names) <= {"model.embed_tokens.weight", "lm_head.weight"}
@@ -96,7 +96,7 @@ def test_no_weight_stays_unpacked(tiny_folder, prompt, tmp_path):
         ({"method": "rtn", "activations": A8}, {"device": "cuda"}, "not on cuda"),
     ],
 )
-def test_what_would_change_the_model_is_refused(recipe, load, message, tiny_folder, prompt, tmp_path):
+def test_packing_refuses_settings_that_change_model(recipe, load, message, tiny_folder, prompt, tmp_path):
     out = compressed(tiny_folder, tmp_path / "c", recipe, prompt, None)
     with pytest.raises(ObrError, match=message):
         obr.load(out, packed=True, **load)

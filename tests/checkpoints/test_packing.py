@@ -15,7 +15,7 @@ from obr.methods.restore import restore
 
 @given(bits=st.integers(1, 16), values=st.lists(st.integers(0, 2**16 - 1), max_size=50))
 @settings(deadline=None)
-def test_bit_streams(bits, values):
+def test_bit_stream_roundtrip_is_exact(bits, values):
     values = np.array([v % 2**bits for v in values], dtype=np.uint32)
     stream = pack_bits(values, bits)
     assert stream.size == -(-len(values) * bits // 8)
@@ -30,7 +30,7 @@ def test_bit_streams(bits, values):
     seed=st.integers(0, 9),
 )
 @settings(deadline=None, max_examples=60)
-def test_layers_come_back_to_the_last_bit(rows, groups, bits, pattern, seed):
+def test_packing_roundtrip_is_exact(rows, groups, bits, pattern, seed):
     weight, hessian = layer(rows, 16 * groups, seed)
     restored = restore(weight, hessian, "wanda", bits=bits, pattern=pattern, sparsity=0.4)
     back = unpack(pack(restored, torch.float16))
@@ -40,7 +40,7 @@ def test_layers_come_back_to_the_last_bit(rows, groups, bits, pattern, seed):
 
 
 @pytest.mark.parametrize("method", ["dense", "rtn", "sparsegpt_gptq", "obr_gptq"])
-def test_methods_with_other_masks(method):
+def test_packing_roundtrip_is_exact_for_other_masks(method):
     weight, hessian = layer(8, 128)
     for bits in (4, 16):
         restored = restore(weight, hessian, method, bits=bits)
@@ -62,7 +62,7 @@ def test_methods_with_other_masks(method):
         ({"method": "dense"}, 16.0),
     ],
 )
-def test_the_promised_size(options, bits_per_weight):
+def test_packed_size_equals_formula(options, bits_per_weight):
     """Scales apart, the bytes are what the recipe says."""
     assert Recipe.parse({"calibration": "c", **options}).bits_per_weight == bits_per_weight
     weight, hessian = layer(16, 256)

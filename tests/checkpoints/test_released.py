@@ -78,7 +78,7 @@ def test_the_files_have_the_keys_that_the_front_ends_write(made):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_the_files_is_the_same_model(made, tmp_path, form):
+def test_file_forms_import_to_same_model(made, tmp_path, form):
     folder, model, state = made()
     import_released(folder, written(tmp_path, state, form), recipe(), tmp_path / "out")
     check_same(tmp_path / "out", model)
@@ -104,7 +104,7 @@ def test_the_adopted_model_computes_what_the_released_one_does(made, tmp_path, b
     assert set(manifest["rotation"]["online"]) == heads
 
 
-def test_without_the_files_own_hadamard_matrix_the_model_would_be_another(made, tmp_path):
+def test_hadamard_matrix_of_file_is_needed(made, tmp_path):
     """Another matrix of order 12 is as orthogonal, and wrong."""
     folder, model, state = made()
     for number, path in enumerate(("o_proj", "down_proj")):
@@ -140,7 +140,7 @@ SHARED = [
 
 
 @pytest.mark.parametrize("change", SHARED, ids=["head inside", "head outside", "layer inside", "layer outside"])
-def test_one_name_of_a_shared_tensor_is_enough(made, tmp_path, change):
+def test_shared_tensor_may_have_one_name(made, tmp_path, change):
     folder, model, state = made("qwen2")
     import_released(folder, written(tmp_path, change(state)), recipe(), tmp_path / "out")
     check_same(tmp_path / "out", model)
@@ -214,7 +214,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change, sentence", REFUSED.values(), ids=REFUSED)
-def test_whatever_is_not_as_released_is_refused(made, tmp_path, change, sentence):
+def test_deviating_state_dict_is_refused(made, tmp_path, change, sentence):
     folder, _, state = made()
     released = written(tmp_path, change(state))
     refused(lambda: import_released(folder, released, recipe(), tmp_path / "out"), sentence)
@@ -254,7 +254,7 @@ def plain(state):
         ("spinquant", more(model__layers__0__self_attn__o_proj__had_K=torch.ones(1, 1)), "unexpected tensors"),
     ],
 )  # fmt: skip
-def test_other_layouts_are_refused(made, tmp_path, kind, change, sentence):
+def test_unknown_layout_is_refused(made, tmp_path, kind, change, sentence):
     folder, _, state = made("llama", kind)
     refused(
         lambda: import_released(folder, written(tmp_path, change(state)), recipe(kind), tmp_path / "out"), sentence
@@ -332,7 +332,7 @@ def test_patterns_are_checked_group_by_group():
     refused(lambda: Verified().add(uneven, recipe(pattern="2:4"), "layer"), "keeps more than the pattern 2:4")
 
 
-def test_distance_to_a_grid():
+def test_distance_to_grid_matches_nearest_level():
     steps = torch.tensor([[-8.0, 3, 0, 7], [-7, 3, 0, 7], [5, 2, 0, 1]]) * torch.tensor([[0.013], [0.5], [2.0]])
     assert distance_to_grid(steps.half(), 4).max() < 0.01
     assert distance_to_grid(torch.tensor([[0.0, 7.0, 3.4, 1.55, 6.2, 2.3, 4.9]]), 4) > 0.1

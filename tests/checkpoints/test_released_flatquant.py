@@ -75,13 +75,13 @@ def test_the_adopted_model_computes_what_the_naive_one_does(made, tmp_path, base
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_the_files_is_the_same_model(made, tmp_path, form):
+def test_file_forms_import_to_same_model(made, tmp_path, form):
     folder, flat, state = made("llama, tied", True)
     import_released(folder, written(tmp_path, state, form), RECIPE, tmp_path / "out")
     check_same(tmp_path / "out", flat)
 
 
-def test_without_its_learned_ranges_the_model_is_another(made, tmp_path):
+def test_learned_ranges_of_file_are_needed(made, tmp_path):
     folder, flat, state = made()
     import_released(folder, written(tmp_path, state), RECIPE, tmp_path / "out")
     plain = {**ENTRY, "activations": {"bits": 4}, "keys": CACHE, "values": CACHE}
@@ -115,7 +115,7 @@ def without(*parts):
 
 
 @pytest.mark.parametrize("part", ["clip_factor_w", "clip_factor_a", "kcache_trans", "diag_scale"])
-def test_a_file_learned_without_a_part_does_without_it(made, tmp_path, part):
+def test_file_without_optional_part_is_imported(made, tmp_path, part):
     """Scales and weights' clips have acted already; they are needed to compare layers with the base model's."""
     folder, flat, state = made()
     manifest = import_released(folder, written(tmp_path, without(part)(state)), RECIPE, tmp_path / "out")
@@ -203,7 +203,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change, sentence", REFUSED.values(), ids=REFUSED)
-def test_whatever_is_not_as_released_is_refused(made, tmp_path, change, sentence):
+def test_deviating_state_dict_is_refused(made, tmp_path, change, sentence):
     folder, _, state = made()
     released = written(tmp_path, change(state))
     refused(lambda: import_released(folder, released, RECIPE, tmp_path / "out"), sentence)

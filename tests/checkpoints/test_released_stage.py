@@ -33,7 +33,7 @@ STATE = {"a.weight": torch.arange(6.0).view(2, 3).half(), "b.weight": torch.ones
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_holds_the_same_tensors(tmp_path, form):
+def test_file_forms_hold_same_tensors(tmp_path, form):
     written(tmp_path, STATE, form)
     state = StateDict(tmp_path / "hub")
     assert set(state.headers) == set(STATE) and state.shape("a.weight") == (2, 3)
@@ -135,7 +135,7 @@ def test_a_download_has_one_form_and_its_hashes(hub, tmp_path):
     assert (out / "pytorch_model.bin").is_file()
 
 
-def test_a_download_that_is_damaged_or_broken_off(hub, tmp_path):
+def test_damaged_or_interrupted_download_is_refused(hub, tmp_path):
     out, shards = tmp_path / "out", sorted(path.name for path in hub.folder.glob("*.safetensors"))
     whole = hub.do_GET
 
@@ -155,7 +155,7 @@ def test_a_download_that_is_damaged_or_broken_off(hub, tmp_path):
     assert not list(tmp_path.glob("other*"))
 
 
-def test_sources_that_are_none(tmp_path):
+def test_invalid_released_sources_are_refused(tmp_path):
     refused(lambda: download_released({"source": "pypi"}, tmp_path / "out"), "source 'pypi' is unknown")
     refused(lambda: download_released({"source": "hub", "repo": "a/b"}, tmp_path / "out"), "lacks revision")
     (tmp_path / "file").touch()
@@ -226,7 +226,7 @@ def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsy
     assert found == pytest.approx(perplexity(load(out, {**entry, **quantised}, device="cpu"), windows), rel=1e-6)
 
 
-def test_what_others_released_is_neither_made_again_nor_multiplied_packed_nor_altered(tmp_path, tiny_folder, capsys):
+def test_released_checkpoint_refuses_recompute_packing_and_changes(tmp_path, tiny_folder, capsys):
     state, _ = flatquant_files(tmp_path, tiny_folder)
     taken = ("--model", tmp_path / "model", "--released", written(tmp_path, state), "--out", tmp_path / "out")
     ran("released", "--entry", json.dumps(ENTRY), *taken)
@@ -254,7 +254,7 @@ def test_what_others_released_is_neither_made_again_nor_multiplied_packed_nor_al
     assert any("fewer than the" in problem for problem in verify_checkpoint(tmp_path / "out"))
 
 
-def test_they_are_priced_by_their_size(tmp_path):
+def test_released_checkpoints_are_priced_by_size(tmp_path):
     """The host's work of the authors' three: 7, 7.6 and 69 billion parameters."""
     targets = [str(tmp_path / f"tables/{name}.csv") for name in ("released_7b", "released_70b", "released_qwen_7b")]
     plan = plan_of(ROOT / "Snakefile", [ROOT / "config.yaml"], {"results": str(tmp_path)}, targets, 16, 1)

@@ -77,7 +77,7 @@ def compressed(results: Path, out: Path) -> dict:
     return compress_stage(results / "models" / MODEL, recipe, out, rotation=rotation, hessians=folder, device="cpu")
 
 
-def test_layers_are_made_again_with_the_products_of_their_block(results, monkeypatch, capsys):
+def test_recompute_uses_products_of_recorded_block(results, monkeypatch, capsys):
     """A run that was interrupted, and went on where products are of another dtype."""
     out = results / "compressed" / MODEL / "interrupted"
     whole_block = blocks._compress_block
@@ -110,7 +110,7 @@ def test_layers_are_made_again_with_the_products_of_their_block(results, monkeyp
         assert "manifest.json has malformed 'processors'; it was altered: compress again." in capsys.readouterr().err
 
 
-def test_other_inputs_are_noticed_before_anything_is_made_again(results, tmp_path, capsys):
+def test_recompute_refuses_other_inputs_first(results, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     make({"kind": "quarot", "seed": 1}, results / "models" / MODEL, other)
     checkpoint = str(results / "compressed" / MODEL / "cached")
@@ -120,7 +120,7 @@ def test_other_inputs_are_noticed_before_anything_is_made_again(results, tmp_pat
     assert "gone does not exist; say with --model where" in capsys.readouterr().err
 
 
-def test_layers_that_were_made_otherwise_are_noticed(results, tmp_path):
+def test_recompute_reports_layers_of_other_settings(results, tmp_path):
     """Of another method than the manifest says: every sum may fit, the weights do not."""
     folder = results / "hessians" / MODEL / "quarot" / "c"
     rotation = results / "rotations/quarot" / f"{MODEL}.safetensors"
@@ -210,7 +210,7 @@ Q = "self_attn.q_proj"
         (in_block(lambda t, h: h["layers"].pop(Q)), "block_000.safetensors is not a block of this model"),
     ],
 )  # fmt: skip
-def test_whatever_was_altered_is_told_in_a_sentence(checkpoint, spoil, sentence, capsys):
+def test_altered_checkpoint_is_reported_in_one_sentence(checkpoint, spoil, sentence, capsys):
     spoil(checkpoint)
     assert main.main(["verify", str(checkpoint)]) == 1
     out, error = capsys.readouterr()

@@ -103,7 +103,7 @@ def test_the_example_of_the_library_runs(tiny_folder, tmp_path, monkeypatch):
     assert doctest.DocTestRunner().run(example) == (0, 2)
 
 
-def test_every_option_is_a_parameter_and_every_parameter_an_option():
+def test_options_of_command_equal_parameters_of_library():
     parameters = set(inspect.signature(obr.quantize).parameters)
     options = set(vars(parser().parse_args(["quantize", "m", "--out", "o"])))
     assert parameters == {field.name for field in fields(OneShot)}
@@ -167,7 +167,7 @@ def test_a_finished_run_started_again_only_evaluates(command, tiny_folder, tmp_p
     assert f"{manifest['relative_error']:.4f}, mean over 14 layers" in lines[2]
 
 
-def test_other_settings_replace_a_checkpoint_only_if_asked(command, tmp_path, capsys):
+def test_checkpoint_of_other_settings_is_replaced_only_with_overwrite(command, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(out, "--method", "rtn", "--bits", 8)) == 1  # rtn reads no windows
     assert "--calibration" in capsys.readouterr().err

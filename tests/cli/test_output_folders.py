@@ -107,7 +107,7 @@ def test_files_and_links_are_no_folders_to_replace(command, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["download-model", "download-task", "download-released"])
-def test_what_snakemake_leaves_of_an_earlier_result_is_replaced_with_rerun_alone(name, inputs, tmp_path, capsys):
+def test_leftovers_of_snakemake_are_replaced_only_with_rerun(name, inputs, tmp_path, capsys):
     """Snakemake removes the declared outputs of a job before the job runs again."""
     source = {"source": "path", "path": str(inputs / "model")}
     if name == "download-task":
@@ -144,7 +144,7 @@ def test_replacing_leaves_no_folder_aside(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/a").read_bytes() == b"new"
 
 
-def test_code_beside_a_checkpoint_is_no_part_of_it_unless_its_configuration_refers_to_it(inputs, tmp_path):
+def test_code_beside_checkpoint_counts_only_if_config_names_it(inputs, tmp_path):
     out = Path(shutil.copytree(inputs / "checkpoint", tmp_path / "c"))
     (out / "train.py").write_text("mine", encoding="utf-8")
     with pytest.raises(ObrError, match=r"holds train\.py, which is no part of a checkpoint"):

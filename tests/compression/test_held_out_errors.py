@@ -34,7 +34,7 @@ def errors_of(model, field: str) -> dict[str, float]:
     return {f"{row.block}.{row.layer}": getattr(row, field) for row in model.obr_report.layers}
 
 
-def test_they_are_those_of_the_outputs_on_the_windows_left_out(tokens):
+def test_held_out_errors_are_measured_on_held_out_windows_only(tokens):
     found = obr.compress(model_of(), tokens, {**RECIPE, "held_out": 4}, progress=False)
     fewer = obr.compress(model_of(), tokens[:8], RECIPE, progress=False)
     for (name, ours), theirs in zip(found.state_dict().items(), fewer.state_dict().values(), strict=True):
@@ -58,13 +58,13 @@ def test_they_are_those_of_the_outputs_on_the_windows_left_out(tokens):
             hidden[i] = block(states, **arguments[index])
 
 
-def test_what_was_fitted_to_few_tokens_is_worse_on_others(tokens):
+def test_layer_fitted_to_few_tokens_has_larger_held_out_error(tokens):
     model = obr.compress(model_of(), tokens, {**RECIPE, "held_out": 8, "asymmetry": 0.5}, progress=False)
     seen, unseen = (errors_of(model, field) for field in ("relative_error", "held_out_error"))
     assert sum(unseen.values()) > 1.1 * sum(seen.values())
 
 
-def test_checkpoints_report_them(tokens, tmp_path):
+def test_checkpoint_reports_held_out_errors(tokens, tmp_path):
     model_of().save_pretrained(tmp_path / "model")
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors", metadata={"calibration": "{}"})
 
@@ -92,6 +92,6 @@ def test_checkpoints_report_them(tokens, tmp_path):
         ({"held_out": 2, "method": "rtn"}, "r.held_out is 2, but method rtn reads no activations"),
     ],
 )
-def test_where_there_are_none_they_are_refused(options, sentence):
+def test_invalid_held_out_is_refused(options, sentence):
     with pytest.raises(ObrError, match=sentence):
         Recipe.parse({**RECIPE, **options}, "r")

@@ -96,7 +96,7 @@ def test_frequencies_that_depend_on_the_length_are_put_back(model, windows):
     assert state(model) == before and value == pytest.approx(own(model, windows), rel=1e-5)
 
 
-def test_what_fails_leaves_a_model_as_it_was_too(model, windows):
+def test_failed_measurement_leaves_model_unchanged(model, windows):
     before = state(model)
     with pytest.raises(ObrError, match="Token 600 is none of the model's 512"):
         obr.perplexity(model, torch.full((1, 8), 600))
@@ -272,7 +272,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("spoil, sentence", SPOILED.values(), ids=SPOILED)
-def test_what_is_not_the_models_own_is_refused(spoil, sentence, model, windows):
+def test_foreign_layers_and_attributes_are_refused(spoil, sentence, model, windows):
     """By each way in, and nothing changes."""
     spoil(model)
     kinds = {name: type(module) for name, module in model.named_modules()}

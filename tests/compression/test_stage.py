@@ -121,7 +121,7 @@ def compressed(tiny_folder, prepared, out, **options):
     )  # fmt: skip
 
 
-def test_orderings_on_a_trained_model(tiny_folder, prepared, windows, tmp_path):
+def test_methods_order_by_perplexity_on_trained_model(tiny_folder, prepared, windows, tmp_path):
     """Restoration helps, in this order: Wanda, OBR, dense 4 bits, dense."""
     value = {}
     for method in ("dense", "rtn", "gptq", "wanda", "obr_rtn", "obr_gptq"):
@@ -206,7 +206,7 @@ def test_blocks_that_a_recipe_leaves_out_stay_dense(tiny_folder, prepared, windo
         recipe(**settings, blocks="first")
 
 
-def test_int8_down_proj(tiny_folder, prepared, tmp_path):
+def test_down_proj_takes_8_bit_activations(tiny_folder, prepared, tmp_path):
     compressed(
         tiny_folder,
         prepared,
@@ -234,7 +234,7 @@ def quantised(model, **settings):
     return model
 
 
-def test_fewer_bits_cost_more(tiny_folder, windows):
+def test_fewer_activation_bits_raise_perplexity(tiny_folder, windows):
     value = {16: perplexity(obr.load_model(tiny_folder / "model", device="cpu"), windows)}
     for bits in (8, 4, 3):
         four = {name: {"bits": bits} for name in ("activations", "keys", "values")}
@@ -311,7 +311,7 @@ def test_files_that_do_not_match_the_recipe_are_refused(tiny_folder, prepared, t
             compress_stage(model, recipe(method="obr_gptq", **options), tmp_path, device="cpu", **files)
 
 
-def test_leftovers_of_nobody_are_not_taken_up(tiny_folder, prepared, tmp_path):
+def test_leftovers_without_owner_are_removed(tiny_folder, prepared, tmp_path):
     """Reports of another run's blocks without a note of whose they are, as an interrupted tidying leaves them."""
     first = compressed(tiny_folder, prepared, tmp_path / "c", method="wanda", hessian="cached")
     leftovers = tmp_path / "c.unfinished"
@@ -322,14 +322,14 @@ def test_leftovers_of_nobody_are_not_taken_up(tiny_folder, prepared, tmp_path):
     assert not leftovers.exists()
 
 
-def test_what_cannot_fit_is_refused_before_any_work(tiny_folder, prepared, tmp_path):
+def test_misfit_pattern_and_missing_model_are_refused(tiny_folder, prepared, tmp_path):
     with pytest.raises(ObrError, match="7:14 does not divide the 96 input columns"):
         compressed(tiny_folder, prepared, tmp_path, method="obr_gptq", pattern="7:14")
     with pytest.raises(ObrError, match="holds no model"):
         StreamedBlocks(tmp_path)
 
 
-def test_nan_is_told(tiny_folder, windows):
+def test_nan_weights_and_outputs_are_named(tiny_folder, windows):
     model = obr.load_model(tiny_folder / "model", device="cpu")
     model.model.layers[1].mlp.up_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ObrError, match="The model gives NaN"):

@@ -56,7 +56,7 @@ def test_seeds_of_an_unknown_recipe_are_refused_in_a_sentence():
         Config(replaced(RAW, tables__t={**RAW["tables"]["t"], "rows": ["gone"], "seeds": [0, 1]}))
 
 
-def test_quick_caps_what_there_is_in_a_folder_of_its_own():
+def test_quick_limits_data_and_writes_to_separate_folder():
     config = Config(replaced(RAW, quick="true", calibrations__c={"text": "train", "nsamples": 4, "seqlen": 2048}))
     assert config.results == config.raw["results"] == "results-quick"
     assert config.raw["calibrations"]["c"] == {"text": "train", "nsamples": 4, "seqlen": 256}
@@ -124,7 +124,7 @@ def test_an_edition_renames_masks():
     assert small.parsed["obr_gptq_sparsegpt"].mask == "sparsegpt"
 
 
-def test_every_table_with_pruned_four_bit_rows_has_its_rivals():
+def test_tables_with_pruned_4_bit_rows_hold_dense_rivals():
     """Of equal storage, dense 3 bits by GPTQ; and, except where time is the matter, dense 4 bits."""
     config = Config(merged("config.yaml"))
     for name, entry in config.raw["tables"].items():
@@ -158,7 +158,7 @@ def test_an_edition_renames_rotations_of_recipes_and_figures():
     assert small.raw["figures"]["learning"]["rotations"] == ["spinquant", "ostquant", "flatquant"]
 
 
-def test_a_table_of_the_editions_own_stays_as_it_is():
+def test_table_defined_by_edition_is_unchanged():
     config = Config(merged("config.yaml", "workflow/configs/small.yaml", "workflow/configs/small-wikitext.yaml"))
     own = config.raw["tables"]["joint_margin"]
     assert own["perplexity"] == ["wikitext2_longer"] and len(own["rows"][1]["variants"]) == 3

@@ -104,7 +104,7 @@ def test_only_models_limits_tables_and_figures():
         ({"figures__f__perplexity": "gone"}, "figures.f.perplexity is 'gone', which perplexity does not define"),
     ],
 )
-def test_mistakes_are_named(changes, sentence):
+def test_invalid_config_names_key_and_value(changes, sentence):
     with pytest.raises(ObrError) as error:
         Config(raw(**changes))
     assert sentence in str(error.value) and "\n" not in str(error.value)
@@ -121,13 +121,13 @@ def test_mistakes_are_named(changes, sentence):
         ({"models": None}, "models: None is not of type 'object'"),
     ],
 )
-def test_what_the_schema_refuses_is_told_in_a_sentence(changes, sentence):
+def test_schema_violations_are_reported_in_one_sentence(changes, sentence):
     config = replaced(CONFIG, **changes)
     told = objection(config, SCHEMA)
     assert told.startswith(sentence) and "\n" not in told, told
 
 
-def test_recipes_mean_what_they_say():
+def test_recipe_parse_applies_defaults_of_method():
     assert Recipe.parse({"method": "dense", "bits": 4}).bits == 16
     assert Recipe.parse({"method": "gptq", "calibration": "c"}).sparsity == 0
     assert Recipe.parse({"method": "wanda", "mask": "random", "calibration": "c"}).mask == "wanda"
@@ -173,7 +173,7 @@ def test_paths_are_checked_before_anything_runs(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_bos_of_windows_that_are_of_no_text(entry, sentence):
+def test_bos_of_generated_and_mixed_windows_is_checked(entry, sentence):
     changes = raw(calibrations={"c": {"text": "train"}, "o": entry})
     if sentence is None:
         assert Config(changes).raw["calibrations"]["o"] == entry
@@ -242,13 +242,13 @@ FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perp
         ),
     ],
 )  # fmt: skip
-def test_keys_that_nothing_reads_are_refused(changes, sentence):
+def test_unread_keys_are_refused(changes, sentence):
     with pytest.raises(ObrError) as error:
         Config(raw(**changes))
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_keys_that_are_read_and_defaults_are_accepted():
+def test_read_keys_and_defaults_are_accepted():
     """Snakemake fills defaults in; a second config file may have a rotation learned that the first reads."""
     learned = {"kind": "smoothquant", "learn": {"calibration": "c"}, "format": "awq", "source": {}, "alpha": 0.5}
     row = {"recipe": "obr", "published": {}, "published_bits": 3}
@@ -256,7 +256,7 @@ def test_keys_that_are_read_and_defaults_are_accepted():
     assert "r" in Config(raw(**changes)).raw["rotations"]
 
 
-def test_every_key_of_a_figure_is_one_that_some_kind_reads():
+def test_figure_keys_of_schema_are_read_by_some_kind():
     figure = SCHEMA["properties"]["figures"]["additionalProperties"]["properties"]
     assert set(figure["kind"]["enum"]) == set(FIGURES)
     assert set(figure) == ALL_FIGURES.union(*FIGURES.values())

@@ -19,7 +19,7 @@ def written(tiny_folder, tmp_path_factory):
     return out
 
 
-def test_what_a_model_writes_is_likelier_to_it_than_shuffled(written, tiny_folder):
+def test_generated_windows_are_likelier_than_shuffled_ones(written, tiny_folder):
     tokens, about = load_tokens(written)
     assert tokens.shape == (3, 64) and about["text"] == "its own writing" and about["tokens"] == 192
     model = load_model(tiny_folder / "model", device="cpu")

@@ -93,7 +93,7 @@ def naive(model, tokenizer, context: str, continuation: str, before: list[int]) 
 @pytest.mark.parametrize("kind", [byte_level, prefix_space])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("bos", [None, False, True, "tokenizer"])
-def test_nothing_stands_between_a_prompt_and_its_answer(model, tokenizers, task_folders, scored, kind, template, bos):
+def test_no_special_token_between_prompt_and_answer(model, tokenizers, task_folders, scored, kind, template, bos):
     tokenizer = tokenizers[kind, template]
     own = {"BOS": [0], "both": [0], "another": [2]}.get(template, [])
     before = {None: [], False: [], True: [0], "tokenizer": own}[bos]
@@ -185,7 +185,7 @@ def test_a_text_gets_the_special_tokens_asked_for(tokenizers, kind, template):
     begun=st.booleans(),
 )  # fmt: skip
 @settings(deadline=None, max_examples=80)
-def test_every_window_begins_with_bos_and_its_tokens_go_on(total, seqlen, limit, begun):
+def test_windows_begin_with_bos_and_tokens_are_contiguous(total, seqlen, limit, begun):
     tokens = torch.arange(7, 7 + total)
     text = torch.cat([torch.tensor([1]), tokens]) if begun else tokens
     used = tokens[:limit].tolist()
@@ -224,7 +224,7 @@ def gemma_checkpoint(gemma, tokenizers, tmp_path_factory):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bos", [None, True, False, "window"])
-def test_perplexity_is_that_of_the_windows_asked_for(gemma, gemma_checkpoint, bos):
+def test_perplexity_is_over_requested_windows(gemma, gemma_checkpoint, bos):
     found = perplexity_stage(
         gemma_checkpoint / "packed", gemma_checkpoint / "text.txt", {"seqlen": 32, "bos": bos}, dtype=torch.float32
     )

@@ -30,7 +30,7 @@ def test_wikitext_rows_are_those_of_the_hub():
     assert wikitext_rows("") == []
 
 
-def test_a_text_from_a_file(tmp_path):
+def test_text_file_is_copied_and_recorded(tmp_path):
     raw = " \n = A = \r\n é \n"
     (tmp_path / "in.txt").write_bytes(raw.encode())
     source = {"source": "path", "path": str(tmp_path / "in.txt")}
@@ -86,7 +86,7 @@ def test_documents_are_kept_apart(tmp_path):
     assert sorted(path.name for path in (tmp_path / "documents").iterdir()) == ["a.json", "a.jsonl"]
 
 
-def test_texts_that_are_none(tmp_path):
+def test_invalid_text_files_are_refused(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\n")
     blank = {"source": "path", "path": str(tmp_path / "blank.txt")}
     for source, words in [
@@ -182,7 +182,7 @@ C4_LIKE = HUB_TEXT | {"data_files": "en/train.0.json.gz"}
         (C4_LIKE | {"strip": True, "min_chars": 5}, "one\n\na longer document"),
     ],
 )
-def test_a_text_from_the_hub(dataset, tmp_path, source, wanted):
+def test_hub_text_is_downloaded_and_recorded(dataset, tmp_path, source, wanted):
     download_text(source, tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == wanted
     assert json.loads((tmp_path / "out.json").read_text())["revision"] == COMMIT
@@ -212,13 +212,13 @@ def test_documents_from_the_hub_are_all_rows(dataset, tmp_path):
         ({"config": "nil", "data_files": None}, "hub source some/text cannot be loaded .*nil.*check config"),
     ],
 )
-def test_texts_of_the_hub_that_are_none(dataset, tmp_path, change, words):
+def test_invalid_hub_texts_are_refused(dataset, tmp_path, change, words):
     with pytest.raises(ObrError, match=words) as caught:
         download_text(C4_LIKE | change, tmp_path / "out.txt")
     assert "\n" not in str(caught.value)
 
 
-def test_a_dataset_that_is_a_script(monkeypatch, tmp_path):
+def test_dataset_with_loading_script_is_refused(monkeypatch, tmp_path):
     import datasets
 
     def load_dataset(*_, **__):

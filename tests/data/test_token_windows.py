@@ -154,7 +154,7 @@ def test_calibrate_writes_the_same_bytes_every_time(tokenizer, text, tmp_path):
     assert (tmp_path / "three").read_bytes() != one
 
 
-def test_calibrate_names_what_is_wrong(tokenizer, text, tmp_path):
+def test_calibrate_errors_name_keys_and_files(tokenizer, text, tmp_path):
     (tmp_path / "words.txt").write_text(text)
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out.safetensors"

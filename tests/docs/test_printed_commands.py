@@ -144,7 +144,7 @@ def _run(command: str, project: Path, work: Path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_printed_command_works_as_printed(command, running, project):
+def test_printed_command_exits_with_zero(command, running, project):
     if command.startswith("make ") and shutil.which("make") is None:
         pytest.skip("make is not installed")
     if command.startswith("source ") and not (project / command.split()[1]).exists():
@@ -157,14 +157,14 @@ def test_a_printed_command_works_as_printed(command, running, project):
         assert total and int(total[1]) > 10, done.stdout[-2000:]
 
 
-def test_what_is_left_out_or_replaced_is_still_printed():
+def test_omitted_and_replaced_commands_occur_in_documents():
     for start in (*LEFT_OUT, *IN_PLACE, *PATHS, *OWN):
         assert any(start in command for command in PRINTED), start
     for command in INLINE:
         assert f"`{command}`" in (ROOT / "README.md").read_text(encoding="utf-8"), command
 
 
-def test_what_pip_is_told_to_install_is_in_the_lock_file_where_that_is_said():
+def test_printed_pip_packages_are_in_lock_file():
     assert "snakemake-executor-plugin-slurm==" in (ROOT / "requirements.lock").read_text()
 
 

@@ -30,7 +30,7 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9)
     max_length=st.integers(9, 20),
     batch_size=st.integers(1, 9),
 )
-def test_likelihoods_are_those_of_each_answer_alone(model, questions, max_length, batch_size):
+def test_likelihoods_equal_those_of_answers_scored_alone(model, questions, max_length, batch_size):
     asked = [("", context, answer) for context, answers in questions for answer in answers]
     found = log_likelihoods(model, asked, max_length, batch_size)
     for (_, context, answer), (likelihood, greedy) in zip(asked, found, strict=True):
@@ -39,7 +39,7 @@ def test_likelihoods_are_those_of_each_answer_alone(model, questions, max_length
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3"])
-def test_every_family_scores_branches_as_if_alone(family):
+def test_answers_scored_together_equal_answers_scored_alone_in_every_family(family):
     model = tiny(family)
     asked = requests_of([[5, 6, 7, 8], [9, 9]], [[[1, 2, 3], [1, 2], [4]], [[1, 2, 3], [3]]])
     found = log_likelihoods(model, asked, 64, 8)
@@ -55,7 +55,7 @@ def test_a_question_beyond_the_window_of_attention_is_scored_answer_by_answer():
         assert likelihood == pytest.approx(alone(model, context, answer)[0], rel=1e-5, abs=1e-4)
 
 
-def test_the_greedy_answer_is_known(model):
+def test_greedy_flag_is_set_for_generated_answer_only(model):
     context = [3, 1, 4]
     answer = model.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
     other = [*answer[:-1], (answer[-1] + 1) % VOCABULARY]

@@ -92,7 +92,7 @@ def saved(model, name: str, rotation, folder):
 @pytest.mark.parametrize("rotation", [None, "quarot"])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_and_recipe_scores_as_lm_eval_does(family, recipe, rotation, tokenizer, tmp_path):
+def test_streamed_scores_equal_lm_evals_for_families_and_recipes(family, recipe, rotation, tokenizer, tmp_path):
     folder = saved(random_model(FAMILIES[family], torch.float32), recipe, rotation, tmp_path / "c")
     # In float32 sums differ in their last bit, which moves a rounded activation to another level now and then.
     dtype = torch.float64 if "activations" in RECIPES[recipe] else torch.float32
@@ -165,7 +165,7 @@ def test_batches_hold_no_more_tokens_than_they_may():
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_requests_join_a_tree_where_that_saves_more_than_attention_costs():
+def test_requests_join_tree_when_saving_exceeds_attention_cost():
     """What three questions of 40 tokens share is computed once if it is long, and apart if it is short."""
     for shared, count in ((2, 3), (30, 1)):
         requests = [("", [*range(shared), 50 + i, *range(39 - shared)], [1]) for i in range(3)]
@@ -173,7 +173,7 @@ def test_requests_join_a_tree_where_that_saves_more_than_attention_costs():
     assert len(trees_of(requests, 64, 45, 3 * 64)) == 3  # no tree of several requests is larger
 
 
-def test_each_block_is_loaded_once_and_what_requests_share_is_read_once():
+def test_blocks_are_loaded_once_and_shared_tokens_read_once():
     model, loaded, read = tiny(), [], []
     blocks = ReadOnlyBlocks(model)
     load = blocks.load
@@ -212,7 +212,7 @@ SAME = ("acc", "acc_norm", "value", "stderr", "n", "truncated", "prompts", "max_
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_stage_gives_what_a_model_in_memory_gives(name, checkpoint, tmp_path):
+def test_zero_shot_stage_equals_model_in_memory(name, checkpoint, tmp_path):
     folder = local_task(tmp_path, name, TASKS[name])
     streamed = zero_shot_stage(checkpoint, folder, {"batch_tokens": 100, "bos": True}, device="cpu")
     model = obr.load(checkpoint, device="cpu")
@@ -267,7 +267,7 @@ def test_real_rows_are_scored_as_by_lm_eval(name, file, checkpoint, tmp_path, mo
     check_as_lm_eval(monkeypatch, checkpoint, tmp_path / name, name, False, limit=30)
 
 
-def test_one_block_is_in_memory_at_a_time(tiny_folder, tmp_path, monkeypatch):
+def test_streamed_scoring_holds_one_block_in_memory(tiny_folder, tmp_path, monkeypatch):
     """Of models of 2 and of 6 blocks: the bytes of all tensors that live when a block is loaded are the same."""
     folder, peaks = local_task(tmp_path, "piqa", PIQA), {}
     real = CheckpointBlocks.load

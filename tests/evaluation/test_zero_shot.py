@@ -172,7 +172,7 @@ def test_hub_source_takes_the_scored_split_at_a_commit(tmp_path, monkeypatch):
     assert question(task, task.eval_docs[1]) == ("Question: What burns?\nAnswer:", ["a rock", "wood"], 1)
 
 
-def test_hub_source_has_tasks_of_one_answer_too(tmp_path, monkeypatch):
+def test_hub_source_serves_single_answer_tasks(tmp_path, monkeypatch):
     import datasets
 
     asked = []
@@ -239,7 +239,7 @@ def test_local_file_is_found_and_checked(tmp_path, monkeypatch):
     assert read_task(tmp_path / "out")["n"] == len(PIQA)  # the failure left the whole folder in place
 
 
-def test_unknown_source(tmp_path):
+def test_unknown_task_source_is_refused(tmp_path):
     with pytest.raises(ObrError, match="'web' is unknown"):
         download_task({"source": "web", "task": "piqa"}, tmp_path / "out")
 
@@ -280,7 +280,7 @@ def test_cloze_is_determined_by_text_n_and_seed():
     assert len({row["label"] for row in cloze(TEXT, 20, 0)}) == 4
 
 
-def test_cloze_folder(tmp_path):
+def test_cloze_folder_is_a_task_folder(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     download_task({"source": "cloze", "n": 12, "seed": 0}, tmp_path / "out", text)
@@ -340,7 +340,7 @@ def greedily(model, tokenizer, context: str, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_one_answer_is_right_if_greedy_decoding_gives_it(model, tokenizer, tmp_path, batch_size):
+def test_single_answer_is_correct_when_greedy_decoding_gives_it(model, tokenizer, tmp_path, batch_size):
     """Trained on half of the texts, a model ends these and few of the others."""
     import torch
 
@@ -387,7 +387,7 @@ def test_task_without_acc_norm_reports_acc(model, tokenizer, tmp_path):
     json.dumps(result, allow_nan=False)
 
 
-def test_leaves_no_trace(model, tokenizer, piqa, tmp_path, monkeypatch, caplog):
+def test_zero_shot_changes_no_file_generator_or_setting(model, tokenizer, piqa, tmp_path, monkeypatch, caplog):
     import datasets
     import torch
 
@@ -457,7 +457,7 @@ def test_broken_models_and_data_are_refused(model, tokenizer, piqa, tmp_path):
         ("winogrande", "winogrande_xl_validation", 1267, "always got the easier cases."),
     ],
 )
-def test_real_sets(task, file, n, first, model, tokenizer, tmp_path):
+def test_real_task_sets_have_known_rows(task, file, n, first, model, tokenizer, tmp_path):
     download_task({"source": "path", "task": task, "file": f"$OBR_DATA/data/tasks/{file}.jsonl"}, tmp_path / task)
     loaded = load_task(tmp_path / task)
     assert len(loaded.eval_docs) == n and question(loaded, loaded.eval_docs[0])[0].startswith(first)

@@ -74,7 +74,7 @@ def test_transformers_reads_compressed_tensors_with_the_same_logits(name, checkp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]
 
 
-def test_blocks_are_what_the_gguf_package_reads():
+def test_gguf_blocks_equal_gguf_packages():
     codes = torch.randint(-8, 8, (5, 96), dtype=torch.int8)
     scale = (torch.rand(5) * 0.1).half()
     expected = (codes * scale.float()[:, None]).numpy()
@@ -115,7 +115,7 @@ def evaluated(path, tokens) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", RECIPES)
-def test_llama_cpp_computes_the_same(name, checkpoints, prompt, tmp_path):
+def test_llama_cpp_logits_equal_ours(name, checkpoints, prompt, tmp_path):
     export(checkpoints[name], "gguf", tmp_path / "model.gguf")
     found = evaluated(tmp_path / "model.gguf", prompt[0])
     expected = obr.load(checkpoints[name], device="cpu")(prompt).logits[0]
@@ -131,7 +131,7 @@ FAMILY_CONFIGS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)
-def test_other_families(name, prompt, tmp_path):
+def test_export_keeps_logits_of_other_families(name, prompt, tmp_path):
     checkpoint = random_model(FAMILY_CONFIGS[name], tmp_path / "c", prompt)
     expected = obr.load(checkpoint, device="cpu")(prompt).logits[0]
     export(checkpoint, "compressed-tensors", tmp_path / "packed")
@@ -152,7 +152,7 @@ def test_other_families(name, prompt, tmp_path):
         (None, {"method": "rtn"}, "onnx", "'onnx' is unknown; choose from compressed-tensors, gguf"),
     ],
 )
-def test_what_a_format_cannot_carry_is_refused(rotation, recipe, form, message, tiny_folder, prompt, tmp_path):
+def test_recipes_beyond_format_are_refused(rotation, recipe, form, message, tiny_folder, prompt, tmp_path):
     model = obr.load_model(tiny_folder / "model", device="cpu")
     if rotation:
         obr.rotate(model, rotation, seed=1)

@@ -72,7 +72,7 @@ def test_a_dry_run_writes_exactly_what_would_be_uploaded(checkpoint, tmp_path):
     assert not (checkpoint / "README.md").exists() and not list(checkpoint.parent.glob("*.push*"))
 
 
-def test_the_card_tells_what_it_is_how_good_and_under_which_licence(checkpoint):
+def test_model_card_states_recipe_scores_and_licence(checkpoint):
     card = model_card(checkpoint, MANIFEST, "me/small")
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["license"] == "llama2" and metadata["base_model"] == "meta-llama/Llama-2-7b-hf"
@@ -112,7 +112,7 @@ def test_an_unknown_licence_must_be_given_and_an_odd_one_is_named(checkpoint):
     assert 'license_name: "my own"' in model_card(checkpoint, silent, "me/small", "my own")
 
 
-def test_mistakes_are_told_in_a_sentence(checkpoint, tmp_path):
+def test_invalid_push_options_raise_one_sentence(checkpoint, tmp_path):
     with pytest.raises(ObrError, match="'small' is not the name of a hub repository; write it as owner/name"):
         push(checkpoint, "small", tmp_path / "out")
     with pytest.raises(ObrError, match=r"is no packed checkpoint: it has no manifest\.json"):

@@ -24,7 +24,7 @@ def run(tmp_path, shapes=(SHAPE,), **entry) -> pd.DataFrame:
     return pd.read_csv(out)
 
 
-def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
+def test_benchmark_has_line_with_status_per_kernel(tmp_path):
     shapes = [SHAPE, {"tokens": 3, "columns": 128, "rows": 32}]
     times = run(tmp_path, shapes)
     assert list(times.columns) == list(benchmark.COLUMNS)
@@ -52,7 +52,7 @@ def test_every_kernel_has_a_line_and_every_line_a_status(tmp_path):
     assert times["caution"][~beyond].isna().all()
 
 
-def test_numbers_of_a_line(tmp_path):
+def test_benchmark_line_numbers_follow_from_time(tmp_path):
     times = run(tmp_path, kernels=["fp32", "int8", "int4 weight"]).set_index("kernel")
     assert times.loc["int8", "checked"] == 0
     assert 0 < times.loc["fp32", "checked"] < 1e-5
@@ -97,7 +97,7 @@ def test_products_on_tensor_cores_are_checked_in_whole_numbers(tmp_path, monkeyp
         assert run(tmp_path, **entry).iloc[0]["status"].startswith("refused: error")
 
 
-def test_what_a_shape_or_machine_lacks_is_said(tmp_path, monkeypatch):
+def test_skipped_kernel_states_missing_shape_or_device(tmp_path, monkeypatch):
     shape = {"tokens": 1, "columns": 100, "rows": 8}
     assert "does not divide the 100" in run(tmp_path, [shape], kernels=["packed int4 8:16"]).iloc[0]["status"]
     monkeypatch.setattr(packed_weight, "library", lambda level: (_ for _ in ()).throw(ObrError("No compiler.")))
@@ -219,14 +219,14 @@ def test_two_of_four_keeps_the_larger_half():
         ({}, "cuda:99", "'cuda:99' is not there"),
     ],
 )
-def test_mistakes_are_named(tmp_path, entry, device, message):
+def test_invalid_benchmark_settings_are_named(tmp_path, entry, device, message):
     with pytest.raises(ObrError, match=message):
         benchmark.benchmark({"shapes": [SHAPE], **entry}, device, tmp_path / "k.csv")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_cuda(tmp_path):
+def test_kernels_run_on_cuda(tmp_path):
     shape = {"tokens": 256, "columns": 1024, "rows": 512}
     benchmark.benchmark({"shapes": [shape], "repeats": 5}, "cuda", tmp_path / "cuda.csv")
     times = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")

@@ -45,7 +45,7 @@ def test_the_instruction_computes_the_masked_product(rows, groups, tokens, seed)
     assert np.array_equal(emulated(codes, mask, x), x.long() @ (codes * mask).long().T)
 
 
-def test_real_masks():
+def test_operands_of_real_masks_give_masked_product():
     """A real layer's Hessian, Wanda's scores in pairs, codes of its own grid."""
     layer = np.load(FIXTURES / "small.npz")
     weight, hessian = (torch.from_numpy(layer[name]).float() for name in ("weight", "hessian"))
@@ -80,7 +80,7 @@ def test_dense_operands_are_two_codes_a_byte():
         (torch.full((1, 8), 8), torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]]), "not of 4 bits"),
     ],
 )
-def test_what_the_instruction_does_not_take_is_refused(codes, mask, message):
+def test_unsupported_shapes_and_patterns_are_refused(codes, mask, message):
     with pytest.raises(ObrError, match=message):
         operands.sparse(codes.to(torch.int8), mask.bool())
 
@@ -121,7 +121,7 @@ def compiled() -> ctypes.CDLL:
     return library.library()
 
 
-def test_it_compiles_and_loads_without_a_gpu(compiled):
+def test_cuda_library_compiles_and_loads_without_gpu(compiled):
     for name in ("obr_int4_dense", "obr_int4_sparse", "obr_fp16_dense"):
         assert getattr(compiled, name)
     assert library.library() is compiled and library.prepare().startswith("CUDA products for sm_80, sm_86, sm_89")

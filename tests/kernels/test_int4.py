@@ -61,7 +61,7 @@ def tokens_of(tokens: int, columns: int, seed: int) -> torch.Tensor:
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
-def test_whole_numbers_are_exact(level, pattern, rows, width, tokens, threads, activations, kept, seed):
+def test_integer_products_are_exact(level, pattern, rows, width, tokens, threads, activations, kept, seed):
     """In every width that the pattern divides, whole groups of 64 or not."""
     columns = width if pattern in ("dense", "unstructured") else -width % Pattern.parse(pattern).group + width
     codes, scale, mask, parsed = drawn(pattern, rows, columns, seed, kept)
@@ -116,7 +116,7 @@ def test_tokens_are_rounded_as_in_simulation(tokens, columns, bits, symmetric, c
         assert not rounded.q[:, columns:].any()
 
 
-def test_tokens_of_zeros_and_of_nonsense():
+def test_zero_tokens_give_zeros_and_non_finite_ones_nan():
     x = torch.zeros(4, 100)
     x[1, 3], x[2, 5], x[3, 7] = float("nan"), float("inf"), float("-inf")
     weight = packed_weight.Weight.pack(*drawn("unstructured", 9, 100, 0))
@@ -137,7 +137,7 @@ def test_tokens_of_zeros_and_of_nonsense():
         ("1:4", "bitmask", 2.0),
     ],
 )
-def test_bits_of_a_weight(pattern, layout, bits):
+def test_stored_bits_per_weight_match_formula(pattern, layout, bits):
     """What the codes and masks take, and not much more for scales, sums and places."""
     rows, columns = 512, 4096
     codes, scale, mask, parsed = drawn(pattern, rows, columns, 0)
@@ -150,7 +150,7 @@ def test_bits_of_a_weight(pattern, layout, bits):
     assert data < weight.bits_per_weight < data + 0.05
 
 
-def test_any_mask_fits_a_bitmask_and_rows_of_equal_length_share_bytes():
+def test_bitmask_stores_any_mask_and_equal_rows_share_size():
     codes, scale, mask, parsed = drawn("2:4", 16, 128, 0)
     rounded = packed_weight.quantize(tokens_of(2, 128, 0), QuantizerSettings(bits=8))
     named = packed_weight.Weight.pack(codes, scale, mask, parsed)
@@ -172,13 +172,13 @@ def test_any_mask_fits_a_bitmask_and_rows_of_equal_length_share_bytes():
         ({"layout": "paired 4:8"}, "not of pattern paired 4:8"),
     ],
 )
-def test_mistakes_in_weights_are_named(change, message):
+def test_invalid_weights_are_named(change, message):
     codes, scale, mask, _ = drawn("unstructured", 8, 64, 0)
     with pytest.raises(ObrError, match=message):
         packed_weight.Weight.pack(**({"codes": codes, "scale": scale, "mask": mask} | change))
 
 
-def test_mistakes_in_tokens_are_named():
+def test_invalid_tokens_are_named():
     weight = packed_weight.Weight.pack(*drawn("dense", 8, 64, 0))
     with pytest.raises(ObrError, match="128 channels do not fit a weight of 64"):
         weight.multiply(packed_weight.quantize(torch.ones(1, 128), QuantizerSettings(bits=8)))
@@ -191,13 +191,13 @@ def test_mistakes_in_tokens_are_named():
         packed_weight.library("sse")
 
 
-def test_no_tokens_have_no_output():
+def test_product_with_zero_tokens_is_empty():
     weight = packed_weight.Weight.pack(*drawn("unstructured", 9, 64, 0))
     for level in packed_weight.levels():
         assert weight.multiply(packed_weight.quantize(torch.ones(0, 64), ACTIVATIONS[0]), level=level).shape == (0, 9)
 
 
-def test_without_a_compiler_there_is_a_sentence(monkeypatch, tmp_path):
+def test_missing_compiler_raises_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("OBR_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

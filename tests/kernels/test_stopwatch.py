@@ -131,7 +131,7 @@ def test_the_last_level_counts_once_for_all_that_share_it(tmp_path, monkeypatch)
     assert cpu_caches.size() == 480 * MB
 
 
-def test_caches_that_the_system_does_not_report(tmp_path, monkeypatch):
+def test_unreported_cache_sizes_are_none(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_caches, "CPUS", tmp_path / "none")
     monkeypatch.setattr(cpu_caches, "_usable", lambda: {0})
     assert cpu_caches.size() is None

@@ -82,7 +82,7 @@ def test_the_compiled_clip_search_finds_the_same_scales(monkeypatch):
         assert torch.equal(scale, Grid.fit(weight, bits).scale)
 
 
-def test_without_a_compiler_there_is_a_warning_and_no_more(monkeypatch, tmp_path):
+def test_missing_compiler_gives_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("OBR_CACHE", str(tmp_path))
     native.library.cache_clear()

@@ -27,7 +27,7 @@ from obr.runtime.files import sha256_of
 
 
 @pytest.mark.parametrize("clip", ["minmax", "mse"])
-def test_each_group_is_rounded_as_a_row_of_its_own(clip):
+def test_groups_are_rounded_as_separate_rows(clip):
     weight, _ = layer(5, 70)
     found = restore(weight, None, "rtn", bits=3, group=32, clip=clip)
     assert found.scale.shape == (5, 3)  # the last group has 6 columns
@@ -56,7 +56,7 @@ def gptq_by_columns(weight, hessian, bits, group, clip):
 
 @pytest.mark.parametrize("clip", ["minmax", "mse"])
 @pytest.mark.parametrize("group", [16, 48, 96, 128, 200])  # whole, ragged, and more than a block of the sweep
-def test_gptq_fits_a_group_when_it_comes_to_it(group, clip):
+def test_gptq_fits_group_scale_at_its_first_column(group, clip):
     weight, matrix = layer(12, 300)
     hessian = Hessian(matrix)
     found = restore(weight, hessian, "gptq", bits=3, group=group, clip=clip)
@@ -100,7 +100,7 @@ def test_layers_of_one_input_have_their_own_groups():
 
 @pytest.mark.parametrize("group", [7, 32, 48, 64, 100])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_they_come_back_to_the_last_bit(method, group):
+def test_packing_roundtrip_is_exact_for_grouped_scales(method, group):
     weight, hessian = layer(6, 64)
     weight[:, :32] *= 1e-7  # scales below the normal numbers of float16
     weight[0] = 0
@@ -150,7 +150,7 @@ def test_scales_that_cannot_be_fitted_stay():
     assert found.contains(refitted) and not refitted[0, 16:32].any()
 
 
-def test_the_promised_size():
+def test_packed_size_of_groups_equals_formula():
     recipe = Recipe.parse({"method": "gptq", "bits": 3, "group": 128, "calibration": "c"})
     assert recipe.bits_per_weight == 3.125 and recipe.setting == "W3g128A16KV16"
     weight, hessian = layer(16, 256)
@@ -254,7 +254,7 @@ def test_altered_groups_are_noticed(checkpoint, change, sentence, tmp_path):
     assert any(sentence in problem for problem in verify_checkpoint(tmp_path))
 
 
-def test_what_has_no_place_for_groups_says_so(checkpoint, tmp_path):
+def test_formats_without_groups_refuse_grouped_scales(checkpoint, tmp_path):
     _, folder = checkpoint
     with pytest.raises(ObrError, match="q_proj has scales for groups of 48 columns; load it with packed=False"):
         obr.load(folder, packed=True)

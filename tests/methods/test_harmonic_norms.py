@@ -120,7 +120,7 @@ def test_obr_restores_under_the_same_masks(method, tokens):
             assert (weight != 0).any()
 
 
-def test_one_layer_needs_the_norms(tokens):
+def test_harmonic_mask_of_one_layer_needs_norms(tokens):
     generator = torch.Generator().manual_seed(1)
     sequences = [torch.randn(20, 32, generator=generator) * torch.rand(32, generator=generator) for _ in range(5)]
     weight, matrix = torch.randn(24, 32, generator=generator), sum(x.T @ x for x in sequences)
@@ -207,7 +207,7 @@ def test_held_out_windows_do_not_count(tokens):
     assert all(torch.equal(held[name], weight) for name, weight in fewer.items())
 
 
-def test_with_asymmetry_the_norms_are_of_the_inputs_that_layers_get(tokens):
+def test_asymmetric_calibration_takes_norms_of_actual_inputs(tokens):
     """As in the Hessians; in the first group they are the dense model's, and nothing is shifted."""
     aimed, plain = compressed(tokens, asymmetry=1.0), compressed(tokens)
     for name in ("q", "k", "v"):
@@ -216,7 +216,7 @@ def test_with_asymmetry_the_norms_are_of_the_inputs_that_layers_get(tokens):
     assert any(not torch.equal(aimed[name] == 0, weight == 0) for name, weight in plain.items())
 
 
-def test_quantised_inputs_count_as_they_are(tokens):
+def test_norms_are_of_quantised_inputs(tokens):
     quantised = {"hessian_inputs": "quantised", "activations": {"bits": 2}}
     layer = "model.layers.0.self_attn.q_proj"
     assert not torch.equal(compressed(tokens, **quantised)[layer] == 0, compressed(tokens)[layer] == 0)

@@ -72,7 +72,7 @@ def test_masks_and_grids_hold_and_obr_is_beaten(pattern, bits):
     assert result.relative_error < restore(weight, hessian, "obr_gptq", pattern=pattern, bits=bits).relative_error
 
 
-def test_nearly_the_best_of_all_is_found():
+def test_joint_is_close_to_brute_force_optimum():
     """Beside every mask and code of eight weights at two bits; a greedy sweep is far worse."""
     codes = torch.tensor(list(itertools.product((-2, -1, 0, 1), repeat=8))).float()
     codes = codes[codes.count_nonzero(1) <= 4]
@@ -88,7 +88,7 @@ def test_nearly_the_best_of_all_is_found():
     assert found < 1.2 * best < 0.8 * swept
 
 
-def test_never_more_error_than_the_start():
+def test_joint_error_is_at_most_that_of_start():
     """Not even on a layer for which the annealing is too hot."""
     weight, hessian = layer(24, 256, tokens=512)
     errors = [restore(weight, hessian, "joint", sweeps=s).relative_error for s in (0, 100, 600)]
@@ -195,7 +195,7 @@ def no_compiler():
     tied=st.booleans(),
 )
 @settings(deadline=None, max_examples=20)
-def test_without_a_compiler_the_same_comes_out(
+def test_joint_without_compiler_gives_same_result(
     method, pattern, scope, rows, columns, bits, sparsity, group, seed, tied
 ):
     """To the last bit, on widths that are no multiple of the lanes or the block, with dead columns and ties."""
@@ -219,7 +219,7 @@ def test_without_a_compiler_the_same_comes_out(
 
 @needs_compiler
 @pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"pattern": "4:8"}, {"pattern": "paired 4:8"}])
-def test_without_a_compiler_longer_annealing_is_the_same_too(options):
+def test_annealing_without_compiler_gives_same_result(options):
     weight, hessian = layer(5, 112, tokens=224)
     compiled = restore(weight, hessian, "joint", sweeps=14, **options)
     with no_compiler():
@@ -257,7 +257,7 @@ TRIANGULAR = [[-32400, 10135, 19071], [43924, 1113, 10734]]
 
 
 @needs_compiler
-def test_threads_do_not_matter():
+def test_joint_result_is_independent_of_threads():
     weight, hessian = layer(37, 96)
     before = torch.get_num_threads()
     try:

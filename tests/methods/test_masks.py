@@ -39,13 +39,13 @@ def test_unstructured_removes_the_same_number_from_every_row(rows, columns, spar
             assert row[kept].min() >= row[~kept].max()
 
 
-def test_of_equal_scores_the_first_go():
+def test_equal_scores_prune_first_columns():
     assert mask_from_scores(torch.zeros(1, 4), 0.5).tolist() == [[False, False, True, True]]
 
 
 @given(rows=st.integers(1, 5), groups=st.integers(1, 4), text=st.sampled_from(PATTERNS), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
-def test_of_equal_scores_in_a_group_the_first_go(rows, groups, text, seed):
+def test_equal_scores_in_group_prune_first_columns(rows, groups, text, seed):
     pattern, generator = Pattern.parse(text), torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 3, (rows, groups * pattern.group), generator=generator).float()
     kept, units = pattern.units
@@ -57,7 +57,7 @@ def test_of_equal_scores_in_a_group_the_first_go(rows, groups, text, seed):
         assert mask.view(units, -1).all(1).nonzero()[:, 0].tolist() == stays
 
 
-def test_scores():
+def test_mask_scores_match_formulas():
     weight, diagonal = torch.tensor([[1.0, -2.0]]), torch.tensor([9.0, 1.0])
     factor = torch.tensor([0.5, 4]).diag()
     hessian = SimpleNamespace(diagonal=diagonal, harmonic=diagonal.flip(0), inverse_factor=factor)

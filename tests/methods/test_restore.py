@@ -43,18 +43,18 @@ def check_golden(path: Path):
 
 
 @pytest.mark.parametrize("name", ["small", "up_proj_512"])
-def test_the_committed_golden_layers(name):
+def test_committed_golden_layers_match_published_code(name):
     check_golden(FIXTURES / f"{name}.npz")
 
 
 @pytest.mark.parametrize("name", ["down_proj_1024", "o_proj_512_unrotated"])
-def test_golden_layers(real_data, name):
+def test_golden_layers_match_published_code(real_data, name):
     check_golden(real_data / "golden" / f"{name}.npz")
 
 
 @pytest.mark.parametrize("gptq", [True, False])
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.4, 0.5, 0.75, 1.0])
-def test_all_rows_at_once_equal_the_row_loop(gptq, alpha):
+def test_batched_restoration_equals_row_loop(gptq, alpha):
     weight, hessian = layer(6, 96)
     result = restore(weight, hessian, "obr_gptq" if gptq else "obr_rtn", alpha=alpha)
     plain = restore_rows(weight, hessian, result.mask, result.scale, 4, alpha, gptq)
@@ -63,7 +63,7 @@ def test_all_rows_at_once_equal_the_row_loop(gptq, alpha):
 
 @pytest.mark.parametrize("method", sorted(FUNCTIONS))
 @pytest.mark.parametrize("columns", [576, 896, 960])
-def test_no_column_is_lost(method, columns):
+def test_restoration_covers_every_column(method, columns):
     """Widths whose half is no multiple of 128: every column of every row must carry weights."""
     weight, hessian = layer(4, columns)
     for alpha in (0.25, 0.4, 0.75) if method.startswith("obr") else (0.5,):
@@ -85,7 +85,7 @@ def test_masks_and_grids_hold(method, pattern):
     assert result.sparsity == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_order_of_methods():
+def test_methods_order_by_relative_error():
     """Compensation pays: OBR beats pruning and rounding alone, and GPTQ beats RTN."""
     weight, hessian = layer(32, 128, tokens=256)
     error = {m: restore(weight, hessian, m).relative_error for m in FUNCTIONS}
@@ -93,7 +93,7 @@ def test_the_order_of_methods():
     assert error["sparsegpt_gptq"] < error["wanda"] and error["gptq"] < error["rtn"]
 
 
-def test_the_printed_sign_would_be_wrong():
+def test_compensation_with_printed_sign_is_worse_than_none():
     """Adding the compensation helps, subtracting it, as the paper prints, is worse than none."""
     weight, hessian = layer(8, 64)
     factors = Hessian(hessian)
@@ -129,7 +129,7 @@ def test_sixteen_bits_prune_only():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
-def test_more_bits_less_error(bits):
+def test_error_falls_with_bits(bits):
     weight, hessian = layer(8, 64)
     assert (
         restore(weight, hessian, "gptq", bits=bits).relative_error
@@ -212,7 +212,7 @@ def test_layers_of_one_input_may_be_restored_together(method):
         assert together[name].scale is None or torch.equal(together[name].scale, alone.scale)
 
 
-def test_each_of_them_has_its_own_random_mask():
+def test_layers_restored_together_have_own_random_masks():
     weight, hessian = layer(8, 64)
     options = {"method": "obr_rtn", "mask": "random"}
     together = restore_together({"q": weight, "k": weight}, hessian, options, seeds={"q": 1, "k": 2})

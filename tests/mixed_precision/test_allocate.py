@@ -59,7 +59,7 @@ def cheapest(costs, losses, budget) -> float:
 
 @settings(deadline=None, max_examples=150)
 @given(knapsacks())
-def test_the_choice_is_the_best_of_all(knapsack):
+def test_allocation_equals_brute_force_optimum(knapsack):
     costs, losses, budget = knapsack
     chosen, layers = choose(costs, losses, budget), range(len(costs))
     assert costs[layers, chosen].sum() <= budget
@@ -98,7 +98,7 @@ def layers(losses: list[list[float]]) -> list[dict]:
     return [{"block": i, "layer": "up", "rows": 8, "columns": 16, "losses": each} for i, each in enumerate(losses)]
 
 
-def test_a_choice_tells_what_it_costs():
+def test_allocation_reports_bits_and_loss():
     chosen = allocate(recipe().allocation, layers([[9, 4, 5, 6, 1], [1.0, 0.9, 0.8, 0.9, 0.7]]))
     assert [o.label for o in chosen.layers.values()] == ["gptq, 4 bits", "gptq, 2 bits"]
     told = chosen.to_dict()
@@ -315,7 +315,7 @@ def compressed(made, key: str, **changes):
 
 
 @pytest.mark.parametrize("kind", ["cached", "sequential"])
-def test_layers_become_what_was_chosen_for_them(made, kind):
+def test_layers_get_allocated_bits_and_sparsity(made, kind):
     import pandas as pd
 
     from obr.checkpoints.format import load
@@ -351,7 +351,7 @@ def test_blocks_that_are_left_out_have_no_part_in_the_budget(made):
     assert verify_checkpoint(folder) == []
 
 
-def test_what_is_missing_or_of_another_recipe_is_told(made, tmp_path):
+def test_missing_or_mismatched_measurements_are_refused(made, tmp_path):
     from obr.compression.stage import compress_stage
 
     model, files = made / "models/tiny", {"hessians": made / "hessians/tiny/none/c"}
@@ -404,7 +404,7 @@ def test_the_figure_shows_every_layer(made, tmp_path, monkeypatch):
     assert f"predicted loss {sum(choice.losses.values()):.4f} nats, " in drawn[0].remarks[0]
 
 
-def test_in_memory_it_is_all_measured_on_the_way(made):
+def test_allocation_in_memory_measures_sensitivities_first(made):
     model = obr.load_model(made / "models/tiny")
     tokens = load_tokens(made / "calibration/c/tiny.safetensors")[0]
     obr.compress(model, tokens, recipe(2.5), progress=False)

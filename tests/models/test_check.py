@@ -312,7 +312,7 @@ def cast(dtype, only: str = ""):
 
 
 @pytest.mark.parametrize("said", ["float32", "float16", "bfloat16", None])
-def test_what_is_stored_has_the_dtype_of_the_file_whatever_the_config_says(model, said, tmp_path):
+def test_stored_dtype_is_that_of_file_not_of_config(model, said, tmp_path):
     edit(model / "model.safetensors", cast(torch.bfloat16))
     change(model, dtype=said)
     manifest = compress_stage(model, Recipe.parse({"method": "rtn"}), tmp_path / "c", device="cpu")
@@ -325,7 +325,7 @@ def test_what_is_stored_has_the_dtype_of_the_file_whatever_the_config_says(model
     assert json.loads((out / "source.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_of_mixed_dtypes_the_one_that_holds_all_is_stored(model, windows, tmp_path):
+def test_mixed_dtypes_are_stored_in_widest(model, windows, tmp_path):
     edit(model / "model.safetensors", cast(torch.bfloat16, "proj"))
     plain = own(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), windows)
     out = download(model, dtype="float32")
@@ -373,7 +373,7 @@ def test_values_beyond_the_dtype_of_storage_are_kept_or_refused(tiny_folder, tmp
         obr.compress(model, None, {"method": "rtn", "bits": 8}, progress=False)
 
 
-def test_what_is_not_finite_is_not_saved(tiny_folder, tmp_path):
+def test_non_finite_weights_are_not_saved(tiny_folder, tmp_path):
     for name in ("model.embed_tokens", "model.layers.1.input_layernorm"):
         model = obr.load_model(tiny_folder / "model", device="cpu")
         obr.compress(model, None, {"method": "rtn"}, progress=False)

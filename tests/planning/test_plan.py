@@ -67,7 +67,7 @@ def test_the_jobs_are_those_of_a_dry_run(demo, tmp_path):
     assert {jobs[n].rule for n in table.after} >= {"perplexity", "zero_shot", "compress"}
 
 
-def test_one_target_is_priced_alone(tmp_path):
+def test_plan_of_one_target_prices_its_jobs_only(tmp_path):
     _, jobs = pending(SNAKEFILE, [DEMO], {"results": str(tmp_path)}, [f"{tmp_path}/tables/demo.csv"], 2)
     assert {"compress", "table"} <= {job.rule for job in jobs} and "figure" not in {job.rule for job in jobs}
 
@@ -84,14 +84,14 @@ def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[st
     return {key: planned[key] / measured[key] for key in planned}
 
 
-def test_the_demo_takes_what_it_was_said_to_take(demo):
+def test_demo_prices_are_near_measured_times(demo):
     """From counted work alone, every long stage and the whole within a factor of 1.5."""
     ratios = compare(*demo, timed("demo"))
     for rule in ("compress", "perplexity", "zero_shot", "hessian", "all"):
         assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
 
 
-def test_the_tiny_workflow_takes_what_it_was_said_to_take(tiny_folder, tmp_path):
+def test_tiny_workflow_prices_are_near_measured_times(tiny_folder, tmp_path):
     """Its jobs do little but start; timed one by one on one core."""
     results = {"results": str(tmp_path / "results")}
     ratios = compare(*pending(SNAKEFILE, [ROOT / "tests" / "config.yaml"], results, [], 1), timed("tiny"))
@@ -176,7 +176,7 @@ def test_the_schedule_waits_for_inputs_cores_and_gpus():
     assert schedule(jobs[:2], times[:2], [True, True], 2, 2) == 4.0
 
 
-def test_work_grows_as_it_should():
+def test_operation_counts_scale_with_sizes():
     small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.estimate(8)
     assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
     assert tensor_sizes.Sizes.estimate(6.7).hidden == pytest.approx(4096, rel=0.05)
@@ -205,7 +205,7 @@ def test_rounding_weights_while_learning_costs_more_and_more_often_in_parts():
         assert plain.elements < rounded.elements < parts.elements and rounded.products < parts.products
 
 
-def test_fewer_blocks_cost_less():
+def test_price_falls_with_number_of_blocks():
     sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
     whole = Recipe.parse({"method": "obr_gptq", "calibration": "c"})
     part = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "0:6"})
@@ -216,7 +216,7 @@ def test_fewer_blocks_cost_less():
     assert six.products < last.products < all_blocks.products  # 29 blocks are passed once
 
 
-def test_targets_of_dense_outputs_cost_more():
+def test_asymmetric_calibration_costs_more():
     sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
     plain, aimed = (Recipe.parse({"method": "joint", "calibration": "c", "asymmetry": a}) for a in (0.0, 0.5))
     blind, both = (cost_model.compress(sizes, recipe, 8192, 512) for recipe in (plain, aimed))
@@ -229,7 +229,7 @@ def test_targets_of_dense_outputs_cost_more():
     assert states < more < states + 0.05
 
 
-def test_mistakes_are_told_in_a_sentence(tmp_path):
+def test_invalid_plan_options_raise_one_sentence(tmp_path):
     with pytest.raises(ObrError, match=r"There is no .*; run this in the folder of the workflow"):
         pending(tmp_path / "Snakefile", [], {}, [], 1)
     with pytest.raises(ObrError, match="quick is not of the form KEY=VALUE"):

@@ -23,7 +23,7 @@ UNKNOWN = {"name": "odd", "skip_reason": "not found"}
         (None, 2, "the advisories of osv.dev could not be had, so nothing was checked (no network)."),
     ],
 )
-def test_what_pip_audit_says_is_told(tmp_path, said, status, told):
+def test_audit_reports_findings_and_silence_of_pip_audit(tmp_path, said, status, told):
     """By a program that stands in for it, and is asked about both lock files."""
     answer = f"print({json.dumps(json.dumps({'dependencies': said}))})" if said else "sys.exit('no network')"
     asked = f"assert sys.argv.count('--requirement') == 2 and {str(ROOT / 'requirements.lock')!r} in sys.argv"

@@ -163,7 +163,7 @@ def other_tensors(draw: random.Random, tensors: dict) -> dict:
 
 @HALF
 @given(seeds)
-def test_packed_layers(seed):
+def test_broken_packed_layers_are_refused_or_read(seed):
     draw = random.Random(seed)
     base = draw.choice(LAYERS)
     about = mutated(draw, base.about) if draw.random() < 0.5 else base.about
@@ -220,7 +220,7 @@ def other_bytes(draw: random.Random, content: bytes) -> bytes:
 @HALF
 @given(seeds)
 @example(46548)  # a line end in place of a shape
-def test_files_of_blocks(blocks, seed):
+def test_broken_block_files_are_refused_or_read(blocks, seed):
     content = other_bytes(random.Random(seed), (blocks.directory / "block").read_bytes())
     path = blocks.directory / "spoilt"
     path.write_bytes(content)
@@ -229,7 +229,7 @@ def test_files_of_blocks(blocks, seed):
         assert all(parameter.is_floating_point() for parameter in block.parameters())
 
 
-def test_the_fuzzer_sees_what_it_should(blocks, tmp_path):
+def test_fuzzer_detects_memory_use_and_crashes(blocks, tmp_path):
     """A reader that believed what a file says of its size would be caught."""
     with pytest.raises(AssertionError), harmless(100):
         _ = torch.empty(1 << 15, 1 << 15)
@@ -272,7 +272,7 @@ VALIDATOR = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"prop
 
 @MANY
 @given(seeds)
-def test_configs(seed):
+def test_broken_configs_are_refused_or_taken(seed):
     raw = mutated(random.Random(seed), SMALL)
     with harmless(len(json.dumps(raw))):
         if next(VALIDATOR.iter_errors(raw), None) is None:
@@ -297,11 +297,11 @@ def test_unchanged_configs_are_taken():
 
 @pytest.mark.skipif(not EXAMPLES, reason="10^5 examples take minutes: use make test-faults, or set OBR_EXAMPLES")
 @pytest.mark.parametrize("kind, count", [("layers", EXAMPLES // 2), ("files", EXAMPLES // 2), ("configs", EXAMPLES)])
-def test_at_length(kind, count, blocks):
+def test_broken_inputs_at_length(kind, count, blocks):
     one = {
-        "layers": test_packed_layers.hypothesis.inner_test,
-        "files": lambda seed: test_files_of_blocks.hypothesis.inner_test(blocks, seed),
-        "configs": test_configs.hypothesis.inner_test,
+        "layers": test_broken_packed_layers_are_refused_or_read.hypothesis.inner_test,
+        "files": lambda seed: test_broken_block_files_are_refused_or_read.hypothesis.inner_test(blocks, seed),
+        "configs": test_broken_configs_are_refused_or_taken.hypothesis.inner_test,
     }[kind]
     draw, began, used = random.Random(kind), time.monotonic(), time.process_time()
     slowest, failed = 0.0, []

@@ -128,7 +128,7 @@ def test_a_text_without_an_encoding_is_found(line, missing):
     assert bool(without_encoding(line)) == missing
 
 
-def test_every_text_file_of_the_package_and_the_benchmarks_has_an_encoding():
+def test_text_files_are_opened_with_encoding():
     files = [*ROOT.glob("workflow/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     assert len(files) > 100
     assert not [f"{path.relative_to(ROOT)}:{n}" for path in files for n in without_encoding(path.read_text("utf-8"))]

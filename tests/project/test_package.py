@@ -49,7 +49,7 @@ def test_imports_go_one_way(path):
         assert other == own or FLOOR[other] < FLOOR[own], f"{path} imports {imported}"
 
 
-def test_no_modules_import_each_other():
+def test_modules_have_no_import_cycle():
     sorter = graphlib.TopologicalSorter()
     for path in MODULES:
         imported = map(code_digest._path, code_digest._imports(path.as_posix()))
@@ -160,7 +160,7 @@ def test_editing_restoration_touches_compression_but_not_hessians():
     assert not heavy & code_digest.closure("models.download")  # gigabytes to fetch again
 
 
-def test_every_stage_has_a_rule_with_its_digest():
+def test_stages_have_rules_with_code_digests():
     rules = "\n".join(p.read_text() for p in (ROOT / "workflow" / "rules").glob("*.smk"))
     stages = set(parser()._subparsers._group_actions[0].choices)
     by_hand = {"quantize", "recipes", "plan", "push", "verify", "export"}
@@ -195,7 +195,7 @@ def test_the_conda_environment_is_the_lock_file():
     assert {n.lower().replace("_", "-") for n in needed} <= names
 
 
-def test_every_key_of_the_schema_is_described():
+def test_schema_keys_have_descriptions():
     schema = yaml.safe_load((ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text())
 
     def walk(node, where):
@@ -213,7 +213,7 @@ def test_every_key_of_the_schema_is_described():
         walk(definition, name)
 
 
-def test_the_readme_tells_the_truth():
+def test_readme_names_existing_targets_commands_and_files():
     readme = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"\bmake ([a-z][a-z-]*)", readme)) - {"it"}:
@@ -242,7 +242,7 @@ def test_configs_hold_no_absolute_paths(recipe):
     ],
     ids=lambda command: " ".join(command[:2]),
 )
-def test_the_code_is_clean(command):
+def test_linters_pass(command):
     tool = Path(sys.executable).parent / command[0]
     run = subprocess.run([tool, *command[1:]], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert run.returncode == 0, run.stdout[-3000:]

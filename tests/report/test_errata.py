@@ -66,17 +66,17 @@ def test_three_printed_means_are_not_those_of_their_tasks(numbers):
         ("OBR Figure 4 / exp_efficiency.jpg", "speed-up over FP16 is 4.72 in Figure 1b and 5.73 in Figure 4"),
     ],
 )
-def test_every_known_oddity_is_told(found, table, sentence):
+def test_known_errata_are_all_reported(found, table, sentence):
     assert sentence in found[table]
 
 
-def test_fractions_are_told_with_both_means(found):
+def test_erratum_of_fraction_shows_both_means(found):
     text = next(text for table, text in found.items() if "Table 11 in exp_flatquant" in table)
     assert "winogrande is printed as 0.6661, a fraction among percentages; with 66.61 the six tasks give the" in text
     assert "(with 0.7986: 61.58)" in text and "FlatQuant(quant-only) at 4 bits is RTN" in text
 
 
-def test_mended_numbers_are_not_odd(numbers):
+def test_corrected_numbers_have_no_erratum(numbers):
     llama = {"table": TABLE_1, "model": "Llama-2-7B", "method": "OBR_GPTQ", "metric": "zeroshot_avg"}
     text = str(errata.everything(changed(numbers, 57.68, **llama)))
     assert "53.45, its six tasks" not in text and "repeats that" not in text and "54.39" in text
@@ -86,7 +86,7 @@ def test_mended_numbers_are_not_odd(numbers):
     assert "also printed in" not in str(errata.everything(changed(numbers, 9.5, **twin)))
 
 
-def test_a_table_hears_only_of_what_it_quotes(numbers):
+def test_table_notes_only_errata_of_quoted_numbers(numbers):
     quoted = [("13B", published.select(numbers, table=TABLE_1, model="Llama-2-13B", method="SparseGPT+GPTQ"))]
     assert errata.notes(numbers, quoted) == [] == errata.notes(numbers, [])
 
@@ -96,7 +96,7 @@ def test_the_printed_sign_is_worse_than_no_compensation():
     assert plus < 0.8 * none < none < 0.8 * minus
 
 
-def test_the_command_lists_them_all(tmp_path):
+def test_errata_command_lists_all_errata(tmp_path):
     out = tmp_path / "errata.md"
     command = [sys.executable, "-m", "obr", "errata"]
     subprocess.run([*command, "--published", str(PUBLISHED), "--out", str(out)], check=True)

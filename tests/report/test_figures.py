@@ -82,7 +82,7 @@ def labels(sheet) -> list[str]:
     return [handle.get_label() for handle in sheet.handles]
 
 
-def test_perplexity_against_bits(results, monkeypatch, tmp_path):
+def test_perplexity_figure_plots_bits_per_weight(results, monkeypatch, tmp_path):
     drawn = sheet(BITS, results, monkeypatch, tmp_path)
     assert [panel.get_title() for panel in drawn.panels] == ["Llama-2-7B", "Tiny_1 & co"]
     ours = points(drawn.panels[0])
@@ -136,7 +136,7 @@ def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
     assert drawn.figure.legends[0].get_title().get_text() == drawn.remarks[0]
 
 
-def test_layer_errors_by_kind(results, monkeypatch, tmp_path):
+def test_layer_error_figure_has_panel_per_layer_kind(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     path = copy / "compressed" / "llama" / "rtn" / "layers.csv"
     pd.read_csv(path).assign(relative_error=None).to_csv(path, index=False)
@@ -167,7 +167,7 @@ def written(panel) -> list[str]:
     return [text.get_text() for text in panel.texts]
 
 
-def test_kernel_times_and_what_was_not_timed(results, monkeypatch, tmp_path):
+def test_kernel_figure_lists_untimed_kernels(results, monkeypatch, tmp_path):
     entry = {"kind": "kernels", "device": "cpu", "panels": ["time", "speed"]}
     drawn = sheet(entry, results, monkeypatch, tmp_path)
     assert labels(drawn) == ["PyTorch", "quartiles"]
@@ -314,7 +314,7 @@ def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
         ({"kind": "kernels", "device": "tpu"}, r"kernels/tpu.csv is missing; build it with"),
     ],
 )
-def test_mistakes_are_named(results, tmp_path, entry, message):
+def test_invalid_figure_entry_names_key_and_value(results, tmp_path, entry, message):
     with pytest.raises(ObrError, match=message):
         draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
     assert not list(tmp_path.iterdir())

@@ -127,7 +127,7 @@ def built(paper, name: str) -> table.Table:
 
 
 @pytest.mark.parametrize("name", merged("config.yaml")["tables"])
-def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, name):
+def test_paper_tables_are_built_and_quote_printed_numbers(paper, tmp_path, name):
     made = built(paper, name)
     columns = [column for column in made.frame if column.endswith("_paper")]
     quoting = name not in NOT_QUOTING
@@ -143,7 +143,7 @@ def test_every_table_is_built_and_quotes_what_the_paper_prints(paper, tmp_path, 
 
 
 @pytest.mark.parametrize("name", merged("config.yaml")["figures"])
-def test_every_figure_is_drawn(paper, tmp_path, monkeypatch, name):
+def test_paper_figures_are_drawn(paper, tmp_path, monkeypatch, name):
     config, results = paper
     entry, shapes = config.raw["figures"][name], config.raw["kernels"]["shapes"]
     checked, save = [], draw.save
@@ -201,7 +201,7 @@ def test_rows_that_only_quote_have_no_ours(paper):
     assert row["piqa_paper"] > 0 and math.isnan(row["piqa_ours"]) and math.isnan(row["wikitext2_ours"])
 
 
-def test_every_number_of_ostquants_table_has_ours_beside_it(paper):
+def test_ostquant_table_sets_ours_beside_each_number(paper):
     """22 rows, six models, a perplexity and the mean over nine tasks."""
     numbers = published.load(PUBLISHED)
     theirs = numbers[numbers["source"] == "ostquant"]
@@ -217,14 +217,14 @@ def test_every_number_of_ostquants_table_has_ours_beside_it(paper):
     assert row["mean_ours"] == pytest.approx(row[nine].mean()) and len(nine) == 9
 
 
-def test_the_papers_means_are_those_of_its_six_tasks(paper):
+def test_paper_means_are_over_six_tasks(paper):
     for name in ("table1", "table3", "table10"):
         frame = built(paper, name).frame
         assert frame["mean_ours"].tolist() == pytest.approx(frame[[f"{t}_ours" for t in SIX]].mean(axis=1).tolist())
         assert frame["mean_paper"].notna().any()
 
 
-def test_every_number_of_the_papers_tables_has_ours_beside_it(paper):
+def test_paper_tables_set_ours_beside_each_number(paper):
     """All of Tables 1 to 11, but for BitNet, which is quoted alone."""
     for name in paper[0].raw["tables"]:
         frame = built(paper, name).frame
@@ -238,7 +238,7 @@ def test_every_number_of_the_papers_tables_has_ours_beside_it(paper):
     assert set(tables.loc[[not QUOTED[index] for index in tables.index], "method"]) == {"BitNet b1.58"}
 
 
-def test_each_bit_setting_of_ostquants_table_has_its_own_learned_rotation(paper):
+def test_ostquant_bit_settings_have_separate_learned_rotations(paper):
     """Weights are rounded while learning at W4A16KV16 alone; keys and values where the setting quantises them."""
     config, _ = paper
     used = {}
@@ -260,7 +260,7 @@ def test_times_stand_in_minutes_beside_the_papers(paper, tmp_path):
     assert any("Compression: wall-clock" in note and "on cuda" in note for note in built(paper, "time").notes)
 
 
-def test_mentions_are_told(paper):
+def test_numbers_in_text_of_paper_are_quoted(paper):
     numbers = published.load(PUBLISHED)
     told = published.mentions(numbers, [{"source": "obr", "metric": "wikitext2_ppl_improvement"}])
     assert (

@@ -41,7 +41,7 @@ def cell(built, model, recipe, column):
 # --- Published numbers
 
 
-def test_every_published_number_loads(numbers):
+def test_published_numbers_all_load(numbers):
     assert len(numbers) == 1554
     assert numbers["value"].dtype == float
     assert numbers["value"].isna().sum() == 6  # printed nan
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     "column, text, words", [("w_bits", "four", "a number of bits"), ("sparsity", "50", "a fraction below 1 or")]
 )
-def test_a_bit_width_or_sparsity_that_is_none_is_refused(tmp_path, column, text, words):
+def test_invalid_bit_width_or_sparsity_is_refused(tmp_path, column, text, words):
     line = dict.fromkeys(published.COLUMNS, "") | {"value": "1", column: text}
     path = tmp_path / "results.csv"
     pd.DataFrame([line]).to_csv(path, index=False)
@@ -96,7 +96,7 @@ def test_a_bit_width_or_sparsity_that_is_none_is_refused(tmp_path, column, text,
 # --- Building
 
 
-def test_paper_ours_and_difference(results):
+def test_table_holds_paper_ours_and_difference(results):
     built = build(results)
     assert len(built.frame) == 8
     assert cell(built, "llama", "obr", "wikitext2_paper") == 8.40
@@ -187,7 +187,7 @@ def test_a_recipe_on_other_weights_reads_their_manifest(results):
         ),
     ],
 )
-def test_mistakes_are_named(results, changes, message):
+def test_invalid_table_entry_names_key_and_value(results, changes, message):
     with pytest.raises(ObrError, match=message):
         build(results, **changes)
 
@@ -221,7 +221,7 @@ def test_csv_keeps_all_digits(written, results):
     assert not list(written.parent.glob(".*"))
 
 
-def test_markdown_shows_what_is_there(written):
+def test_markdown_prints_values_and_dashes(written):
     lines = Path(f"{written}.md").read_text(encoding="utf-8").splitlines()
     rows = {line.split(" | ")[1]: line for line in lines[4:12] if line.startswith("| Llama")} | {
         line.split("|")[2].strip(): line for line in lines[5:8]

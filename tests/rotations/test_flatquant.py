@@ -54,7 +54,7 @@ def flat_matrices(sizes) -> dict:
     return layers
 
 
-def test_it_is_read_whole_and_leaves_the_model_alone(sizes, tmp_path):
+def test_flatquant_file_leaves_logits_unchanged(sizes, tmp_path):
     contents = flat_matrices(sizes)
     rotation = read(tmp_path, "flatquant", contents)
     inverses = sum(name.endswith(("_inv", "_inv_t")) for layer in contents.values() for name in layer)
@@ -90,12 +90,12 @@ def test_activations_are_transformed_as_the_formulas_say(sizes, tmp_path):
 
 
 @pytest.mark.parametrize("left_out", ["diag_scale", "clip_factor", "kcache", "vcache"])
-def test_a_file_learned_without_a_part_does_without_it(left_out, sizes, tmp_path):
+def test_flatquant_file_without_optional_part_is_read(left_out, sizes, tmp_path):
     contents = {i: {k: v for k, v in layer.items() if left_out not in k} for i, layer in flat_matrices(sizes).items()}
     assert rotated(FAMILY, read(tmp_path, "flatquant", contents))[2] < 1e-9
 
 
-def test_what_does_not_fit_is_refused_by_name(sizes, tmp_path):
+def test_misfit_flatquant_tensors_are_named(sizes, tmp_path):
     def attempt(change):
         contents = flat_matrices(sizes)
         change(contents)
@@ -159,7 +159,7 @@ def test_learned_ranges_shrink_the_grid_of_activations(symmetric):
     assert halved.max() == pytest.approx(2.0 if symmetric else 1.0, abs=0.03)
 
 
-def test_recipes_ask_for_learned_clipping_and_get_it(sizes, tmp_path):
+def test_learned_clipping_of_recipe_is_applied(sizes, tmp_path):
     """Of weights only from a model whose weights were shrunk, of activations only where a range was learned."""
     rotation = read(tmp_path, "flatquant", flat_matrices(sizes))
     recipe = {"method": "rtn", "bits": 4, "clip": "learned", "activations": {"bits": 4, "clip_ratio": "learned"}}

@@ -215,7 +215,7 @@ def test_the_quantised_block_of_the_learner_is_that_of_the_evaluation(place, lea
     assert float((seen - evaluated).abs().mean() / (evaluated - states).abs().mean()) < 0.02
 
 
-def test_every_learned_tensor_has_a_gradient_and_transforms_stay_invertible(place):
+def test_learned_tensors_have_gradients_and_transforms_stay_invertible(place):
     here = place("flatquant")
     task = here.task
     factor = flatquant.Svd(flatquant.starting(12, "hadamard", torch.Generator().manual_seed(0)))
@@ -337,7 +337,7 @@ def test_scales_that_one_norm_gives_all_heads_are_one(place):
     assert scales["key.scale"].shape == (2, 32)
 
 
-def test_what_cannot_be_learned_is_refused(spiky, tokens, tmp_path):
+def test_unsupported_blockwise_learning_is_refused(spiky, tokens, tmp_path):
     def learn(kind, **changed):
         learn_rotation(entry_of(kind, **changed), spiky, tokens, tmp_path / f"{kind}{changed}", "cpu")
 

@@ -32,7 +32,7 @@ def model_bin(sizes, tied=True) -> dict:
 
 
 @pytest.mark.parametrize("online", [False, True])
-def test_it_is_read_whole_and_leaves_the_model_alone(online, sizes, tmp_path):
+def test_ostquant_file_leaves_logits_unchanged(online, sizes, tmp_path):
     rotation = read(tmp_path, "ostquant", model_bin(sizes), online_query_key=online)
     assert rotation.about()["online"] == ["down inputs"] + ["queries and keys"] * online
     assert "key_scale_untied" not in rotation.about()
@@ -81,7 +81,7 @@ def test_scales_and_rotations_are_where_the_formulas_have_them(sizes, tmp_path):
     assert torch.equal(model.model.norm.weight, torch.ones_like(model.model.norm.weight))
 
 
-def test_what_does_not_fit_is_refused_by_name(sizes, tmp_path):
+def test_misfit_ostquant_tensors_are_named(sizes, tmp_path):
     whole, module = model_bin(sizes), "model.layers.1.R_S_modules"
 
     def without(*names):

@@ -43,7 +43,7 @@ def test_transforms_are_orthogonal_and_flat(n):
         assert torch.allclose(transform(spike).abs(), torch.full_like(spike, n**-0.5), rtol=1e-5)
 
 
-def test_the_kronecker_product_is_what_it_says():
+def test_kronecker_transform_equals_dense_product():
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(k, k, generator=generator) for k in (3, 4, 2))
     x, signs = torch.randn(5, 24, generator=generator), torch.randn(24, generator=generator).sign()
@@ -124,7 +124,7 @@ def test_unknown_kinds_and_families_are_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)
-def test_every_kind_comes_back_from_its_file(kind, tmp_path):
+def test_rotation_file_roundtrip_is_exact_for_every_kind(kind, tmp_path):
     dimensions = Dimensions.of(FAMILIES["llama"])
     drawn = registry.draw(kind, dimensions, 5)
     drawn.options["steps"] = 100

@@ -23,7 +23,7 @@ def act_scales(sizes) -> dict:
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.8])
-def test_smoothquant(alpha, tmp_path):
+def test_smoothquant_scales_match_formula(alpha, tmp_path):
     """s = max|X|^α / max|W|^(1-α), W over all layers of the group, divides what they read."""
     sizes = write_model(tmp_path, GROUPED)
     contents = act_scales(sizes)
@@ -62,7 +62,7 @@ def awq_search(sizes) -> dict:
 
 
 @pytest.mark.parametrize("family", [WHOLE, GROUPED])
-def test_awq(family, tmp_path):
+def test_awq_scales_match_formula(family, tmp_path):
     """Scales leave the model alone; clips hold for the scaled weights, group by group."""
     sizes = write_model(tmp_path, family)
     contents = awq_search(sizes)
@@ -101,7 +101,7 @@ def omni_parameters(sizes, shifted=True, groups=1) -> dict:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_omniquant(groups, tmp_path):
+def test_omniquant_scales_match_formula(groups, tmp_path):
     """(x - δ) / s in front of qkv and of up and gate, in values, and s on keys; biases give the shifts back."""
     sizes = write_model(tmp_path, WHOLE)
     contents = omni_parameters(sizes, groups=groups)

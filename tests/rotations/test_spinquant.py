@@ -22,7 +22,7 @@ def r_bin(sizes, seed=0):
     return {"R1": orthogonal(sizes.hidden, seed)} | heads
 
 
-def test_it_is_read_whole_and_leaves_the_model_alone(sizes, tmp_path):
+def test_spinquant_file_leaves_logits_unchanged(sizes, tmp_path):
     contents = r_bin(sizes)
     rotation = read(tmp_path, "spinquant", {name: torch.nn.Parameter(t) for name, t in contents.items()})
     assert torch.equal(rotation.parameters["R1"], contents["R1"])
@@ -56,7 +56,7 @@ def test_matrices_multiply_from_the_right_as_they_were_learned(sizes, tmp_path):
     assert after.self_attn.o_proj.transform is None and after.self_attn.key_value_quantizer.transform is not None
 
 
-def test_what_does_not_fit_is_refused_by_name(sizes, tmp_path):
+def test_misfit_spinquant_tensors_are_named(sizes, tmp_path):
     whole = r_bin(sizes)
 
     def attempt(contents):
@@ -91,7 +91,7 @@ def test_a_file_that_would_run_code_is_refused(sizes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("contents", [b"", b"no rotation at all", b"PK\x03\x04 half a zip archive"])
-def test_other_files_are_refused(contents, sizes, tmp_path):
+def test_invalid_spinquant_files_are_refused(contents, sizes, tmp_path):
     (tmp_path / "R.bin").write_bytes(contents)
     source = {"source": "path", "path": str(tmp_path / "R.bin")}
     with pytest.raises(ObrError, match=r"R\.bin is not a file that torch\.save wrote"):

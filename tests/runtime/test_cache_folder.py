@@ -125,7 +125,7 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(kind, no_home, scr
     assert not path.is_relative_to(place) and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_no_folder_for_temporary_files_is_a_sentence(no_home, monkeypatch):
+def test_missing_temporary_folder_raises_one_sentence(no_home, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     with pytest.raises(ObrError, match=r"There is no folder for temporary files .*; set TMPDIR to a writable one"):
         cache_folder.folder("native")
@@ -148,7 +148,7 @@ def test_a_library_in_a_cache_that_cannot_be_written_is_used(tmp_path, monkeypat
         compiler.build([native.SOURCE], native.FLAGS)
 
 
-def test_other_libraries_keep_their_caches_in_the_temporary_folder(no_home, scratch, monkeypatch):
+def test_caches_of_other_libraries_go_to_temporary_folder(no_home, scratch, monkeypatch):
     for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, "")  # so that what is set here is undone
     sentence = cache_folder.redirect()
@@ -205,7 +205,7 @@ def test_commands_run_for_a_user_whom_the_system_does_not_know(home, tmp_path):
     assert not (tmp_path / "~").exists() and not Path("/nowhere").exists()
 
 
-def test_snakemake_runs_for_such_a_user_with_home_and_user_set(tmp_path, tiny_folder):
+def test_snakemake_runs_for_unknown_user_with_home_and_user_set(tmp_path, tiny_folder):
     (tmp_path / "sitecustomize.py").write_text(UNKNOWN)
     variables = environment(HOME=str(tmp_path), USER="obr")
     variables["PYTHONPATH"] = f"{tmp_path}:{variables['PYTHONPATH']}"

@@ -16,7 +16,7 @@ from obr.report.table_rows import value_of
 from obr.runtime import files
 
 
-def test_a_file_replaces_an_older_one_only_when_it_is_whole(tmp_path):
+def test_file_is_replaced_only_by_complete_file(tmp_path):
     path = tmp_path / "new" / "a.json"
     files.write_json({"é": [1, None]}, path)
     content = path.read_bytes()
@@ -43,7 +43,7 @@ def test_the_umask_decides_who_may_read_tensors(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_folder_replaces_an_older_one_only_when_it_is_whole(tmp_path):
+def test_folder_is_replaced_only_by_complete_folder(tmp_path):
     out = tmp_path / "made" / "out"
     for text in ("old", "new"):
         with files.atomic_folder(out) as folder:
@@ -55,7 +55,7 @@ def test_a_folder_replaces_an_older_one_only_when_it_is_whole(tmp_path):
     assert (out / "a").read_text() == "new" and list(out.parent.iterdir()) == [out]
 
 
-def test_what_a_killed_writer_left_is_removed(tmp_path):
+def test_leftovers_of_killed_writer_are_removed(tmp_path):
     path = tmp_path / "a.safetensors"
     (tmp_path / "a.safetensors.tmp").mkdir()
     (tmp_path / "a.safetensors.tmp" / ".tmpXYZ").write_text("half a file of safetensors")
@@ -70,7 +70,7 @@ HOLDER = "import sys, time; from obr.runtime import locks\n"
 HOLDER += "locks.acquire(sys.argv[1]); print('held', flush=True); time.sleep(60)"
 
 
-def test_two_processes_do_not_write_one_thing(tmp_path):
+def test_second_writer_of_same_path_is_refused(tmp_path):
     path = tmp_path / "a"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
     try:
@@ -106,14 +106,14 @@ def test_an_older_folder_is_never_there_in_part(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [out] and (out / "a").read_text() == "newer"
 
 
-def test_json_that_is_no_object_is_refused(tmp_path):
+def test_json_other_than_object_is_refused(tmp_path):
     for text, words in (("[1]", "holds a JSON list, not an object"), ("[" * 100_000, "cannot be read as JSON")):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ObrError, match=words):
             files.read_json(tmp_path / "a.json")
 
 
-def test_numbers_that_json_lacks_are_named_and_nothing_is_written(tmp_path):
+def test_infinity_and_nan_are_refused_in_json_files(tmp_path):
     for value, place in (
         ({"layers": [{"loss": 1.0}, {"loss": float("inf")}]}, "layers.1.loss is inf"),
         ({"a": {"b": (float("nan"),)}}, "a.b.0 is nan"),

@@ -52,7 +52,7 @@ def test_a_wheel_with_the_wrong_hash_is_refused_and_not_kept(tmp_path, cache, mo
     assert not list(cache.iterdir())
 
 
-def test_pip_has_the_last_word_when_it_fails(monkeypatch):
+def test_failed_fetch_shows_pips_last_line(monkeypatch):
     fake_pip(monkeypatch, [], 1, "WARNING: retrying\nERROR: No matching distribution found for nil==1\n\n")
     with pytest.raises(ObrError, match=r"fetch nil==1 \(ERROR: No matching distribution .*check the network"):
         hub.wheel("nil", "1", "0" * 64)
@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         hub.wheel("nil", "1", "0" * 64)
 
 
-def test_other_exceptions_of_the_hub(monkeypatch):
+def test_hub_exceptions_become_one_sentence(monkeypatch):
     import errno
 
     from huggingface_hub import errors

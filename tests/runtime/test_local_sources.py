@@ -39,7 +39,7 @@ def test_a_folder_counts_with_the_files_that_stages_read(tmp_path, monkeypatch):
     assert list(found) == ["config.json", "model.safetensors"]
 
 
-def test_other_sources_have_no_local_state_and_a_missing_one_is_empty(tmp_path):
+def test_remote_source_has_no_local_state_and_missing_file_an_empty_one(tmp_path):
     assert local_sources.state({"source": "hub", "repo": "some/model"}) is None
     assert local_sources.state({"source": "path", "path": str(tmp_path / "none")}) == {}
     assert local_sources.state({"source": "path", "file": str(tmp_path / "none.jsonl")}) == {}

@@ -75,7 +75,7 @@ def extended(tiny_folder, tmp_path_factory):
     return folder / SMOKE
 
 
-def test_a_mask_a_method_a_rotation_and_a_table_are_one_entry_each(extended):
+def test_added_mask_method_rotation_and_table_need_one_entry_each(extended):
     table = pd.read_csv(extended / "tables/additions.csv")
     assert list(table["method"]) == ["dense", "floor"]
     assert (extended / "figures/additions.pdf").stat().st_size > 1000
@@ -84,7 +84,7 @@ def test_a_mask_a_method_a_rotation_and_a_table_are_one_entry_each(extended):
     assert manifest["rotation"]["kind"] == "signs"
 
 
-def test_a_family_is_one_entry(monkeypatch):
+def test_added_family_needs_one_entry(monkeypatch):
     name, kind = "helium", transformers.HeliumConfig
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = kind(

@@ -293,7 +293,7 @@ def test_the_workflow_tells_of_results_that_cannot_be_written(tiny_folder, disk,
     assert snakemake(tmp_path, CONFIG, "--dry-run", str(SMOKE / "texts/train.txt")).returncode == 0
 
 
-def test_what_is_there_can_be_read_from_a_disk_that_cannot_be_written(disk):
+def test_results_on_read_only_disk_can_be_read(disk):
     """Finished results on a read-only disk are finished."""
     write_text("x", disk.place / "x")
     disk.remount("ro")

@@ -35,7 +35,7 @@ def changed(**changes) -> dict:
     return replaced(CONFIG, **changes)
 
 
-def test_everything_is_made_and_a_second_run_does_nothing(finished):
+def test_second_run_does_nothing(finished):
     for table in CONFIG["tables"]:
         for kind in (".csv", ".md", ".tex"):
             assert (finished / SMOKE / "tables" / f"{table}{kind}").stat().st_size
@@ -46,7 +46,7 @@ def test_everything_is_made_and_a_second_run_does_nothing(finished):
     assert "Nothing to be done" in snakemake(finished, CONFIG).stdout
 
 
-def test_every_json_file_is_json(finished):
+def test_json_files_are_valid_json(finished):
     """Infinity and NaN are not, though Python reads them."""
     files = list((finished / SMOKE).rglob("*.json"))
     for path in files:
@@ -63,7 +63,7 @@ def test_evaluations_name_their_special_tokens(finished):
     assert score["output_type"] == "loglikelihood" and score["n"] == 12 and score["perplexity"] > 1
 
 
-def test_other_special_tokens_rerun_what_they_change(finished):
+def test_changed_special_tokens_rerun_dependent_jobs(finished):
     assert jobs(finished, changed(zero_shot__last_word__bos=False)) == {"zero_shot": 1, "table": 1}
     found = jobs(finished, changed(calibrations__train__bos="window"))
     assert found["calibrate"] == 1 and found["hessian"] == 3 and "zero_shot" in found
@@ -187,7 +187,7 @@ def test_editing_code_reruns_what_depends_on_it(finished, tmp_path):
     assert not {"hessian", "gradients", "calibrate", "download_model", "download_rotation"} & set(found)
 
 
-def test_one_table_or_one_model_at_a_time(finished):
+def test_target_or_only_models_limits_jobs(finished):
     fresh = finished / "fresh"
     fresh.mkdir(exist_ok=True)
     found = jobs(fresh, CONFIG, str(SMOKE / "tables/zero_shot.csv"))
