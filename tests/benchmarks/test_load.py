@@ -29,6 +29,7 @@ def load(monkeypatch):
     sys.modules.pop("load", None)
 
 
+@pytest.mark.workflow
 def test_planning_costs_as_much_for_every_further_recipe(load, tmp_path):
     """In calls of functions, which no other work on the machine changes."""
     jobs, calls = [], []

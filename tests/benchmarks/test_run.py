@@ -50,9 +50,14 @@ def test_benchmark_parts_write_tables_and_figures(out):
     assert not [path for path in out.iterdir() if path.is_dir()], "models made on the way stay behind"
 
 
-def test_peaks_exceed_weights_and_speedups_follow_from_times(out):
-    for part, column in (("restoration", "ours_s"), ("scaling", "time_s"), ("stages", "time_s")):
-        assert (pd.read_csv(out / f"{part}.csv")[column] > 0).all(), part
+def test_ratios_are_of_medians_and_peaks_hold_torch(out):
+    for part, sides in (("restoration", ("ours", "loop")), ("scaling", ("time",))):
+        frame = pd.read_csv(out / f"{part}.csv")
+        for side in sides:
+            least, median, most = (frame[f"{side}_{kind}"] for kind in ("min_s", "s", "max_s"))
+            assert (least <= median).all() and (median <= most).all(), part
+    frame = pd.read_csv(out / "restoration.csv")
+    assert frame["ratio"].tolist() == pytest.approx((frame["loop_s"] / frame["ours_s"]).tolist())
     peaks = pd.concat([pd.read_csv(out / f"{part}.csv")["peak_mb"] for part in ("memory", "large")])
     assert peaks.between(100, 4000).all()  # torch alone takes more than the least
 

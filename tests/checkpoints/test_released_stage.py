@@ -254,6 +254,7 @@ def test_released_checkpoint_refuses_recompute_packing_and_changes(tmp_path, tin
     assert any("fewer than the" in problem for problem in verify_checkpoint(tmp_path / "out"))
 
 
+@pytest.mark.workflow
 def test_released_checkpoints_are_priced_by_size(tmp_path):
     """The host's work of the authors' three: 7, 7.6 and 69 billion parameters."""
     targets = [str(tmp_path / f"tables/{name}.csv") for name in ("released_7b", "released_70b", "released_qwen_7b")]

@@ -143,6 +143,7 @@ def _run(command: str, project: Path, work: Path):
     )  # fmt: skip
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_printed_command_exits_with_zero(command, running, project):
     if command.startswith("make ") and shutil.which("make") is None:
@@ -165,7 +166,11 @@ def test_omitted_and_replaced_commands_occur_in_documents():
 
 
 def test_printed_pip_packages_are_in_lock_file():
-    assert "snakemake-executor-plugin-slurm==" in (ROOT / "requirements.lock").read_text()
+    """Where the document says so."""
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    text = "".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
+    packages = re.findall(r"^pip install (\S+) +# it is in requirements\.lock$", text, re.M)
+    assert packages and all(f"\n{package}==" in lock for package in packages)
 
 
 def test_the_examples_of_the_library_run(tiny_folder, tmp_path, monkeypatch):

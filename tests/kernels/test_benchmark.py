@@ -225,6 +225,7 @@ def test_invalid_benchmark_settings_are_named(tmp_path, entry, device, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_run_on_cuda(tmp_path):
     shape = {"tokens": 256, "columns": 1024, "rows": 512}

@@ -127,6 +127,7 @@ def test_cuda_library_compiles_and_loads_without_gpu(compiled):
     assert library.library() is compiled and library.prepare().startswith("CUDA products for sm_80, sm_86, sm_89")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the products were not run")
 @pytest.mark.parametrize("tokens", [1, 33, 128])
 def test_products_are_exact_on_the_device(compiled, tokens):

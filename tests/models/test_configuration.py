@@ -289,6 +289,7 @@ def test_a_size_that_is_missing_is_told_by_every_command(key, folders, tmp_path,
     assert key == "vocab_size" or f"obr: config.json of m has no {key}; add it" in capsys.readouterr().err
 
 
+@pytest.mark.workflow
 def test_a_plan_tells_what_is_wrong_with_a_model(tiny_folder, folders, tmp_path, capsys):
     import yaml
 
@@ -305,6 +306,7 @@ def test_a_plan_tells_what_is_wrong_with_a_model(tiny_folder, folders, tmp_path,
 # --- Local sources that change ----------------------------------------------------------------------------
 
 
+@pytest.mark.workflow
 def test_a_local_text_that_is_edited_is_fetched_again(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "own").mkdir()
     shutil.copy(tiny_folder / "train.txt", tmp_path / "own")

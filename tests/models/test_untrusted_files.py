@@ -228,6 +228,7 @@ def test_trusted_code_that_fails_or_changes_is_told(own, tmp_path, capsys):
     assert "its revision must be a full commit hash, which cannot change, not 'main'" in error
 
 
+@pytest.mark.workflow
 def test_the_workflow_hands_the_leave_to_run_code_to_every_stage_of_that_model(tiny_folder, tmp_path):
     tiny = CONFIG["models"]["tiny"]
     models = {"trusted": tiny | {"trust_remote_code": True}, "other": tiny}
@@ -275,6 +276,7 @@ def spoilt(content: bytes, draw: np.random.Generator) -> bytes:
     return bytes(spoilt)
 
 
+@pytest.mark.fuzz
 def test_a_spoilt_gguf_is_refused_or_read(tmp_path):
     """Data that is merely other data cannot be told apart; whatever else happens, happens in one sentence."""
     whole, draw, refused = write_gguf(tmp_path / "tiny.gguf").read_bytes(), np.random.default_rng(0), 0
@@ -297,6 +299,7 @@ READERS = {
 }
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("kind", READERS)
 def test_a_spoilt_safetensors_file_is_refused_or_read(kind, model, tmp_path):
     path = copied(model, tmp_path) / "model.safetensors"
@@ -438,6 +441,7 @@ def test_a_model_of_zeros_is_compressed_with_flags(model, tmp_path):
     assert "32 dead columns" in flags["self_attn.o_proj"] and "64 dead columns" in flags["mlp.down_proj"]
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     "recipes, sentence",
     [

@@ -53,6 +53,7 @@ def name(job: Job) -> str:
     return "/".join([job.rule, *(job.wildcards[k] for k in keys if k in job.wildcards)])
 
 
+@pytest.mark.workflow
 def test_the_jobs_are_those_of_a_dry_run(demo, tmp_path):
     config, jobs = demo
     assert config["threads"]["compress"] == 1 and config["device"] == "cpu"
@@ -67,6 +68,7 @@ def test_the_jobs_are_those_of_a_dry_run(demo, tmp_path):
     assert {jobs[n].rule for n in table.after} >= {"perplexity", "zero_shot", "compress"}
 
 
+@pytest.mark.workflow
 def test_plan_of_one_target_prices_its_jobs_only(tmp_path):
     _, jobs = pending(SNAKEFILE, [DEMO], {"results": str(tmp_path)}, [f"{tmp_path}/tables/demo.csv"], 2)
     assert {"compress", "table"} <= {job.rule for job in jobs} and "figure" not in {job.rule for job in jobs}
@@ -84,6 +86,7 @@ def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[st
     return {key: planned[key] / measured[key] for key in planned}
 
 
+@pytest.mark.workflow
 def test_demo_prices_are_near_measured_times(demo):
     """From counted work alone, every long stage and the whole within a factor of 1.5."""
     ratios = compare(*demo, timed("demo"))
@@ -91,6 +94,7 @@ def test_demo_prices_are_near_measured_times(demo):
         assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
 
 
+@pytest.mark.workflow
 def test_tiny_workflow_prices_are_near_measured_times(tiny_folder, tmp_path):
     """Its jobs do little but start; timed one by one on one core."""
     results = {"results": str(tmp_path / "results")}
@@ -99,6 +103,7 @@ def test_tiny_workflow_prices_are_near_measured_times(tiny_folder, tmp_path):
         assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
 
 
+@pytest.mark.workflow
 def test_a_plan_of_the_demo_reads_well(demo):
     config, _ = demo
     plan = plan_of(SNAKEFILE, [DEMO], {"results": config["results"]}, [], 2, 1)
@@ -108,6 +113,7 @@ def test_a_plan_of_the_demo_reads_well(demo):
     assert "49 jobs, about" in text and "on 2 cores" in text and "a server's core" in text
 
 
+@pytest.mark.workflow
 def test_the_paper_is_priced_with_its_licences(tmp_path):
     plan = plan_of(SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path)}, [], 16, 1)
     assert plan.jobs > 900 and plan.gpu > 100 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
@@ -150,6 +156,7 @@ def fabricated(results: Path, seconds: float) -> None:
     (results / "benchmarks/perplexity/m/r/t.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
 
 
+@pytest.mark.workflow
 def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
     config, jobs = demo
     job = next(job for job in jobs if job.rule == "perplexity")
@@ -229,6 +236,7 @@ def test_asymmetric_calibration_costs_more():
     assert states < more < states + 0.05
 
 
+@pytest.mark.workflow
 def test_invalid_plan_options_raise_one_sentence(tmp_path):
     with pytest.raises(ObrError, match=r"There is no .*; run this in the folder of the workflow"):
         pending(tmp_path / "Snakefile", [], {}, [], 1)

@@ -34,6 +34,8 @@ from obr.errors import ObrError
 from obr.methods.restore import restore
 from obr.models.blocks import StreamedBlocks
 
+pytestmark = pytest.mark.fuzz
+
 EXAMPLES = int(os.environ.get("OBR_EXAMPLES", "0"))
 MANY = settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 HALF = settings(MANY, max_examples=200)  # the two tests of the reader make up the number

@@ -64,6 +64,7 @@ def test_a_command_writes_utf_8_under_any_locale(kind, request, tmp_path):
     assert (tmp_path / "here.md").read_bytes() == (tmp_path / "there.md").read_bytes()
 
 
+@pytest.mark.workflow
 def test_the_workflow_is_read_under_ascii(tmp_path, tiny_folder):
     run = subprocess.run(command(tmp_path, CONFIG, "-n"), env=plain(**ASCII), capture_output=True)
     assert run.returncode == 0, (run.stdout + run.stderr).decode("latin-1")[-2000:]

@@ -2,7 +2,7 @@
 
 import ast
 import graphlib
-import json
+import importlib
 import re
 import subprocess
 import sys
@@ -104,9 +104,14 @@ def test_heavy_libraries_are_loaded_late(code, allowed):
     assert imported_by(code) <= allowed
 
 
-def test_public_names_are_functions_and_stay_so():
-    for name in obr.__all__:
-        assert callable(getattr(obr, name)) and callable(getattr(obr, name)), name
+def test_public_names_are_no_modules_after_import_of_all_modules():
+    """A sub-package of the same name would take the place of a function as soon as something imports it."""
+    before = {name: getattr(obr, name) for name in obr.__all__}
+    assert all(callable(value) for value in before.values())
+    for path in MODULES:
+        if path.name != "__main__.py":
+            importlib.import_module(".".join(["obr", *path.with_suffix("").parts]).removesuffix(".__init__"))
+    assert {name: getattr(obr, name) for name in obr.__all__} == before
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = obr.nonsense
 
@@ -213,25 +218,19 @@ def test_schema_keys_have_descriptions():
         walk(definition, name)
 
 
-def test_readme_names_existing_targets_commands_and_files():
-    readme = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z][a-z-]*)", readme)) - {"it"}:
-        assert f"\n{target}:" in makefile, target
-    stages = parser()._subparsers._group_actions[0].choices
-    for command in re.findall(r"^obr ([a-z-]+)", readme, re.M):
-        assert command in stages, command
-    for path in re.findall(r"\]\(([\w./-]+)\)", readme):
-        assert (ROOT / path).exists(), path
-    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
-        ast.parse(block)
+def texts_in(value) -> list[str]:
+    """All strings inside a value of YAML, keys left out."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for part in inside for text in texts_in(part)]
 
 
-@pytest.mark.parametrize("recipe", ["config.yaml", "workflow/configs/demo.yaml", "tests/config.yaml"])
-def test_configs_hold_no_absolute_paths(recipe):
-    assert not re.search(r'"/[a-z]', json.dumps(yaml.safe_load((ROOT / recipe).read_text())))
+@pytest.mark.parametrize("path", ["config.yaml", "workflow/configs/demo.yaml", "tests/config.yaml"])
+def test_configs_hold_no_absolute_paths(path):
+    texts = texts_in(yaml.safe_load((ROOT / path).read_text()))
+    assert len(texts) > 50 and not [text for text in texts if re.search(r"(^|[\s=:])(/\w|~/)", text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

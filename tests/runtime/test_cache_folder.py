@@ -205,6 +205,7 @@ def test_commands_run_for_a_user_whom_the_system_does_not_know(home, tmp_path):
     assert not (tmp_path / "~").exists() and not Path("/nowhere").exists()
 
 
+@pytest.mark.workflow
 def test_snakemake_runs_for_unknown_user_with_home_and_user_set(tmp_path, tiny_folder):
     (tmp_path / "sitecustomize.py").write_text(UNKNOWN)
     variables = environment(HOME=str(tmp_path), USER="obr")

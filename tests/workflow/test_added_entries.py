@@ -16,6 +16,8 @@ from helpers.paths import ROOT
 from helpers.workflow_runs import CONFIG, SMOKE, snakemake
 from obr.models.architectures import FAMILIES, Layout
 
+pytestmark = pytest.mark.workflow
+
 ENTRIES = {
     "config/methods.py": """
 MASKS["input_norm"] = Mask()

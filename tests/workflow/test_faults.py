@@ -29,6 +29,8 @@ from obr.models.blocks import StreamedBlocks
 from obr.rotations.obtain import make
 from obr.runtime.files import write_text
 
+pytestmark = pytest.mark.workflow
+
 KILLS = int(os.environ.get("OBR_KILLS", "0"))
 # With few kills a checkpoint, with many what one table is made of: models, texts and tasks, rotation, windows,
 # Hessians, compressions, perplexities, zero-shot scores.

@@ -22,6 +22,8 @@ from helpers.paths import ROOT
 from helpers.workflow_runs import CONFIG, SMOKE, command, environment
 from obr.checkpoints.verify import verify_checkpoint
 
+pytestmark = pytest.mark.workflow
+
 PLACE = Path("/etc/slurm")
 PROFILE = ("--workflow-profile", str(ROOT / "workflow/profiles/slurm"))
 # A node without accounting: squeue tells how jobs end, as long as it remembers them.

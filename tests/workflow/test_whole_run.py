@@ -20,6 +20,8 @@ from helpers.workflow_runs import CONFIG, SMOKE, snakemake
 from obr.data.sampling import document_windows
 from obr.data.token_windows import load_tokens
 
+pytestmark = pytest.mark.workflow
+
 
 def jobs(folder: Path, config: dict, *arguments: str, **options) -> dict[str, int]:
     """What a dry run lists: jobs by rule."""
