@@ -39,8 +39,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """First what takes longest."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(FINISHED))
+    """First what takes longest: the files that use `finished`, then those with slow tests."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("workflow")}
+    items.sort(key=lambda item: (not item.path.as_posix().endswith(FINISHED), item.path not in long))
 
 
 def once(factory, name: str, make: Callable[[Path], object]) -> Path:
