@@ -29,6 +29,7 @@ def load(monkeypatch):
     sys.modules.pop("load", None)
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_planning_costs_as_much_for_every_further_recipe(load, tmp_path):
     """In calls of functions, which no other work on the machine changes."""
@@ -60,6 +61,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder / "c"
 
 
+@pytest.mark.slow
 def test_readers_at_once_read_what_one_alone_reads(checkpoint, tmp_path):
     command = [sys.executable, str(FOLDER / "load.py"), "readers", str(checkpoint), "--counts", "64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -37,6 +37,7 @@ def module(monkeypatch):
         sys.modules.pop(path.stem, None)
 
 
+@pytest.mark.slow
 def test_benchmark_parts_write_tables_and_figures(out):
     page = (out / "benchmarks.md").read_text()
     for part in PARTS:
@@ -50,6 +51,7 @@ def test_benchmark_parts_write_tables_and_figures(out):
     assert not [path for path in out.iterdir() if path.is_dir()], "models made on the way stay behind"
 
 
+@pytest.mark.slow
 def test_ratios_are_of_medians_and_peaks_hold_torch(out):
     for part, sides in (("restoration", ("ours", "loop")), ("scaling", ("time",))):
         frame = pd.read_csv(out / f"{part}.csv")
@@ -62,6 +64,7 @@ def test_ratios_are_of_medians_and_peaks_hold_torch(out):
     assert peaks.between(100, 4000).all()  # torch alone takes more than the least
 
 
+@pytest.mark.slow
 def test_the_joint_method_is_measured_in_units_of_its_rival(out):
     frame = pd.read_csv(out / "joint.csv").set_index("method")
     assert frame.loc["OBR_GPTQ", ["error_ratio", "time_ratio"]].tolist() == [1, 1]
@@ -70,6 +73,7 @@ def test_the_joint_method_is_measured_in_units_of_its_rival(out):
     assert (errors < 1).all() and errors["joint, 600 sweeps"] < errors["joint, ADMM alone"] < learned
 
 
+@pytest.mark.slow
 def test_packed_models_write_tokens_in_less_memory(out):
     frame = pd.read_csv(out / "decoding.csv").set_index("weights")
     assert list(frame.index) == ["bfloat16", "INT4, dense", "INT4, 50 %", "INT4, paired 4:8"]
@@ -81,6 +85,7 @@ def test_packed_models_write_tokens_in_less_memory(out):
     assert frame["of_bound"].tolist() == pytest.approx(bound.tolist())
 
 
+@pytest.mark.slow
 def test_evaluations_that_differ_are_not_compared(module, out):
     frame = pd.read_csv(out / "zero_shot.csv").set_index("evaluation")
     assert list(frame.index) == ["streamed", "in memory", "lm-eval, batch 1", "lm-eval, batch 4"]
@@ -89,6 +94,7 @@ def test_evaluations_that_differ_are_not_compared(module, out):
         module("zero_shot")._check_equal({"streamed": [(-1.0, True)], "in memory": [(-1.5, True)]})
 
 
+@pytest.mark.slow
 def test_products_are_compared_with_the_read_of_memory(out):
     frame = pd.read_csv(out / "products.csv")
     assert set(frame["tokens"]) == {1, 3}
@@ -160,6 +166,7 @@ def test_a_peak_is_the_stages_own(module):
     assert held.sum() > 0 and 5 < peak < 300
 
 
+@pytest.mark.slow
 def test_failed_stage_shows_error(module):
     with pytest.raises(ObrError, match="nosuch"):
         module("peak").run_stage("calibrate", "--entry", {}, "--model", "nosuch", "--text", "nosuch", "--out", "x")

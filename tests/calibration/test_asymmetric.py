@@ -115,6 +115,7 @@ def test_drifts_are_sums_over_both_models_inputs(tokens):
     assert all(block.get_submodule(name).observer is None for name in dense.layout.linears)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "obr_gptq", "joint"])
 def test_compressed_blocks_come_nearer_to_the_dense_models(tokens, method):
     """Layer by layer, on tokens that nothing was calibrated on."""
@@ -139,6 +140,7 @@ def test_compressed_blocks_come_nearer_to_the_dense_models(tokens, method):
     assert all(aimed < 0.97 * blind for aimed, blind in zip(errors[1.0], errors[0.0], strict=True)), errors
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_not_quantised(files, tmp_path):
     """With Hessians of quantised inputs the drift holds what quantisation has taken, from the first layer on."""
     options = {"hessian_inputs": "quantised", "activations": {"bits": 3}}
@@ -148,6 +150,7 @@ def test_the_dense_model_is_not_quantised(files, tmp_path):
     assert not torch.equal(blind.self_attn.q_proj.weight, aimed.self_attn.q_proj.weight)
 
 
+@pytest.mark.slow
 def test_recompute_reproduces_asymmetric_layers(files, tmp_path):
     manifest = stage(files, tmp_path / "m" / "out", method="obr_gptq", asymmetry=0.5)
     assert manifest["recipe"]["asymmetry"] == 0.5

@@ -80,6 +80,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_where_states_lie(inputs, tmp_path):
     model, rotation, tokens = inputs
     recipe = Recipe.parse({"method": "obr_gptq", "rotation": "quarot", "calibration": "x"})

@@ -34,6 +34,7 @@ def checkpoint(tiny_folder, prompt, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_from_pretrained_logits_equal_obr_load(checkpoint, prompt, dtype):
@@ -82,6 +83,7 @@ print(type({READ}).__name__)
 """
 
 
+@pytest.mark.slow
 def test_import_changes_nothing_and_registering_lets_transformers_read(checkpoint):
     run = subprocess.run([sys.executable, "-c", FRESH, checkpoint], text=True, capture_output=True)
     assert run.returncode == 0, run.stderr[-2000:]

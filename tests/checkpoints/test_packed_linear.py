@@ -37,6 +37,7 @@ def compressed(folder, out, recipe, prompt, rotation="quarot"):
     return out
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", RECIPES)
 def test_layers_and_models_are_those_simulated(name, tiny_folder, prompt, tmp_path):
@@ -77,6 +78,7 @@ def test_perplexity_is_the_simulated_one_and_half_precision_works(tiny_folder, p
     assert obr.perplexity(half, prompt) == pytest.approx(values[0], rel=0.05)
 
 
+@pytest.mark.slow
 def test_packed_model_keeps_no_dense_weight(tiny_folder, prompt, tmp_path):
     model = obr.load(compressed(tiny_folder, tmp_path / "c", RECIPES["unstructured"], prompt), packed=True)
     names = [name for name, tensor in model.named_parameters() if tensor.ndim == 2]
@@ -86,6 +88,7 @@ def test_packed_model_keeps_no_dense_weight(tiny_folder, prompt, tmp_path):
     assert "layout=bitmask, bits=3." in repr(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "load", "message"),
     [

@@ -194,6 +194,7 @@ def ran(*arguments) -> None:
     assert main.main([str(argument) for argument in arguments]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsys):
     files, entry, quantised = COMMANDS[kind]

@@ -58,6 +58,7 @@ def checkpoint(results, tmp_path) -> Path:
     return Path(shutil.copytree(results / "compressed" / MODEL / "cached", tmp_path / "checkpoint"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cached", "sequential"])
 def test_a_whole_checkpoint_is_told_to_be_whole(results, kind, capsys):
     checkpoint = results / "compressed" / MODEL / kind
@@ -77,6 +78,7 @@ def compressed(results: Path, out: Path) -> dict:
     return compress_stage(results / "models" / MODEL, recipe, out, rotation=rotation, hessians=folder, device="cpu")
 
 
+@pytest.mark.slow
 def test_recompute_uses_products_of_recorded_block(results, monkeypatch, capsys):
     """A run that was interrupted, and went on where products are of another dtype."""
     out = results / "compressed" / MODEL / "interrupted"

@@ -73,6 +73,7 @@ def stages(folder: Path, model: Path, text: Path, recipe: dict, *options: str) -
     return folder / "checkpoint"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hessian", ["sequential", "cached"])
 def test_the_checkpoint_has_the_bytes_that_the_stages_give(hessian, checkpoint, command, tiny_folder, tmp_path):
     recipe = {"method": "obr_gptq", "bits": 4, "sparsity": 0.5, "rotation": "quarot", "calibration": "train"}
@@ -86,6 +87,7 @@ def test_the_checkpoint_has_the_bytes_that_the_stages_give(hessian, checkpoint, 
     assert same(checkpoint, expected)
 
 
+@pytest.mark.slow
 def test_the_library_gives_the_bytes_of_the_command(checkpoint, tiny_folder, tmp_path):
     found = obr.quantize(
         tiny_folder / "model", tmp_path / "out", sparsity=0.5, bits=4, calibration=tiny_folder / "train.txt", **SMALL
@@ -94,6 +96,7 @@ def test_the_library_gives_the_bytes_of_the_command(checkpoint, tiny_folder, tmp
     assert same(found.folder, checkpoint)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_library_runs(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/model").symlink_to(tiny_folder / "model")
@@ -117,6 +120,7 @@ def test_the_result_loads_and_generates(checkpoint, capsys):
     assert main(["verify", str(checkpoint)]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bytes(checkpoint, command, tmp_path):
     server = subprocess.Popen(
         [sys.executable, str(HELPERS / "killable_commands.py")],
@@ -146,6 +150,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(checkpoint, command, tmp_path)
     assert len(blocks) == 3 and all(manifest["files"][name] == expected["files"][name] for name in blocks)
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_only_evaluates(command, tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(out)) == 0
@@ -167,6 +172,7 @@ def test_a_finished_run_started_again_only_evaluates(command, tiny_folder, tmp_p
     assert f"{manifest['relative_error']:.4f}, mean over 14 layers" in lines[2]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_other_settings_is_replaced_only_with_overwrite(command, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(out, "--method", "rtn", "--bits", 8)) == 1  # rtn reads no windows
@@ -182,6 +188,7 @@ def test_checkpoint_of_other_settings_is_replaced_only_with_overwrite(command, t
     assert "notes.md" in capsys.readouterr().err and (out / "notes.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_blocks_of_another_run_are_dropped_only_if_asked(command, tmp_path, capsys):
     out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
     unfinished.mkdir()
@@ -204,6 +211,7 @@ def broken(tmp_path) -> dict[str, Path]:
     return {path.stem: path for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more, said",
     [
@@ -263,6 +271,7 @@ def test_the_library_refuses_what_the_parser_of_the_command_would(option, said, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, said", [("{empty}", "config.json is missing"), ("{file}", "is a file"), ("x", "x is no folder")]
 )
@@ -278,6 +287,7 @@ def test_types_are_checked_in_the_library_too(tiny_folder, tmp_path):
             obr.quantize(tiny_folder / "model", tmp_path / "out", calibration=tiny_folder / "train.txt", **wrong)
 
 
+@pytest.mark.slow
 def test_without_a_network_the_default_calibration_names_the_option(tiny_folder, tmp_path):
     """In a process of its own: huggingface_hub reads the variable once."""
     arguments = ["quantize", str(tiny_folder / "model"), "--out", str(tmp_path / "out")]
@@ -334,6 +344,7 @@ def test_a_recipe_that_reads_no_windows_gets_none(tiny_folder, tmp_path):
     assert "not measured" in found.lines()[2]
 
 
+@pytest.mark.slow
 def test_an_allocation_runs_all_of_its_stages(tiny_folder, tmp_path):
     options = [{"method": "gptq", "bits": 4}, {"method": "gptq", "bits": 2}]
     recipe = {"method": "gptq", "rotation": "quarot", "allocation": {"bits": 3.0, "options": options}}

@@ -62,6 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_with_files_of_a_user_is_left_intact(command, inputs, tmp_path):
     write = writers(inputs)[command]
@@ -77,6 +78,7 @@ def test_a_folder_with_files_of_a_user_is_left_intact(command, inputs, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in tmp_path.glob("[0-9]*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_earlier_result_is_replaced_unless_a_user_has_added_a_file(command, inputs, tmp_path):
     write, out = writers(inputs)[command], tmp_path / "out"

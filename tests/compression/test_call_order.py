@@ -103,6 +103,7 @@ def take(step: str, model, folder):
     return model
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(st.sampled_from(STEPS), min_size=2, max_size=6))
 @example(["rotate", "sparse", "perplexity", "save", "load", "perplexity", "save_pretrained", "rotate"])
@@ -193,6 +194,7 @@ def test_a_step_that_fails_leaves_a_model_that_no_step_takes(monkeypatch, tmp_pa
             step()
 
 
+@pytest.mark.slow
 def test_saving_replaces_an_older_checkpoint_whole(tmp_path):
     obr.save(compressed(), tmp_path / "packed")
     (tmp_path / "packed/chat_template.jinja").write_text("old", encoding="utf-8")
@@ -204,6 +206,7 @@ def test_saving_replaces_an_older_checkpoint_whole(tmp_path):
     assert not (tmp_path / "packed/chat_template.jinja").exists() and verify_checkpoint(tmp_path / "packed") == []
 
 
+@pytest.mark.slow
 def test_saving_spares_a_folder_with_other_files(tmp_path):
     plain_model().save_pretrained(tmp_path / "dense")
     for folder, name in ((tmp_path / "dense", "config.json"), (tmp_path / "packed", "notes.txt")):
@@ -216,6 +219,7 @@ def test_saving_spares_a_folder_with_other_files(tmp_path):
         assert sorted(path.name for path in folder.iterdir()) == present
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "refusal"),
     [

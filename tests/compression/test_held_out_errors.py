@@ -64,6 +64,7 @@ def test_layer_fitted_to_few_tokens_has_larger_held_out_error(tokens):
     assert sum(unseen.values()) > 1.1 * sum(seen.values())
 
 
+@pytest.mark.slow
 def test_checkpoint_reports_held_out_errors(tokens, tmp_path):
     model_of().save_pretrained(tmp_path / "model")
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors", metadata={"calibration": "{}"})

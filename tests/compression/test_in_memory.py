@@ -271,6 +271,7 @@ SPOILED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil, sentence", SPOILED.values(), ids=SPOILED)
 def test_foreign_layers_and_attributes_are_refused(spoil, sentence, model, windows):
     """By each way in, and nothing changes."""

@@ -99,6 +99,7 @@ def test_gguf_replaces_a_gguf_file_alone(folder, tmp_path):
     assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_a_task_is_not_scored_by_attention_that_leaves_quantisers_out(folder, tmp_path):
     rows = [{"passage": "Sky.", "question": "is it blue", "label": i % 2, "idx": i} for i in range(2)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

@@ -121,6 +121,7 @@ def compressed(tiny_folder, prepared, out, **options):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_methods_order_by_perplexity_on_trained_model(tiny_folder, prepared, windows, tmp_path):
     """Restoration helps, in this order: Wanda, OBR, dense 4 bits, dense."""
     value = {}
@@ -131,6 +132,7 @@ def test_methods_order_by_perplexity_on_trained_model(tiny_folder, prepared, win
     assert value["obr_rtn"] < value["wanda"] and value["gptq"] < value["rtn"] * 1.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"hessian": "cached"}, {"pattern": "2:4", "hessian": "cached"}])
 def test_checkpoints_hold_what_the_manifest_says(tiny_folder, prepared, windows, tmp_path, options):
     manifest = compressed(tiny_folder, prepared, tmp_path, method="obr_gptq", **options)
@@ -151,6 +153,7 @@ def test_checkpoints_hold_what_the_manifest_says(tiny_folder, prepared, windows,
     assert value["windows"] == 16 and "non-overlapping windows of 128" in value["definition"]
 
 
+@pytest.mark.slow
 def test_sequential_and_cached_differ_only_behind_the_first_layers(tiny_folder, prepared, tmp_path):
     for kind in ("cached", "sequential"):
         compressed(tiny_folder, prepared, tmp_path / kind, method="obr_gptq", hessian=kind)
@@ -160,6 +163,7 @@ def test_sequential_and_cached_differ_only_behind_the_first_layers(tiny_folder, 
     assert not torch.equal(first[1].self_attn.q_proj.weight, second[1].self_attn.q_proj.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotation", ["none", "quarot"])
 @pytest.mark.parametrize("method", ["dense", "obr_gptq"])
 def test_save_and_load_give_identical_logits(tiny_folder, tmp_path, rotation, method):
@@ -183,6 +187,7 @@ def test_saving_an_uncompressed_model_is_refused(tiny_folder, tmp_path):
         obr.save(obr.load_model(tiny_folder / "model", device="cpu"), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sequential", "cached"])
 def test_blocks_that_a_recipe_leaves_out_stay_dense(tiny_folder, prepared, windows, tmp_path, kind):
     settings = {"method": "obr_gptq", "hessian": kind, "activations": {"bits": 4}}
@@ -311,6 +316,7 @@ def test_files_that_do_not_match_the_recipe_are_refused(tiny_folder, prepared, t
             compress_stage(model, recipe(method="obr_gptq", **options), tmp_path, device="cpu", **files)
 
 
+@pytest.mark.slow
 def test_leftovers_without_owner_are_removed(tiny_folder, prepared, tmp_path):
     """Reports of another run's blocks without a note of whose they are, as an interrupted tidying leaves them."""
     first = compressed(tiny_folder, prepared, tmp_path / "c", method="wanda", hessian="cached")
@@ -342,6 +348,7 @@ class Plug(Exception):
     """Pulled."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"hessian": "cached"}, {"asymmetry": 1.0}], ids=["sequential", "cached", "asymmetric"]
 )

@@ -165,6 +165,7 @@ def test_table_defined_by_edition_is_unchanged():
     assert config.raw["tables"]["joint_seeds"]["perplexity"] == ["wikitext2_file"]
 
 
+@pytest.mark.slow
 def test_the_small_edition_has_every_table_and_quotes_nothing_of_other_models():
     small = Config(merged("config.yaml", "workflow/configs/small.yaml"))
     released = {"released_7b", "released_70b", "released_qwen_7b"}

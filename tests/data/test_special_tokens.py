@@ -90,6 +90,7 @@ def naive(model, tokenizer, context: str, continuation: str, before: list[int]) 
 # Zero-shot prompts.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [byte_level, prefix_space])
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("bos", [None, False, True, "tokenizer"])
@@ -222,6 +223,7 @@ def gemma_checkpoint(gemma, tokenizers, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bos", [None, True, False, "window"])
 def test_perplexity_is_over_requested_windows(gemma, gemma_checkpoint, bos):
@@ -316,6 +318,7 @@ def test_a_model_writes_windows_that_begin_with_bos(tiny_folder, tmp_path):
     assert torch.equal(streams["window"][:, 1:].flatten(), streams[None].flatten()[1:190])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_gguf_says_what_the_tokenizer_adds(tiny_folder, tmp_path, template):
     """Whatever the flags of tokenizer_config.json say."""

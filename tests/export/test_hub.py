@@ -221,6 +221,7 @@ def pushed(checkpoint, address: str) -> subprocess.CompletedProcess:
     return run
 
 
+@pytest.mark.slow
 def test_an_upload_commits_the_folder(hub, checkpoint):
     address, handler = hub
     run = pushed(checkpoint, address)
@@ -234,6 +235,7 @@ def test_an_upload_commits_the_folder(hub, checkpoint):
     assert not list(checkpoint.parent.glob("*.push*"))
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_or_is_not_there_is_told_in_a_sentence(hub, checkpoint):
     address, handler = hub
     handler.refuse = True

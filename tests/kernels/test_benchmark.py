@@ -106,6 +106,7 @@ def test_skipped_kernel_states_missing_shape_or_device(tmp_path, monkeypatch):
     assert line.loc["fp32", "status"] == "ok" and pd.isna(line.loc["fp32", "read_gb_s"])
 
 
+@pytest.mark.slow
 def test_sizes_are_known_without_a_gpu(tmp_path):
     """Of the paper's weight as it prints them: 32, 8 and 5 MiB, half the operations in pairs of 4:8; no time."""
     entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}]}

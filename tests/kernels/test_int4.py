@@ -208,6 +208,7 @@ def test_missing_compiler_raises_one_sentence(monkeypatch, tmp_path):
         compiler.build(packed_weight.SOURCES, [*packed_weight.FLAGS, "-DNEVER_BUILT_BEFORE"])
 
 
+@pytest.mark.slow
 def test_threads_survive_a_fork():
     """A child of a process that has multiplied in two threads can do so too."""
     code = (

@@ -210,6 +210,7 @@ def checkpoint(tmp_path_factory):
     return model, folder
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_checkpoints_compute_the_same(checkpoint):
     model, folder = checkpoint

@@ -151,6 +151,7 @@ def test_norms_that_do_not_fit_are_refused():
         obr.restore(weight, Hessian(matrix), "wanda", mask="wanda_harmonic", harmonic=torch.ones(8))
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_and_a_streamed_one_get_the_same(files, tokens, tmp_path):
     manifest = stage(files, tmp_path / "c", rotation="quarot", bits=4)
     assert manifest["recipe"]["mask"] == "wanda_harmonic"
@@ -226,6 +227,7 @@ class Plug(Exception):
     """Pulled."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_one_with_another_mask_does_not(files, tmp_path, monkeypatch):
     stage(files, tmp_path / "undisturbed", bits=4)
     write = compression.Writer.block
@@ -245,6 +247,7 @@ def test_an_interrupted_run_goes_on_and_one_with_another_mask_does_not(files, tm
     assert blocks_of(tmp_path / "out") == blocks_of(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_allocations_use_the_recipes_mask(tokens):
     """Only where an option's method takes a mask are the norms needed."""
     options = [{"method": "obr_rtn", "bits": 4, "sparsity": 0.5}, {"method": "gptq", "bits": 3}]

@@ -40,6 +40,7 @@ def ratio(layers: list, of: str = "obr_gptq_50", **options) -> float:
     return math.exp(sum(map(math.log, errors)) / len(errors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "of, most, options",
     [

@@ -47,6 +47,7 @@ def test_committed_golden_layers_match_published_code(name):
     check_golden(FIXTURES / f"{name}.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["down_proj_1024", "o_proj_512_unrotated"])
 def test_golden_layers_match_published_code(real_data, name):
     check_golden(real_data / "golden" / f"{name}.npz")
@@ -61,6 +62,7 @@ def test_batched_restoration_equals_row_loop(gptq, alpha):
     assert ((plain / result.scale).round() == result.codes).float().mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(FUNCTIONS))
 @pytest.mark.parametrize("columns", [576, 896, 960])
 def test_restoration_covers_every_column(method, columns):

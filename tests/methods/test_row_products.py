@@ -67,6 +67,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(columns, outputs, dtyp
     assert torch.allclose(whole.float(), x.float() @ matrix.float(), rtol=0.02, atol=0.02 * columns**0.5)
 
 
+@pytest.mark.slow
 @given(
     options=st.sampled_from(OPTIONS),
     seed=st.integers(0, 99),

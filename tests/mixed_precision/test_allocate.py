@@ -211,6 +211,7 @@ def made(tiny_folder, tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 def test_predicted_losses_are_the_quadratic_form_of_means(made):
     """½ Σ_r G_r d_r A d_rᵀ with A and G as means over tokens, from the inputs themselves."""
     told = read_json(made / "sensitivity/tiny/none/c/mixed/losses.json")
@@ -386,6 +387,7 @@ def test_missing_or_mismatched_measurements_are_refused(made, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_figure_shows_every_layer(made, tmp_path, monkeypatch):
     from obr.report.figures import draw as figure
 

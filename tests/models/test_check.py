@@ -196,6 +196,7 @@ def test_files_that_change_what_the_weights_mean_are_refused(model, name, remedy
     refused(model, f"has the file {name} beside its weights: {remedy}")
 
 
+@pytest.mark.slow
 def test_checkpoints_read_their_own_files_alone(model, tmp_path, windows):
     compress_stage(model, Recipe.parse({"method": "rtn"}), tmp_path / "c", device="cpu")
     value = obr.perplexity(CheckpointBlocks(tmp_path / "c", device="cpu"), windows)
@@ -220,6 +221,7 @@ def test_checkpoints_read_their_own_files_alone(model, tmp_path, windows):
 # --- Flags and tensors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_head_that_differs_is_not_tied_whatever_the_config_says(model, windows, right, tmp_path):
     edit(model / "model.safetensors", lambda tensors: tensors | {HEAD: tensors[EMBED] * 0.5})
     plain = own(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), windows)
@@ -311,6 +313,7 @@ def cast(dtype, only: str = ""):
     return lambda tensors: {k: v.to(dtype) if only in k else v for k, v in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["float32", "float16", "bfloat16", None])
 def test_stored_dtype_is_that_of_file_not_of_config(model, said, tmp_path):
     edit(model / "model.safetensors", cast(torch.bfloat16))

@@ -166,6 +166,7 @@ def test_unsupported_config_is_refused_in_one_sentence(keys, sentence, folders, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -230,6 +231,7 @@ def bounded(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.slow
 def test_config_values_of_any_type_raise_no_traceback(tmp_path):
     """What a download accepts, a streamed stage computes, or says in a sentence that it cannot."""
     torch.manual_seed(0)
@@ -289,6 +291,7 @@ def test_a_size_that_is_missing_is_told_by_every_command(key, folders, tmp_path,
     assert key == "vocab_size" or f"obr: config.json of m has no {key}; add it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_a_plan_tells_what_is_wrong_with_a_model(tiny_folder, folders, tmp_path, capsys):
     import yaml
@@ -306,6 +309,7 @@ def test_a_plan_tells_what_is_wrong_with_a_model(tiny_folder, folders, tmp_path,
 # --- Local sources that change ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_a_local_text_that_is_edited_is_fetched_again(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "own").mkdir()

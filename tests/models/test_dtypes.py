@@ -168,6 +168,7 @@ def test_a_config_cannot_share_statistics_between_dtypes(changes, what):
     assert Config(replaced(RAW, **own, recipes__obr_a4=borrower)).parsed["obr_a4"].dtype == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_the_workflow_gives_the_configs_dtype_to_recipes_without_their_own(tiny_folder, tmp_path):
     recipes = {

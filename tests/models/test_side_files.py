@@ -20,6 +20,8 @@ from obr.models.configuration import generation_config
 from obr.models.download import download_model
 from obr.models.side_files import is_side_file, side_files
 
+obr.register_with_transformers()
+
 RTN = Recipe.parse({"method": "rtn", "bits": 8})
 SETTINGS = {"eos_token_id": [1, 67], "do_sample": True, "temperature": 0.6, "pad_token_id": 1}
 TEXT = "The Union, and <extra> more."
@@ -67,6 +69,7 @@ def copies(source, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("download", "checkpoint", "export", "push")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["download", "checkpoint", "export", "push"])
 def test_side_files_arrive_as_they_are(kind, copies, source):
     assert set(side_files(source)) == SMALL == set(side_files(copies[kind]))

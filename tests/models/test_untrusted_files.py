@@ -155,6 +155,7 @@ def download(own: Path, out: Path, **entry) -> list[str]:
     return ["download-model", "--entry", entry, "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_code_is_run_where_the_config_says_so_and_is_on_record(own, tmp_path, capsys):
     def ran() -> list[str]:
         made = [name for name in ("ran", "read") if (tmp_path / name).exists()]
@@ -228,6 +229,7 @@ def test_trusted_code_that_fails_or_changes_is_told(own, tmp_path, capsys):
     assert "its revision must be a full commit hash, which cannot change, not 'main'" in error
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_the_workflow_hands_the_leave_to_run_code_to_every_stage_of_that_model(tiny_folder, tmp_path):
     tiny = CONFIG["models"]["tiny"]
@@ -441,6 +443,7 @@ def test_a_model_of_zeros_is_compressed_with_flags(model, tmp_path):
     assert "32 dead columns" in flags["self_attn.o_proj"] and "64 dead columns" in flags["mlp.down_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 @pytest.mark.parametrize(
     "recipes, sentence",

@@ -272,6 +272,7 @@ def _with_defaults(validator, properties, instance, schema):
 VALIDATOR = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"properties": _with_defaults})(SCHEMA)
 
 
+@pytest.mark.slow
 @MANY
 @given(seeds)
 def test_broken_configs_are_refused_or_taken(seed):

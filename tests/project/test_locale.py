@@ -42,6 +42,7 @@ def printed(code: str, variables: dict[str, str]) -> str:
     return done.stdout.decode("latin-1").strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latin", "ascii"])
 def test_digests_do_not_depend_on_the_locale(kind, request):
     variables = ASCII if kind == "ascii" else request.getfixturevalue("latin")
@@ -51,6 +52,7 @@ def test_digests_do_not_depend_on_the_locale(kind, request):
     assert found.split() == [code_digest.digest(stage) for stage in STAGES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["latin", "ascii"])
 def test_a_command_writes_utf_8_under_any_locale(kind, request, tmp_path):
     variables = ASCII if kind == "ascii" else request.getfixturevalue("latin")
@@ -64,6 +66,7 @@ def test_a_command_writes_utf_8_under_any_locale(kind, request, tmp_path):
     assert (tmp_path / "here.md").read_bytes() == (tmp_path / "there.md").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_the_workflow_is_read_under_ascii(tmp_path, tiny_folder):
     run = subprocess.run(command(tmp_path, CONFIG, "-n"), env=plain(**ASCII), capture_output=True)

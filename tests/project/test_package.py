@@ -87,6 +87,7 @@ def imported_by(code: str) -> set[str]:
 HEAVY = ["torch", "transformers", "datasets", "lm_eval", "pandas", "matplotlib"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code, allowed",
     [

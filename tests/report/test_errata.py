@@ -44,6 +44,7 @@ def test_three_printed_means_are_not_those_of_their_tasks(numbers):
     assert len(means) > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "table, sentence",
     [
@@ -76,6 +77,7 @@ def test_erratum_of_fraction_shows_both_means(found):
     assert "(with 0.7986: 61.58)" in text and "FlatQuant(quant-only) at 4 bits is RTN" in text
 
 
+@pytest.mark.slow
 def test_corrected_numbers_have_no_erratum(numbers):
     llama = {"table": TABLE_1, "model": "Llama-2-7B", "method": "OBR_GPTQ", "metric": "zeroshot_avg"}
     text = str(errata.everything(changed(numbers, 57.68, **llama)))
@@ -96,6 +98,7 @@ def test_the_printed_sign_is_worse_than_no_compensation():
     assert plus < 0.8 * none < none < 0.8 * minus
 
 
+@pytest.mark.slow
 def test_errata_command_lists_all_errata(tmp_path):
     out = tmp_path / "errata.md"
     command = [sys.executable, "-m", "obr", "errata"]

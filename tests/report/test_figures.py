@@ -82,6 +82,7 @@ def labels(sheet) -> list[str]:
     return [handle.get_label() for handle in sheet.handles]
 
 
+@pytest.mark.slow
 def test_perplexity_figure_plots_bits_per_weight(results, monkeypatch, tmp_path):
     drawn = sheet(BITS, results, monkeypatch, tmp_path)
     assert [panel.get_title() for panel in drawn.panels] == ["Llama-2-7B", "Tiny_1 & co"]
@@ -127,6 +128,7 @@ def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
         draw.draw(entry, ALL, MODELS, results, PUBLISHED, tmp_path / "f")
 
 
+@pytest.mark.slow
 def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     path = copy / "perplexity" / "llama" / "alpha_0.5" / "wikitext2.json"
@@ -136,6 +138,7 @@ def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
     assert drawn.figure.legends[0].get_title().get_text() == drawn.remarks[0]
 
 
+@pytest.mark.slow
 def test_layer_error_figure_has_panel_per_layer_kind(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     path = copy / "compressed" / "llama" / "rtn" / "layers.csv"
@@ -167,6 +170,7 @@ def written(panel) -> list[str]:
     return [text.get_text() for text in panel.texts]
 
 
+@pytest.mark.slow
 def test_kernel_figure_lists_untimed_kernels(results, monkeypatch, tmp_path):
     entry = {"kind": "kernels", "device": "cpu", "panels": ["time", "speed"]}
     drawn = sheet(entry, results, monkeypatch, tmp_path)
@@ -181,6 +185,7 @@ def test_kernel_figure_lists_untimed_kernels(results, monkeypatch, tmp_path):
     assert drawn.panels[0].get_xscale() == "log" and "log scale" in drawn.panels[0].get_xlabel()
 
 
+@pytest.mark.slow
 def test_packed_kernels_are_beside_pytorchs_with_spread_and_bytes(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     skipped, refused = "skipped: this processor has no FP8 products", "refused: error 1 is above 0.1"
@@ -220,6 +225,7 @@ def test_packed_kernels_are_beside_pytorchs_with_spread_and_bytes(results, monke
     assert "weights may stay in the cache" in drawn.figure.legends[0].get_title().get_text()
 
 
+@pytest.mark.slow
 def test_a_caution_that_concerns_some_kernels_names_them(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     times = pd.read_csv(copy / "kernels" / "cpu.csv")
@@ -229,6 +235,7 @@ def test_a_caution_that_concerns_some_kernels_names_them(results, monkeypatch, t
     assert drawn.remarks[1:] == ["int8 (decode): read twice"]
 
 
+@pytest.mark.slow
 def test_products_that_were_not_run_have_published_times_beside_their_sizes(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     lines = [
@@ -250,6 +257,7 @@ def test_products_that_were_not_run_have_published_times_beside_their_sizes(resu
         sheet({**entry, "kernels": ["fp3"]}, copy, monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("figure_key", "timed"), [("fig1b", False), ("fig4", True), ("kernels_cpu", True)])
 def test_the_papers_figures_of_kernels_fit_a_page(results, monkeypatch, tmp_path, figure_key, timed):
     """As the config has them, from a benchmark of the config's shapes, timed or with sizes alone."""
@@ -280,6 +288,7 @@ def test_the_papers_figures_of_kernels_fit_a_page(results, monkeypatch, tmp_path
     assert min(sizes) >= 5.5  # points
 
 
+@pytest.mark.slow
 def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
     for name, text in {
@@ -320,6 +329,7 @@ def test_invalid_figure_entry_names_key_and_value(results, tmp_path, entry, mess
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_drawing_twice_gives_the_same_file(results, tmp_path):
     for name in ("a", "b"):
         draw.draw(ALPHA, ALL, MODELS, results, PUBLISHED, tmp_path / name)

@@ -126,6 +126,7 @@ def built(paper, name: str) -> table.Table:
         return table.build(config.raw["tables"][name], config.recipes, config.raw["models"], results, PUBLISHED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", merged("config.yaml")["tables"])
 def test_paper_tables_are_built_and_quote_printed_numbers(paper, tmp_path, name):
     made = built(paper, name)
@@ -142,6 +143,7 @@ def test_paper_tables_are_built_and_quote_printed_numbers(paper, tmp_path, name)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", merged("config.yaml")["figures"])
 def test_paper_figures_are_drawn(paper, tmp_path, monkeypatch, name):
     config, results = paper

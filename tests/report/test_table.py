@@ -312,6 +312,7 @@ def test_latex_compiles(written, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_tables_do_not_import_torch():
     code = "import sys, obr.report.published, obr.report.table, obr.report.figures.draw\n"
     code += "sys.exit('torch' in sys.modules)"

@@ -202,6 +202,7 @@ def compressed(folder, out, tokens, **options):
     return obr.load(out, device="cpu"), manifest
 
 
+@pytest.mark.slow
 def test_the_stage_does_what_compressing_in_memory_does(sizes, tmp_path):
     """FlatQuant's own recipe: weights within learned bounds, Hessians of quantised inputs, learned ranges."""
     random_model(FAMILIES[FAMILY], torch.float16).save_pretrained(tmp_path / "model")  # the dtype of what is kept

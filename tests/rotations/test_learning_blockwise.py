@@ -107,6 +107,7 @@ def place(spiky, tokens, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, least", [("flatquant", 0.9), ("omniquant", 0.97), ("awq", 1.0), ("smoothquant", 1.0)])
 def test_held_out_errors_of_blocks_fall(kind, least, learned):
     _, lines = learned(kind)
@@ -157,6 +158,7 @@ def test_learned_folds_of_other_families_leave_logits_as_they_were(kind, family,
     assert change(model, lambda model: apply.rotate(model, rotation)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flatquant", "omniquant"])
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(kind, learned, spiky, tokens, tmp_path, monkeypatch):
     out = tmp_path / "r.safetensors"

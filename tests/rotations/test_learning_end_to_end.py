@@ -274,6 +274,7 @@ def test_the_loss_is_that_of_the_model_with_rounded_weights(kind, clip, folder, 
     assert curve["held_out"].iloc[0] == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_small_batches_add_up_to_the_gradient_of_the_batch(folder, tmp_path):
     whole, _ = learned(folder, tmp_path / "whole", "ostquant", steps=2, batch=5)
     parts, _ = learned(folder, tmp_path / "parts", "ostquant", steps=2, batch=5, micro_batch=2)
@@ -313,6 +314,7 @@ def ostquant(folder, tmp_path_factory):
     return *learned(folder, out, "ostquant", steps=40, batch=4, every=20, held_out=16), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spinquant", "ostquant"])
 def test_a_learned_file_says_how_it_was_learned(kind, folder, request):
     rotation, curve, out = request.getfixturevalue(kind)
@@ -357,6 +359,7 @@ def for_weights(folder, tmp_path_factory):
     return *learned(folder, out, "ostquant", steps=20, batch=4, every=10, held_out=16, quantise={"bits": 3}), out
 
 
+@pytest.mark.slow
 def test_a_rotation_learned_for_rounded_weights_suits_them_better(folder, ostquant, for_weights):
     """Than one learned for quantised activations, and than where it started; on windows not learned from."""
     _, curve, _ = for_weights
@@ -428,6 +431,7 @@ def test_weights_may_be_quantised_and_products_half_precision(folder, tmp_path):
     assert "query_key" not in rotation.transforms and rotation.about()["learned"]["quantise"]["bits"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, moves, where, step",
     [("spinquant", 3, "unfinished", 5), ("ostquant", 4, "unfinished", 10), ("spinquant", 2, "beside", 12)],
@@ -451,6 +455,7 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, moves, where, step,
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_unsupported_learning_is_refused_in_one_sentence(folder, tmp_path):
     with pytest.raises(ObrError, match=r"learn has the key 'stepps'.*known are .*steps"):
         learned(folder, tmp_path / "out", "spinquant", stepps=3)

@@ -131,6 +131,7 @@ def test_missing_temporary_folder_raises_one_sentence(no_home, monkeypatch):
         cache_folder.folder("native")
 
 
+@pytest.mark.slow
 def test_a_library_in_a_cache_that_cannot_be_written_is_used(tmp_path, monkeypatch, recwarn):
     if native.library() is None:
         pytest.skip("no compiler")
@@ -174,6 +175,7 @@ def test_a_gpus_lock_that_cannot_be_opened_is_named(scratch, monkeypatch):
         gpu.claim("cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", [None, "/nowhere/at/all", "unwritable"])
 def test_commands_run_for_a_user_whom_the_system_does_not_know(home, tmp_path):
     """In processes of their own, from the import on; with a library, the command line, and Snakemake."""
@@ -205,6 +207,7 @@ def test_commands_run_for_a_user_whom_the_system_does_not_know(home, tmp_path):
     assert not (tmp_path / "~").exists() and not Path("/nowhere").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_snakemake_runs_for_unknown_user_with_home_and_user_set(tmp_path, tiny_folder):
     (tmp_path / "sitecustomize.py").write_text(UNKNOWN)

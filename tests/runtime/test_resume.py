@@ -51,6 +51,7 @@ def kills_of(kind: str, out: Path, times: list[float], draw: random.Random) -> I
         yield {"removals": draw.randint(1, BLOCKS + 1), "folder": str(out) + ".unfinished"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hessian", "cached", "sequential", "released"])
 def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command, tmp_path):
     common = ["--model", inputs / "model", "--rotation", inputs / "rotation.safetensors"]
