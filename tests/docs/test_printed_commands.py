@@ -173,6 +173,7 @@ def test_printed_pip_packages_are_in_lock_file():
     assert packages and all(f"\n{package}==" in lock for package in packages)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_library_run(tiny_folder, tmp_path, monkeypatch):
     import torch
 

@@ -85,6 +85,7 @@ def test_gguf_blocks_equal_gguf_packages():
     assert np.array_equal(dequantize(gguf_export.q8_0(wide, scale).numpy(), gguf_export.Kind.Q8_0), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", RECIPES)
 def test_gguf_holds_our_weights_up_to_the_rounding_of_scales(name, checkpoints, prompt, tmp_path):

@@ -203,6 +203,7 @@ def test_rows_that_only_quote_have_no_ours(paper):
     assert row["piqa_paper"] > 0 and math.isnan(row["piqa_ours"]) and math.isnan(row["wikitext2_ours"])
 
 
+@pytest.mark.slow
 def test_ostquant_table_sets_ours_beside_each_number(paper):
     """22 rows, six models, a perplexity and the mean over nine tasks."""
     numbers = published.load(PUBLISHED)
@@ -219,6 +220,7 @@ def test_ostquant_table_sets_ours_beside_each_number(paper):
     assert row["mean_ours"] == pytest.approx(row[nine].mean()) and len(nine) == 9
 
 
+@pytest.mark.slow
 def test_paper_means_are_over_six_tasks(paper):
     for name in ("table1", "table3", "table10"):
         frame = built(paper, name).frame
@@ -226,6 +228,7 @@ def test_paper_means_are_over_six_tasks(paper):
         assert frame["mean_paper"].notna().any()
 
 
+@pytest.mark.slow
 def test_paper_tables_set_ours_beside_each_number(paper):
     """All of Tables 1 to 11, but for BitNet, which is quoted alone."""
     for name in paper[0].raw["tables"]:

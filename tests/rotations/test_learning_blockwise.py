@@ -117,6 +117,7 @@ def test_held_out_errors_of_blocks_fall(kind, least, learned):
         assert rows[-1]["held_out"] < least * rows[0]["held_out"], rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_learned_folds_leave_logits_as_they_were(kind, learned, spiky):
     path, _ = learned(kind)

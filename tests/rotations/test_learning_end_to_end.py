@@ -325,12 +325,14 @@ def test_a_learned_file_says_how_it_was_learned(kind, folder, request):
     assert read.options["learned"]["calibration"]["seqlen"] == 128
 
 
+@pytest.mark.slow
 def test_ostquant_helps_on_windows_that_were_not_learned_from(ostquant):
     """Not asked of SpinQuant: on so small a model it gains no more over its start than chance moves it."""
     _, curve, _ = ostquant
     assert curve["held_out"].iloc[-1] < curve["held_out"].iloc[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spinquant", "ostquant"])
 def test_a_learned_rotation_leaves_the_16_bit_model_alone(kind, folder, request):
     plain = load_model(folder / "model", torch.float64)
