@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -16,6 +17,7 @@ MODULES = [path for path in FILES if path.name.startswith("test_")]
 NO_SUBJECT = re.compile(r"test_(they|them|it|what|whatever|where|who|that|those|these|one|all|both|each)_")
 
 
+@cache
 def imported(path) -> set[str]:
     """Names of the modules that a file imports, with each name that is imported from them."""
     found = set()

@@ -343,6 +343,7 @@ def test_a_learned_rotation_leaves_the_16_bit_model_alone(kind, folder, request)
         assert (plain(tokens).logits - turned(tokens).logits).abs().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_curve_is_what_evaluation_finds(folder, spinquant):
     _, curve, out = spinquant
     model = load_model(folder / "model")
