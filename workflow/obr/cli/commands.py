@@ -256,6 +256,20 @@ def verify(args: Namespace) -> None:
     print(f"{args.checkpoint} is what its manifest says.")
 
 
+def check(args: Namespace) -> None:
+    from obr.planning.plan import overrides_of, priced
+    from obr.planning.preflight import Machine, preflight
+
+    config, jobs, _, each = priced(
+        args.snakefile, args.configfile, overrides_of(args.config), args.targets, args.cores or os.cpu_count() or 1
+    )
+    found = preflight(config, jobs, each, Machine.here(not args.offline), args.gpu_memory)
+    print("\n".join(found.lines()))
+    if found.problems:
+        count = len(found.problems)
+        raise ObrError(f"{count} thing{'s' * (count > 1)} would stop the run; see the list above.")
+
+
 def plan(args: Namespace) -> None:
     from obr.planning.plan import as_json, overrides_of, plan_of, summary
     from obr.runtime.files import write_text

@@ -57,15 +57,30 @@ def push_options(parser: argparse.ArgumentParser) -> None:
 PLAN = "Price a run before it starts: jobs, hours, memory, disk, downloads, licences."
 
 
+CHECK = "List what would stop a run later: files, licences, memory, disk, packages."
+
+
+def check_options(parser: argparse.ArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument(
+        "--gpu-memory", type=float, default=None, metavar="GB", help="of the GPUs to be used; default: this machine's"
+    )
+    parser.add_argument("--offline", action="store_true", help="ask the hub for nothing")
+
+
 def plan_options(parser: argparse.ArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("--gpus", type=int, default=1, help="jobs on GPUs at a time; default: 1")
+    parser.add_argument("--bandwidth", type=float, default=20.0, help="of downloads, MB/s; default: 20")
+    parser.add_argument("--json", type=Path, default=None, help="write the plan there, too")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", nargs="*", help="files or rules; default: everything")
     parser.add_argument("--snakefile", type=Path, default=Path("Snakefile"))
     parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="as Snakemake's")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="as Snakemake's")
     parser.add_argument("--cores", type=int, default=None, help="default: all of this machine")
-    parser.add_argument("--gpus", type=int, default=1, help="jobs on GPUs at a time; default: 1")
-    parser.add_argument("--bandwidth", type=float, default=20.0, help="of downloads, MB/s; default: 20")
-    parser.add_argument("--json", type=Path, default=None, help="write the plan there, too")
 
 
 def _path(name: str, text: str):

@@ -4,12 +4,14 @@ import argparse
 
 from obr.cli import commands, oneshot
 from obr.cli.options import (
+    CHECK,
     ERRATA,
     EXPORT,
     OPTIONS,
     PLAN,
     PUSH,
     VERIFY,
+    check_options,
     errata_options,
     export_options,
     plan_options,
@@ -87,6 +89,7 @@ BY_HAND = {
     "export": (commands.export, EXPORT, export_options),
     "push": (commands.push, PUSH, push_options),
     "verify": (commands.verify, VERIFY, verify_options),
+    "check": (commands.check, CHECK, check_options),
     "plan": (commands.plan, PLAN, plan_options),
     "errata": (commands.errata, ERRATA, errata_options),
 }

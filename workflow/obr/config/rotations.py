@@ -28,3 +28,13 @@ ROTATIONS = {
 }
 DRAWN = tuple(name for name, kind in ROTATIONS.items() if kind.class_name)
 LEARNED = tuple(name for name, kind in ROTATIONS.items() if kind.learned)
+
+# Where the files are that no package registry or model hub serves, by format.
+DRIVE = "https://drive.google.com/drive/folders/"
+WHERE = {
+    "spinquant": f"R.bin files are at {DRIVE}1R2zix4qeXBjcmgnJN1rny93cguJ4rEE8 (SpinQuant's) and "
+    f"{DRIVE}1nV9juzE6_OHr10y6Ke5KCyOiGqDr0srX (OBR's, below rotations/GPTQ); GPTQ and OBR need one learned at "
+    "W16A4KV4: fetch it by hand",
+    "ostquant": f"files such as llama2_7b_w4a16kv16.bin are at {DRIVE}10kFP3G-qdDvpPik9F9jy49c3yQbGFG6N: "
+    "fetch one by hand",
+}

@@ -56,15 +56,22 @@ def plan_of(
     Raises:
         ObrError: the workflow refuses the configuration or a target.
     """
+    config, jobs, prices, each = priced(snakefile, configfiles, overrides, targets, cores, bandwidth)
+    plan = total(config, jobs, each, prices, cores, gpus)
+    plan.checked = published_times(Path(snakefile).parent / "workflow/published/results.csv", jobs, each, prices)
+    return plan
+
+
+def priced(
+    snakefile: Path, configfiles: list[Path], overrides: dict, targets: list[str], cores: int, bandwidth: float = 20.0
+) -> tuple[dict, list[Job], Prices, list[Price]]:
+    """(configuration, jobs, prices, price of each job) of a dry run; parameters and errors as of `plan_of`."""
     config, jobs = pending(snakefile, configfiles, overrides, targets, cores)
     results = Path(config["results"])
     beside = [results, *sorted(p for p in results.parent.glob("*") if p.is_dir() and p != results)]
     known = [timing for folder in beside for timing in measured_times.found_under(folder)]
     prices = Prices(config, bandwidth, known)
-    each = [prices.price(job) for job in jobs]
-    plan = total(config, jobs, each, prices, cores, gpus)
-    plan.checked = published_times(Path(snakefile).parent / "workflow/published/results.csv", jobs, each, prices)
-    return plan
+    return config, jobs, prices, [prices.price(job) for job in jobs]
 
 
 def overrides_of(pairs: list[str]) -> dict:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from obr.config.rotations import WHERE
 from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.rotations import published_files
@@ -54,8 +55,8 @@ def _local(path: str, name: str) -> Path:
     try:
         return hub.local_path(path)
     except ObrError as error:
-        if name in published_files.WHERE:
-            raise ObrError(f"{str(error).removesuffix('.')}; {published_files.WHERE[name]}.") from error
+        if name in WHERE:
+            raise ObrError(f"{str(error).removesuffix('.')}; {WHERE[name]}.") from error
         raise
 
 

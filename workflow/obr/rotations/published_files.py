@@ -31,16 +31,6 @@ LINEARS = {
 ROLES = {path: role for role, path in LINEARS.items()}
 DUAL_ERROR = 1e-2  # largest |PᵀQ - I| of a stored matrix and its stored inverse transpose
 
-# Where the files are that no package registry or model hub serves.
-DRIVE = "https://drive.google.com/drive/folders/"
-WHERE = {
-    "spinquant": f"R.bin files are at {DRIVE}1R2zix4qeXBjcmgnJN1rny93cguJ4rEE8 (SpinQuant's) and "
-    f"{DRIVE}1nV9juzE6_OHr10y6Ke5KCyOiGqDr0srX (OBR's, below rotations/GPTQ); GPTQ and OBR need one learned at "
-    "W16A4KV4: fetch it by hand",
-    "ostquant": f"files such as llama2_7b_w4a16kv16.bin are at {DRIVE}10kFP3G-qdDvpPik9F9jy49c3yQbGFG6N: "
-    "fetch one by hand",
-}
-
 
 def read(name: str, path: Path, dimensions: Dimensions, model: Path, entry: Mapping | None = None) -> Rotation:
     """The rotation in a published file, checked against the model's sizes.
