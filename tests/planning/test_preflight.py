@@ -1,10 +1,10 @@
 """What would stop a run is listed at once, by name and with its remedy, on made-up machines."""
 
-from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers.paths import ROOT
 from obr.cli.main import main
 from obr.errors import ObrError
 from obr.planning.dry_run import Job
@@ -126,6 +126,7 @@ def test_disk_packages_and_compiler_are_checked():
     assert found.lines()[-1] == "2 problems would stop the run."
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(("wrong", "status"), [(False, 0), (True, 1)])
 def test_the_command_checks_a_configuration(wrong, status, tiny_folder, tmp_path, capsys):
     config = {
@@ -144,7 +145,7 @@ def test_the_command_checks_a_configuration(wrong, status, tiny_folder, tmp_path
         config["tables"]["t"]["rows"].append("rtn")
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    snakefile = str(Path(__file__).parents[1] / "Snakefile")
+    snakefile = str(ROOT / "Snakefile")
     assert main(["check", "--snakefile", snakefile, "--configfile", str(file)]) == status
     said = capsys.readouterr()
     if wrong:
