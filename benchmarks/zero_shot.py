@@ -13,10 +13,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from obr.errors import ObrError
-from obr.evaluation.language_model import PlainLM
 from obr.evaluation.likelihood import BATCH_TOKENS, PAIRS, log_likelihoods, streamed_log_likelihoods
 from obr.evaluation.prompt_trees import Request, trees_of
-from obr.evaluation.tasks import download_task, load_task
+from obr.evaluation.tasks import download_task
+from obr.evaluation.zero_shot import TaskRun
 from obr.models.blocks import StreamedBlocks
 from obr.models.loading import load_model, load_tokenizer
 from timing import alternately, clock_of, machine, summary
@@ -70,16 +70,8 @@ def real_tasks(scratch: Path) -> list[Path]:
 
 def _requests(model: Path, folder: Path, limit: int) -> list[Request]:
     """The first rows of a task, in tokens."""
-    task, found = load_task(folder), []
-    task.build_all_requests(limit=limit)
     config = StreamedBlocks(model, device="cpu").config
-
-    def kept(requests: list[Request], length: int) -> list:
-        found.extend(requests)
-        return []
-
-    PlainLM(load_tokenizer(model), config, kept).loglikelihood(task.instances)
-    return found
+    return TaskRun(folder, config, load_tokenizer(model), limit).requests
 
 
 def _made(count: int) -> list[Request]:

@@ -21,7 +21,7 @@ from helpers.zero_shot_tasks import LAMBADA, PIQA, WINOGRANDE, local_task
 from obr.checkpoints.format import CheckpointBlocks
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
-from obr.evaluation import likelihood
+from obr.evaluation import block_pass
 from obr.evaluation.likelihood import log_likelihoods, streamed_log_likelihoods
 from obr.evaluation.prompt_trees import Batch, batches_of, joined, trees_of
 from obr.evaluation.tasks import download_task, load_task
@@ -184,9 +184,9 @@ def test_blocks_are_loaded_once_and_shared_tokens_read_once():
         return load(index)
 
     blocks.load = watched
-    real = likelihood.run_block
+    real = block_pass.run_block
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "run_block", lambda block, states, call: read.append(states[..., 0].numel())
+        patch.setattr(block_pass, "run_block", lambda block, states, call: read.append(states[..., 0].numel())
                       or real(block, states, call))  # fmt: skip
         contexts = [[i, *range(1, 11)] for i in range(3)]
         requests = [("", context, [7, last, 9]) for context in contexts for last in range(4)]

@@ -13,8 +13,9 @@ import pytest
 from helpers.zero_shot_tasks import ARC, HELLASWAG, LAMBADA, PIQA, ROWS, TEXT, WINOGRANDE, local_task, write_lines
 from obr.errors import ObrError
 from obr.evaluation.cloze import cloze
-from obr.evaluation.tasks import download_task, load_task, packaged_task, question, read_task
-from obr.evaluation.zero_shot import zero_shot
+from obr.evaluation.lm_eval_tasks import packaged_task
+from obr.evaluation.tasks import download_task, load_task, question, read_task
+from obr.evaluation.zero_shot import TaskRun, zero_shot
 from obr.runtime import hub
 from obr.runtime.files import sha256_of
 
@@ -467,3 +468,51 @@ def test_real_task_sets_have_known_rows(task, file, n, first, model, tokenizer, 
     assert len(loaded.eval_docs) == n and question(loaded, loaded.eval_docs[0])[0].startswith(first)
     result = zero_shot(model, tokenizer, tmp_path / task, limit=3, max_length=512)
     assert result["n"] == 3 and 0 <= result["value"] <= 1
+
+
+def fewshot_task(tmp_path: Path, name: str, rows: list, shots: int = 2) -> Path:
+    for file, part in (("rows", rows[:3]), ("examples", rows[3:])):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    source = {"source": "path", "task": name, "file": str(tmp_path / "rows.jsonl"), "num_fewshot": shots}
+    download_task({**source, "examples": str(tmp_path / "examples.jsonl")}, tmp_path / name)
+    return tmp_path / name
+
+
+def test_prompts_with_examples_are_those_of_lm_eval(model, tokenizer, tmp_path, monkeypatch):
+    """lm-eval reads the same folder by itself and builds its own prompts."""
+    from lm_eval.tasks import TaskManager
+
+    folder = fewshot_task(tmp_path, "piqa", PIQA)
+    run = TaskRun(folder, model.config, tokenizer)
+    monkeypatch.chdir(folder)
+    task = TaskManager(include_path=str(folder), include_defaults=False).load(["piqa"])["tasks"]["piqa"]
+    task.set_fewshot_seed(1234)
+    task.build_all_requests()
+    prompts = [request for request, _, _ in run.requests]
+    assert prompts == [instance.args for instance in task.instances]
+    assert prompts[0][0].count("Question:") == 3
+    result = zero_shot(model, tokenizer, folder)
+    assert result["num_fewshot"] == 2 and result["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"examples": None}, "no file of examples: add `examples`"),
+        ({"num_fewshot": 6}, "has 5 examples, not 6: lower num_fewshot"),
+        ({"examples": "gone.jsonl"}, "gone.jsonl of task piqa does not exist: correct `examples`"),
+    ],
+)
+def test_examples_that_cannot_be_had_are_refused(changes, sentence, tmp_path):
+    fewshot_task(tmp_path, "piqa", PIQA)
+    source = json.loads((tmp_path / "piqa/task.json").read_text())["source"] | changes
+    source = {key: value for key, value in source.items() if value is not None}
+    with pytest.raises(ObrError, match=sentence):
+        download_task(source, tmp_path / "again")
+
+
+def test_changed_examples_are_refused(tmp_path):
+    folder = fewshot_task(tmp_path, "piqa", PIQA)
+    (folder / "examples.jsonl").write_text((folder / "examples.jsonl").read_text().replace("coat", "hat"))
+    with pytest.raises(ObrError, match=r"examples\.jsonl has changed"):
+        read_task(folder)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from obr.cli import commands, oneshot
+from obr.cli import commands, evaluate, oneshot
 from obr.cli.options import (
     CHECK,
     ERRATA,
@@ -85,6 +85,7 @@ STAGES = {
 # Sub-commands with options of their own.
 BY_HAND = {
     "quantize": (oneshot.quantize, oneshot.QUANTIZE, oneshot.quantize_options),
+    "evaluate": (evaluate.evaluate, evaluate.EVALUATE, evaluate.evaluate_options),
     "recipes": (oneshot.recipes, oneshot.RECIPES, oneshot.recipes_options),
     "export": (commands.export, EXPORT, export_options),
     "push": (commands.push, PUSH, push_options),

@@ -1,7 +1,8 @@
-"""An lm-eval model whose prompts begin with the tokens that are asked for, whatever computes its log-likelihoods."""
+"""Models that lm-eval asks for log-likelihoods: one that keeps its questions, one that knows the answers already."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,34 @@ from obr.evaluation.likelihood import Likelihood
 from obr.evaluation.prompt_trees import Request
 
 
-class PlainLM(LM):
+class _Collected(Exception):
+    """Ends an evaluation of lm-eval once its requests are known."""
+
+
+class _LogLikelihoods(LM):
+    """Refuses what is not asked by `loglikelihood`."""
+
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
+        raise ObrError("tasks of output type loglikelihood_rolling are not scored: choose another task.")
+
+    def generate_until(self, requests: list) -> list[str]:
+        raise ObrError("tasks of output type generate_until are not scored: choose another task.")
+
+
+class KnownAnswers(_LogLikelihoods):
+    """Gives the log-likelihoods of a task's requests, computed before, in their order."""
+
+    def __init__(self, likelihoods: list[Likelihood]):
+        super().__init__()
+        self.likelihoods = likelihoods
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[Likelihood]:
+        if len(requests) != len(self.likelihoods):
+            raise ObrError(f"a task asks {len(requests)} questions, but {len(self.likelihoods)} were scored.")
+        return self.likelihoods
+
+
+class PlainLM(_LogLikelihoods):
     """Puts the tokens `before` in front of prompts, adds no other, and counts truncated requests.
 
     lm-eval's own model tokenises the question alone and the question with the answer, both with the tokenizer's
@@ -23,31 +51,23 @@ class PlainLM(LM):
     Args:
         config: of the model, which names its longest prompt.
         max_length: in tokens, instead of the model's own.
-        score: from requests in tokens and the longest prompt to log-likelihoods; it gets all requests at once.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        config: Any,
-        score: Callable[[list[Request], int], list[Likelihood]],
-        max_length: int | None = None,
-        before: list[int] | None = None,
-    ):
+    def __init__(self, tokenizer: Any, config: Any, max_length: int | None = None, before: list[int] | None = None):
         super().__init__()
-        self.tokenizer, self.score = tokenizer, score
+        self.tokenizer = tokenizer
         self.max_length = max_length or resolve_max_length(config, tokenizer)
-        self.before, self.truncated = before or [], 0
+        self.before, self.truncated, self.collected = before or [], 0, []
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
-        return self.score(pairs, self.max_length)
+    def requests(self, evaluate: Callable[[LM], Any]) -> list[Request]:
+        """The requests, in tokens, that an evaluation of lm-eval makes of this model; it ends there."""
+        with contextlib.suppress(_Collected):
+            evaluate(self)
+        return self.collected
 
-    def loglikelihood_rolling(self, requests: list) -> list[float]:
-        raise ObrError("tasks of output type loglikelihood_rolling are not scored: choose another task.")
-
-    def generate_until(self, requests: list) -> list[str]:
-        raise ObrError("tasks of output type generate_until are not scored: choose another task.")
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[Likelihood]:
+        self.collected = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+        raise _Collected
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         # Spaces at the end of the question belong to the answer, as in lm-eval.

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from obr.evaluation.block_pass import run
 from obr.evaluation.prompt_trees import Batch, Request, Tree, batches_of, joined, scores, trees_of
-from obr.models.blocks import Blocks, run_block
-from obr.models.hidden_states import MemoryBudget, StoredStates
-from obr.runtime.progress import Progress
+from obr.models.blocks import Blocks
+from obr.models.hidden_states import MemoryBudget
 
 BATCH_TOKENS = 2048  # that pass through a block at a time
 CHUNK = 2**25  # numbers of logits in float32 that exist at a time
@@ -115,43 +115,38 @@ def streamed_log_likelihoods(
     Raises:
         ObrError: tokens that the model does not have, or no room for the hidden states.
     """
-    found: list[Likelihood] = [(0.0, False)] * len(requests)
-    beyond = _length_dependent(blocks.config)
-    trees = trees_of(requests, max_length, batch_tokens, PAIRS * blocks.config.hidden_size, beyond)
-    batches = batches_of(trees, batch_tokens, beyond)
-    if not batches:
+    answers = Answers(blocks, requests, max_length, batch_tokens)
+    return run(blocks, [answers], room, "zero-shot" if progress else None)[0]
+
+
+class Answers:
+    """Requests as a part of a pass through a model's blocks; its result is their log-likelihoods.
+
+    The arguments are those of `streamed_log_likelihoods`.
+    """
+
+    def __init__(self, blocks: Blocks, requests: Sequence[Request], max_length: int, batch_tokens: int):
+        self.blocks, self.count = blocks, len(requests)
+        beyond = _length_dependent(blocks.config)
+        trees = trees_of(requests, max_length, batch_tokens, PAIRS * blocks.config.hidden_size, beyond)
+        self.batches = batches_of(trees, batch_tokens, beyond)
+        self.shapes = [batch.shape for batch in self.batches]
+        self.calls = _Calls(blocks, self.batches, beyond) if self.batches else None
+
+    def entering(self) -> Iterator[Tensor]:
+        return (self.blocks.entering(batch.tokens)[0] for batch in self.batches)
+
+    def arguments(self, index: int, piece: int, states: Tensor) -> dict:
+        return self.calls.of(index, self.batches[piece], states)
+
+    def finish(self, states: Iterator[Tensor]) -> list[Likelihood]:
+        found: list[Likelihood] = [(0.0, False)] * self.count
+        chunk = max(1, CHUNK // self.blocks.model.get_submodule(self.blocks.layout.head).weight.shape[0])
+        for batch, out in zip(self.batches, states, strict=True):
+            logits = partial(_logits, self.blocks, out.flatten(0, 1))
+            for number, likelihood in scores(batch, logits, chunk):
+                found[number] = likelihood
         return found
-    calls = _Calls(blocks, batches, beyond)
-    hidden = _entering(blocks, batches, room)
-    with Progress("zero-shot", len(blocks), progress) as shown:
-        for index in range(len(blocks)):
-            _run(blocks.load(index), hidden, batches, partial(calls.of, index))
-            shown.block()
-    chunk = max(1, CHUNK // blocks.model.get_submodule(blocks.layout.head).weight.shape[0])
-    for batch, states in zip(batches, hidden, strict=True):
-        rows = states.flatten(0, 1)
-        for number, likelihood in scores(batch, lambda places, rows=rows: _logits(blocks, rows, places), chunk):
-            found[number] = likelihood
-    return found
-
-
-def _entering(blocks: Blocks, batches: Sequence[Batch], room: MemoryBudget | None) -> StoredStates:
-    """The hidden states of all batches in front of the first block."""
-    hidden = None
-    for number, batch in enumerate(batches):
-        states, _ = blocks.entering(batch.tokens)
-        if hidden is None:
-            shapes = [(*other.shape, states.shape[-1]) for other in batches]
-            hidden = StoredStates(shapes, states.dtype, blocks.device, room)
-        hidden[number] = states
-    return hidden
-
-
-def _run(block: nn.Module, hidden: StoredStates, batches: Sequence[Batch], call: Callable[[Batch, Tensor], dict]):
-    """Replace the hidden states by the block's outputs, batch by batch."""
-    for number, batch in enumerate(batches):
-        states = hidden[number]
-        hidden[number] = run_block(block, states, call(batch, states))
 
 
 def _logits(blocks: Blocks, rows: Tensor, places: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Perplexity as GPTQ and its successors define it, with the model streamed block by block."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,13 +12,13 @@ from obr.checkpoints.format import CheckpointBlocks
 from obr.config.recipe import Recipe
 from obr.data import token_windows, tokenize
 from obr.errors import ObrError
+from obr.evaluation.block_pass import run
 from obr.models import dtypes
-from obr.models.blocks import Blocks, StreamedBlocks, run_in_place
+from obr.models.blocks import Blocks, StreamedBlocks, check_windows
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.models.read_only import ReadOnlyBlocks, unchanged
 from obr.runtime.files import finite
-from obr.runtime.progress import Progress
 from obr.runtime.provenance import versions
 
 DEFINITION = (
@@ -59,20 +60,39 @@ def perplexity(model, windows: Tensor, *, room: MemoryBudget | None = None, prog
 
 
 def _perplexity(blocks: Blocks, windows: Tensor, room: MemoryBudget | None, progress: bool) -> float:
-    hidden, arguments = blocks.embed(windows, room)
-    if windows.shape[1] < 2:
-        raise ObrError(f"Windows have {windows.shape[1]} token, of which none is predicted; give two or more.")
-    with Progress("perplexity", len(blocks), progress) as shown:
-        for index in range(len(blocks)):
-            run_in_place(blocks.load(index), hidden, arguments[index])
-            shown.block()
-    total = sum(_loss(blocks, states, window) for states, window in zip(hidden, windows, strict=True))
-    mean = total / len(windows)
-    if mean != mean:
-        raise ObrError(
-            "The model gives NaN; it overflows in half precision (use dtype float32) or its weights are broken."
-        )
-    return float(torch.tensor(mean, dtype=torch.float64).exp())
+    return run(blocks, [Windows(blocks, windows)], room, "perplexity" if progress else None)[0]
+
+
+class Windows:
+    """Token windows (b, s) of a text as a part of a pass through a model's blocks; its result is the perplexity.
+
+    Raises:
+        ObrError: no windows of two tokens or more, or tokens that the model does not have.
+    """
+
+    def __init__(self, blocks: Blocks, windows: Tensor):
+        check_windows(windows)
+        self.blocks, self.windows = blocks, windows
+        _, self.given = blocks.entering(windows[:1])  # good for any window
+        if windows.shape[1] < 2:
+            raise ObrError(f"Windows have {windows.shape[1]} token, of which none is predicted; give two or more.")
+        self.shapes = [(1, windows.shape[1])] * len(windows)
+
+    def entering(self) -> Iterator[Tensor]:
+        return (self.blocks.entering(window[None])[0] for window in self.windows)
+
+    def arguments(self, index: int, piece: int, states: Tensor) -> dict:
+        return self.given[index]
+
+    def finish(self, states: Iterator[Tensor]) -> float:
+        """Raises ObrError if the model gives NaN."""
+        total = sum(_loss(self.blocks, out, window) for out, window in zip(states, self.windows, strict=True))
+        mean = total / len(self.windows)
+        if mean != mean:
+            raise ObrError(
+                "The model gives NaN; it overflows in half precision (use dtype float32) or its weights are broken."
+            )
+        return float(torch.tensor(mean, dtype=torch.float64).exp())
 
 
 def _loss(blocks: Blocks, states: Tensor, window: Tensor) -> float:
@@ -111,29 +131,45 @@ def blocks_perplexity(
     blocks: StreamedBlocks, tokenizer, text: Path, spec: dict, room: MemoryBudget | None, setting: str = DENSE
 ) -> dict:
     """Perplexity of streamed blocks on a text, as `perplexity_stage` returns it. setting: of the quantisation."""
-    started, bos = time.monotonic(), spec.get("bos")
-    tokens = tokenize.tokenize(tokenizer, tokenize.read_text(text), bos)
-    windows = token_windows.evaluation_windows(
-        tokens, spec["seqlen"], spec.get("tokens"), tokenize.window_bos(tokenizer, bos)
-    )
-    value = perplexity(blocks, windows, room=room, progress=True)
-    seqlen = windows.shape[1]
-    note = tokenize.missing_bos(windows, tokenizer, blocks.config.model_type)
-    return {
-        **finite("value", value),
-        "definition": DEFINITION.format(seqlen=seqlen, targets=seqlen - 1, special=_special(tokenizer, bos)),
-        "bos": bos,
-        **({"note": note} if note else {}),
-        "windows": len(windows),
-        "seqlen": seqlen,
-        "tokens": windows.numel(),
-        "tokens_in_text": len(tokens),
-        "setting": setting,
-        "device": str(blocks.target),
-        "dtype": dtypes.name_of(blocks.dtype),
-        "versions": versions(),
-        "seconds": time.monotonic() - started,
-    }
+    started = time.monotonic()
+    measured = TextRun(blocks, tokenizer, text, spec, setting)
+    value = _perplexity(blocks, measured.windows, room, progress=True)
+    return measured.result(value) | {"seconds": time.monotonic() - started}
+
+
+class TextRun:
+    """The evaluation of a model on a text: windows to begin with, and what the artefact holds in the end.
+
+    The arguments are those of `blocks_perplexity`.
+    """
+
+    def __init__(self, blocks: StreamedBlocks, tokenizer, text: Path, spec: dict, setting: str):
+        self.blocks, self.tokenizer, self.setting, self.bos = blocks, tokenizer, setting, spec.get("bos")
+        tokens = tokenize.tokenize(tokenizer, tokenize.read_text(text), self.bos)
+        self.windows = token_windows.evaluation_windows(
+            tokens, spec["seqlen"], spec.get("tokens"), tokenize.window_bos(tokenizer, self.bos)
+        )
+        self.length = len(tokens)
+
+    def result(self, value: float) -> dict:
+        """What the artefact holds. value: the perplexity."""
+        windows, seqlen = self.windows, self.windows.shape[1]
+        note = tokenize.missing_bos(windows, self.tokenizer, self.blocks.config.model_type)
+        special = _special(self.tokenizer, self.bos)
+        return {
+            **finite("value", value),
+            "definition": DEFINITION.format(seqlen=seqlen, targets=seqlen - 1, special=special),
+            "bos": self.bos,
+            **({"note": note} if note else {}),
+            "windows": len(windows),
+            "seqlen": seqlen,
+            "tokens": windows.numel(),
+            "tokens_in_text": self.length,
+            "setting": self.setting,
+            "device": str(self.blocks.target),
+            "dtype": dtypes.name_of(self.blocks.dtype),
+            "versions": versions(),
+        }
 
 
 def _special(tokenizer, bos: bool | str | None) -> str:

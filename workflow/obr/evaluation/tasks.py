@@ -2,15 +2,14 @@
 
 A folder holds `data.jsonl` (one row a line, columns as on the hub), `task.yaml` (the task as
 lm-eval packages it, its includes merged) and `task.json` (where the rows came from and their
-sha256). `lm_eval --include_path . --tasks NAME`, run inside the folder, reads it too.
+sha256), and `examples.jsonl` if prompts have examples. `lm_eval --include_path . --tasks NAME`,
+run inside the folder, reads it too.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from obr.errors import ObrError, first_line
-from obr.evaluation.cloze import cloze
-from obr.evaluation.lm_eval_tasks import METRICS, Function, check_output_type, packaged_task, yaml_dumper
-from obr.runtime import hub
+from obr.evaluation.lm_eval_tasks import Function, check_output_type, yaml_dumper
+from obr.evaluation.task_rows import Found, parse_lines, rows_of
 from obr.runtime.files import (
     atomic_folder,
     check_folder_replaceable,
@@ -30,11 +28,13 @@ from obr.runtime.files import (
     write_text,
 )
 
-# Packaged keys without a meaning here, where there is one split and no examples in the prompt.
+# Packaged keys that name splits and files which are not in a task folder.
 DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
 
 
-FILES = ("data.jsonl", "task.yaml", "task.json")  # of a task folder
+DATA, EXAMPLES = "data.jsonl", "examples.jsonl"
+FILES = (DATA, EXAMPLES, "task.yaml", "task.json")  # of a task folder
+FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 def download_task(source: dict, out: Path, text: Path | None = None, rerun: bool = False) -> None:
@@ -48,44 +48,41 @@ def download_task(source: dict, out: Path, text: Path | None = None, rerun: bool
 
     rerun: an earlier result in `out` may lack task.json, see `runtime.files.check_folder_replaceable`.
 
+    `num_fewshot` of the first two: so many examples stand in each prompt, drawn as lm-eval draws them from the hub's
+    split for examples, or from the local file `examples`.
+
     Raises ObrError when the source cannot be read, its rows do not fit the task's prompts, or `out` holds anything
     but an earlier result.
     """
     check_folder_replaceable(out, "a task folder", "task.json", FILES.__contains__, rerun)
-    kind = source.get("source")
-    if kind == "hub":
-        rows, revision, config = _hub_rows(source)
-    elif kind == "path":
-        rows, revision, config = _file_rows(source)
-    elif kind == "cloze":
-        rows, revision, config = _cloze_rows(source, text)
-    else:
-        raise ObrError(f"task source {kind!r} is unknown: use hub, path or cloze.")
-
+    found = rows_of(source, text)
     # Snakemake and readers see the folder whole or not at all.
     with atomic_folder(out) as folder:
-        _write_folder(folder, rows, config, source, revision)
-        _check_rows(folder, config)
+        _write_folder(folder, found, source)
+        _check_rows(folder, found.config)
         replace_folder(folder, out)
 
 
 def read_task(task_dir: Path) -> dict:
-    """task.json of a task folder, once its data are known to be the ones it was written with.
+    """task.json of a task folder, once its rows and examples are known to be the ones it was written with.
 
-    Raises ObrError when a file is missing or data.jsonl does not have the recorded sha256.
+    Raises ObrError when a file is missing or does not have the recorded sha256.
     """
     try:
         record = json.loads((task_dir / "task.json").read_text(encoding="utf-8"))
-        found = sha256_of(task_dir / "data.jsonl")
+        hashes = {DATA: record["sha256"]}
+        if "examples_sha256" in record:
+            hashes[EXAMPLES] = record["examples_sha256"]
+        for name, wanted in hashes.items():
+            if (found := sha256_of(task_dir / name)) != wanted:
+                raise ObrError(
+                    f"{task_dir / name} has changed (its sha256 is {found}, task.json says {wanted}): "
+                    "run the stage download_task again."
+                )
     except FileNotFoundError as error:
         raise ObrError(
             f"the task folder {task_dir} has no {Path(error.filename).name}: run the stage download_task."
         ) from error
-    if found != record["sha256"]:
-        raise ObrError(
-            f"{task_dir / 'data.jsonl'} has changed (its sha256 is {found}, task.json says "
-            f"{record['sha256']}): run the stage download_task again."
-        )
     return record
 
 
@@ -98,12 +95,14 @@ def load_task(task_dir: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
     record = read_task(task_dir)
+    names = {record["split"]: DATA, **({"examples": EXAMPLES} if "num_fewshot" in record else {})}
+    files = {split: str((task_dir / name).resolve()) for split, name in names.items()}
     # The rows go in through `custom_dataset`: lm-eval's own loader would leave a cache behind, ping the
     # hub and read strings that look like dates as dates.
     override = {
         "include": str((task_dir / "task.yaml").resolve()),
         "custom_dataset": Function("obr.evaluation.tasks.rows_in_memory"),
-        "dataset_kwargs": {"file": str((task_dir / "data.jsonl").resolve()), "split": record["split"]},
+        "dataset_kwargs": {"files": files},
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "task.yaml").write_text(yaml.dump(override, Dumper=yaml_dumper()), encoding="utf-8")
@@ -112,14 +111,15 @@ def load_task(task_dir: Path) -> Any:
             manager = TaskManager(include_path=folder, include_defaults=False)
             task = manager.load([record["task"]])["tasks"][record["task"]]
     check_output_type(record["task"], task.OUTPUT_TYPE)
+    task.set_fewshot_seed(FEWSHOT_SEED)
     return task
 
 
-def rows_in_memory(file: str, split: str, **_: Any) -> dict:
+def rows_in_memory(files: dict[str, str], **_: Any) -> dict:
     """What lm-eval takes as a dataset: {split: Dataset}. It also passes the task's metadata, unused."""
     from datasets import Dataset
 
-    return {split: Dataset.from_list(list(_parse_lines(Path(file))))}
+    return {split: Dataset.from_list(list(parse_lines(Path(file)))) for split, file in files.items()}
 
 
 @contextmanager
@@ -140,109 +140,51 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-# Sources: each returns the rows, a revision (None where there is none) and the task's lm-eval configuration.
-
-
-def _hub_rows(source: dict) -> tuple[list[dict], str | None, dict]:
-    config = packaged_task(source["task"])
-    repo, name = config["dataset_path"], config.get("dataset_name")
-    split = config.get("test_split") or config.get("validation_split")
-    # The commit, so that task.json names the very rows even where the config asks for a branch.
-    commit = hub.hub_info(repo, source.get("revision"), "dataset").sha
-
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = load_dataset(
-            repo, name, revision=commit, split=split, **(config.get("dataset_kwargs") or {})
-        ).to_list()
-    except (ValueError, RuntimeError, DatasetsError) as error:
-        raise ObrError(
-            f"the {split} split of datasets/{repo} at {commit} cannot be loaded ({first_line(error)}): "
-            "name another revision, or use `source: path` with a local copy."
-        ) from error
-    except hub.hub_exceptions() as error:
-        raise hub.hub_error(error, f"datasets/{repo}", source.get("revision")) from error
-    return rows, commit, config
-
-
-def _file_rows(source: dict) -> tuple[list[dict], None, dict]:
-    task, named = source["task"], source["file"]
-    file = Path(os.path.expanduser(os.path.expandvars(named)))
-    if unset := re.search(r"\$\{?(\w+)", str(file)):
-        raise ObrError(
-            f"the file {named} of task {task} cannot be found because the environment variable {unset[1]} is "
-            "not set: export it, or use another source."
-        )
-    if not file.is_file():
-        raise ObrError(f"the file {file} of task {task} does not exist: correct `file` in the config.")
-    found = sha256_of(file)
-    if source.get("sha256") not in (None, found):
-        raise ObrError(f"{file} has sha256 {found}, not {source['sha256']}: get the right file, or correct `sha256`.")
-    return list(_parse_lines(file)), None, packaged_task(task)
-
-
-def _cloze_rows(source: dict, text: Path | None) -> tuple[list[dict], None, dict]:
-    if text is None or not text.is_file():
-        raise ObrError(f"a cloze task is made from a text and {text} is no file: name a text it can use.")
-    config = {
-        "task": source.get("task", "continuation"),
-        "output_type": "multiple_choice",
-        "validation_split": "validation",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "label",
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS],
-        "metadata": {
-            "version": 1.0,
-            "description": "Which of four passages continues the paragraph? "
-            "Made from a text by obr.evaluation.cloze, not a published benchmark.",
-        },
-    }
-    return cloze(text.read_text(encoding="utf-8"), source["n"], source["seed"]), None, config
-
-
-# The folder.
-
-
-def _write_folder(folder: Path, rows: list[dict], config: dict, source: dict, revision: str | None) -> None:
+def _write_folder(folder: Path, found: Found, source: dict) -> None:
     import lm_eval
     import yaml
 
-    if not rows:
-        raise ObrError(f"task {config['task']} has no rows: check its source {source}.")
-    try:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    except TypeError as error:
-        raise ObrError(
-            f"task {config['task']} has rows that are not text and numbers alone ({error}): use another task."
-        ) from error
+    config, task = found.config, found.config["task"]
+    if not found.rows:
+        raise ObrError(f"task {task} has no rows: check its source {source}.")
     split = "test" if config.get("test_split") else "validation"
-    here = {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {split: "data.jsonl"}},
-        "validation_split": None,
-        "test_split": None,
-        f"{split}_split": split,
-        "num_fewshot": 0,
-    }
+    files = {split: DATA}
+    _write_rows(found.rows, folder / DATA, task)
+    here: dict[str, Any] = {"validation_split": None, "test_split": None, f"{split}_split": split, "num_fewshot": 0}
+    record: dict[str, Any] = {}
+    if found.examples is not None:
+        shots = source["num_fewshot"]
+        if len(found.examples) < shots:
+            raise ObrError(f"task {task} has {len(found.examples)} examples, not {shots}: lower num_fewshot.")
+        _write_rows(found.examples, folder / EXAMPLES, task)
+        files["examples"] = EXAMPLES
+        fewshot = {k: v for k, v in (config.get("fewshot_config") or {}).items() if k != "split"}
+        here |= {"num_fewshot": shots, "fewshot_config": {**fewshot, "split": "examples"}}
+        record = {"num_fewshot": shots, "examples_sha256": sha256_of(folder / EXAMPLES)}
+    here |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
     config = {key: value for key, value in config.items() if key not in DROPPED} | here
-    data = folder / "data.jsonl"
-    write_text(lines, data)
     record = {
-        "task": config["task"],
+        "task": task,
         "source": source,
-        "revision": revision,
+        "revision": found.revision,
         "split": split,
-        "n": len(rows),
-        "sha256": sha256_of(data),
+        "n": len(found.rows),
+        "sha256": sha256_of(folder / DATA),
         "lm_eval": lm_eval.__version__,
+        **record,
     }
     packaged = yaml.dump(config, Dumper=yaml_dumper(), sort_keys=False, allow_unicode=True)
     write_text(packaged, folder / "task.yaml")
     write_json(record, folder / "task.json")
+
+
+def _write_rows(rows: list[dict], path: Path, task: str) -> None:
+    try:
+        write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), path)
+    except TypeError as error:
+        raise ObrError(
+            f"task {task} has rows that are not text and numbers alone ({error}): use another task."
+        ) from error
 
 
 def _check_rows(folder: Path, config: dict) -> None:
@@ -250,18 +192,20 @@ def _check_rows(folder: Path, config: dict) -> None:
     import jinja2
 
     name, where = config["task"], "the first row"
-    _check_columns(config, list(_parse_lines(folder / "data.jsonl")))
+    shots = (folder / EXAMPLES).exists()
+    for file in (DATA, *([EXAMPLES] if shots else [])):
+        _check_columns(config, list(parse_lines(folder / file)))
     try:
         task = load_task(folder)
-        for i, doc in enumerate(task.eval_docs):
-            where = f"row {i + 1}"
+        examples = [(f"example {i + 1}", doc) for i, doc in enumerate(task.fewshot_docs() if shots else [])]
+        for where, doc in [*((f"row {i + 1}", doc) for i, doc in enumerate(task.eval_docs)), *examples]:
             _, choices, answer = question(task, doc)
             if task.OUTPUT_TYPE == "loglikelihood" and not str(choices[0]).strip():
-                raise ObrError(f"row {i + 1} of task {name} has no answer: use rows with the hub's columns.")
+                raise ObrError(f"{where} of task {name} has no answer: use rows with the hub's columns.")
             answers = answer if isinstance(answer, list) else [answer]
             if not all(0 <= index < len(choices) for index in answers):
                 raise ObrError(
-                    f"row {i + 1} of task {name} names answer {answer} of {len(choices)} choices: "
+                    f"{where} of task {name} names answer {answer} of {len(choices)} choices: "
                     "use a split or file that has the answers."
                 )
     except (KeyError, jinja2.UndefinedError, TypeError, ValueError) as error:
@@ -303,16 +247,3 @@ def question(task: Any, doc: dict) -> tuple[str, list[str], int]:
         return task.doc_to_target(doc), choices, task.doc_to_text(doc)
     answer = task.doc_to_target(doc)
     return task.doc_to_text(doc), choices, choices.index(answer) if isinstance(answer, str) else answer
-
-
-def _parse_lines(file: Path) -> Iterator[dict]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ObrError(f"line {number} of {file} is not JSON ({error}): write one row a line.") from error
-        if not isinstance(row, dict):
-            raise ObrError(f"line {number} of {file} has no named columns: write one JSON object a line.")
-        yield row

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from obr.checkpoints.format import CheckpointBlocks
 from obr.config.recipe import Recipe
 from obr.data.tokenize import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
-from obr.evaluation.likelihood import BATCH_TOKENS, log_likelihoods, streamed_log_likelihoods
+from obr.evaluation.likelihood import BATCH_TOKENS, Likelihood, log_likelihoods, streamed_log_likelihoods
 from obr.evaluation.lm_eval_tasks import METRICS
-from obr.evaluation.tasks import load_task, quiet, read_task
+from obr.evaluation.tasks import FEWSHOT_SEED, load_task, quiet, read_task
 from obr.models import dtypes
 from obr.models.architectures import needs_bos
+from obr.models.blocks import StreamedBlocks
 from obr.models.check.memory import check_finished
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
@@ -35,7 +35,7 @@ def zero_shot(
     max_length: int | None = None,
     bos: bool | str | None = None,
 ) -> dict:
-    """Score `model` on the task without examples in the prompt; nothing is written, the model stays as it was.
+    """Score `model` on the task; nothing is written, the model stays as it was.
 
     The keyword parameters are settings of the task. `limit` takes only the first rows. `max_length` (tokens) is the
     model's own by default; longer prompts lose their beginning, BOS included, and count under "truncated". Log-
@@ -58,12 +58,12 @@ def zero_shot(
     check_finished(model)
     check_attention(model)
     _check_head(model)
-    score = partial(log_likelihoods, model, batch_size=batch_size)
+    started = time.perf_counter()
+    run = TaskRun(task_dir, model.config, tokenizer, limit, bos, max_length)
+    about = {"batch_size": batch_size, "device": str(model.device), "dtype": dtypes.name_of(model.dtype)}
     with unchanged(model):
-        return _evaluated(
-            task_dir, score, model.config, tokenizer, limit=limit, max_length=max_length, bos=bos,
-            about={"batch_size": batch_size, "device": str(model.device), "dtype": dtypes.name_of(model.dtype)},
-        )  # fmt: skip
+        found = log_likelihoods(model, run.requests, run.max_length, batch_size)
+    return run.result(found) | about | {"seconds": round(time.perf_counter() - started, 3)}
 
 
 def zero_shot_stage(
@@ -84,59 +84,80 @@ def zero_shot_stage(
     Raises:
         ObrError: as `zero_shot`; the folder is not a whole checkpoint; no room for the hidden states.
     """
+    started = time.perf_counter()
     blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
+    run = TaskRun(task_dir, blocks.config, load_tokenizer(checkpoint), spec.get("limit"), spec.get("bos"))
     batch_tokens = spec.get("batch_tokens") or BATCH_TOKENS
-    score = partial(streamed_log_likelihoods, blocks, batch_tokens=batch_tokens, room=room, progress=True)
-    return _evaluated(
-        task_dir, score, blocks.config, load_tokenizer(checkpoint), limit=spec.get("limit"), bos=spec.get("bos"),
-        about={
-            "batch_tokens": batch_tokens, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype),
-        },
-    )  # fmt: skip
+    found = streamed_log_likelihoods(blocks, run.requests, run.max_length, batch_tokens, room, progress=True)
+    about = streamed_about(blocks, batch_tokens)
+    return run.result(found) | about | {"seconds": round(time.perf_counter() - started, 3)}
 
 
-def _evaluated(
-    task_dir: Path,
-    score: Any,
-    config: Any,
-    tokenizer: Any,
-    *,
-    limit: int | None,
-    bos: bool | str | None,
-    about: dict,
-    max_length: int | None = None,
-) -> dict:
-    """What `zero_shot` returns, log-likelihoods being computed by `score`; see `PlainLM`.
+def streamed_about(blocks: StreamedBlocks, batch_tokens: int) -> dict:
+    """How log-likelihoods are computed, for the artefact."""
+    return {"batch_tokens": batch_tokens, "device": str(blocks.target), "dtype": dtypes.name_of(blocks.dtype)}
 
-    about: how they are computed. The parameters are those of `zero_shot`.
+
+class TaskRun:
+    """The evaluation of a model on a task: requests to begin with, and what the artefact holds in the end.
+
+    Args:
+        config, tokenizer: of the model. The others are parameters of `zero_shot`.
+
+    Attributes:
+        requests: (request, tokens of the context, tokens of the answer) of each answer.
+        max_length: in tokens, of a context and answer.
+
+    Raises:
+        ObrError: as `zero_shot`.
     """
-    from lm_eval.evaluator import evaluate
 
-    from obr.evaluation.language_model import PlainLM
+    def __init__(
+        self, task_dir: Path, config: Any, tokenizer: Any, limit: int | None = None,
+        bos: bool | str | None = None, max_length: int | None = None,
+    ):  # fmt: skip
+        from obr.evaluation.language_model import PlainLM
 
-    name, started = read_task(task_dir)["task"], time.perf_counter()
-    _check_limit(limit, name)
-    before = _before(config, tokenizer, bos)
-    with quiet():
-        lm = PlainLM(tokenizer, config, score, max_length, before)
-        task = load_task(task_dir)
+        record = read_task(task_dir)
+        self.name, self.limit, self.bos = record["task"], limit, bos
+        self.shots = record.get("num_fewshot", 0)
+        _check_limit(limit, self.name)
+        before = _before(config, tokenizer, bos)
+        with quiet():
+            self.task = load_task(task_dir)
+            lm = PlainLM(tokenizer, config, max_length, before)
+            self.requests = lm.requests(self._evaluate)
+        self.max_length = lm.max_length
+        self.about = {
+            "prompts": f"{spell_tokens(tokenizer, before)} before each prompt" if before else "no special tokens",
+            **_bos_note(config, tokenizer, before),
+            "max_length": lm.max_length, "truncated": lm.truncated,
+        }  # fmt: skip
+
+    def _evaluate(self, lm: Any) -> dict:
+        from lm_eval.evaluator import evaluate
+
+        self.task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples whenever it is asked
         # Not simple_evaluate, which would also seed the process's random generators and spend a second
         # on describing the machine; the scoring is this same call. bootstrap_iters=1 switches standard errors on;
         # those of a mean are computed, not drawn.
-        found = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1)
-    return {
-        "task": name,
-        **_scores(found["results"][name], found["samples"][name], task),
-        "n": found["n-samples"][name]["effective"],
-        "limit": limit, "num_fewshot": 0, "bos": bos,
-        "prompts": f"{spell_tokens(tokenizer, before)} before each prompt" if before else "no special tokens",
-        **_bos_note(config, tokenizer, before),
-        "max_length": lm.max_length, "truncated": lm.truncated,
-        "task_version": found["versions"][name],
-        **{package: importlib.metadata.version(package) for package in ("lm_eval", "transformers", "torch")},
-        **about,
-        "seconds": round(time.perf_counter() - started, 3),
-    }  # fmt: skip
+        return evaluate(lm, {"tasks": {self.name: self.task}}, limit=self.limit, bootstrap_iters=1)
+
+    def result(self, likelihoods: list[Likelihood]) -> dict:
+        """What the artefact holds. likelihoods: of the requests, in their order."""
+        from obr.evaluation.language_model import KnownAnswers
+
+        with quiet():
+            found = self._evaluate(KnownAnswers(likelihoods))
+        return {
+            "task": self.name,
+            **_scores(found["results"][self.name], found["samples"][self.name], self.task),
+            "n": found["n-samples"][self.name]["effective"],
+            "limit": self.limit, "num_fewshot": self.shots, "bos": self.bos,
+            **self.about,
+            "task_version": found["versions"][self.name],
+            **{package: importlib.metadata.version(package) for package in ("lm_eval", "transformers", "torch")},
+        }  # fmt: skip
 
 
 def _check_limit(limit: int | None, task: str) -> None:

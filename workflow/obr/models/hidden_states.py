@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -94,6 +95,18 @@ class StoredStates:
             self.file.flush()
         except OSError as error:
             raise self._no_room(error) from error
+
+    def write(self, index: int, file: BinaryIO) -> None:
+        """Write the bytes of piece `index` to an open file."""
+        file.write(_bytes_of(self[index].to("cpu").contiguous()))
+
+    def read(self, index: int, file: BinaryIO) -> None:
+        """Replace piece `index` by bytes from an open file. Raises EOFError if there are too few."""
+        states = torch.empty(self.shapes[index], dtype=self.dtype)
+        wanted = states.numel() * self.dtype.itemsize
+        if (found := file.readinto(_bytes_of(states))) != wanted:
+            raise EOFError(f"{found} bytes of hidden states where {wanted} are expected")
+        self[index] = states
 
     def _no_room(self, error: OSError) -> ObrError:
         return ObrError(

@@ -1,0 +1,127 @@
+"""`obr evaluate`: perplexity on texts and accuracy on tasks, of a checkpoint or of a model as it came."""
+
+import argparse
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from obr.cli.options import OPTIONS
+from obr.errors import ObrError
+
+EVALUATE = "Evaluate a model: perplexity on texts and accuracy on tasks, in one pass over its blocks."
+EXAMPLE = """\
+examples:
+  obr evaluate llama-2-7b-obr --texts wikitext2 --tasks piqa arc_easy
+  obr evaluate llama-2-7b-obr --texts notes.txt --seqlen 1024
+  obr evaluate llama-2-7b-obr --task piqa rows.jsonl limit=100
+
+Scores are kept in one file. A text or task that is added later is the only one that is computed. An interrupted
+evaluation that is started again goes on near its block."""
+
+
+def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="DIR", help="folder of a packed checkpoint, or of a model in safetensors")
+    add("--out", type=Path, metavar="FILE", help="of the scores, JSON; default: DIR.scores.json")
+    add = parser.add_argument_group("what to evaluate on").add_argument
+    add("--texts", nargs="+", default=[], metavar="NAME", help="FILE.txt, or texts of the config such as wikitext2")
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of the config or of lm-eval, such as piqa")
+    add(
+        "--text", nargs="+", action="append", default=[], metavar=("NAME", "FILE"),
+        help="one text file and its settings: seqlen=2048, tokens=30720, bos=window",
+    )  # fmt: skip
+    add(
+        "--task", nargs="+", action="append", default=[], metavar=("NAME", "PATH"),
+        help="one task, from a task folder or JSON lines, and its settings: limit=100, batch_tokens=2048, bos=true",
+    )  # fmt: skip
+    add = parser.add_argument_group("settings").add_argument
+    add("--seqlen", type=int, metavar="T", help="tokens per window of --texts: 2048, or the config's")
+    add("--tokens", type=int, metavar="N", help="of each of --texts: all, or the config's")
+    add("--limit", type=int, metavar="N", help="first rows of each of --tasks: all, or the config's")
+    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="looked up for names: config.yaml")
+    add("--code", default=None, help="digest of the code; scores of another code are computed again")
+    for name in ("recipe", "activations", "compute", "trust"):
+        OPTIONS[name](parser, False)
+
+
+def evaluate(args: Namespace) -> None:
+    from obr.runtime.gpu import claim
+
+    device = claim(args.device)
+    import torch
+
+    from obr.config.recipe import Recipe
+    from obr.evaluation.stage import evaluate_stage
+    from obr.models.hidden_states import MemoryBudget
+
+    out = args.out or args.checkpoint.absolute().with_name(f"{args.checkpoint.absolute().name}.scores.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    wanted = _wanted(args, out)
+    if not wanted:
+        raise ObrError("nothing to evaluate on; give --texts or --tasks.")
+    found = evaluate_stage(
+        args.checkpoint, wanted, out,
+        recipe=Recipe.parse(args.recipe) if args.recipe else None, device=device, code=args.code,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        room=MemoryBudget(args.activations_memory, out.parent),
+    )  # fmt: skip
+    print("\n".join(line for one in wanted for line in _lines(one.name, found[one.kind][one.name])))
+    print(f"scores: {out}")
+
+
+def _wanted(args: Namespace, out: Path) -> list:
+    """The texts and tasks that the command names."""
+    from obr.config.config_files import load_config
+    from obr.evaluation.sources import TASK_SETTINGS, TEXT_SETTINGS, Sources
+    from obr.evaluation.stage import Wanted
+
+    for name in ("seqlen", "tokens", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ObrError(f"--{name} is {value}; it must be a whole number from 1 on.")
+    texts = {key: value for key in ("seqlen", "tokens") if (value := getattr(args, key)) is not None}
+    tasks = {} if args.limit is None else {"limit": args.limit}
+    found = []
+    rows = any(Path(given[1]).is_file() for given in args.task if len(given) > 1)
+    sources = None
+    if args.texts or args.tasks or rows:
+        sources = Sources(out.with_name(f"{out.name}.work"), load_config(args.configfile))
+        found += [sources.text(name, texts) for name in args.texts]
+        found += [sources.task(name, tasks) for name in args.tasks]
+    for given in args.text:
+        name, place, spec = _given(given, "--text", TEXT_SETTINGS)
+        found.append(Wanted("perplexity", name, place, {"seqlen": 2048, **spec}))
+    for given in args.task:
+        name, place, spec = _given(given, "--task", TASK_SETTINGS)
+        one = sources.task(name, spec, place) if place.is_file() else Wanted("zero_shot", name, place, spec)
+        found.append(one)
+    return found
+
+
+def _given(values: list[str], flag: str, known: tuple[str, ...]) -> tuple[str, Path, dict]:
+    """(name, place, settings) of NAME PLACE [KEY=VALUE ...]."""
+    if len(values) < 2:
+        raise ObrError(f"{flag} {' '.join(values)} names no file; write {flag} NAME FILE.")
+    spec = {}
+    for setting in values[2:]:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in known:
+            raise ObrError(f"{flag} {values[0]}: {setting!r} is no setting; the settings are {', '.join(known)}.")
+        try:
+            spec[key] = json.loads(value)
+        except ValueError:
+            spec[key] = value
+        if key != "bos" and not (type(spec[key]) is int and spec[key] > 0):
+            raise ObrError(f"{flag} {values[0]}: {setting} is not a whole number from 1 on; correct it.")
+    return values[0], Path(values[1]), spec
+
+
+def _lines(name: str, score: dict) -> list[str]:
+    """A score in words, and its note."""
+    if "definition" in score:
+        value = score["status"] if score["value"] is None else f"{score['value']:.4f}"
+        line = f"{name}: perplexity {value}, {score['windows']} windows of {score['seqlen']} tokens"
+    else:
+        spread = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+        line = f"{name}: {score['metric']} {score['value']:.4f}{spread}, {score['n']} rows, {score['prompts']}"
+    return [line, *([f"  {score['note']}."] if "note" in score else [])]

@@ -1,0 +1,181 @@
+"""Evaluation of a checkpoint: all texts and tasks in one pass over its blocks, scores kept by text and task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from obr.checkpoints.files import MANIFEST
+from obr.checkpoints.format import CheckpointBlocks
+from obr.config.recipe import Recipe
+from obr.errors import ObrError
+from obr.evaluation.block_pass import run
+from obr.evaluation.likelihood import BATCH_TOKENS, Answers
+from obr.evaluation.perplexity import DENSE, TextRun, Windows
+from obr.evaluation.resume_point import ResumePoint
+from obr.evaluation.tasks import read_task
+from obr.evaluation.zero_shot import TaskRun, streamed_about
+from obr.models import dtypes
+from obr.models.blocks import StreamedBlocks
+from obr.models.hidden_states import MemoryBudget
+from obr.models.loading import load_tokenizer
+from obr.runtime.files import read_json, sha256_of, write_json
+
+KINDS = ("perplexity", "zero_shot")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A text or task that a checkpoint is evaluated on.
+
+    Args:
+        kind: "perplexity" or "zero_shot".
+        name: of the score in the artefact.
+        source: text file, or task folder.
+        spec: settings, as of `perplexity_stage` or `zero_shot_stage`.
+    """
+
+    kind: str
+    name: str
+    source: Path
+    spec: dict
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind}.{self.name}"
+
+    def key(self, code: str | None) -> str:
+        """Digest of what decides the score besides the model. code: digest of the stage's code.
+
+        Raises:
+            ObrError: the source is missing or broken.
+        """
+        if self.kind == "zero_shot":
+            record = read_task(self.source)
+            data = [record.get(key) for key in ("task", "sha256", "num_fewshot", "examples_sha256")]
+        elif not self.source.is_file():
+            raise ObrError(f"the text {self.source} does not exist; correct the path.")
+        else:
+            data = sha256_of(self.source)
+        return _digest({"kind": self.kind, "spec": self.spec, "data": data, "code": code})
+
+
+def evaluate_stage(
+    checkpoint: Path,
+    wanted: Sequence[Wanted],
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    dtype=None,
+    device: str | None = None,
+    room: MemoryBudget | None = None,
+    code: str | None = None,
+) -> dict:
+    """The stage: scores of a checkpoint on texts and tasks, in the file `out`; returns what the file holds.
+
+    One block of the model is in memory at a time, and each is loaded once for all texts and tasks. Scores that `out`
+    holds already, of the same checkpoint, settings and data, are kept and not computed again. An evaluation that is
+    interrupted and repeated goes on near its block. There is one parameter for each option of `obr evaluate`.
+
+    Args:
+        recipe: whose activation settings apply; None for the checkpoint's own.
+        dtype: of the computation, before the recipe's own.
+        room: for the hidden states of all texts and prompts.
+        code: digest of the code; scores of another code are computed again.
+
+    Raises:
+        ObrError: as `perplexity` and `zero_shot`, two scores of one name, or a folder that is not a whole checkpoint.
+    """
+    if len({w.label for w in wanted}) != len(wanted):
+        raise ObrError("two scores have the same name; give each text and task a name of its own.")
+    blocks, about = opened(Path(checkpoint), recipe, dtype, device)
+    keys = {w.label: w.key(code) for w in wanted}
+    scores = _known(out, about)
+    for kind in KINDS:
+        for name, score in list(scores[kind].items()):
+            if keys.get(f"{kind}.{name}", score["key"]) != score["key"]:
+                del scores[kind][name]
+    missing = [w for w in wanted if w.name not in scores[w.kind]]
+    if missing:
+        resume = ResumePoint(
+            out.with_name(f"{out.name}.states"), _digest({**about, "keys": [keys[w.label] for w in missing]})
+        )
+        for one, score in zip(missing, _scores(blocks, about["setting"], missing, room, resume), strict=True):
+            scores[one.kind][one.name] = {"key": keys[one.label], **score}
+        write_json({**about, **scores}, out)
+        resume.drop()
+    return {**about, **scores}
+
+
+def opened(
+    folder: Path, recipe: Recipe | None = None, dtype=None, device: str | None = None
+) -> tuple[StreamedBlocks, dict]:
+    """The blocks of a packed checkpoint, or of a model as it came, and what identifies them in an artefact.
+
+    Raises:
+        ObrError: the folder is neither, or `recipe` is given for a model that is not compressed.
+    """
+    if (folder / MANIFEST).exists() or not (folder / "config.json").exists():
+        blocks: StreamedBlocks = CheckpointBlocks(folder, recipe, dtype, device)
+        identity, settings = sha256_of(folder / MANIFEST), blocks.recipe.to_dict() | {"label": None}
+    elif recipe is not None:
+        raise ObrError(f"{folder} is a model that is not compressed, so no recipe applies to it; leave it out.")
+    else:
+        blocks = StreamedBlocks(folder, None, dtype, device)
+        files = sorted(folder.glob("*.safetensors"))
+        identity, settings = _digest({path.name: sha256_of(path) for path in [folder / "config.json", *files]}), None
+    about = {
+        "checkpoint": identity,
+        "recipe": settings,
+        "setting": blocks.recipe.setting if settings else DENSE,
+        "dtype": dtypes.name_of(blocks.dtype),
+        "device": blocks.target.type,
+    }
+    return blocks, about
+
+
+def _known(out: Path, about: dict) -> dict[str, dict]:
+    """The scores that `out` holds of this checkpoint and setting, by kind."""
+    known = read_json(out) if out.exists() else {}
+    same = all(known.get(name) == json.loads(json.dumps(value)) for name, value in about.items())
+    return {kind: dict(known.get(kind, {})) if same else {} for kind in KINDS}
+
+
+def _scores(
+    blocks: StreamedBlocks,
+    setting: str,
+    wanted: Sequence[Wanted],
+    room: MemoryBudget | None,
+    resume: ResumePoint,
+) -> list[dict]:
+    """What the artefact holds of each text and task."""
+    started, tokenizer = time.monotonic(), load_tokenizer(blocks.directory)
+    runs: list[Any] = []
+    parts: list[Any] = []
+    for one in wanted:
+        if one.kind == "perplexity":
+            runs.append(TextRun(blocks, tokenizer, one.source, one.spec, setting))
+            parts.append(Windows(blocks, runs[-1].windows))
+        else:
+            limit, bos = one.spec.get("limit"), one.spec.get("bos")
+            batch_tokens = one.spec.get("batch_tokens") or BATCH_TOKENS
+            runs.append(TaskRun(one.source, blocks.config, tokenizer, limit, bos))
+            runs[-1].about |= streamed_about(blocks, batch_tokens)
+            parts.append(Answers(blocks, runs[-1].requests, runs[-1].max_length, batch_tokens))
+    values = run(blocks, parts, room, "evaluate", resume)
+    found = [one.result(value) for one, value in zip(runs, values, strict=True)]
+    # The time of the pass is shared out by the tokens that passed through the blocks.
+    tokens = [sum(rows * length for rows, length in part.shapes) for part in parts]
+    seconds = time.monotonic() - started
+    for score, count in zip(found, tokens, strict=True):
+        score |= {"tokens_computed": count, "seconds": round(seconds * count / sum(tokens), 3)}
+    return found
+
+
+def _digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
