@@ -1,6 +1,5 @@
 """What would stop a run is listed at once, by name and with its remedy, on made-up machines."""
 
-
 import pytest
 import yaml
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
+from helpers.small_tokenizers import BOOLQ
+from helpers.zero_shot_tasks import PIQA, local_task
 from obr.checkpoints.format import CheckpointBlocks
 from obr.cli.main import main
 from obr.compression.stage import compress_stage
@@ -19,10 +22,7 @@ from obr.evaluation.perplexity import perplexity_stage
 from obr.evaluation.stage import Wanted, evaluate_stage
 from obr.evaluation.zero_shot import zero_shot_stage
 from obr.models.hidden_states import MemoryBudget
-from test_special_tokens import BOOLQ
-from test_zero_shot import PIQA, local_task
 
-ROOT = Path(__file__).parents[1]
 TEXT = {"seqlen": 64, "tokens": 1024}
 
 
@@ -250,7 +250,7 @@ def test_the_command_takes_files_and_names_of_a_config(checkpoint, tiny_folder, 
         (["--texts", "gone", "--limit", "0"], "--limit is 0"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(options, sentence, checkpoint, tmp_path, capsys):
+def test_invalid_evaluation_requests_are_refused(options, sentence, checkpoint, tmp_path, capsys):
     assert main(["evaluate", str(checkpoint), "--out", str(tmp_path / "s.json"), *options]) == 1
     assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "s.json").exists()
