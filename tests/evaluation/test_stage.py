@@ -63,7 +63,7 @@ def computed(monkeypatch):
     return counts
 
 
-def test_one_pass_gives_the_scores_of_separate_stages(checkpoint, wanted, tmp_path, monkeypatch):
+def test_single_pass_gives_scores_of_separate_stages(checkpoint, wanted, tmp_path, monkeypatch):
     loaded, load = [], CheckpointBlocks.load
     monkeypatch.setattr(CheckpointBlocks, "load", lambda self, index: loaded.append(index) or load(self, index))
     found = scores(evaluate_stage(checkpoint, wanted, tmp_path / "s.json", device="cpu"))
@@ -122,6 +122,7 @@ def test_scores_of_another_checkpoint_or_setting_are_not_kept(checkpoint, tiny_f
     assert computed == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_model_as_it_came_is_evaluated(tiny_folder, wanted, tmp_path):
     dense = tmp_path / "dense"
     compress_stage(tiny_folder / "model", Recipe.parse({"method": "dense"}), dense, device="cpu")
@@ -160,6 +161,7 @@ def evaluate_command(checkpoint: Path, wanted: list[Wanted], out: Path) -> list[
     return ["evaluate", str(checkpoint), *settings, "--out", str(out), "--device", "cpu", "--threads", "1"]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_at_its_block(checkpoint, wanted, tmp_path, monkeypatch, capsys):
     out, whole = tmp_path / "s.json", tmp_path / "whole.json"
     command = [sys.executable, "-c", KILLED, "2", *evaluate_command(checkpoint, wanted, out)]
@@ -216,6 +218,7 @@ def test_without_room_for_states_the_evaluation_ends_all_the_same(checkpoint, wa
     assert "cannot be saved" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_takes_files_and_names_of_a_config(checkpoint, tiny_folder, tmp_path, capsys):
     rows, config = tmp_path / "rows.jsonl", tmp_path / "config.yaml"
     rows.write_text("".join(json.dumps(row) + "\n" for row in PIQA))
