@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from helpers.paths import ROOT
 from snakemake_logger_plugin_progress.estimate import Estimate
 
 SNAKEFILE = """
@@ -21,7 +22,7 @@ rule one:
     message: "Writing number {wildcards.i}"
     shell: "test {wildcards.i} != $WRONG && touch {output}"
 """
-WORKFLOW = Path(__file__).parents[1] / "workflow"
+WORKFLOW = ROOT / "workflow"
 
 
 class Clock:
@@ -95,23 +96,27 @@ def run(folder: Path, terminal: bool, wrong: str = "9", *options: str) -> tuple[
     return process.wait(), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
 
 
+@pytest.mark.workflow
 def test_a_terminal_shows_a_bar_with_jobs_and_time(tmp_path):
     status, said = run(tmp_path, True)
     assert status == 0 and re.search(r"[1-4] of 5 jobs .*\d+ s elapsed, about \d+ s left", said)
     assert "Writing number" in said and "Finished jobid" not in said and "Select jobs" not in said
 
 
+@pytest.mark.workflow
 def test_an_error_is_printed_above_the_bar(tmp_path):
     status, said = run(tmp_path, True, "2")
     assert status == 1 and "Error in rule one" in said
 
 
+@pytest.mark.workflow
 def test_elsewhere_the_lines_are_those_of_snakemake(tmp_path):
     status, said = run(tmp_path, False)
     assert status == 0 and "Writing number 3" in said and "5 of 5 steps (100%) done" in said
     assert "elapsed, about" not in said
 
 
+@pytest.mark.workflow
 def test_a_dry_run_has_no_bar(tmp_path):
     status, said = run(tmp_path, True, "9", "--dry-run")
     assert (status == 0 and "rule one" in said) or "Writing number" in said
