@@ -1,6 +1,7 @@
 # make demo    everything from nothing: a real model compressed, evaluated, set out in a table and figures
 # make plan    what the paper's tables would cost, before anything starts (PLAN="--configfile ..." for others)
 # make test    everything from nothing: all tests
+# make test-fast   the tests that start no workflow and take no seconds each: a minute and a half on two cores
 # make test-faults   kills, full disks, broken input, at length: 25 kills, 10^5 broken files and configs; mounts as root
 # make test-processors   the numeric tests under each set of instructions that this processor can be held to
 # make test-slurm   the workflow on a SLURM of its own, from Debian's packages; as root
@@ -17,7 +18,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-faults test-processors test-slurm benchmark benchmark-large kernels lint audit clean
+.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-processors test-slurm benchmark benchmark-large kernels lint audit clean
 .DEFAULT_GOAL := demo
 
 # Python compiles a module when it is first imported; compiling all of them here would take most of a minute. Where the
@@ -49,27 +50,32 @@ plan: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/obr plan $(PLAN)
 
 smoke: $(READY)
-	$(BIN)/python tests/tiny.py results/tiny
+	$(BIN)/python tests/helpers/tiny_model.py results/tiny
 	OBR_TINY="$(CURDIR)/results/tiny" OBR_TESTS="$(CURDIR)/tests" $(SNAKEMAKE) --cores all --configfile tests/config.yaml
 	@cat results/smoke/tables/*.md
 
 # Test files side by side, one process with one thread per core.
-test: $(READY)
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
+PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope --no-loadscope-reorder
+
+test: $(READY)
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not workflow"
 
 test-faults: $(READY)
 	OBR_KILLS=25 OBR_EXAMPLES=100000 PATH="$(CURDIR)/$(BIN):$$PATH" \
-	$(BIN)/python -m pytest -s tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py tests/test_resume.py
+	$(BIN)/python -m pytest -s tests/workflow/test_faults.py tests/project/test_fuzz.py tests/models/test_untrusted_files.py tests/runtime/test_resume.py
 
 test-processors: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/processors.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/helpers/instruction_sets.py
 
 # Where the packages cannot be had, the tests skip and say so.
 test-slurm: $(READY)
 	-command -v slurmctld >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	slurmctld slurmd slurm-client munge
-	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/test_slurm.py
+	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/workflow/test_slurm.py
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/run.py

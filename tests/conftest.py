@@ -1,9 +1,12 @@
-"""Shared by the tests: the tiny trained model, and the real data where OBR_DATA names it.
+"""Fixtures of all tests: a tiny trained model, a finished workflow, a hub, and real data where OBR_DATA names them.
 
 Test files run side by side, one process per core (pytest-xdist). The processes share what takes long to make.
 """
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +14,16 @@ import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
-import running
-import tiny
+pytest.register_assert_rewrite("helpers")
 
-FINISHED = ("test_workflow", "test_docs")
-os.environ["OBR_TESTS"] = str(Path(__file__).parent)  # read by tests/config.yaml
+from helpers import tiny_model, workflow_runs  # noqa: E402
+from helpers.hub_server import hub, sharded_model  # noqa: E402, F401  fixtures
+from helpers.paths import HELPERS  # noqa: E402
+
+# Files that use the fixture `finished`, which takes longest.
+FINISHED = ("workflow/test_whole_run.py", "docs/test_printed_commands.py")
+TESTS = Path(__file__).parent
+os.environ["OBR_TESTS"] = str(TESTS)  # read by tests/config.yaml
 
 
 class Files(LoadScopeScheduling):
@@ -23,7 +31,7 @@ class Files(LoadScopeScheduling):
 
     def _split_scope(self, nodeid):
         file = nodeid.split("::")[0]
-        return "finished" if Path(file).stem in FINISHED else file
+        return "finished" if file.endswith(FINISHED) else file
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -31,8 +39,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """First what takes longest."""
-    items.sort(key=lambda item: item.path.stem not in FINISHED)
+    """First what takes longest: the files that use `finished`, then those with slow tests."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("workflow")}
+    items.sort(key=lambda item: (not item.path.as_posix().endswith(FINISHED), item.path not in long))
 
 
 def once(factory, name: str, make: Callable[[Path], object]) -> Path:
@@ -53,7 +62,7 @@ def tiny_folder(tmp_path_factory) -> Path:
     """Folder with model/, train.txt and heldout.txt; OBR_TINY may name one that was made before."""
     if "OBR_TINY" in os.environ:
         return Path(os.environ["OBR_TINY"])
-    folder = once(tmp_path_factory, "tiny", tiny.main)
+    folder = once(tmp_path_factory, "tiny", tiny_model.main)
     os.environ["OBR_TINY"] = str(folder)  # read by tests/config.yaml, in this process and in Snakemake's
     return folder
 
@@ -62,7 +71,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 def finished(tiny_folder, tmp_path_factory) -> Path:
     """A folder in which the whole workflow has run."""
     folder = tmp_path_factory.mktemp("workflow")
-    run = running.snakemake(folder, running.CONFIG)
+    run = workflow_runs.snakemake(folder, workflow_runs.CONFIG)
     assert run.returncode == 0, run.stdout[-5000:]
     return folder
 
@@ -89,3 +98,24 @@ def real_model() -> Path:
     if "OBR_MODEL" not in os.environ:
         pytest.skip("OBR_MODEL names no folder with a downloaded model, such as results/demo/models/smollm2-135m")
     return Path(os.environ["OBR_MODEL"])
+
+
+@pytest.fixture(scope="module")
+def obr_command():
+    """(arguments, out, kill) -> (exit status, times of its notes), in a forked process with everything imported."""
+    command = [sys.executable, str(HELPERS / "killable_commands.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as server:
+
+        def run(arguments, out, kill=None):
+            arguments = [str(a) for a in [*arguments, "--out", out]]
+            request = {"arguments": arguments, "log": str(out.parent / "log"), "kill": kill}
+            request["unfinished"] = f"{out}.unfinished"
+            print(json.dumps(request), file=server.stdin, flush=True)
+            answer = json.loads(server.stdout.readline())
+            return answer["status"], answer["times"]
+
+        yield run
+        server.stdin.close()

@@ -1,0 +1,185 @@
+"""Exported checkpoints are what our own reader reads: in transformers, by the gguf package, and in llama.cpp."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import obr
+from helpers.family_models import FAMILIES
+from obr.cli.main import main
+from obr.errors import ObrError
+from obr.export import gguf as gguf_export
+from obr.export.dispatch import export
+from obr.models.architectures import Dimensions
+from obr.models.layers import QuantLinear
+from obr.models.loading import load_tokenizer
+from obr.rotations import registry
+
+HALF = 2.0**-11  # what rounding to float16 takes of a number, at most
+RECIPES = {
+    "unstructured": {"method": "obr_gptq"},
+    "paired 4:8, 8-bit down_proj": {"method": "wanda", "pattern": "paired 4:8", "int8_down_proj": True},
+    "3 bits, first block": {"method": "rtn", "bits": 3, "blocks": "0:1"},
+    "fused rotation": {"method": "joint", "sweeps": 10, "rotation": "quarot_fused"},
+}
+
+
+@pytest.fixture(scope="module")
+def prompt(tiny_folder):
+    tokenizer = load_tokenizer(tiny_folder / "model")
+    return torch.tensor([tokenizer((tiny_folder / "heldout.txt").read_text())["input_ids"][:40]])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_folder, prompt, tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("export"), {}
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        model = obr.load_model(tiny_folder / "model", device="cpu")
+        made[name] = folder / str(number)
+        if "rotation" in recipe:
+            obr.rotate(model, registry.draw("quarot", Dimensions.of(model.config), fused=True))
+        compressed = obr.compress(model, prompt.repeat(4, 1), {"calibration": "c", **recipe})
+        obr.save(compressed, made[name], load_tokenizer(tiny_folder / "model"))
+    return made
+
+
+def random_model(config, out, prompt):
+    """A random model of this configuration, rounded to 4 bits, as a checkpoint without a tokenizer."""
+    options = {**config.to_dict(), "vocab_size": 512, "num_hidden_layers": 2, "dtype": torch.float16}
+    options.pop("layer_types", None)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(type(config)(**options)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    for parameter in model.parameters():  # not by `model.half()`, which rounds rotary frequencies too
+        parameter.data = parameter.half().float()
+    model.requires_grad_(False)
+    obr.save(obr.compress(model, prompt, {"method": "rtn"}), out)
+    return out
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECIPES)
+def test_transformers_reads_compressed_tensors_with_the_same_logits(name, checkpoints, prompt, tmp_path):
+    out = tmp_path / "packed"
+    assert "14 layers" in export(checkpoints[name], "compressed-tensors", out) or "first block" in name
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(model(prompt).logits, obr.load(checkpoints[name], device="cpu")(prompt).logits)
+    tokens = load_tokenizer(out)("A text.")
+    assert tokens["input_ids"] == load_tokenizer(checkpoints[name])("A text.")["input_ids"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]
+
+
+def test_gguf_blocks_equal_gguf_packages():
+    codes = torch.randint(-8, 8, (5, 96), dtype=torch.int8)
+    scale = (torch.rand(5) * 0.1).half()
+    expected = (codes * scale.float()[:, None]).numpy()
+    assert np.array_equal(dequantize(gguf_export.q4_0(codes, scale).numpy(), gguf_export.Kind.Q4_0), expected)
+    wide = torch.randint(-128, 128, (5, 96), dtype=torch.int16)
+    expected = (wide * scale.float()[:, None]).numpy()
+    assert np.array_equal(dequantize(gguf_export.q8_0(wide, scale).numpy(), gguf_export.Kind.Q8_0), expected)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECIPES)
+def test_gguf_holds_our_weights_up_to_the_rounding_of_scales(name, checkpoints, prompt, tmp_path):
+    export(checkpoints[name], "gguf", tmp_path / "model.gguf")
+    ours = obr.load(checkpoints[name], device="cpu")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    layers = {n: m.weight for n, m in ours.named_modules() if isinstance(m, QuantLinear)}
+    assert len(layers) == 14
+    for path, weight in layers.items():
+        found = theirs.get_submodule(path).weight
+        assert torch.equal(found == 0, weight == 0)
+        assert ((found - weight).abs() <= 1.001 * HALF * weight.abs()).all()
+    expected = ours(prompt).logits
+    assert (theirs(prompt).logits - expected).norm() / expected.norm() < 1e-3
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    kinds = {t.name.split(".")[2]: t.tensor_type.name for t in reader.tensors if t.name.startswith("blk.0.")}
+    assert kinds["attn_q"] == "Q4_0" and kinds["ffn_down"] == ("Q8_0" if "8-bit" in name else "Q4_0")
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    assert len(tokens.data) == 512 and reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+def evaluated(path, tokens) -> torch.Tensor:
+    """llama.cpp's logits (t, v) for tokens (t,), or a skip where its binding is not installed."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install .[rivals])")
+    model = llama_cpp.Llama(str(path), n_ctx=len(tokens), logits_all=True, verbose=False, n_threads=1)
+    model.eval(tokens.tolist())
+    return torch.tensor(model.scores[: len(tokens)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RECIPES)
+def test_llama_cpp_logits_equal_ours(name, checkpoints, prompt, tmp_path):
+    export(checkpoints[name], "gguf", tmp_path / "model.gguf")
+    found = evaluated(tmp_path / "model.gguf", prompt[0])
+    expected = obr.load(checkpoints[name], device="cpu")(prompt).logits[0]
+    assert (found - expected).norm() / expected.norm() < 0.03  # it rounds activations to 8 bits
+
+
+FAMILY_CONFIGS = {
+    "llama 3, biases everywhere": FAMILIES["llama 3, biases everywhere"],
+    "qwen2": Qwen2Config(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
+    "qwen3": FAMILIES["qwen3, head_dim apart"],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILY_CONFIGS)
+def test_export_keeps_logits_of_other_families(name, prompt, tmp_path):
+    checkpoint = random_model(FAMILY_CONFIGS[name], tmp_path / "c", prompt)
+    expected = obr.load(checkpoint, device="cpu")(prompt).logits[0]
+    export(checkpoint, "compressed-tensors", tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(model(prompt).logits[0], expected)
+    assert "no tokenizer" in export(checkpoint, "gguf", tmp_path / "model.gguf")
+    found = evaluated(tmp_path / "model.gguf", prompt[0])
+    assert (found - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("rotation", "recipe", "form", "message"),
+    [
+        ("quarot", {"method": "rtn"}, "gguf", "computed at run time for every token"),
+        ("quarot", {"method": "rtn"}, "compressed-tensors", "computed at run time for every token"),
+        (None, {"method": "rtn", "activations": {"bits": 8}}, "compressed-tensors", "quantises activations"),
+        (None, {"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 4}}, "gguf", "keys and values"),
+        (None, {"method": "rtn"}, "onnx", "'onnx' is unknown; choose from compressed-tensors, gguf"),
+    ],
+)
+def test_recipes_beyond_format_are_refused(rotation, recipe, form, message, tiny_folder, prompt, tmp_path):
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    if rotation:
+        obr.rotate(model, rotation, seed=1)
+    obr.save(obr.compress(model, prompt, recipe), tmp_path / "c")
+    with pytest.raises(ObrError, match=message):
+        export(tmp_path / "c", form, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@torch.no_grad()
+def test_the_command_exports_weights_alone_where_told(tiny_folder, prompt, tmp_path, capsys):
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    obr.save(obr.compress(model, prompt, {"method": "rtn", "activations": {"bits": 4}}), tmp_path / "c")
+    command = ["export", str(tmp_path / "c"), "--format", "compressed-tensors", "--out", str(tmp_path / "out")]
+    assert main(command) == 1 and "--weights-only" in capsys.readouterr().err
+    assert main([*command, "--weights-only"]) == 0 and "14 layers" in capsys.readouterr().out
+    plain = obr.load(tmp_path / "c", {"method": "rtn"}, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(model(prompt).logits, plain(prompt).logits)
+
+
+def test_families_and_sizes_that_gguf_lacks_are_refused(prompt, tmp_path):
+    checkpoint = random_model(FAMILIES["gemma"], tmp_path / "c", prompt)
+    with pytest.raises(ObrError, match="'gemma' are not exported"):
+        export(checkpoint, "gguf", tmp_path / "out")
+    checkpoint = random_model(FAMILIES["llama, tied, 9 heads"], tmp_path / "d", prompt)
+    with pytest.raises(ObrError, match="144 columns are no whole number"):
+        export(checkpoint, "gguf", tmp_path / "out")

@@ -1,0 +1,251 @@
+"""Plans: the jobs are Snakemake's, the times come near those of finished runs, and what was timed corrects them."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.paths import FIXTURES, ROOT
+from helpers.workflow_runs import CONFIG, snakemake
+from obr.config.recipe import Recipe
+from obr.errors import ObrError
+from obr.planning import cost_model, measured_times, tensor_sizes
+from obr.planning.dry_run import Job, pending
+from obr.planning.plan import overrides_of, plan_of, summary
+from obr.planning.prices import Prices
+from obr.planning.schedule import schedule
+
+DEMO = ROOT / "config" / "experiments" / "demo.yaml"
+SNAKEFILE = ROOT / "Snakefile"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[dict, list[Job]]:
+    """The demo's configuration and jobs, from nothing."""
+    results = tmp_path_factory.mktemp("demo") / "results"
+    return pending(SNAKEFILE, [DEMO], {"results": str(results)}, [], 2)
+
+
+def timed(name: str) -> dict[str, float]:
+    """Seconds of the jobs of a finished run, by rule and names, on an AMD EPYC server."""
+    with open(FIXTURES / f"{name}_timings.csv", encoding="utf-8", newline="") as file:
+        return {row["job"]: float(row["seconds"]) for row in csv.DictReader(file)}
+
+
+def name(job: Job) -> str:
+    order = {"hessian": "model rotation calibration", "download_rotation": "rotation model"}
+    order |= {
+        "calibrate": "calibration model",
+        "generate": "calibration model",
+        "mix": "calibration model",
+        "kernels": "device",
+    }
+    order |= {"gradients": order["hessian"], "sensitivity": f"{order['hessian']} options"}
+    keys = order.get(job.rule, "model recipe activations text task table figure").split()
+    return "/".join([job.rule, *(job.wildcards[k] for k in keys if k in job.wildcards)])
+
+
+@pytest.mark.workflow
+def test_the_jobs_are_those_of_a_dry_run(demo, tmp_path):
+    config, jobs = demo
+    assert config["threads"]["compress"] == 1 and config["device"] == "cpu"
+    raw = {**yaml.safe_load(DEMO.read_text()), "results": str(tmp_path / "none")}
+    listed = snakemake(tmp_path, raw, "--dry-run").stdout
+    counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", listed, re.M) if rule not in ("all", "total")}
+    mine: dict[str, int] = defaultdict(int)
+    for job in jobs:
+        mine[job.rule] += 1
+    assert mine == counts
+    table = next(job for job in jobs if job.rule == "table")
+    assert {jobs[n].rule for n in table.after} >= {"perplexity", "zero_shot", "compress"}
+
+
+@pytest.mark.workflow
+def test_plan_of_one_target_prices_its_jobs_only(tmp_path):
+    _, jobs = pending(SNAKEFILE, [DEMO], {"results": str(tmp_path)}, [f"{tmp_path}/tables/demo.csv"], 2)
+    assert {"compress", "table"} <= {job.rule for job in jobs} and "figure" not in {job.rule for job in jobs}
+
+
+def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[str, float]:
+    """Planned over measured seconds, of every stage and of all. Of the demo's zero-shot jobs one is timed."""
+    prices, planned, measured = Prices(config), defaultdict(float), defaultdict(float)
+    for job in jobs:
+        if job.rule == "zero_shot" and name(job) not in seconds:
+            continue
+        for key in (job.rule, "all"):
+            planned[key] += prices.price(job).seconds
+            measured[key] += seconds[name(job)]
+    return {key: planned[key] / measured[key] for key in planned}
+
+
+@pytest.mark.workflow
+def test_demo_prices_are_near_measured_times(demo):
+    """From counted work alone, every long stage and the whole within a factor of 1.5."""
+    ratios = compare(*demo, timed("demo"))
+    for rule in ("compress", "perplexity", "zero_shot", "hessian", "all"):
+        assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
+
+
+@pytest.mark.workflow
+def test_tiny_workflow_prices_are_near_measured_times(tiny_folder, tmp_path):
+    """Its jobs do little but start; timed one by one on one core."""
+    results = {"results": str(tmp_path / "results")}
+    ratios = compare(*pending(SNAKEFILE, [ROOT / "tests" / "config.yaml"], results, [], 1), timed("tiny"))
+    for rule in ("compress", "perplexity", "zero_shot", "hessian", "all"):
+        assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
+
+
+@pytest.mark.workflow
+def test_a_plan_of_the_demo_reads_well(demo):
+    config, _ = demo
+    plan = plan_of(SNAKEFILE, [DEMO], {"results": config["results"]}, [], 2, 1)
+    assert plan.jobs == 49 and 10 * 60 < plan.wall < 33 * 60 and not plan.gated and plan.gpu == 0
+    assert 0.08 < plan.fetched < 0.3 and plan.disk < 4 and 1 < plan.host < 4
+    text = summary(plan)
+    assert "49 jobs, about" in text and "on 2 cores" in text and "a server's core" in text
+
+
+@pytest.mark.workflow
+def test_the_paper_is_priced_with_its_licences(tmp_path):
+    everything = {"results": str(tmp_path), "experiments": ["paper", "ostquant"]}
+    plan = plan_of(SNAKEFILE, [], everything, [], 16, 1)
+    assert plan.jobs > 900 and plan.gpu > 100 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
+    assert "learn_rotation, zero_shot" not in summary(plan)
+    assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
+    assert "Gated" in summary(plan) and "larger GPU: some of learn_rotation" in summary(plan)
+    few = plan_of(SNAKEFILE, [], everything | {"only_models": ["llama-2-7b"]}, [], 16, 1)
+    assert few.busy < plan.busy / 2 and set(few.by_model) == {"llama-2-7b"}
+
+
+def test_the_sizes_of_every_task_of_the_paper_are_known():
+    tasks = yaml.safe_load((ROOT / "config/datasets.yaml").read_text())["zero_shot"]
+    assert {entry["source"]["task"] for entry in tasks.values() if entry["source"]["source"] == "hub"} <= set(
+        cost_model.TASKS
+    )
+    sizes = tensor_sizes.Sizes.estimate(7.0)
+    one, two = (cost_model.zero_shot(sizes, task, 100, 2048).products for task in ("lambada_openai", "winogrande"))
+    assert one / two == pytest.approx(90 / 29, rel=0.02)
+
+
+def test_the_memory_of_zero_shot_evaluation_does_not_grow_with_depth():
+    sizes = tensor_sizes.Sizes.estimate(70.0)
+    for on_gpu in (False, True):
+        deep, shallow = (
+            cost_model.memory("zero_shot", replace(sizes, blocks=blocks), 10**6, 2048, on_gpu) for blocks in (80, 2)
+        )
+        assert deep == shallow and deep[1] < 24
+    assert deep[1] > 1e-9 * 2 * (sizes.block + sizes.ends)  # a block and the ends at 16 bits
+
+
+def fabricated(results: Path, seconds: float) -> None:
+    """One timed perplexity of a small model."""
+    (results / "models/m").mkdir(parents=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    (results / "models/m/config.json").write_text(json.dumps({**sizes, "vocab_size": 500}))
+    (results / "perplexity/m/r/a16").mkdir(parents=True)
+    about = {"device": "cpu", "tokens": 4096, "seqlen": 1024}
+    (results / "perplexity/m/r/a16/t.json").write_text(json.dumps(about))
+    (results / "benchmarks/perplexity/m/r/a16").mkdir(parents=True)
+    (results / "benchmarks/perplexity/m/r/a16/t.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
+
+
+@pytest.mark.workflow
+def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
+    config, jobs = demo
+    job = next(job for job in jobs if job.rule == "perplexity")
+    fabricated(tmp_path, 100.0)
+    known = measured_times.found_under(tmp_path)
+    assert [t.stage for t in known] == ["perplexity"] and known[0].memory == 0.8
+    factor = measured_times.factors(known, "cpu", {})["perplexity"]
+    assert factor == pytest.approx(100 / known[0].work.seconds(cost_model.SPEEDS["cpu"]))
+    assert Prices(config, known=known).price(job).seconds > 3 * Prices(config).price(job).seconds
+    assert measured_times.factors(known, "cuda", {}) == {}
+
+
+def test_timings_whose_artefact_is_gone_are_passed_over(tmp_path):
+    fabricated(tmp_path, 1.0)
+    shutil.rmtree(tmp_path / "perplexity")
+    assert measured_times.found_under(tmp_path) == []
+
+
+def test_the_schedule_waits_for_inputs_cores_and_gpus():
+    jobs = [Job("a", {}, 1, ()), Job("a", {}, 1, ()), Job("b", {}, 2, (), (0, 1)), Job("c", {}, 1, (), (0,))]
+    times = [4.0, 2.0, 3.0, 1.0]
+    assert schedule(jobs, times, [False] * 4, 2, 1) == 8.0  # 4, then 3 on both cores, then 1 (or 1 first)
+    assert schedule(jobs[:2], times[:2], [True, True], 2, 1) == 6.0
+    assert schedule(jobs[:2], times[:2], [True, True], 2, 2) == 4.0
+
+
+def test_operation_counts_scale_with_sizes():
+    small, large = tensor_sizes.Sizes.estimate(1), tensor_sizes.Sizes.estimate(8)
+    assert 6 < large.block * large.blocks / (small.block * small.blocks) < 10
+    assert tensor_sizes.Sizes.estimate(6.7).hidden == pytest.approx(4096, rel=0.05)
+    work = [cost_model.zero_shot(small, "piqa", None, tokens).runs for tokens in (256, 2048)]
+    assert work[0] == 8 * work[1]
+
+
+def test_learning_is_priced_by_its_settings():
+    sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
+    flat = cost_model.learning(sizes, "flatquant", {"epochs": 4, "batch": 2, "held_out": 2}, 16, 512)
+    assert 654 / 1.5 < flat.seconds(cost_model.SPEEDS["cpu"]) < 654 * 1.5  # as measured on one core
+    spin = {"steps": 30, "batch": 4, "held_out": 8}
+    osts = cost_model.learning(sizes, "ostquant", {"steps": 100, "batch": 1, "held_out": 8}, 136, 512)
+    assert 1677 / 1.5 < osts.seconds(cost_model.SPEEDS["cpu"]) < 1677 * 1.5
+    twice = cost_model.learning(sizes, "spinquant", {**spin, "steps": 60}, 136, 512)
+    assert twice.products > 1.8 * cost_model.learning(sizes, "spinquant", spin, 136, 512).products
+    assert cost_model.memory("learn_rotation", sizes, 0, 512, False)[0] == pytest.approx(4.5, rel=0.5)
+
+
+def test_rounding_weights_while_learning_costs_more_and_more_often_in_parts():
+    sizes, learn = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152), {"steps": 100, "batch": 8}
+    for kind in ("spinquant", "ostquant"):
+        plain = cost_model.learning(sizes, kind, learn, 136, 512)
+        rounded = cost_model.learning(sizes, kind, {**learn, "quantise": {"bits": 4}}, 136, 512)
+        parts = cost_model.learning(sizes, kind, {**learn, "quantise": {"bits": 4}, "micro_batch": 2}, 136, 512)
+        assert plain.elements < rounded.elements < parts.elements and rounded.products < parts.products
+
+
+def test_price_falls_with_number_of_blocks():
+    sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
+    whole = Recipe.parse({"method": "obr_gptq", "calibration": "c"})
+    part = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "0:6"})
+    all_blocks, six = (cost_model.compress(sizes, recipe, 8192, 512) for recipe in (whole, part))
+    assert six.exact == pytest.approx(all_blocks.exact / 5) and six.products == pytest.approx(all_blocks.products / 5)
+    end = Recipe.parse({"method": "obr_gptq", "calibration": "c", "blocks": "29:30"})
+    last = cost_model.compress(sizes, end, 8192, 512)
+    assert six.products < last.products < all_blocks.products  # 29 blocks are passed once
+
+
+def test_asymmetric_calibration_costs_more():
+    sizes = tensor_sizes.Sizes(576, 1536, 576, 192, 30, 49152)
+    plain, aimed = (Recipe.parse({"method": "joint", "calibration": "c", "asymmetry": a}) for a in (0.0, 0.5))
+    blind, both = (cost_model.compress(sizes, recipe, 8192, 512) for recipe in (plain, aimed))
+    assert both.products == 2 * blind.products and both.grams == 2 * blind.grams and both.exact > blind.exact
+    states = 4e-9 * 8192 * 576
+    more = (
+        cost_model.memory("compress", sizes, 8192, 512, False, True)[0]
+        - cost_model.memory("compress", sizes, 8192, 512, False)[0]
+    )
+    assert states < more < states + 0.05
+
+
+@pytest.mark.workflow
+def test_invalid_plan_options_raise_one_sentence(tmp_path):
+    with pytest.raises(ObrError, match=r"There is no .*; run this in the folder of the workflow"):
+        pending(tmp_path / "Snakefile", [], {}, [], 1)
+    with pytest.raises(ObrError, match="quick is not of the form KEY=VALUE"):
+        overrides_of(["quick"])
+    assert overrides_of(["only_models=[a,b]", "quick=true"]) == {"only_models": ["a", "b"], "quick": True}
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump({**CONFIG, "nonsense": 1}))
+    command = [sys.executable, "-m", "obr", "plan", "--snakefile", str(SNAKEFILE), "--configfile", str(bad)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and "nonsense" in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,83 @@
+"""Runs that are killed at random moments go on, and end with the same bytes as undisturbed ones."""
+
+import json
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers.released_checkpoints import FlatModel, written
+from helpers.workflow_runs import digests
+from obr.rotations.obtain import make
+
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Folder with a random model of six blocks, its rotation, tokens to calibrate on, and a released checkpoint."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    written(folder, FlatModel(model).state_dict())
+    make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
+    tokens = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
+    return folder
+
+
+def kills_of(kind: str, out: Path, times: list[float], draw: random.Random) -> Iterator[dict]:
+    """Moments for one kind of run: in the midst of a block, about the renaming of a file, among the last moves.
+
+    times: of an undisturbed run's notes. Each moment is drawn when the one before it is past: a run that was killed
+    late has fewer moves before it.
+    """
+    of_a_block = (times[-1] - times[0]) / BLOCKS
+    yield {"notes": draw.randint(1, 3), "seconds": draw.uniform(0.1, 1.0) * of_a_block}
+    yield {"renames": draw.randint(2, 7)}  # the first is the note of whose run it is
+    unmoved = BLOCKS - len(list(out.glob("block_*.safetensors")))
+    yield {"moves": draw.randint(min(2, unmoved + 1), unmoved + 1), "folder": str(out)}
+    if kind in ("sequential", "released"):
+        yield {"removals": draw.randint(1, BLOCKS + 1), "folder": str(out) + ".unfinished"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hessian", "cached", "sequential", "released"])
+def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command, tmp_path):
+    common = ["--model", inputs / "model", "--rotation", inputs / "rotation.safetensors"]
+    tokens = ["--tokens", inputs / "tokens.safetensors"]
+    if kind == "cached":
+        assert obr_command(["hessian", *common, *tokens], tmp_path / "h")[0] == 0
+        tokens = ["--hessians", tmp_path / "h"]
+    if kind == "hessian":
+        stage = ["hessian", *common, *tokens]
+    elif kind == "released":
+        entry = {"method": "released", "sparsity": 0.5, "rotation": "flatquant"}
+        stage = ["released", "--entry", json.dumps(entry), *common[:2], "--released", inputs / "released"]
+    else:
+        entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random", "hessian": kind}
+        stage = ["compress", "--entry", json.dumps(entry), *common, *tokens]
+
+    status, times = obr_command(stage, tmp_path / "undisturbed")
+    assert status == 0 and len(times) == 1 + BLOCKS, (times, (tmp_path / "log").read_text())
+    out, progress = tmp_path / "killed", []
+    for kill in kills_of(kind, out, times, random.Random(f"3 {kind}")):
+        status, _ = obr_command(stage, out, kill)
+        assert status in (-signal.SIGKILL, -signal.SIGPROF), (kill, (tmp_path / "log").read_text())
+        progress.append(len(list(out.with_name("killed.unfinished").glob("block_*.json"))))
+        if "removals" not in kill:
+            assert not (out / "manifest.json").exists() and not (out / "hessian.json").exists()
+    assert progress[0] < BLOCKS and len(set(progress)) > 1, progress  # the kills fell in different blocks
+    assert obr_command(stage, out)[0] == 0
+    assert digests(out) == digests(tmp_path / "undisturbed")
+    assert not list(tmp_path.glob("*.unfinished"))

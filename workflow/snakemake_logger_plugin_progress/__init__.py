@@ -1,0 +1,72 @@
+"""A logger plugin of Snakemake: on a terminal a progress bar with the time that is left, elsewhere the usual lines.
+
+The default profile names it. Snakemake finds it by its module name, as it finds every logger plugin.
+"""
+
+from __future__ import annotations
+
+import sys
+from logging import LogRecord
+
+from snakemake_interface_logger_plugins.base import LogHandlerBase
+from snakemake_interface_logger_plugins.common import LogEvent
+
+from snakemake_logger_plugin_progress.estimate import Estimate
+
+# What the bar shows instead of lines.
+SHOWN = (LogEvent.JOB_INFO, LogEvent.JOB_STARTED, LogEvent.JOB_FINISHED, LogEvent.PROGRESS, LogEvent.RESOURCES_INFO)
+SELECTING = "Select jobs to execute..."  # once per round of jobs
+
+
+class LogHandler(LogHandlerBase):
+    """Prints Snakemake's own lines, by its own filter and format; on a terminal the jobs are a bar below them."""
+
+    def __post_init__(self) -> None:
+        self.stream = sys.stdout if self.common_settings.stdout else sys.stderr
+        self.estimate = Estimate()
+        self.bar = None
+        if self.stream.isatty() and not self.common_settings.dryrun:
+            from snakemake_logger_plugin_progress.bar import Bar
+
+            self.bar = Bar(self.stream, self.common_settings.nocolor)
+
+    def emit(self, record: LogRecord) -> None:
+        try:
+            event = getattr(record, "event", None)
+            self.estimate.take(event, vars(record))
+            lines = event not in SHOWN or (event == LogEvent.JOB_INFO and self.common_settings.printshellcmds)
+            text = self.format(record)
+            if self.bar is None:
+                if text:
+                    print(text, file=self.stream, flush=True)
+                return
+            if text and lines and text != SELECTING:
+                self.bar.line(text)
+            self.bar.show(self.estimate)
+        except Exception:
+            self.handleError(record)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        super().close()
+
+    @property
+    def writes_to_stream(self) -> bool:
+        return True
+
+    @property
+    def writes_to_file(self) -> bool:
+        return False
+
+    @property
+    def has_filter(self) -> bool:
+        return False  # Snakemake's own
+
+    @property
+    def has_formatter(self) -> bool:
+        return False  # Snakemake's own
+
+    @property
+    def needs_rulegraph(self) -> bool:
+        return False
