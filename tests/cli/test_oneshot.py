@@ -357,6 +357,7 @@ def test_an_allocation_runs_all_of_its_stages(tiny_folder, tmp_path):
         obr.quantize(tiny_folder / "model", tmp_path / "no", recipe=recipe, bits=4)
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     ("files", "given"),
     [

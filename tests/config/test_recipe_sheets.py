@@ -140,6 +140,7 @@ def test_the_settings_of_a_run_fit_a_screen():
     assert len(text.splitlines()) <= 60 and not re.search(r"^(recipes|tables|models):", text, re.M)
 
 
+@pytest.mark.workflow
 def test_commands_can_be_read_and_all_is_the_paper_alone(tmp_path):
     """Over the jobs of every experiment, no shell line has more than 2,000 characters."""
     tables = set()

@@ -129,6 +129,7 @@ def test_disk_packages_and_compiler_are_checked():
 @pytest.mark.parametrize(("wrong", "status"), [(False, 0), (True, 1)])
 def test_the_command_checks_a_configuration(wrong, status, tiny_folder, tmp_path, capsys):
     config = {
+        "experiments": [],
         "results": str(tmp_path / "results"),
         "device": "cpu",
         "models": {"tiny": {"source": {"source": "path", "path": str(tiny_folder / "model")}}},
