@@ -1,59 +1,31 @@
-rule perplexity:
+rule evaluate:
     input:
+        unpack(jobs.evaluation_inputs),
         checkpoint=jobs.checkpoint,
-        text=jobs.evaluated_text,
     output:
-        jobs.path("perplexity"),
+        update(jobs.path("evaluation")),  # scores that it holds are not computed again
     log:
-        jobs.log("perplexity", "model", "recipe", "activations", "text"),
+        jobs.log("evaluate", "model", "recipe", "activations"),
     benchmark:
-        jobs.benchmark("perplexity", "model", "recipe", "activations", "text")
+        jobs.benchmark("evaluate", "model", "recipe", "activations")
+    message:
+        "Evaluating {wildcards.model}, {wildcards.recipe}, {wildcards.activations}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
     resources:
         mem_mb=jobs.memory(4, 3),
-        runtime=jobs.minutes(60, 5),
+        runtime=jobs.minutes(120, 20),
         gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        entry=jobs.entry("perplexity"),
+        scores=jobs.scores_entry,
+        flags=jobs.score_flags,
         recipe=jobs.evaluation,
         checkpoint=subpath(input.checkpoint, parent=True),
         compute=jobs.compute,
-        code=jobs.code("evaluation.perplexity"),
+        code=jobs.code("evaluation.stage"),
     shell:
-        "obr perplexity --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
-        "--text {input.text} --out {output} --activations-memory {resources.activations_mb} {params.compute} "
-        "--threads {threads} >{log} 2>&1"
-
-
-rule zero_shot:
-    input:
-        checkpoint=jobs.checkpoint,
-        task=jobs.path("task"),
-    output:
-        jobs.path("zero_shot"),
-    log:
-        jobs.log("zero_shot", "model", "recipe", "activations", "task"),
-    benchmark:
-        jobs.benchmark("zero_shot", "model", "recipe", "activations", "task")
-    conda:
-        "../../envs/obr.yaml"
-    threads: config["threads"]["evaluate"]
-    resources:
-        mem_mb=jobs.memory(4, 3),
-        runtime=jobs.minutes(120, 15),
-        gpu=jobs.gpu,
-        activations_mb=config["activations_memory"],
-    params:
-        entry=jobs.entry("zero_shot"),
-        recipe=jobs.evaluation,
-        checkpoint=subpath(input.checkpoint, parent=True),
-        task=subpath(input.task, parent=True),
-        compute=jobs.compute,
-        code=jobs.code("evaluation.zero_shot"),
-    shell:
-        "obr zero-shot --entry {params.entry:q} --checkpoint {params.checkpoint} --recipe {params.recipe:q} "
-        "--task {params.task} --out {output} --activations-memory {resources.activations_mb} {params.compute} "
-        "--threads {threads} >{log} 2>&1"
+        "obr evaluate {params.checkpoint} {params.flags} --recipe {params.recipe:q} --out {output} "
+        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} --code {params.code} "
+        ">{log} 2>&1"

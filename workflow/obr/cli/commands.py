@@ -150,47 +150,6 @@ def released(args: Namespace) -> None:
     print(summary(import_released(args.model, args.released, Recipe.parse(args.entry), args.out)))
 
 
-def perplexity(args: Namespace) -> None:
-    device, dtype = _computing(args.device, args.dtype)
-    from obr.config.recipe import Recipe
-    from obr.evaluation.perplexity import perplexity_stage
-    from obr.models.hidden_states import MemoryBudget
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    room = MemoryBudget(args.activations_memory, args.out.parent)
-    result = perplexity_stage(
-        args.checkpoint,
-        args.text,
-        args.entry,
-        Recipe.parse(args.recipe) if args.recipe else None,
-        dtype,
-        device,
-        room,
-    )
-    write_json(result, args.out)
-    value = result["status"] if result["value"] is None else f"{result['value']:.4f}"
-    print(f"perplexity {value}: {result['definition']}; {result['windows']} windows")
-    if "note" in result:
-        print(f"{result['note']}.")
-
-
-def zero_shot(args: Namespace) -> None:
-    device, dtype = _computing(args.device, args.dtype)
-    from obr.config.recipe import Recipe
-    from obr.evaluation.zero_shot import zero_shot_stage
-    from obr.models.hidden_states import MemoryBudget
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    room = MemoryBudget(args.activations_memory, args.out.parent)
-    recipe = Recipe.parse(args.recipe) if args.recipe else None
-    result = zero_shot_stage(args.checkpoint, args.task, args.entry, recipe, dtype, device, room)
-    write_json(result, args.out)
-    spread = "" if result["stderr"] is None else f" ± {result['stderr']:.4f}"
-    print(f"{result['task']}: {result['metric']} {result['value']:.4f}{spread}; {result['prompts']}")
-    if "note" in result:
-        print(f"{result['note']}.")
-
-
 def kernels(args: Namespace) -> None:
     device, _ = _computing(args.device, args.dtype)
     from obr.kernels.benchmark import benchmark, sizes

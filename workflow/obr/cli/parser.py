@@ -68,16 +68,6 @@ STAGES = {
         "Verify a checkpoint of the authors and take it over.",
         "entry model released out trust",
     ),
-    "perplexity": (
-        commands.perplexity,
-        "Perplexity of a checkpoint.",
-        "entry checkpoint recipe? text out activations compute trust",
-    ),
-    "zero-shot": (
-        commands.zero_shot,
-        "Zero-shot accuracy of a checkpoint.",
-        "entry checkpoint recipe? task out activations compute trust",
-    ),
     "kernels": (commands.kernels, "Time matrix products on this device.", "entry out compute sizes"),
     "table": (commands.table, "Make a table.", "name config results published out"),
     "figure": (commands.figure, "Draw a figure.", "name config results published out"),

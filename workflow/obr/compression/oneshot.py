@@ -16,11 +16,11 @@ from obr.config.oneshot_job import SEQLEN, Job, resolve, work_folder
 from obr.config.oneshot_options import OneShot
 from obr.config.workflow import check_widths
 from obr.errors import ObrError
-from obr.evaluation.perplexity import blocks_perplexity, perplexity_stage
+from obr.evaluation.stage import STAGE, Wanted, evaluate_stage
 from obr.models import remote_code
-from obr.models.blocks import StreamedBlocks
 from obr.models.hidden_states import MemoryBudget
-from obr.models.loading import default_device, load_tokenizer
+from obr.models.loading import default_device
+from obr.runtime import code_digest
 from obr.runtime.files import read_json, write_json
 from obr.runtime.locks import acquire, release
 
@@ -211,20 +211,16 @@ def _outcome(job: Job, work: WorkFolder) -> Quantized:
     found = Quantized(out, work.folder, read_manifest(out), size)
     if job.perplexity is None:
         return found
-    text, entry = work.text(job.perplexity["text"]), work.evaluation
-    room, device, dtype = MemoryBudget(work.megabytes, work.folder), work.device, work.dtype
-    request = {"entry": entry, "device": device, "dtype": str(dtype)}
-
-    def before() -> None:
-        blocks = StreamedBlocks(model, None, dtype, device)
-        write_json(blocks_perplexity(blocks, load_tokenizer(model), text, entry, room), dense)
-
-    def after() -> None:
-        write_json(perplexity_stage(out, text, entry, None, dtype, device, room), own)
-
-    dense = work.path("perplexity", recipe="dense", text=str(job.evaluated))
-    own = work.path("perplexity", recipe="recipe", text=str(job.evaluated))
-    source = read_json(model / "source.json")["sha256"]
-    work.made(dense, {**request, "model": source}, before)
-    work.made(own, {**request, "checkpoint": found.manifest["files"]}, after)
-    return replace(found, before=read_json(dense), after=read_json(own), text=job.evaluated)
+    wanted = [Wanted("perplexity", str(job.evaluated), work.text(job.perplexity["text"]), work.evaluation)]
+    room = MemoryBudget(work.megabytes, work.folder)
+    scores = []
+    for folder, recipe in ((model, "dense"), (out, "recipe")):
+        place = work.path("evaluation", recipe=recipe, activations="own")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scores.append(
+            evaluate_stage(
+                folder, wanted, place, dtype=work.dtype, device=work.device, room=room, code=code_digest.digest(STAGE)
+            )
+        )
+    before, after = (score["perplexity"][str(job.evaluated)] for score in scores)
+    return replace(found, before=before, after=after, text=job.evaluated)

@@ -62,3 +62,42 @@ def scheme_entry(raw: dict, scheme: str, where: str) -> dict:
     schemes = {SIXTEEN_BITS_SCHEME: {}, **(raw.get("activations") or {})}
     check_defined(schemes, "activations", scheme, where)
     return dict(schemes[scheme])
+
+
+def recipes_of_row(row: str | dict) -> list[str]:
+    """The recipes that a row of a table or figure names, with those of all its seeds; none if it only quotes."""
+    if isinstance(row, str):
+        return [row]
+    return [row["recipe"], *(row.get("variants") or [])] if "recipe" in row else []
+
+
+def rows_of(raw: dict, entry: dict) -> list[tuple[str, str]]:
+    """(recipe, activation scheme) of a table's or figure's rows, where a row has several seeds those of all."""
+    found = []
+    for row in entry.get("rows", []):
+        if names := recipes_of_row(row):
+            row = {"recipe": row} if isinstance(row, str) else row
+            found += [(key, scheme_of(raw, row)) for key in row.get("variants") or names]
+    return found
+
+
+def scores_of(entry: dict) -> dict[str, list[str]]:
+    """The texts ("perplexity") and tasks ("zero_shot") of a table or figure."""
+    texts = entry.get("perplexity") or []
+    return {
+        "perplexity": [texts] if isinstance(texts, str) else list(texts),
+        "zero_shot": entry.get("zero_shot") or [],
+    }
+
+
+def scores_asked(raw: dict) -> dict[tuple[str, str, str], dict[str, list[str]]]:
+    """What tables and figures ask of each (model, recipe, activation scheme): texts and tasks, as `scores_of`."""
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    for entry in [*raw["tables"].values(), *raw["figures"].values()]:
+        wanted = scores_of(entry)
+        for model in entry.get("models", []):
+            for recipe, scheme in rows_of(raw, entry):
+                known = found.setdefault((model, recipe, scheme), {kind: [] for kind in wanted})
+                for kind, names in wanted.items():
+                    known[kind] += [name for name in names if name not in known[kind]]
+    return found

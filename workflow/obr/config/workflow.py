@@ -6,6 +6,7 @@ The JSON schema checks keys, types and ranges; here is what a schema cannot say.
 import json
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from obr.config import overrides
@@ -22,7 +23,10 @@ from obr.config.schemes import (
     check_scheme,
     checkpoint_entry,
     evaluated_entry,
-    scheme_of,
+    recipes_of_row,
+    rows_of,
+    scores_asked,
+    scores_of,
 )
 from obr.errors import ObrError, printable
 
@@ -184,16 +188,10 @@ class Config:
         Raises:
             ObrError: a recipe that the config does not define. where: the entry's place, in messages.
         """
-        found = []
         for row in entry.get("rows", []):
-            if isinstance(row, dict) and "recipe" not in row:
-                continue
-            row = {"recipe": row} if isinstance(row, str) else row
-            keys = row.get("variants") or [row["recipe"]]
-            for key in (row["recipe"], *keys):
+            for key in recipes_of_row(row):
                 self._defined("recipes", key, f"{where}.rows")
-            found += [(key, scheme_of(self.raw, row)) for key in keys]
-        return found
+        return rows_of(self.raw, entry)
 
     def recipes_of(self, model: str) -> list[str]:
         """Recipes whose checkpoints some table or figure asks of the model, each once."""
@@ -204,18 +202,20 @@ class Config:
         """The files that a table or figure is made of, below the results folder."""
         if entry.get("kind") == "kernels":
             yield below("kernels", device=entry["device"])
-        texts = entry.get("perplexity", [])
         for model in entry.get("models", []):
             for rotation in entry.get("rotations", []):
                 yield below("learning_curve", rotation=rotation, model=model)
             for recipe, scheme in self.rows(entry):
                 names = {"model": model, "recipe": recipe}
-                for text in [texts] if isinstance(texts, str) else texts:
-                    yield below("perplexity", **names, activations=scheme, text=text)
-                for task in entry.get("zero_shot", []):
-                    yield below("zero_shot", **names, activations=scheme, task=task)
+                if any(scores_of(entry).values()):
+                    yield below("evaluation", **names, activations=scheme)
                 for artefact in ["checkpoint", *READ_BY_FIGURES.get(entry.get("kind"), ())]:
                     yield below(artefact, **names)
+
+    @cached_property
+    def scores(self) -> dict[tuple[str, str, str], dict[str, list[str]]]:
+        """What tables and figures ask of each (model, recipe, activation scheme); see `scores_asked`."""
+        return scores_asked(self.raw)
 
     def measured_blocks(self, options: str, rotation: str, calibration: str) -> str | None:
         """The blocks to measure: those of the recipes whose allocations choose from it, all if these differ."""

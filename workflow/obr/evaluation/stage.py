@@ -25,8 +25,10 @@ from obr.models.blocks import StreamedBlocks
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.runtime.files import read_json, sha256_of, write_json
+from obr.runtime.provenance import model_hashes
 
 KINDS = ("perplexity", "zero_shot")
+STAGE = "evaluation.stage"  # whose code decides scores
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,16 @@ def evaluate_stage(
             if keys.get(f"{kind}.{name}", score["key"]) != score["key"]:
                 del scores[kind][name]
     missing = [w for w in wanted if w.name not in scores[w.kind]]
-    if missing:
-        resume = ResumePoint(
-            out.with_name(f"{out.name}.states"), _digest({**about, "keys": [keys[w.label] for w in missing]})
-        )
-        for one, score in zip(missing, _scores(blocks, about["setting"], missing, room, resume), strict=True):
-            scores[one.kind][one.name] = {"key": keys[one.label], **score}
-        write_json({**about, **scores}, out)
-        resume.drop()
-    return {**about, **scores}
+    states = ResumePoint(
+        out.with_name(f"{out.name}.states"), _digest({**about, "keys": [keys[w.label] for w in missing]})
+    )
+    computed = _scores(blocks, about["setting"], missing, room, states) if missing else []
+    for one, score in zip(missing, computed, strict=True):
+        scores[one.kind][one.name] = {"key": keys[one.label], **score}
+    found = {**about, "computed": [w.label for w in missing], **scores}
+    write_json(found, out)  # where nothing is missing, too: Snakemake goes by the time of the file
+    states.drop()
+    return found
 
 
 def opened(
@@ -127,8 +130,8 @@ def opened(
         raise ObrError(f"{folder} is a model that is not compressed, so no recipe applies to it; leave it out.")
     else:
         blocks = StreamedBlocks(folder, None, dtype, device)
-        files = sorted(folder.glob("*.safetensors"))
-        identity, settings = _digest({path.name: sha256_of(path) for path in [folder / "config.json", *files]}), None
+        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+        identity, settings = _digest(model_hashes(folder) or {path.name: sha256_of(path) for path in files}), None
     about = {
         "checkpoint": identity,
         "recipe": settings,

@@ -76,13 +76,13 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
     ]
     for recipe, scheme in places:
         row, names = {}, {"model": model, "recipe": recipe, "activations": scheme}
-        for path in sorted(paths.folder(results, "perplexity", **names).glob("*.json")):
-            score, column = read_artefact(path), f"{HEADINGS.get(path.stem, path.stem)} perplexity"
+        scores = read_artefact(paths.path(results, "evaluation", **names))
+        for name, score in sorted(scores["perplexity"].items()):
+            column = f"{HEADINGS.get(name, name)} perplexity"
             row[column] = f"{value_of(score):.2f}"
             meanings[f"{column}: {score.get('definition')}."] = score.get("definition")
-        for path in sorted(paths.folder(results, "zero_shot", **names).glob("*.json")):
-            score = read_artefact(path)
-            row[f"{HEADINGS.get(path.stem, path.stem)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"
+        for name, score in sorted(scores["zero_shot"].items()):
+            row[f"{HEADINGS.get(name, name)} {score['metric']}, %"] = f"{100 * number(score['value']):.2f}"
             meanings[f"Zero-shot prompts: {score.get('prompts')}."] = score.get("prompts")
         if row:
             rows[recipe if scheme == SIXTEEN_BITS_SCHEME else f"{recipe}, {scheme}"] = row
@@ -105,12 +105,8 @@ def _measured(checkpoint: Path, manifest: dict) -> str:
 
 def _evaluated(results: Path, model: str, recipe: str) -> list[str]:
     """The activation schemes under which a checkpoint was evaluated, "a16" first."""
-    found = {
-        folder.name
-        for artefact in ("perplexity", "zero_shot")
-        for folder in paths.folder(results, artefact, model=model, recipe=recipe, activations="*").parent.glob("*")
-        if any(folder.glob("*.json"))
-    }
+    folder = paths.folder(results, "evaluation", model=model, recipe=recipe, activations="*")
+    found = [path.stem for path in folder.glob("*.json")]
     return sorted(found, key=lambda scheme: (scheme != SIXTEEN_BITS_SCHEME, scheme))
 
 

@@ -227,6 +227,21 @@ def zero_shot(sizes: Sizes, task: str, limit: int | None, batch_tokens: int) -> 
     return Work(products, 0, 0, elements, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 10)
 
 
+def evaluation(sizes: Sizes, texts: list[tuple[int, int]], tasks: list[tuple[str, int | None, int]]) -> Work:
+    """All texts (tokens, window) and tasks (name, rows, tokens at a time) in one pass: the blocks are read once."""
+    parts = [perplexity(sizes, tokens, length) for tokens, length in texts]
+    parts += [zero_shot(sizes, *task) for task in tasks]
+    sums = {kind: sum(getattr(part, kind) for part in parts) for kind in ("products", "elements", "runs")}
+    start = 5.5 + (3.0 if tasks else 0.0) + 1.5 * len(tasks)  # lm-eval's import, then each task's rows
+    return Work(read=max((part.read for part in parts), default=0.0), start=start, **sums)
+
+
+def evaluated_tokens(texts: list[tuple[int, int]], tasks: list[tuple[str, int | None, int]]) -> tuple[int, int]:
+    """(tokens of all texts and tasks, tokens that pass through a block at a time) of an evaluation."""
+    tokens = sum(tokens for tokens, _ in texts) + sum(zero_shot_tokens(name, limit)[0] for name, limit, _ in tasks)
+    return tokens, max([length for _, length in texts] + [length for *_, length in tasks], default=1)
+
+
 # Seconds of the stages that do not depend on a model's size, on a CPU; downloads come on top.
 CONSTANT = {
     "calibrate": 7.0,
@@ -279,12 +294,9 @@ def memory(
     elif rule == "hessian":
         model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden
         base = 0.8
-    elif rule == "perplexity":
-        model = ends + 3 * block + element * tokens * sizes.hidden + 8.0 * length * sizes.vocabulary
-        base = 0.5
     elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
         model, base = 1.5 * ends + 3 * block, 0.9
-    elif rule == "zero_shot":  # ends at 16 bits, the head again as it is used, a block and what passes through it
+    elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it
         states = min(element * tokens * sizes.hidden, 4e9)
         passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
         model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2

@@ -55,7 +55,7 @@ def found_under(results: Path) -> list[Timing]:
 
 def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model.Work] | None:
     """(stage, device, work) of the job whose benchmark is called so; None for stages that are priced flat."""
-    if rule not in ("compress", "gradients", "hessian", "perplexity", "sensitivity", "zero_shot"):
+    if rule not in ("compress", "evaluate", "gradients", "hessian", "sensitivity"):
         return None
     sizes = tensor_sizes.sizes_in(paths.folder(results, "model", model=names[0]))
     if sizes is None:
@@ -78,13 +78,16 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model
         options = [Option.parse(option, "option") for option in losses["options"]]
         blocks = len({layer["block"] for layer in losses["layers"]})
         return rule, losses["device"], cost_model.sensitivity(replace(sizes, blocks=blocks), options)
-    if rule == "perplexity":
-        artefact = read_artefact(place("perplexity", "model", "recipe", "activations", "text"))
-        return rule, artefact["device"], cost_model.perplexity(sizes, artefact["tokens"], artefact["seqlen"])
-    if rule == "zero_shot":
-        artefact = read_artefact(place("zero_shot", "model", "recipe", "activations", "task"))
-        work = cost_model.zero_shot(sizes, names[3], artefact["n"], artefact["batch_tokens"])
-        return rule, artefact["device"], work
+    if rule == "evaluate":
+        made = read_artefact(place("evaluation", "model", "recipe", "activations"))
+        scores = [(*label.split(".", 1),) for label in made["computed"]]  # the last job may have kept others
+        texts = [made[kind][name] for kind, name in scores if kind == "perplexity"]
+        tasks = [(name, made[kind][name]) for kind, name in scores if kind == "zero_shot"]
+        work = cost_model.evaluation(
+            sizes, [(text["tokens"], text["seqlen"]) for text in texts],
+            [(name, task["n"], task["batch_tokens"]) for name, task in tasks],
+        )  # fmt: skip
+        return rule, made["device"], work
     made = read_artefact(place("hessians", *PLACE))
     calibration = made["calibration"]
     return rule, made.get("device", "cpu"), cost_model.hessian(sizes, calibration["tokens"], calibration["seqlen"])

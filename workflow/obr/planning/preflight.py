@@ -30,7 +30,7 @@ PACKAGES = {
     "download_text": (("datasets",), "data"),
     "download_documents": (("datasets",), "data"),
     "download_task": (("lm_eval", "datasets"), "eval"),
-    "zero_shot": (("lm_eval", "datasets"), "eval"),
+    "evaluate": (("lm_eval", "datasets"), "eval"),
     "learn_rotation": (("geoopt",), "learn"),
     "table": (("pandas",), "report"),
     "figure": (("pandas", "matplotlib"), "report"),

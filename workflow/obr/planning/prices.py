@@ -6,13 +6,14 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
-from obr.config.schemes import checkpoint_entry
+from obr.config.schemes import checkpoint_entry, scores_asked
 from obr.planning import cost_model, measured_times, tensor_sizes
 from obr.planning.dry_run import Job
 
 UNPACKED = 2.6  # size of a shard of C4 as text beside its compressed file
+TEXT_TOKENS = 340_000  # of a text whose length the config does not tell: WikiText-2's test split
 OVERHEAD = 0.3  # seconds that Snakemake spends on a job
-TIMED = ("compress", "generate", "gradients", "hessian", "learn_rotation", "perplexity", "sensitivity", "zero_shot")
+TIMED = ("compress", "generate", "gradients", "hessian", "learn_rotation", "evaluate", "sensitivity")
 
 
 @dataclass
@@ -37,7 +38,8 @@ class Prices:
         self.device = config["device"]
         self.threads = dict.fromkeys(("hessian", "gradients"), config["threads"]["hessian"])
         self.threads |= dict.fromkeys(("compress", "sensitivity"), config["threads"]["compress"])
-        self.threads |= dict.fromkeys(("generate", "perplexity", "zero_shot"), config["threads"]["evaluate"])
+        self.threads |= dict.fromkeys(("generate", "evaluate"), config["threads"]["evaluate"])
+        self.scores = scores_asked(config)
         self.known = known if known is not None else []
         self.factors = measured_times.factors(self.known, self.device, self.threads)
 
@@ -120,20 +122,26 @@ class Prices:
             tokens, length = self.calibration(entry["learn"]["calibration"])
             work = cost_model.learning(sizes, entry["kind"], entry["learn"], tokens // length, length)
             like = job.rule if "steps" in cost_model.LEARNING[entry["kind"]] else "compress"
-        elif job.rule == "perplexity":
-            entry = self.config["perplexity"][job.wildcards["text"]]
-            length, tokens = entry["seqlen"], entry.get("tokens") or 340_000
-            work = cost_model.perplexity(sizes, tokens, length)
         else:
-            entry = self.config["zero_shot"][job.wildcards["task"]]
-            task, limit, length = job.wildcards["task"], entry.get("limit"), entry["batch_tokens"]
-            tokens, *_ = cost_model.zero_shot_tokens(task, limit)
-            work = cost_model.zero_shot(sizes, task, limit, length)
+            texts, tasks = self._scores(job)
+            work = cost_model.evaluation(sizes, texts, tasks)
+            tokens, length = cost_model.evaluated_tokens(texts, tasks)
         expected = work.seconds(cost_model.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(measured_times.stage_of(job.rule, recipe), 1.0) + OVERHEAD
         asymmetric = recipe is not None and recipe.asymmetry > 0
         host, gpu = cost_model.memory(like, sizes, tokens, length, self.device == "cuda", asymmetric)
         return Price(seconds, host, gpu, disk)
+
+    def _scores(self, job: Job) -> tuple[list[tuple[int, int]], list[tuple[str, int | None, int]]]:
+        """What an evaluation computes: (tokens, window) of each text, (name, rows, tokens at a time) of each task."""
+        names = tuple(job.wildcards[key] for key in ("model", "recipe", "activations"))
+        wanted = self.scores.get(names, {"perplexity": [], "zero_shot": []})
+        texts = [self.config["perplexity"][name] for name in wanted["perplexity"]]
+        tasks = [(name, self.config["zero_shot"][name]) for name in wanted["zero_shot"]]
+        return (
+            [(entry.get("tokens") or TEXT_TOKENS, entry["seqlen"]) for entry in texts],
+            [(name, entry.get("limit"), entry["batch_tokens"]) for name, entry in tasks],
+        )
 
     def _downloads(self, job: Job) -> tuple[float, float]:
         """(GB fetched, GB written) by a job."""

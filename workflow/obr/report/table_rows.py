@@ -162,13 +162,20 @@ def read_manifest(results: Path, model: str, row: Row) -> dict:
 
 
 def read_perplexity(results: Path, model: str, row: Row, text: str) -> dict:
-    names = {"model": model, "recipe": row.checkpoint, "activations": row.activations}
-    return read_artefact(paths.path(results, "perplexity", **names, text=text))
+    return _score(results, model, row, "perplexity", text)
 
 
 def read_zero_shot(results: Path, model: str, row: Row, task: str) -> dict:
-    names = {"model": model, "recipe": row.checkpoint, "activations": row.activations}
-    return read_artefact(paths.path(results, "zero_shot", **names, task=task))
+    return _score(results, model, row, "zero_shot", task)
+
+
+def _score(results: Path, model: str, row: Row, kind: str, name: str) -> dict:
+    """A score of an evaluation. Raises ObrError, naming the target to build, if it is not there."""
+    path = paths.path(results, "evaluation", model=model, recipe=row.checkpoint, activations=row.activations)
+    scores = read_artefact(path).get(kind, {})
+    if name not in scores:
+        raise ObrError(f"{path} has no {kind} {name}; build it with `snakemake {path}`.")
+    return scores[name]
 
 
 def number(value) -> float:
