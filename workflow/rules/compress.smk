@@ -1,10 +1,15 @@
+# With `keep: scores` the weights go once they are evaluated; the manifest and the report of the layers stay.
+kept = temp if config["keep"] == "scores" else lambda output: output
+
+
 rule compress:
     input:
         unpack(jobs.compression),
         model=jobs.path("model"),
         checked=ancient(jobs.path("model_check")),
     output:
-        manifest=jobs.path("checkpoint"),
+        checkpoint=kept(directory(jobs.path("checkpoint"))),
+        manifest=jobs.path("manifest"),
         layers=report(
             jobs.path("layers"),
             caption="../report/layers.rst",
@@ -29,12 +34,12 @@ rule compress:
         entry=jobs.weights,
         model=subpath(input.model, parent=True),
         inputs=jobs.input_flags,
-        out=subpath(output.manifest, parent=True),
         compute=jobs.compute,
         code=jobs.code("compression.stage"),
     shell:
-        "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {params.out} "
-        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
+        "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {output.checkpoint} "
+        "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1 && "
+        "cp {output.checkpoint}/manifest.json {output.manifest} && cp {output.checkpoint}/layers.csv {output.layers}"
 
 
 rule released:
@@ -42,7 +47,8 @@ rule released:
         model=jobs.path("model"),
         released=jobs.path("released"),
     output:
-        manifest=jobs.path("checkpoint"),
+        checkpoint=kept(directory(jobs.path("checkpoint"))),
+        manifest=jobs.path("manifest"),
         layers=jobs.path("layers"),
     log:
         jobs.log("released", "model", "recipe"),
@@ -61,9 +67,9 @@ rule released:
         model=subpath(input.model, parent=True),
         released=subpath(input.released, parent=True),
         trust=jobs.trust,
-        out=subpath(output.manifest, parent=True),
         local=jobs.local("recipes"),
         code=jobs.code("checkpoints.released.stage"),
     shell:
         "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
-        "--out {params.out} {params.trust} >{log} 2>&1"
+        "--out {output.checkpoint} {params.trust} >{log} 2>&1 && "
+        "cp {output.checkpoint}/manifest.json {output.manifest} && cp {output.checkpoint}/layers.csv {output.layers}"

@@ -8,8 +8,7 @@ rule evaluate:
         jobs.log("evaluate", "model", "recipe", "activations"),
     benchmark:
         jobs.benchmark("evaluate", "model", "recipe", "activations")
-    message:
-        "Evaluating {wildcards.model}, {wildcards.recipe}, {wildcards.activations}"
+    priority: 1  # before the next compression, so that few weights wait where `keep` lets them go
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
@@ -22,10 +21,11 @@ rule evaluate:
         scores=jobs.scores_entry,
         flags=jobs.score_flags,
         recipe=jobs.evaluation,
-        checkpoint=subpath(input.checkpoint, parent=True),
         compute=jobs.compute,
         code=jobs.code("evaluation.stage"),
+    message:
+        "Evaluating {wildcards.model}, {wildcards.recipe}, {wildcards.activations}"
     shell:
-        "obr evaluate {params.checkpoint} {params.flags} --recipe {params.recipe:q} --out {output} "
+        "obr evaluate {input.checkpoint} {params.flags} --recipe {params.recipe:q} --out {output} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} --code {params.code} "
         ">{log} 2>&1"

@@ -19,8 +19,9 @@ ARTEFACTS = {
     "gradients": "gradients/{model}/{rotation}/{calibration}.safetensors",
     "sensitivity": "sensitivity/{model}/{rotation}/{calibration}/{options}/losses.json",
     "allocation": "allocations/{model}/{recipe}.json",
-    "checkpoint": "compressed/{model}/{recipe}/manifest.json",
-    "layers": "compressed/{model}/{recipe}/layers.csv",
+    "checkpoint": "compressed/{model}/{recipe}",
+    "manifest": "manifests/{model}/{recipe}.json",
+    "layers": "layers/{model}/{recipe}.csv",
     "evaluation": "evaluations/{model}/{recipe}/{activations}.json",
     "kernels": "kernels/{device}.csv",
     "settings": "config/{section}/{name}.{digest}.json",
@@ -42,7 +43,7 @@ def below(artefact: str, **names: str) -> str:
 
     Example:
         >>> below("checkpoint", model="tiny")
-        'compressed/tiny/{recipe}/manifest.json'
+        'compressed/tiny/{recipe}'
     """
     return ARTEFACTS[artefact].format_map(_Wildcards(names))
 

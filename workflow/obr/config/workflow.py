@@ -209,7 +209,7 @@ class Config:
                 names = {"model": model, "recipe": recipe}
                 if any(scores_of(entry).values()):
                     yield below("evaluation", **names, activations=scheme)
-                for artefact in ["checkpoint", *READ_BY_FIGURES.get(entry.get("kind"), ())]:
+                for artefact in ["manifest", *READ_BY_FIGURES.get(entry.get("kind"), ())]:
                     yield below(artefact, **names)
 
     @cached_property

@@ -65,7 +65,7 @@ def _timing(results: Path, rule: str, *names: str) -> tuple[str, str, cost_model
         return paths.path(results, artefact, **dict(zip(wildcards, names, strict=True)))
 
     if rule == "compress":
-        manifest = read_artefact(place("checkpoint", "model", "recipe"))
+        manifest = read_artefact(place("manifest", "model", "recipe"))
         recipe, calibration = Recipe.parse(manifest["recipe"]), manifest["calibration"] or {"tokens": 0, "seqlen": 1}
         work = cost_model.compress(sizes, recipe, calibration["tokens"], calibration["seqlen"])
         return stage_of(rule, recipe), manifest["device"], work

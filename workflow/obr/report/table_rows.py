@@ -158,7 +158,7 @@ def require(path: Path) -> Path:
 
 
 def read_manifest(results: Path, model: str, row: Row) -> dict:
-    return read_artefact(paths.path(results, "checkpoint", model=model, recipe=row.checkpoint))
+    return read_artefact(paths.path(results, "manifest", model=model, recipe=row.checkpoint))
 
 
 def read_perplexity(results: Path, model: str, row: Row, text: str) -> dict:
