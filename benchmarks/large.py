@@ -51,7 +51,7 @@ def _measure(folder: Path, sizes: dict, blocks: int, windows: int, seqlen: int) 
     shutil.rmtree(out, ignore_errors=True)
     spec = {"nsamples": windows, "seqlen": seqlen}
     entry = {**RECIPE, "hessian": "sequential", "blocks": f"0:{blocks}"}
-    evaluated = {"seqlen": seqlen, "tokens": windows * seqlen}
+    evaluated = [f"seqlen={seqlen}", f"tokens={windows * seqlen}"]
     threads = ["--threads", machine()["threads"]]
     model = ["--model", inputs.model]
     stages = {
@@ -62,8 +62,8 @@ def _measure(folder: Path, sizes: dict, blocks: int, windows: int, seqlen: int) 
             "--out", out, *threads,
         ],
         "Perplexity": [
-            "perplexity", "--entry", evaluated, "--checkpoint", out, "--text", inputs.text,
-            "--out", folder / "perplexity.json", *threads,
+            "evaluate", out, "--text", "text", inputs.text, *evaluated,
+            "--out", folder / "scores.json", *threads,
         ],
     }  # fmt: skip
     size = checkpoint_bytes(sizes) / 1e9

@@ -168,8 +168,8 @@ def _pretend(folder: Path, config: dict) -> int:
     paths += ["rotations/quarot/tiny.safetensors", "calibration/train/tiny.safetensors", "tables/load.csv"]
     paths += ["hessians/tiny/quarot/train/hessian.json", "tables/load.md", "tables/load.tex"]
     for recipe in config["recipes"]:
-        paths += [f"compressed/tiny/{recipe}/manifest.json", f"compressed/tiny/{recipe}/layers.csv"]
-        paths += [f"perplexity/tiny/{recipe}/a16/{text}.json" for text in config["perplexity"]]
+        paths += [f"compressed/tiny/{recipe}/manifest.json", f"manifests/tiny/{recipe}.json"]
+        paths += [f"layers/tiny/{recipe}.csv", f"evaluations/tiny/{recipe}/a16.json"]
     for path in paths:
         place = folder / RESULTS / path
         place.parent.mkdir(parents=True, exist_ok=True)

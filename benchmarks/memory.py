@@ -33,7 +33,7 @@ def measure_model(folder: Path, sizes: dict, windows: int, seqlen: int) -> list[
     inputs, hessians = write_inputs(folder, sizes, windows, seqlen), folder / "hessians"
     cached, sequential = folder / "cached", folder / "sequential"
     rotated = ["--model", inputs.model, "--rotation", inputs.rotation]
-    evaluated = {"seqlen": seqlen, "tokens": windows * seqlen}
+    evaluated = [f"seqlen={seqlen}", f"tokens={windows * seqlen}"]
     stages = {
         "Hessians": ["hessian", *rotated, "--tokens", inputs.tokens, "--out", hessians],
         "Compression, cached": [
@@ -44,8 +44,8 @@ def measure_model(folder: Path, sizes: dict, windows: int, seqlen: int) -> list[
             "--out", sequential,
         ],
         "Perplexity": [
-            "perplexity", "--entry", evaluated, "--checkpoint", sequential, "--text", inputs.text,
-            "--out", folder / "perplexity.json",
+            "evaluate", sequential, "--text", "text", inputs.text, *evaluated,
+            "--out", folder / "scores.json",
         ],
     }  # fmt: skip
     threads = ["--threads", machine()["threads"]]

@@ -211,10 +211,9 @@ def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsy
     ran("verify", out)
     assert not verify_checkpoint(out)
 
-    evaluation = {"text": "heldout", "seqlen": 64, "tokens": 512}
-    measured = ("--checkpoint", out, "--text", tiny_folder / "heldout.txt", "--out", tmp_path / "ppl.json")
+    text = ("--text", "heldout", tiny_folder / "heldout.txt", "seqlen=64", "tokens=512")
     recipe = json.dumps({**entry, **quantised})
-    ran("perplexity", "--entry", json.dumps(evaluation), *measured, "--recipe", recipe)
+    ran("evaluate", out, *text, "--out", tmp_path / "scores.json", "--recipe", recipe)
     text = (tiny_folder / "heldout.txt").read_text()
     tokens = torch.tensor(load_tokenizer(out)(text)["input_ids"])
     windows = evaluation_windows(tokens, 64)[:8]

@@ -25,7 +25,7 @@ def test_seeds_become_recipes_with_their_own_windows_and_rotations():
     assert config.raw["rotations"]["quarot-seed1"]["seed"] == 1
     assert config.evaluated("obr-seed1", "a4").activations.bits == 4
     made = list(config.artefacts(config.raw["tables"]["t"]))
-    assert "compressed/small/obr-seed1/manifest.json" in made and "perplexity/large/obr-seed1/a4/wiki.json" in made
+    assert "manifests/small/obr-seed1.json" in made and "evaluations/large/obr-seed1/a4.json" in made
     assert "obr-seed1" in config.recipes_of("small")
 
 

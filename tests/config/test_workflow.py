@@ -29,10 +29,10 @@ def test_a_checkpoint_is_evaluated_under_the_schemes_of_its_rows():
     assert config.evaluation_entry("obr", "a4") != config.evaluation_entry("obr", "a16")
     assert config.rows(config.raw["tables"]["t"]) == [("dense", "a16"), ("obr", "a4")]
     assert list(config.artefacts(config.raw["tables"]["t"]))[:4] == [
-        "perplexity/small/dense/a16/wiki.json",
-        "compressed/small/dense/manifest.json",
-        "perplexity/small/obr/a4/wiki.json",
-        "compressed/small/obr/manifest.json",
+        "evaluations/small/dense/a16.json",
+        "manifests/small/dense.json",
+        "evaluations/small/obr/a4.json",
+        "manifests/small/obr.json",
     ]
 
 

@@ -265,13 +265,13 @@ def test_the_definition_names_what_a_tokenizer_adds_after_the_text(tiny_folder, 
 
 
 def test_obr_perplexity_prints_its_definition_and_note(gemma_checkpoint, tmp_path, capsys):
-    arguments = ["--checkpoint", str(gemma_checkpoint / "packed"), "--text", str(gemma_checkpoint / "text.txt")]
-    for bos, words in (("window", "every window begins with a BOS token"), (None, "11 of 12 windows have none")):
-        entry = json.dumps({"seqlen": 128, "tokens": 1536, "bos": bos})
-        arguments += ["--out", str(tmp_path / "p.json")]
-        assert main(["perplexity", "--entry", entry, *arguments]) == 0
+    command = ["evaluate", str(gemma_checkpoint / "packed"), "--out", str(tmp_path / "p.json")]
+    command += ["--text", "t", str(gemma_checkpoint / "text.txt"), "seqlen=128", "tokens=1536"]
+    for bos, words in (("window", "every window begins with a BOS token"), ("null", "11 of 12 windows have none")):
+        assert main([*command, f"bos={bos}"]) == 0
         assert words in capsys.readouterr().out
-    assert "window" not in json.loads((tmp_path / "p.json").read_text())["definition"].rpartition(";")[2]
+    score = json.loads((tmp_path / "p.json").read_text())["perplexity"]["t"]
+    assert "window" not in score["definition"].rpartition(";")[2]
 
 
 def test_an_infinite_perplexity_is_no_number_in_json(tokenizers, tmp_path, capsys):
@@ -281,13 +281,10 @@ def test_an_infinite_perplexity_is_no_number_in_json(tokenizers, tmp_path, capsy
     tokenizers[byte_level, "BOS"].save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     compress_stage(tmp_path / "model", Recipe.parse({"method": "dense"}), tmp_path / "packed")
-    arguments = ["--checkpoint", str(tmp_path / "packed"), "--text", str(tmp_path / "text.txt")]
-    assert (
-        main(["perplexity", "--entry", '{"seqlen": 32, "tokens": 128}', *arguments, "--out", str(tmp_path / "p")])
-        == 0
-    )
-    assert capsys.readouterr().out.startswith("perplexity inf: ")
-    found = json.loads((tmp_path / "p").read_text(), parse_constant=pytest.fail)
+    text = ["--text", "t", str(tmp_path / "text.txt"), "seqlen=32", "tokens=128"]
+    assert main(["evaluate", str(tmp_path / "packed"), *text, "--out", str(tmp_path / "p")]) == 0
+    assert capsys.readouterr().out.startswith("t: perplexity inf: ")
+    found = json.loads((tmp_path / "p").read_text(), parse_constant=pytest.fail)["perplexity"]["t"]
     assert (found["value"], found["status"]) == (None, "inf") and value_of(found) == math.inf
 
 

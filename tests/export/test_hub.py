@@ -15,6 +15,7 @@ from typing import ClassVar
 import pytest
 import yaml
 
+from helpers.fabricated_results import change_scores, evaluation, save_score
 from obr.errors import ObrError
 from obr.export.hub import push
 from obr.export.model_card import model_card
@@ -54,9 +55,7 @@ def checkpoint(tmp_path):
             ("perplexity", "wikitext2", {"value": value}),
             ("zero_shot", "piqa", {"value": 0.7, "metric": "acc_norm"}),
         ):
-            path = tmp_path / "results" / stage / "llama" / recipe / "a16" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
+            save_score((tmp_path / "results", "llama", recipe, "a16"), stage, name, content)
     return folder
 
 
@@ -95,10 +94,9 @@ def test_model_card_states_recipe_scores_and_licence(checkpoint):
 
 
 def test_the_card_says_what_was_measured_and_shows_infinities(checkpoint, tmp_path):
-    path = tmp_path / "results/perplexity/llama/obr_gptq/a16/wikitext2.json"
-    path.write_text(json.dumps({**finite("value", math.inf), "definition": "made up; no special tokens"}))
-    path = tmp_path / "results/zero_shot/llama/obr_gptq/a16/piqa.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "prompts": "no special tokens"}))
+    path = evaluation(tmp_path / "results", "llama", "obr_gptq")
+    change_scores(path, "perplexity", **finite("value", math.inf), definition="made up; no special tokens")
+    change_scores(path, "zero_shot", prompts="no special tokens")
     card = model_card(checkpoint, MANIFEST, "me/small")
     assert "| obr_gptq | inf | 70.00 |" in card
     assert "WikiText-2 perplexity: made up; no special tokens. Zero-shot prompts: no special tokens." in card
@@ -106,9 +104,7 @@ def test_the_card_says_what_was_measured_and_shows_infinities(checkpoint, tmp_pa
 
 
 def test_the_card_has_a_line_for_each_activation_scheme(checkpoint, tmp_path):
-    path = tmp_path / "results/perplexity/llama/obr_gptq/a4kv4/wikitext2.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"value": 9.1}))
+    save_score((tmp_path / "results", "llama", "obr_gptq", "a4kv4"), "perplexity", "wikitext2", {"value": 9.1})
     card = model_card(checkpoint, MANIFEST, "me/small")
     assert "| obr_gptq | 8.40 | 70.00 |" in card and "| obr_gptq, a4kv4 | 9.10 | – |" in card
 

@@ -1,11 +1,11 @@
 """A small results folder with every artefact of some models and recipes, written without computing any."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
 
+from obr.config import paths
 from obr.report import published
 
 TASKS = list(published.PAPER_TASKS)
@@ -62,7 +62,7 @@ def fabricate(results: Path) -> Path:
     for model in MODELS:
         for place, (key, recipe) in enumerate(RECIPES.items()):
             shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
-            write_checkpoint(results / "compressed" / model / key, key, recipe, shared)
+            write_checkpoint(results, model, key, recipe, shared)
             scheme = recipe.get("activations", "a16")
             for text, windows in (("wikitext2", 141), ("sotu", 20)):
                 content = {
@@ -72,7 +72,7 @@ def fabricate(results: Path) -> Path:
                     "seqlen": 2048,
                 }
                 content |= {"definition": "exp of the mean cross-entropy", **shared}
-                save(results / "perplexity" / model / key / scheme / f"{text}.json", content)
+                save_score((results, model, key, scheme), "perplexity", text, content)
             for i, task in enumerate(TASKS):
                 score = {
                     "task": task,
@@ -81,22 +81,45 @@ def fabricate(results: Path) -> Path:
                     "metric": "acc",
                 }
                 score |= {"n": 200, "limit": 200 if model == "tiny" else None, **shared}
-                save(results / "zero_shot" / model / key / scheme / f"{task}.json", score)
+                save_score((results, model, key, scheme), "zero_shot", task, score)
     for model in MODELS:
-        shutil.copytree(results / "zero_shot" / model / "obr/a4kv4", results / "zero_shot" / model / "obr/a16")
-        score = json.loads((results / "perplexity" / model / "obr/a4kv4/wikitext2.json").read_text())
-        for text in ("wikitext2", "sotu"):
-            save(results / "perplexity" / model / "obr/a16" / f"{text}.json", score | {"value": 7.5})
+        scores = json.loads(evaluation(results, model, "obr", "a4kv4").read_text(encoding="utf-8"))
+        for score in scores["perplexity"].values():
+            score["value"] = 7.5
+        save(evaluation(results, model, "obr", "a16"), scores)
     return results
 
 
-def write_checkpoint(folder: Path, key: str, recipe: dict, shared: dict) -> None:
+def evaluation(results: Path, model: str, recipe: str, scheme: str = "a16") -> Path:
+    """The file of the scores of a checkpoint under an activation scheme."""
+    return paths.path(results, "evaluation", model=model, recipe=recipe, activations=scheme)
+
+
+def save_score(place: tuple[Path, str, str, str], kind: str, name: str, content: dict) -> None:
+    """Write a score beside those that are there. place: results, model, recipe and scheme."""
+    path = evaluation(*place)
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"perplexity": {}, "zero_shot": {}}
+    scores[kind][name] = content
+    save(path, scores)
+
+
+def change_scores(path: Path, kind: str, name: str | None = None, **fields) -> None:
+    """Change fields of the scores of a kind in a file of scores; name: of one of them alone."""
+    scores = json.loads(path.read_text(encoding="utf-8"))
+    for one, score in scores[kind].items():
+        if name in (None, one):
+            score |= fields
+    save(path, scores)
+
+
+def write_checkpoint(results: Path, model: str, key: str, recipe: dict, shared: dict) -> None:
+    """Write the manifest and the report of the layers of a checkpoint."""
     bits = recipe.get("bits", 16) * (1 - recipe.get("sparsity", 0)) + (1 if "sparsity" in recipe else 0)
     manifest = {"recipe": {"hessian": "sequential", **recipe}, "file_bytes": 2_500_000, "relative_error": 0.1}
     manifest["bits_per_weight"] = {"theoretical": bits, "file": bits + 0.03}
     calibrated = recipe["method"] not in ("dense", "rtn")
     manifest |= {"sparsity": 0.501, "calibration": {"tokens": 262144} if calibrated else None, **shared}
-    save(folder / "manifest.json", manifest)
+    save(paths.path(results, "manifest", model=model, recipe=key), manifest)
     lines = []
     for block in range(7):
         left = {"bits": 16, "sparsity": 0.0, "relative_error": 0.0} if block == 6 else {}  # alone
@@ -104,4 +127,6 @@ def write_checkpoint(folder: Path, key: str, recipe: dict, shared: dict) -> None
             error = 0.02 * (1 + block) * (1 + 0.2 * i) * (0.5 + len(key) / 4)
             line = {"block": block, "layer": layer, "bits": 4, "sparsity": 0.5, "relative_error": error}
             lines.append(line | left)
-    pd.DataFrame(lines).to_csv(folder / "layers.csv", index=False)
+    place = paths.path(results, "layers", model=model, recipe=key)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(lines).to_csv(place, index=False)

@@ -74,13 +74,11 @@ def _places(prepared):
 
 def test_evaluation_has_the_dtype_of_the_recipe(tiny_folder, prepared, tmp_path):
     manifest = compressed(tiny_folder / "model", prepared, tmp_path / "c", {"dtype": "bfloat16"})
-    spec = json.dumps({"seqlen": 128, "tokens": 1024})
+    text = ["--text", "t", str(tiny_folder / "heldout.txt"), "seqlen=128", "tokens=1024"]
 
     def evaluated(*flags: str) -> tuple[str, float]:
-        where = {"checkpoint": tmp_path / "c", "text": tiny_folder / "heldout.txt", "out": tmp_path / "p.json"}
-        paths = [part for name, path in where.items() for part in (f"--{name}", str(path))]
-        assert main(["perplexity", "--entry", spec, *paths, *flags]) == 0
-        found = json.loads((tmp_path / "p.json").read_text())
+        assert main(["evaluate", str(tmp_path / "c"), *text, "--out", str(tmp_path / "p.json"), *flags]) == 0
+        found = json.loads((tmp_path / "p.json").read_text())["perplexity"]["t"]
         return found["dtype"], found["value"]
 
     borrowed = json.dumps({**manifest["recipe"], "dtype": None})

@@ -173,7 +173,7 @@ def test_code_is_run_where_the_config_says_so_and_is_on_record(own, tmp_path, ca
     assert main.main([*compress, TRUSTED]) == 0 and "ran" in ran()
     manifest = json.loads((tmp_path / "c/manifest.json").read_text())
     assert manifest["source"]["code"] == code and manifest["files"]["own.py"] == code["own.py"]
-    score = ["perplexity", "--entry", '{"seqlen": 4}', "--checkpoint", "c", "--text", "t.txt", "--out", "p.json"]
+    score = ["evaluate", "c", "--text", "t", "t.txt", "seqlen=4", "--out", "p.json"]
     assert main.main([*score, TRUSTED]) == 0 and ran() == ["ran", "read"]
     assert main.main(["verify", "c", TRUSTED]) == 0 and ran() == ["ran"]
     # The same without leave: the model is a Llama, and is read as one; its tokenizer is nothing known.
@@ -471,8 +471,7 @@ def test_patterns_beyond_counting_are_refused(text):
 def test_a_plain_tensor_file_is_no_checkpoint(tmp_path, capsys):
     save_file({"a": torch.zeros(2)}, tmp_path / "block_000.safetensors")
     assert "is no packed checkpoint: it has no manifest.json" in told(
-        capsys, "perplexity", "--entry", '{"seqlen": 8}', "--checkpoint", tmp_path, "--text", tmp_path / "t",
-        "--out", tmp_path / "o",
+        capsys, "evaluate", tmp_path, "--text", "t", tmp_path / "t", "seqlen=8", "--out", tmp_path / "o",
     )  # fmt: skip
 
 

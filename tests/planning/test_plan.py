@@ -65,7 +65,7 @@ def test_the_jobs_are_those_of_a_dry_run(demo, tmp_path):
         mine[job.rule] += 1
     assert mine == counts
     table = next(job for job in jobs if job.rule == "table")
-    assert {jobs[n].rule for n in table.after} >= {"perplexity", "zero_shot", "compress"}
+    assert {jobs[n].rule for n in table.after} >= {"evaluate", "compress"}
 
 
 @pytest.mark.workflow
@@ -75,10 +75,10 @@ def test_plan_of_one_target_prices_its_jobs_only(tmp_path):
 
 
 def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[str, float]:
-    """Planned over measured seconds, of every stage and of all. Of the demo's zero-shot jobs one is timed."""
+    """Planned over measured seconds, of every stage and of all. Evaluations that are not timed are left out."""
     prices, planned, measured = Prices(config), defaultdict(float), defaultdict(float)
     for job in jobs:
-        if job.rule == "zero_shot" and name(job) not in seconds:
+        if job.rule == "evaluate" and name(job) not in seconds:
             continue
         for key in (job.rule, "all"):
             planned[key] += prices.price(job).seconds
@@ -90,7 +90,7 @@ def compare(config: dict, jobs: list[Job], seconds: dict[str, float]) -> dict[st
 def test_demo_prices_are_near_measured_times(demo):
     """From counted work alone, every long stage and the whole within a factor of 1.5."""
     ratios = compare(*demo, timed("demo"))
-    for rule in ("compress", "perplexity", "zero_shot", "hessian", "all"):
+    for rule in ("compress", "evaluate", "hessian", "all"):
         assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
 
 
@@ -99,7 +99,7 @@ def test_tiny_workflow_prices_are_near_measured_times(tiny_folder, tmp_path):
     """Its jobs do little but start; timed one by one on one core."""
     results = {"results": str(tmp_path / "results")}
     ratios = compare(*pending(SNAKEFILE, [ROOT / "tests" / "config.yaml"], results, [], 1), timed("tiny"))
-    for rule in ("compress", "perplexity", "zero_shot", "hessian", "all"):
+    for rule in ("compress", "evaluate", "hessian", "all"):
         assert 1 / 1.5 < ratios[rule] < 1.5, (rule, ratios)
 
 
@@ -139,7 +139,7 @@ def test_the_memory_of_zero_shot_evaluation_does_not_grow_with_depth():
     sizes = tensor_sizes.Sizes.estimate(70.0)
     for on_gpu in (False, True):
         deep, shallow = (
-            cost_model.memory("zero_shot", replace(sizes, blocks=blocks), 10**6, 2048, on_gpu) for blocks in (80, 2)
+            cost_model.memory("evaluate", replace(sizes, blocks=blocks), 10**6, 2048, on_gpu) for blocks in (80, 2)
         )
         assert deep == shallow and deep[1] < 24
     assert deep[1] > 1e-9 * 2 * (sizes.block + sizes.ends)  # a block and the ends at 16 bits
@@ -150,21 +150,22 @@ def fabricated(results: Path, seconds: float) -> None:
     (results / "models/m").mkdir(parents=True)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
     (results / "models/m/config.json").write_text(json.dumps({**sizes, "vocab_size": 500}))
-    (results / "perplexity/m/r/a16").mkdir(parents=True)
-    about = {"device": "cpu", "tokens": 4096, "seqlen": 1024}
-    (results / "perplexity/m/r/a16/t.json").write_text(json.dumps(about))
-    (results / "benchmarks/perplexity/m/r/a16").mkdir(parents=True)
-    (results / "benchmarks/perplexity/m/r/a16/t.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
+    (results / "evaluations/m/r").mkdir(parents=True)
+    scores = {"perplexity": {"t": {"tokens": 4096, "seqlen": 1024}}, "zero_shot": {}}
+    about = {"device": "cpu", "computed": ["perplexity.t"], **scores}
+    (results / "evaluations/m/r/a16.json").write_text(json.dumps(about))
+    (results / "benchmarks/evaluate/m/r").mkdir(parents=True)
+    (results / "benchmarks/evaluate/m/r/a16.tsv").write_text(f"s\tmax_rss\n{seconds}\t800\n")
 
 
 @pytest.mark.workflow
 def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
     config, jobs = demo
-    job = next(job for job in jobs if job.rule == "perplexity")
+    job = next(job for job in jobs if job.rule == "evaluate")
     fabricated(tmp_path, 100.0)
     known = measured_times.found_under(tmp_path)
-    assert [t.stage for t in known] == ["perplexity"] and known[0].memory == 0.8
-    factor = measured_times.factors(known, "cpu", {})["perplexity"]
+    assert [t.stage for t in known] == ["evaluate"] and known[0].memory == 0.8
+    factor = measured_times.factors(known, "cpu", {})["evaluate"]
     assert factor == pytest.approx(100 / known[0].work.seconds(cost_model.SPEEDS["cpu"]))
     assert Prices(config, known=known).price(job).seconds > 3 * Prices(config).price(job).seconds
     assert measured_times.factors(known, "cuda", {}) == {}
@@ -172,7 +173,7 @@ def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
 
 def test_timings_whose_artefact_is_gone_are_passed_over(tmp_path):
     fabricated(tmp_path, 1.0)
-    shutil.rmtree(tmp_path / "perplexity")
+    shutil.rmtree(tmp_path / "evaluations")
     assert measured_times.found_under(tmp_path) == []
 
 

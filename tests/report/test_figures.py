@@ -9,7 +9,18 @@ import pandas as pd
 import pytest
 
 from helpers.configs import merged
-from helpers.fabricated_results import CONFIG, ENTRY, OBR, OBR_A16, RECIPES, TABLE_1, fabricate
+from helpers.fabricated_results import (
+    CONFIG,
+    ENTRY,
+    OBR,
+    OBR_A16,
+    RECIPES,
+    TABLE_1,
+    change_scores,
+    evaluation,
+    fabricate,
+    save_score,
+)
 from helpers.paths import PUBLISHED
 from obr.errors import ObrError
 from obr.report.figures import draw
@@ -41,9 +52,7 @@ ALPHA = {
 def results(tmp_path_factory) -> Path:
     results = fabricate(tmp_path_factory.mktemp("results"))
     for i, key in enumerate(SWEEP):
-        path = results / "perplexity" / "llama" / key / "a4kv4" / "wikitext2.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"value": 8.0 + i}))
+        save_score((results, "llama", key, "a4kv4"), "perplexity", "wikitext2", {"value": 8.0 + i})
     lines = [
         {"shape": shape, "kernel": kernel, "status": status, "median_ms": ms, "p25_ms": ms, "p75_ms": ms}
         | {"tops_dense": None if ms is None else 0.02 / ms}
@@ -106,7 +115,8 @@ def test_seeds_are_a_mean_with_a_bar_in_the_colour_of_their_group(results, monke
     seeded = {"recipe": "obr", "variants": ["obr", "alpha_0.25", "alpha_0.75"]}
     entry = {**BITS, "models": ["llama"], "rows": ["dense", "rtn", seeded], "published": None, "group_by": "hessian"}
     (panel,) = (drawn := sheet(entry, results, monkeypatch, tmp_path)).panels
-    kept = json.loads((results / "perplexity/llama/obr/a4kv4/wikitext2.json").read_text())["value"]
+    scores = json.loads(evaluation(results, "llama", "obr", "a4kv4").read_text())
+    kept = scores["perplexity"]["wikitext2"]["value"]
     values = [kept, 8.0, 10.0]
     assert any(np.isclose(y, np.mean(values)) for _, y in points(panel))
     bars = [segment for bar in panel.collections for segment in bar.get_segments()]
@@ -132,8 +142,8 @@ def test_a_sweep_refuses_rows_in_one_place(results, tmp_path):
 @pytest.mark.slow
 def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "perplexity" / "llama" / "alpha_0.5" / "a4kv4" / "wikitext2.json"
-    path.write_text('{"value": null, "status": "inf"}')
+    path = evaluation(copy, "llama", "alpha_0.5", "a4kv4")
+    change_scores(path, "perplexity", "wikitext2", value=None, status="inf")
     drawn = sheet(ALPHA, copy, monkeypatch, tmp_path)
     assert drawn.remarks == ["Llama-2-7B, α 0.5: perplexity inf, not shown"]
     assert drawn.figure.legends[0].get_title().get_text() == drawn.remarks[0]
@@ -319,7 +329,7 @@ def test_learning_curves_by_step_and_by_block(results, monkeypatch, tmp_path):
         ({**ALPHA, "models": []}, "no models"),
         ({**BITS, "models": ["lama"]}, "'lama' is not in the config"),
         ({**ALPHA, "perplexity": ["wikitext2", "sotu"]}, "needs one text"),
-        ({**ALPHA, "perplexity": "c4"}, r"perplexity/llama/dense/a16/c4.json is missing; build it with"),
+        ({**ALPHA, "perplexity": "c4"}, r"evaluations/llama/dense/a16.json has no perplexity c4; build it with"),
         ({"kind": "kernels"}, "names no device"),
         ({"kind": "kernels", "device": "tpu"}, r"kernels/tpu.csv is missing; build it with"),
     ],

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from helpers.configs import merged
+from helpers.fabricated_results import evaluation
 from helpers.paths import PUBLISHED
 from obr.config.recipe import Recipe
 from obr.config.workflow import Config
@@ -42,24 +43,43 @@ def fabricate(config: Config, results: Path) -> Path:
             (results / path).write_text(json.dumps(choice))
         elif stage == "rotations":
             (results / path).write_text("step,loss,held_out\n0,,0.6\n10,0.55,0.5\n20,0.5,0.45\n")
-        elif names[-1] == "layers.csv":
-            _layers(config, names[1], results / path)
+        elif stage == "layers":
+            _layers(config, names[1].removesuffix(".csv"), results / path)
+        elif stage == "evaluations":
+            (results / path).write_text(
+                json.dumps(_scores(config, names[0], names[1], names[2].removesuffix(".json")))
+            )
         else:
-            (results / path).write_text(json.dumps(_content(config, stage, names)))
+            (results / path).write_text(json.dumps(_manifest(config, names[1].removesuffix(".json"))))
     return results
 
 
-def _content(config: Config, stage: str, names: list[str]) -> dict:
-    scheme, about = names[2] if len(names) == 4 else "a16", {"device": "cuda", "versions": {"torch": "2.13.0"}}
-    recipe = config.evaluated(names[1], scheme)
+ABOUT = {"device": "cuda", "versions": {"torch": "2.13.0"}}
+
+
+def _scores(config: Config, model: str, key: str, scheme: str) -> dict:
+    recipe = config.evaluated(key, scheme)
     worse = (16 - min(recipe.bits, 8)) / 16 + recipe.sparsity + (16 - recipe.activations.bits) / 24
-    if stage == "perplexity":
-        value = 5 * math.exp(worse + 0.1 * chance("".join(names)))
-        return about | {"value": value, "definition": "made up", "windows": 141, "seqlen": 2048, "tokens": 288768}
-    if stage == "zero_shot":
-        value = 0.8 - worse / 6 + 0.01 * chance(names[-1])
-        return about | {"value": value, "stderr": 0.01, "metric": "acc", "n": 1000, "limit": None}
-    manifest = {"recipe": recipe.to_dict(), "seconds": 600 * (1 + chance(names[1])), "relative_error": 0.02}
+    asked, scores = config.scores[model, key, scheme], {"perplexity": {}, "zero_shot": {}}
+    for text in asked["perplexity"]:
+        value = 5 * math.exp(worse + 0.1 * chance(f"{model}{key}{scheme}{text}"))
+        sizes = {"windows": 141, "seqlen": 2048, "tokens": 288768}
+        scores["perplexity"][text] = ABOUT | {"value": value, "definition": "made up", **sizes}
+    for task in asked["zero_shot"]:
+        value = 0.8 - worse / 6 + 0.01 * chance(task)
+        scores["zero_shot"][task] = ABOUT | {
+            "value": value,
+            "stderr": 0.01,
+            "metric": "acc",
+            "n": 1000,
+            "limit": None,
+        }
+    return scores
+
+
+def _manifest(config: Config, key: str) -> dict:
+    recipe, about = config.evaluated(key, "a16"), ABOUT
+    manifest = {"recipe": recipe.to_dict(), "seconds": 600 * (1 + chance(key)), "relative_error": 0.02}
     manifest |= {"bits_per_weight": {"theoretical": recipe.bits_per_weight, "file": recipe.bits_per_weight + 0.05}}
     calibration = {"tokens": 262144} if recipe.calibration else None
     return about | manifest | {"file_bytes": 3.2e9, "sparsity": recipe.sparsity, "calibration": calibration}
@@ -190,8 +210,8 @@ def test_seeds_are_averaged_with_their_spread(paper):
     _, results = paper
     frame = built(paper, "seeds").frame.set_index("recipe")
     key = "obr_gptq-w4s50-quarot"
-    folders = [results / "perplexity/llama-2-7b" / name for name in (key, f"{key}-seed1", f"{key}-seed2")]
-    found = [json.loads((folder / "a4kv4/wikitext2.json").read_text())["value"] for folder in folders]
+    files = [evaluation(results, "llama-2-7b", name, "a4kv4") for name in (key, f"{key}-seed1", f"{key}-seed2")]
+    found = [json.loads(file.read_text())["perplexity"]["wikitext2"]["value"] for file in files]
     assert frame.loc[key, "wikitext2_ours"] == pytest.approx(np.mean(found))
     assert frame.loc[key, "wikitext2_stderr"] == pytest.approx(np.std(found, ddof=1))
     assert math.isnan(frame.loc["dense", "wikitext2_stderr"])

@@ -18,6 +18,7 @@ from helpers.fabricated_results import (
     RECIPES,
     TABLE_1,
     TASKS,
+    change_scores,
     fabricate,
     save,
     write_checkpoint,
@@ -160,8 +161,8 @@ def test_a_note_says_which_norms_wandas_masks_are_from(results, monkeypatch):
 def test_the_text_of_a_calibration_of_another_name_is_told(tmp_path):
     for key in ("dense", "obr"):
         shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
-        write_checkpoint(tmp_path / "compressed" / "llama" / key, key, RECIPES[key], shared)
-    path = tmp_path / "compressed" / "llama" / "obr" / "manifest.json"
+        write_checkpoint(tmp_path, "llama", key, RECIPES[key], shared)
+    path = tmp_path / "manifests" / "llama" / "obr.json"
     manifest = json.loads(path.read_text())
     for text, of in (("wikitext2", ""), ("speeches", " of speeches")):
         save(path, manifest | {"calibration": {"tokens": 262144, "text": text}})
@@ -270,16 +271,13 @@ def test_an_overflown_perplexity_is_printed(results, tmp_path, value, shown):
 
 def test_notes_say_how_prompts_were_tokenised_and_what_lacks_bos(results, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    for path in copy.glob("zero_shot/llama/*/*/*.json"):
-        save(path, {**json.loads(path.read_text()), "prompts": "no special tokens"})
+    for path in copy.glob("evaluations/llama/*/*.json"):
+        change_scores(path, "zero_shot", prompts="no special tokens")
     assert "Zero-shot prompts: no special tokens." in build(copy).notes
-    for path in copy.glob("zero_shot/tiny/*/*/*.json"):
-        save(
-            path, {**json.loads(path.read_text()), "prompts": "a BOS token before each prompt", "note": "none there"}
-        )
-    for path in copy.glob("perplexity/tiny/*/*/sotu.json"):
-        save(path, {**json.loads(path.read_text()), "note": "19 of 20 windows have none"})
-    path = copy / "compressed" / "tiny" / "obr" / "manifest.json"
+    for path in copy.glob("evaluations/tiny/*/*.json"):
+        change_scores(path, "zero_shot", prompts="a BOS token before each prompt", note="none there")
+        change_scores(path, "perplexity", "sotu", note="19 of 20 windows have none")
+    path = copy / "manifests" / "tiny" / "obr.json"
     save(path, {**json.loads(path.read_text()), "calibration": {"tokens": 9, "note": "3 of 4 windows have none"}})
     notes = build(copy).notes
     for text in (

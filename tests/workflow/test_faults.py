@@ -33,12 +33,12 @@ pytestmark = pytest.mark.workflow
 
 KILLS = int(os.environ.get("OBR_KILLS", "0"))
 # With few kills a checkpoint, with many what one table is made of: models, texts and tasks, rotation, windows,
-# Hessians, compressions, perplexities, zero-shot scores.
-TARGET = str(SMOKE / ("tables/zero_shot.csv" if KILLS > 19 else "compressed/tiny/obr_gptq_sequential/manifest.json"))
+# Hessians, compressions, scores.
+TARGET = str(SMOKE / ("tables/zero_shot.csv" if KILLS > 19 else "manifests/tiny/obr_gptq_sequential.json"))
 # The stages at which kills are aimed, in turn, and the results that go with each.
 STAGES = {
     "download-": "", "calibrate": "calibration", "hessian": "hessians", "compress": "compressed",
-    "perplexity": "perplexity", "zero-shot": "zero_shot",
+    "evaluate": "evaluations",
 } if KILLS > 19 else {"compress": "compressed"}  # fmt: skip
 ENTRY = json.dumps({"method": "obr_gptq", "rotation": "quarot", "calibration": "c", "hessian": "cached"})
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from helpers.configs import replaced
@@ -61,15 +60,17 @@ def test_evaluations_name_their_special_tokens(finished):
     assert "Zero-shot prompts: no special tokens." in notes["zero_shot"]
     assert "dropped; no special tokens;" in notes["zero_shot"]  # of perplexity: the tokenizer adds none
     assert "Zero-shot prompts: a BOS token before each prompt." in notes["last_word"]
-    score = json.loads((finished / SMOKE / "zero_shot/tiny/dense/a16/last_word.json").read_text())
+    scores = json.loads((finished / SMOKE / "evaluations/tiny/dense/a16.json").read_text())
+    score = scores["zero_shot"]["last_word"]
     assert score["output_type"] == "loglikelihood" and score["n"] == 12 and score["perplexity"] > 1
 
 
 def test_changed_special_tokens_rerun_dependent_jobs(finished):
-    assert jobs(finished, changed(zero_shot__last_word__bos=False)) == {"zero_shot": 1, "table": 1}
+    found = jobs(finished, changed(zero_shot__last_word__bos=False))
+    assert found == {"evaluate": 1, "table": 3, "figure": 1}  # each that reads the scores of that checkpoint
     found = jobs(finished, changed(calibrations__train__bos="window"))
-    assert found["calibrate"] == 1 and found["hessian"] == 3 and "zero_shot" in found
-    assert set(jobs(finished, changed(perplexity__heldout__bos="window"))) == {"perplexity", "table", "figure"}
+    assert found["calibrate"] == 1 and found["hessian"] == 3 and "evaluate" in found
+    assert set(jobs(finished, changed(perplexity__heldout__bos="window"))) == {"evaluate", "table", "figure"}
 
 
 def test_the_orderings_of_the_table(finished):
@@ -87,17 +88,17 @@ def test_the_orderings_of_the_table(finished):
 
 def test_changing_alpha_reruns_that_recipe_only(finished):
     assert jobs(finished, changed(recipes__obr_rtn__alpha=0.25)) == {
-        "compress": 1, "perplexity": 1, "table": 1, "figure": 2,
+        "compress": 1, "evaluate": 1, "table": 1, "figure": 2,
     }  # fmt: skip
 
 
 def test_changing_activation_bits_reruns_that_evaluation_only(finished):
-    assert jobs(finished, changed(activations={"a4kv4": {"keys": {"bits": 5}}})) == {"perplexity": 1, "table": 1}
+    assert jobs(finished, changed(activations={"a4kv4": {"keys": {"bits": 5}}})) == {"evaluate": 1, "table": 1}
 
 
 def test_changing_a_pattern_reruns_that_recipe_only(finished):
     assert jobs(finished, changed(recipes__obr_gptq_2_4__pattern="4:8")) == {
-        "compress": 1, "perplexity": 1, "table": 1, "figure": 1,
+        "compress": 1, "evaluate": 1, "table": 1, "figure": 1,
     }  # fmt: skip
 
 
@@ -128,11 +129,13 @@ def test_adding_a_task_runs_its_evaluations_only(finished):
     config = changed(tables__zero_shot__zero_shot=["continuation", "another"])
     config["zero_shot"]["another"] = {**config["zero_shot"]["continuation"]}
     config["zero_shot"]["another"]["source"] = {"source": "cloze", "task": "another", "n": 10, "seed": 1}
-    assert jobs(finished, config) == {"download_task": 1, "zero_shot": 2, "table": 1}
+    found = jobs(finished, config)
+    assert found["download_task"] == 1 and found["evaluate"] == 2 and "compress" not in found
 
 
 def test_scoring_more_examples_fetches_nothing(finished):
-    assert jobs(finished, changed(zero_shot__continuation__limit=8)) == {"zero_shot": 2, "table": 1}
+    found = jobs(finished, changed(zero_shot__continuation__limit=8))
+    assert found["evaluate"] == 2 and set(found) == {"evaluate", "table", "figure"}
 
 
 def test_another_seed_of_the_rotation_reruns_what_is_rotated(finished):
@@ -144,7 +147,7 @@ def test_another_seed_of_the_rotation_reruns_what_is_rotated(finished):
 
 def test_another_budget_is_allocated_from_the_same_measurements(finished):
     found = jobs(finished, changed(recipes__allocated__allocation={"bits": 2.5, "options": "few"}))
-    assert found == {"allocate": 1, "compress": 1, "perplexity": 1, "table": 1, "figure": 2}
+    assert found == {"allocate": 1, "compress": 1, "evaluate": 1, "table": 1, "figure": 2}
     fewer = CONFIG["layer_options"]["few"][1:]
     found = jobs(finished, changed(layer_options__few=fewer))
     assert found["sensitivity"] == found["allocate"] == found["compress"] == 1 and "gradients" not in found
@@ -162,11 +165,11 @@ def test_layers_get_what_was_allocated_to_them(finished):
 
 
 def test_a_lost_result_is_rebuilt_with_its_tables(finished):
-    lost = finished / SMOKE / "perplexity/tiny/wanda/a16/heldout.json"
+    lost = finished / SMOKE / "evaluations/tiny/wanda/a16.json"
     whole = lost.read_bytes()
     lost.unlink()
     try:
-        assert jobs(finished, CONFIG) == {"perplexity": 1, "table": 1, "figure": 1}
+        assert jobs(finished, CONFIG) == {"evaluate": 1, "table": 1, "figure": 1}
     finally:
         lost.write_bytes(whole)
         run = snakemake(finished, CONFIG, "--touch")
@@ -185,11 +188,11 @@ def test_editing_code_reruns_what_depends_on_it(finished, tmp_path):
 
     module.write_text(text + "\n# A comment.\n")
     untouched = jobs(finished, CONFIG, source=source)
-    assert not {"compress", "hessian", "perplexity"} & set(untouched)
+    assert not {"compress", "hessian", "evaluate"} & set(untouched)
 
     module.write_text(text + "\nSOMETHING_NEW = 1\n")
     found = jobs(finished, CONFIG, source=source)
-    assert found["compress"] == 9 and found["perplexity"] == 10 and found["sensitivity"] == 1
+    assert found["compress"] == 9 and found["evaluate"] == 10 and found["sensitivity"] == 1
     assert not {"hessian", "gradients", "calibrate", "download_model", "download_rotation"} & set(found)
 
 
@@ -197,7 +200,7 @@ def test_target_or_only_models_limits_jobs(finished):
     fresh = finished / "fresh"
     fresh.mkdir(exist_ok=True)
     found = jobs(fresh, CONFIG, str(SMOKE / "tables/zero_shot.csv"))
-    assert found["compress"] == 2 and found["zero_shot"] == 2 and found["table"] == 1
+    assert found["compress"] == 2 and found["evaluate"] == 2 and found["table"] == 1
     two = changed(models__other=CONFIG["models"]["tiny"], tables__smoke__models=["tiny", "other"])
     assert jobs(fresh, two)["download_model"] == 2
     assert jobs(fresh, two, "--config", "only_models=[other]")["download_model"] == 1
@@ -205,24 +208,25 @@ def test_target_or_only_models_limits_jobs(finished):
 
 def test_the_printed_command_is_the_recipe(finished):
     """A rule's shell line, run by hand, makes the same artefact."""
-    target = finished / SMOKE / "perplexity/tiny/obr_gptq/a16/heldout.json"
-    before = yaml.safe_load(target.read_text())["value"]
-    shown = snakemake(finished, CONFIG, "--dry-run", "--printshellcmds", "--forcerun", "perplexity").stdout
+    target = finished / SMOKE / "evaluations/tiny/obr_gptq/a16.json"
+    before = json.loads(target.read_text())
+    shown = snakemake(finished, CONFIG, "--dry-run", "--printshellcmds", "--forcerun", "evaluate").stdout
     command = next(
-        c for c in re.findall(r"^Shell command: (obr perplexity .*)$", shown, re.M) if "/obr_gptq/a16/" in c
+        c for c in re.findall(r"^Shell command: (obr evaluate .*)$", shown, re.M) if "/obr_gptq/a16.json" in c
     )
-    command = re.sub(r">\S+ 2>&1", "", command).replace(str(SMOKE / "perplexity"), "by_hand")
+    command = re.sub(r">\S+ 2>&1", "", command).replace(str(SMOKE / "evaluations"), "by_hand")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(command, shell=True, check=True, cwd=finished, env={**os.environ, "PATH": path})
-    again = yaml.safe_load((finished / "by_hand/tiny/obr_gptq/a16/heldout.json").read_text())
-    assert again["value"] == pytest.approx(before, rel=1e-6)
+    again = json.loads((finished / "by_hand/tiny/obr_gptq/a16.json").read_text())
+    for kind, name in (("perplexity", "heldout"), ("zero_shot", "continuation")):
+        assert again[kind][name]["value"] == pytest.approx(before[kind][name]["value"], rel=1e-6)
 
 
 def test_the_report_is_one_file(finished):
     run = snakemake(finished, CONFIG, "--report", "report.html")
     assert run.returncode == 0, run.stdout[-3000:]
     page = (finished / "report.html").read_text()
-    assert "A tiny model" in page and "compressed/tiny/obr_gptq/layers.csv" in page
+    assert "A tiny model" in page and "layers/tiny/obr_gptq.csv" in page
 
 
 @pytest.mark.parametrize(

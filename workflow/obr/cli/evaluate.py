@@ -120,7 +120,7 @@ def _lines(name: str, score: dict) -> list[str]:
     """A score in words, and its note."""
     if "definition" in score:
         value = score["status"] if score["value"] is None else f"{score['value']:.4f}"
-        line = f"{name}: perplexity {value}, {score['windows']} windows of {score['seqlen']} tokens"
+        line = f"{name}: perplexity {value}: {score['definition']}; {score['windows']} windows"
     else:
         spread = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
         line = f"{name}: {score['metric']} {score['value']:.4f}{spread}, {score['n']} rows, {score['prompts']}"

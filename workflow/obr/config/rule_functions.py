@@ -292,7 +292,9 @@ class RuleFunctions:
         for entry in [*tables.values(), *figures.values()]:
             targets += [f"{self.results}/{part}" for part in self.config.artefacts(entry)]
         if self.raw["keep"] == "weights":
-            targets += [self.path("checkpoint", model=model, recipe=recipe) for model, recipe, _ in self.config.scores]
+            targets += [
+                self.path("checkpoint", model=model, recipe=recipe) for model, recipe, _ in self.config.scores
+            ]
         if any(entry.get("published") for entry in tables.values()):
             targets.append(self.path("errata"))
         return list(dict.fromkeys(targets))
