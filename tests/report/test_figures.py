@@ -152,9 +152,9 @@ def test_an_infinite_perplexity_is_told(results, monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_layer_error_figure_has_panel_per_layer_kind(results, monkeypatch, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "compressed" / "llama" / "rtn" / "layers.csv"
+    path = copy / "layers" / "llama" / "rtn.csv"
     pd.read_csv(path).assign(relative_error=None).to_csv(path, index=False)
-    path = copy / "compressed" / "llama" / "obr" / "layers.csv"
+    path = copy / "layers" / "llama" / "obr.csv"
     layers = pd.read_csv(path)
     layers.assign(layer="self_attn." + layers["layer"] + "_proj").to_csv(path, index=False)
     entry = {"kind": "layer_error", "models": ["llama"], "rows": ["dense", "rtn", "obr", OBR_A16, "obr_24"]}

@@ -210,12 +210,15 @@ def test_invalid_table_entry_names_key_and_value(results, changes, message):
 
 def test_a_missing_artefact_names_its_target(results, tmp_path):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "zero_shot" / "llama" / "obr" / "a4kv4" / "boolq.json"
+    path = evaluation(copy, "llama", "obr", "a4kv4")
     path.unlink()
     with pytest.raises(ObrError, match=rf"{path} is missing; build it with `snakemake {path}`"):
         build(copy)
     path.write_text('{"value": ')
     with pytest.raises(ObrError, match="not valid JSON"):
+        build(copy)
+    path.write_text('{"perplexity": {}}')
+    with pytest.raises(ObrError, match="has no perplexity wikitext2; build it with"):
         build(copy)
 
 
@@ -259,8 +262,8 @@ def test_columns_without_values_are_left_out(results, tmp_path):
 @pytest.mark.parametrize("value, shown", [(math.inf, "inf | +inf"), (math.nan, "nan | –")])
 def test_an_overflown_perplexity_is_printed(results, tmp_path, value, shown):
     copy = shutil.copytree(results, tmp_path / "results")
-    path = copy / "perplexity" / "llama" / "obr" / "a4kv4" / "wikitext2.json"
-    save(path, {**json.loads(path.read_text()), **finite("value", value)})
+    path = evaluation(copy, "llama", "obr", "a4kv4")
+    change_scores(path, "perplexity", "wikitext2", **finite("value", value))
     assert "Infinity" not in path.read_text() and "NaN" not in path.read_text()
     table.write(build(copy, models=["llama"]), tmp_path / "t")
     assert f"| **8.40** | {shown} |" in (tmp_path / "t.md").read_text()
