@@ -125,6 +125,8 @@ def test_an_experiment_says_its_question_command_cost_and_where_it_is_written_up
     lines = path.read_text().splitlines()[:4]
     starts = ("# Question: ", "# Command:  snakemake ", "# Cost:     ", "# Written up ")
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
+    named = f"config/experiments/{path.stem}.yaml" in lines[1] or f"experiments=[{path.stem}]" in lines[1]
+    assert named or path.stem == "paper", lines[1]
     for name in re.findall(r"(?:docs/|README)\S*?\.md", lines[3]):
         assert (PROJECT / name).is_file(), name
 
