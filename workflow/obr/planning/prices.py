@@ -6,7 +6,7 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
-from obr.planning import cost_model, measured_times, tensor_sizes
+from obr.planning import cost_model, learning_cost, measured_times, tensor_sizes
 from obr.planning.dry_run import Job
 
 UNPACKED = 2.6  # size of a shard of C4 as text beside its compressed file
@@ -92,7 +92,7 @@ class Prices:
     def _timed(self, job: Job) -> Price:
         sizes, like = self.sizes(job.wildcards["model"]), job.rule
         recipe = self.recipe(job.wildcards["recipe"]) if "recipe" in job.wildcards else None
-        disk, tokens, length = 1e-4, 2048, 2048
+        disk, tokens, length, held = 1e-4, 2048, 2048, None
         if job.rule == "compress":
             tokens, length = self.calibration(recipe.calibration if recipe.hessian == "sequential" else None)
             work, disk = (
@@ -123,8 +123,11 @@ class Prices:
         elif job.rule == "learn_rotation":
             entry = self.config["rotations"][job.wildcards["rotation"]]
             tokens, length = self.calibration(entry["learn"]["calibration"])
-            work = cost_model.learning(sizes, entry["kind"], entry["learn"], tokens // length, length)
-            like = job.rule if "steps" in cost_model.LEARNING[entry["kind"]] else "compress"
+            windows, kind = tokens // length, entry["kind"]
+            work, like = learning_cost.learning(sizes, kind, entry["learn"], windows, length), "compress"
+            if learning_cost.is_streamed(kind):
+                on_gpu = self.device == "cuda"
+                held = learning_cost.memory(sizes, kind, entry["learn"], windows, length, on_gpu)
         elif job.rule == "perplexity":
             entry = self.config["perplexity"][job.wildcards["text"]]
             length, tokens = entry["seqlen"], entry.get("tokens") or 340_000
@@ -137,7 +140,7 @@ class Prices:
         expected = work.seconds(cost_model.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(measured_times.stage_of(job.rule, recipe), 1.0) + OVERHEAD
         asymmetric = recipe is not None and recipe.asymmetry > 0
-        host, gpu = cost_model.memory(like, sizes, tokens, length, self.device == "cuda", asymmetric)
+        host, gpu = held or cost_model.memory(like, sizes, tokens, length, self.device == "cuda", asymmetric)
         return Price(seconds, host, gpu, disk)
 
     def _downloads(self, job: Job) -> tuple[float, float]:

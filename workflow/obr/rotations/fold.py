@@ -200,7 +200,10 @@ def _fold_inputs(
 def per_head(x: Tensor, matrices: Tensor) -> Tensor:
     """x (..., heads m) @ P, head by head; matrices: (1 or k, m, m), each serving as many heads in a row."""
     matrices = matrices.to(x)
-    return (x.unflatten(-1, (len(matrices), -1, matrices.shape[-1])) @ matrices).flatten(-3)
+    heads = x.unflatten(-1, (len(matrices), -1, matrices.shape[-1])).movedim(-3, 0)  # (k, ..., heads a matrix, m)
+    # One product a matrix. Broadcast over the leading dimensions, its gradient would exist once for each of them.
+    turned = heads.flatten(1, -2) @ matrices
+    return turned.view(heads.shape).movedim(0, -3).flatten(-3)
 
 
 def scale_heads(x: Tensor, scale: Tensor) -> Tensor:
