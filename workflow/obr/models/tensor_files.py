@@ -122,8 +122,9 @@ class TensorFiles:
     def read(self, names: dict[str, str], *to) -> dict:
         """{key: tensor} for {key: name of a tensor}; to: device and dtype, or one of them.
 
-        A tensor moves as it is stored, and is converted where it arrives. A file is opened for every tensor: what has been read stays mapped, and counts as resident, as long as the
-        file is open. Raises ObrError if a tensor is not there.
+        A tensor moves as it is stored, and is converted where it arrives. A file is opened for every tensor: what has
+        been read stays mapped, and counts as resident, as long as the file is open. Raises ObrError if a tensor is not
+        there.
         """
         tensors = {}
         for key, name in names.items():

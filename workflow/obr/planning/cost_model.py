@@ -33,7 +33,6 @@ TASKS = {
 OTHER_TASK = (200, 105, 61)  # four answers of a dozen words after a context of thirty
 DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 512, 512  # on which divergences are measured; see `divergence`
 WRITTEN = 6  # times the tokens of calibration windows is what a model computes that writes them, one at a time
-LOGITS = 2.0**27  # bytes in float32 that exist at a time in zero-shot evaluation
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,12 @@ class Work:
     def seconds(self, speeds: dict, threads: int = 1) -> float:
         """At these speeds, what is counted in operations and elements on so many cores."""
         shared = sum(getattr(self, kind) / speeds[kind] for kind in ("products", "grams", "exact", "elements"))
-        alone = self.read / speeds["read"] + self.loads / speeds["loads"] + self.runs / speeds["runs"] + self.start * speeds["start"]
+        alone = (
+            self.read / speeds["read"]
+            + self.loads / speeds["loads"]
+            + self.runs / speeds["runs"]
+            + self.start * speeds["start"]
+        )
         return shared / threads + alone
 
 
@@ -200,57 +204,6 @@ CONSTANT = {
     "figure": 2.2,
     "errata": 5.0,
 }
-
-
-def memory(
-    rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool, asymmetric: bool = False
-) -> tuple[float, float]:
-    """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32.
-
-    asymmetric: whether dense blocks run beside compressed ones, on states of their own. Learning through the whole
-    model has a formula of its own, in `learning_cost`; block by block takes what compressing takes.
-    """
-    element = 2 if on_gpu else 4
-    ends, block = element * sizes.ends, element * sizes.block
-    largest = 4.0 * max(sizes.inputs) ** 2
-    all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
-    if rule in ("compress", "sensitivity"):
-        model = (
-            ends
-            + 3 * block
-            + 3 * largest
-            + 12.0 * max(r * c for r, c in sizes.layers)
-            + element * tokens * sizes.hidden
-        )
-        if asymmetric:
-            model += block + largest + element * tokens * sizes.hidden
-        base = 0.9
-    elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
-        states = min(element * tokens * sizes.hidden * (sizes.blocks + 2), 4e9)
-        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
-        model, base = ends + 2 * block + states + graph, 0.8
-    elif rule == "hessian":
-        model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden
-        base = 0.8
-    elif rule == "perplexity":
-        model = ends + 3 * block + element * tokens * sizes.hidden + 8.0 * length * sizes.vocabulary
-        base = 0.5
-    elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
-        model, base = 1.5 * ends + 3 * block, 0.9
-    elif rule == "zero_shot":  # ends at 16 bits, the head again as it is used, a block and what passes through it
-        states = min(element * tokens * sizes.hidden, 4e9)
-        passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
-        model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
-        if on_gpu:  # a block is unpacked on the host
-            return base + 1.5 + (4 * block + states) / 1e9, model / 1e9
-        model += block + states
-    elif rule == "generate":
-        model = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary
-        base = 1.2
-    else:
-        return (1.8 if rule == "calibrate" else 0.6), 0.0
-    host = base + model / 1e9
-    return (base + 1.5 + block / 1e9, model / 1e9) if on_gpu else (host, 0.0)
 
 
 def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:

@@ -4,11 +4,11 @@ Learning through the whole model holds one block at a time. Each step reads ever
 """
 
 from obr.planning.cost_model import CLIP_PASSES, Work
+from obr.planning.memory import STATES
 from obr.planning.tensor_sizes import Sizes
 
 BATCH_TOKENS = 2048  # that pass through a block at a time, unless `micro_batch` says how many windows
 LOGITS = 512  # tokens whose logits exist at a time
-STATES = 4.1e9  # bytes of hidden states in memory; more of them lie in files
 # Passes over all weights in a step that folds them again: of learning block by block; forward, back and for the
 # gradient, of learning through the whole model.
 FOLDED, STREAMED_FOLDS = 6, 6
@@ -52,7 +52,11 @@ def _streamed(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -
     and one more for weights that are folded again. The residual stream is turned at its four places in every block,
     or the rotation is folded into rounded weights."""
     steps, batch, held_out = learn["steps"], learn["batch"], learn.get("held_out", 4)
-    weights, tokens, looks = float(sizes.block * sizes.blocks), steps * batch * length, steps // learn.get("every", 10)
+    weights, tokens, looks = (
+        float(sizes.block * sizes.blocks),
+        steps * batch * length,
+        steps // learn.get("every", 10),
+    )
     looked = (looks + 1) * held_out * length
     rounds = learn.get("quantise", {}).get("bits", 16) < 16
     passes = 4 if rounds or kind == "ostquant" else 3
@@ -83,10 +87,10 @@ def _at_once(learn: dict, length: int) -> int:
 def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_gpu: bool) -> tuple[float, float]:
     """(host, GPU) peak in GB of learning through the whole model.
 
-    A block in float32, its folded weights, and their gradients; in 16 bits once more where products have a dtype of 16
-    bits. Beside them the graph of the tokens that pass at a time, or of one layer's fold; or, before the way back, the
-    head as it is used and some logits. The rotation with its gradient and what its step takes. Hidden states lie on
-    the host.
+    A block in float32, its folded weights, and their gradients; in 16 bits once more where products have such a dtype.
+    Beside them the graph of the tokens that pass at a time, or of one layer's fold; or, before the way back, the head
+    as it is used and some logits. The rotation with its gradient and what its step takes. Hidden states lie on the
+    host.
     """
     learn = {**LEARNING[kind], **learn}
     rounds, tokens = learn.get("quantise", {}).get("bits", 16) < 16, _at_once(learn, length) * length

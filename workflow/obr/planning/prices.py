@@ -6,7 +6,7 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
-from obr.planning import cost_model, learning_cost, measured_times, tensor_sizes
+from obr.planning import cost_model, learning_cost, measured_times, memory, tensor_sizes
 from obr.planning.dry_run import Job
 
 UNPACKED = 2.6  # size of a shard of C4 as text beside its compressed file
@@ -83,10 +83,10 @@ class Prices:
             sizes, recipe = self.sizes(job.wildcards["model"]), self.recipe(job.wildcards["recipe"])
             seconds = cost_model.released(sizes).seconds(cost_model.SPEEDS["cpu"], job.threads) + OVERHEAD
             kept = sizes.block * sizes.blocks * (2 * (1 - recipe.sparsity) + 1 / 8) + 2.0 * sizes.ends
-            return Price(seconds, cost_model.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
+            return Price(seconds, memory.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
         constant = cost_model.CONSTANT.get(job.rule, 5.0)
         fetched, disk = self._downloads(job)
-        host, _ = cost_model.memory(job.rule, tensor_sizes.Sizes.estimate(0.1), 0, 1, False)
+        host, _ = memory.memory(job.rule, tensor_sizes.Sizes.estimate(0.1), 0, 1, False)
         return Price(constant + OVERHEAD + 1000 * fetched / self.bandwidth, host, 0.0, disk, fetched)
 
     def _timed(self, job: Job) -> Price:
@@ -139,8 +139,7 @@ class Prices:
             work = cost_model.zero_shot(sizes, task, limit, length)
         expected = work.seconds(cost_model.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(measured_times.stage_of(job.rule, recipe), 1.0) + OVERHEAD
-        asymmetric = recipe is not None and recipe.asymmetry > 0
-        host, gpu = held or cost_model.memory(like, sizes, tokens, length, self.device == "cuda", asymmetric)
+        host, gpu = held or memory.memory(like, sizes, tokens, length, self.device == "cuda", recipe)
         return Price(seconds, host, gpu, disk)
 
     def _downloads(self, job: Job) -> tuple[float, float]:
