@@ -123,8 +123,10 @@ class TensorFiles:
         """{key: tensor} for {key: name of a tensor}; to: device and dtype, or one of them.
 
         A tensor moves as it is stored, and is converted where it arrives. A file is opened for every tensor: what has
-        been read stays mapped, and counts as resident, as long as the file is open. Raises ObrError if a tensor is not
-        there.
+        been read stays mapped, and counts as resident, as long as the file is open.
+
+        Raises:
+            ObrError: a tensor is not there.
         """
         tensors = {}
         for key, name in names.items():

@@ -87,7 +87,7 @@ def _at_once(learn: dict, length: int) -> int:
 def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_gpu: bool) -> tuple[float, float]:
     """(host, GPU) peak in GB of learning through the whole model.
 
-    A block in float32, its folded weights, and their gradients; in 16 bits once more where products have such a dtype.
+    A block in float32, its folded weights, and their gradients; in 16 bits once more where products do.
     Beside them the graph of the tokens that pass at a time, or of one layer's fold; or, before the way back, the head
     as it is used and some logits. The rotation with its gradient and what its step takes. Hidden states lie on the
     host.

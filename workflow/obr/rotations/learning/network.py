@@ -19,6 +19,7 @@ from obr.models.hidden_states import MemoryBudget, StoredStates
 from obr.rotations.base import Rotation
 from obr.rotations.learning.rotated_block import RotatedBlock
 from obr.rotations.learning.run import LearningRun
+from obr.runtime.allocator import return_freed_memory
 
 TOKENS = 512  # whose logits, a vocabulary wide each, exist at a time
 BATCH_TOKENS = 2048  # that pass through a block at a time, unless the entry says how many windows
@@ -81,6 +82,7 @@ class Network:
     def release(self) -> None:
         """Let go of the block that was loaded last."""
         self._held = None
+        return_freed_memory()
 
     def loss(
         self, rotation: Rotation, windows: Tensor, places: Tensor, objective: Objective, backward: bool = False
