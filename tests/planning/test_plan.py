@@ -21,7 +21,7 @@ from obr.planning import cost_model, learning_cost, measured_times, memory, tens
 from obr.planning.dry_run import Job, pending
 from obr.planning.plan import overrides_of, plan_of, summary
 from obr.planning.prices import Prices
-from obr.planning.schedule import schedule
+from obr.planning.schedule import peak_disk, schedule
 
 DEMO = ROOT / "workflow" / "configs" / "demo.yaml"
 SNAKEFILE = ROOT / "Snakefile"
@@ -120,6 +120,7 @@ def test_the_paper_is_priced_with_its_licences(tmp_path):
     assert plan.jobs > 900 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
     assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
     assert "Gated" in summary(plan) and "larger GPU" not in summary(plan)
+    assert plan.disk < plan.disk_peak and "GB in the end" in summary(plan)
     few = plan_of(
         SNAKEFILE, [ROOT / "config.yaml"], {"results": str(tmp_path), "only_models": ["llama-2-7b"]}, [], 16, 1
     )
@@ -181,6 +182,22 @@ def test_the_schedule_waits_for_inputs_cores_and_gpus():
     assert schedule(jobs, times, [False] * 4, 2, 1) == 8.0  # 4, then 3 on both cores, then 1 (or 1 first)
     assert schedule(jobs[:2], times[:2], [True, True], 2, 1) == 6.0
     assert schedule(jobs[:2], times[:2], [True, True], 2, 2) == 4.0
+
+
+def test_the_disk_is_fullest_where_outputs_and_scratch_lie_together():
+    jobs = [Job("a", {}, 1, ()), Job("b", {}, 1, (), (0,)), Job("c", {}, 1, (), (1,)), Job("d", {}, 1, (), (2,))]
+    when, kept = [(0, 1), (1, 2), (2, 3), (3, 4)], [5.0, 2.0, 1.0, 1.0]
+    assert peak_disk(jobs, when, kept, [0.0] * 4) == 9.0  # all of it, in the end
+    assert peak_disk(jobs, when, kept, [0.0, 4.0, 0.0, 0.0]) == 11.0  # while the second runs
+    jobs[0] = replace(jobs[0], temporary=True)
+    assert peak_disk(jobs, when, kept, [0.0] * 4) == 7.0  # what the second has read is gone before the third begins
+
+
+def test_dense_checkpoints_refer_to_the_model():
+    sizes = tensor_sizes.Sizes.estimate(7.0)
+    plain, rotated = (Recipe.parse({"method": "dense", "rotation": rotation}) for rotation in ("none", "quarot"))
+    assert cost_model.checkpoint_bytes(sizes, plain) == 2 * sizes.ends
+    assert cost_model.checkpoint_bytes(sizes, rotated) >= 2 * sizes.block * sizes.blocks
 
 
 def test_operation_counts_scale_with_sizes():

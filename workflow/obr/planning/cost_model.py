@@ -207,7 +207,12 @@ CONSTANT = {
 
 
 def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:
-    """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits."""
+    """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits.
+
+    The checkpoint of a dense recipe without a rotation refers to the blocks of the model.
+    """
+    if recipe.method == "dense" and recipe.rotation == "none":
+        return 2.0 * sizes.ends
     weights, rows = sizes.block * sizes.blocks, sizes.blocks * sum(r for r, _ in sizes.layers)
     untied = 1.0 if recipe.rotation != "none" else 0.5
     scales = 4.0 * rows if recipe.bits < 16 and recipe.group is None else 0.0  # groups' are in the bits a weight

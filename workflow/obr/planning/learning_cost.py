@@ -63,7 +63,7 @@ def _streamed(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -
     elements = passes * tokens * sizes.blocks * (4.0 * sizes.hidden + 2.0 * sizes.intermediate)
     products = passes * sizes.forward(tokens, length) + sizes.forward(looked, length)
     products += 3 * sizes.logits(tokens) + sizes.logits(looked)
-    if kind == "ostquant" or learn.get("loss") == "kl_top":  # the 16-bit model, once for each window
+    if _imitates(kind, learn):  # the 16-bit model, once for each window
         taught = (min(steps * batch, windows - held_out) + held_out) * length
         products += sizes.forward(taught, length) + sizes.logits(tokens + looked)
     if rounds:
@@ -84,6 +84,18 @@ def _at_once(learn: dict, length: int) -> int:
     return min(learn["batch"], learn.get("micro_batch") or max(1, BATCH_TOKENS // length))
 
 
+def _imitates(kind: str, learn: dict) -> bool:
+    """Whether the loss is the distance to the 16-bit model."""
+    return kind == "ostquant" or learn.get("loss") == "kl_top"
+
+
+def states_of(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> float:
+    """Bytes of hidden states: what enters each block in a step, and what leaves the 16-bit model for every window."""
+    batch = learn.get("batch", LEARNING[kind]["batch"])
+    kept = batch * (sizes.blocks + 1) + (windows if _imitates(kind, learn) else 0)
+    return 4.0 * kept * length * sizes.hidden
+
+
 def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_gpu: bool) -> tuple[float, float]:
     """(host, GPU) peak in GB of learning through the whole model.
 
@@ -99,12 +111,11 @@ def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_g
     weights = (12.0 if rounds or kind == "ostquant" else 9.0) + half
     width = 30 * sizes.hidden + 9 * sizes.intermediate if flowing else 15 * sizes.hidden + 5 * sizes.intermediate
     fold = 4.0 * (10 if rounds else 6) * max(rows * columns for rows, columns in sizes.layers)
-    imitates = kind == "ostquant" or learn.get("loss") == "kl_top"
+    imitates = _imitates(kind, learn)
     head = (half or 4) * sizes.ends / 2 * (1 + imitates) + 4.0 * min(LOGITS, tokens) * sizes.vocabulary * 6
     passing = max(weights * sizes.block + max(4.0 * tokens * width, fold), 4.0 * sizes.block + head)
     model = 2.0 * sizes.ends + passing + 4 * 6.0 * sizes.hidden**2
-    kept = learn["batch"] * (sizes.blocks + 1) + (windows if imitates else 0)
-    states = min(4.0 * kept * length * sizes.hidden, STATES)
+    states = min(states_of(sizes, kind, learn, windows, length), STATES)
     if on_gpu:
         return 2.4 + (states + 2 * sizes.block) / 1e9, model / 1e9
     return 0.5 + (model + states) / 1e9, 0.0

@@ -47,6 +47,12 @@ def compressing(sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated
     return element * sizes.ends + max(loaded, running, solving)
 
 
+def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe | None = None) -> float:
+    """Bytes of the hidden states of so many tokens; what is more than STATES lies in a file while the job runs."""
+    copies = {"generate": 0, "released": 0, "gradients": sizes.blocks + 2}.get(rule, 1)
+    return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies * (2 if recipe and recipe.asymmetry else 1)
+
+
 def memory(
     rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool, recipe: Recipe | None = None
 ) -> tuple[float, float]:
@@ -58,15 +64,13 @@ def memory(
     element = 2 if on_gpu else 4
     ends, block = element * sizes.ends, element * sizes.block
     all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
-    states = min(1.0 * element * tokens * sizes.hidden, STATES)
+    states = min(states_of(rule, sizes, tokens, on_gpu, recipe), STATES)
     if rule in ("compress", "sensitivity"):
         method, is_rotated = (recipe.method, recipe.rotation != "none") if recipe else ("obr_gptq", True)
         model, base = compressing(sizes, method, length, on_gpu, is_rotated), 0.9
         if recipe and recipe.asymmetry:
             model += block + 4.0 * max(sizes.inputs) ** 2
-            states *= 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
-        states = min(element * tokens * sizes.hidden * (sizes.blocks + 2), STATES)
         graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
         model, base = ends + 2 * block + graph, 0.8
     elif rule == "hessian":
@@ -74,7 +78,7 @@ def memory(
     elif rule == "perplexity":
         model, base = ends + 3 * block + 8.0 * length * sizes.vocabulary, 0.5
     elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
-        model, base, states = 1.5 * ends + 3 * block, 0.9, 0.0
+        model, base = 1.5 * ends + 3 * block, 0.9
     elif rule == "zero_shot":  # ends at 16 bits, the head again as it is used, a block and what passes through it
         passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
         model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
@@ -83,8 +87,7 @@ def memory(
         else:
             model += block
     elif rule == "generate":
-        model, states = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary, 0.0
-        base = 1.2
+        model, base = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary, 1.2
     else:
         return (1.8 if rule == "calibrate" else 0.6), 0.0
     if on_gpu:

@@ -16,13 +16,14 @@ TIMED = ("compress", "generate", "gradients", "hessian", "learn_rotation", "perp
 
 @dataclass
 class Price:
-    """Of one job: seconds, peak GB on host and GPU, GB written and fetched."""
+    """Of one job: seconds, peak GB on host and GPU, GB written and fetched, and GB on disk while it runs."""
 
     seconds: float
     host: float = 0.6
     gpu: float = 0.0
     disk: float = 0.0
     fetched: float = 0.0
+    scratch: float = 0.0
 
 
 class Prices:
@@ -92,7 +93,7 @@ class Prices:
     def _timed(self, job: Job) -> Price:
         sizes, like = self.sizes(job.wildcards["model"]), job.rule
         recipe = self.recipe(job.wildcards["recipe"]) if "recipe" in job.wildcards else None
-        disk, tokens, length, held = 1e-4, 2048, 2048, None
+        disk, tokens, length, held, learned = 1e-4, 2048, 2048, None, 0.0
         if job.rule == "compress":
             tokens, length = self.calibration(recipe.calibration if recipe.hessian == "sequential" else None)
             work, disk = (
@@ -128,6 +129,7 @@ class Prices:
             if learning_cost.is_streamed(kind):
                 on_gpu = self.device == "cuda"
                 held = learning_cost.memory(sizes, kind, entry["learn"], windows, length, on_gpu)
+                learned = learning_cost.states_of(sizes, kind, entry["learn"], windows, length)
         elif job.rule == "perplexity":
             entry = self.config["perplexity"][job.wildcards["text"]]
             length, tokens = entry["seqlen"], entry.get("tokens") or 340_000
@@ -140,7 +142,8 @@ class Prices:
         expected = work.seconds(cost_model.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(measured_times.stage_of(job.rule, recipe), 1.0) + OVERHEAD
         host, gpu = held or memory.memory(like, sizes, tokens, length, self.device == "cuda", recipe)
-        return Price(seconds, host, gpu, disk)
+        states = learned or memory.states_of(like, sizes, tokens, self.device == "cuda", recipe)
+        return Price(seconds, host, gpu, disk, scratch=states / 1e9 if states > memory.STATES else 0.0)
 
     def _downloads(self, job: Job) -> tuple[float, float]:
         """(GB fetched, GB written) by a job."""
