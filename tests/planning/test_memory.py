@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from live_bytes import peak_bytes
+from helpers.live_bytes import peak_bytes
 from obr.methods import conjugate_gradient, grid, joint, row_products
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import restore

@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from helpers.answer_likelihoods import tiny
 from obr.data import token_windows
 from obr.models.blocks import StreamedBlocks
 from obr.models.hadamard import Kronecker
@@ -18,7 +19,6 @@ from obr.rotations import fold, registry
 from obr.rotations.learning import network, straight_through
 from obr.rotations.learning.registry import learn_rotation
 from obr.rotations.learning.run import LearningRun
-from test_likelihood import tiny
 
 VALUES = {"bits": 4}
 LEARN = {
