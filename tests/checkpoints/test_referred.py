@@ -47,7 +47,7 @@ def logits(folder):
         return obr.load(folder, device="cpu")(torch.arange(24)[None]).logits
 
 
-def test_it_holds_no_blocks_and_computes_the_same(pair):
+def test_a_dense_checkpoint_holds_no_blocks_and_computes_the_same(pair):
     model, referring, whole = pair
     assert not list(referring.glob("block_*")) and list(whole.glob("block_*"))
     entry = read_manifest(referring)[referred.ENTRY]
@@ -68,7 +68,7 @@ def model_of(folder):
     return out
 
 
-def test_all_that_read_a_checkpoint_follow_it(pair, tiny_folder, tmp_path):
+def test_readers_of_a_checkpoint_follow_its_reference(pair, tiny_folder, tmp_path):
     model, referring, whole = pair
     assert main.main(["verify", str(referring), "--recompute", "3", "--model", str(model)]) == 0
     for number, folder in enumerate((referring, whole)):

@@ -104,7 +104,7 @@ def test_the_gradient_is_that_of_one_graph_through_the_whole_model(
 
 
 @pytest.mark.parametrize("kind", ["spinquant", "ostquant"])
-def test_what_is_learned_does_not_depend_on_where_hidden_states_lie(kind, folder, tmp_path):
+def test_learned_rotations_do_not_depend_on_where_hidden_states_lie(kind, folder, tmp_path):
     entry, found = {"kind": kind, "learn": LEARN}, []
     for megabytes in (100, 0):
         out = tmp_path / f"{megabytes}.safetensors"
@@ -114,7 +114,7 @@ def test_what_is_learned_does_not_depend_on_where_hidden_states_lie(kind, folder
 
 
 @pytest.mark.parametrize("loss, bits", [("cross_entropy", 4), ("kl_top", 16)])
-def test_one_block_is_in_memory_at_a_time(loss, bits, folder, tmp_path, monkeypatch):
+def test_learning_has_one_block_in_memory_at_a_time(loss, bits, folder, tmp_path, monkeypatch):
     """No block outlives the loading of the next, though nothing collects garbage in between."""
     source, depth, loaded = tmp_path / "deep", 5, []
     tiny(num_hidden_layers=depth, vocab_size=512, max_position_embeddings=512).save_pretrained(source)
