@@ -91,9 +91,10 @@ def test_only_missing_scores_are_computed(checkpoint, wanted, tmp_path, computed
     first = json.loads(out.read_text())["perplexity"]
     assert set(scores(evaluate_stage(checkpoint, wanted[1:], out, device="cpu"))) == {w.label for w in wanted}
     assert computed == [1, 2] and json.loads(out.read_text())["perplexity"] == first
-    before = out.read_bytes()
-    evaluate_stage(checkpoint, wanted, out, device="cpu")
-    assert computed == [1, 2] and out.read_bytes() == before
+    before = json.loads(out.read_text())
+    again = evaluate_stage(checkpoint, wanted, out, device="cpu")
+    assert computed == [1, 2] and again["computed"] == [] and before["computed"] == [w.label for w in wanted[1:]]
+    assert {**before, "computed": []} == json.loads(out.read_text())
 
 
 def test_a_changed_text_setting_or_code_is_evaluated_again(checkpoint, wanted, tmp_path, computed):

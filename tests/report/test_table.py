@@ -19,6 +19,7 @@ from helpers.fabricated_results import (
     TABLE_1,
     TASKS,
     change_scores,
+    evaluation,
     fabricate,
     save,
     write_checkpoint,

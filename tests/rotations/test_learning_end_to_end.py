@@ -20,12 +20,13 @@ from obr.errors import ObrError
 from obr.evaluation.perplexity import perplexity
 from obr.methods.grid import Grid
 from obr.models.architectures import Dimensions, layout_of
+from obr.models.blocks import StreamedBlocks
 from obr.models.fake_quant import fake_quantize
 from obr.models.hadamard import random_orthogonal
 from obr.models.layers import set_quantizers
 from obr.models.loading import load_model
 from obr.rotations import apply, registry
-from obr.rotations.learning import end_to_end, klt, straight_through
+from obr.rotations.learning import end_to_end, klt, network, rotated_block, straight_through
 from obr.rotations.learning.cayley_sgd import CayleySGD
 from obr.rotations.learning.distillation import kl_top
 from obr.rotations.learning.registry import learn_rotation
@@ -210,16 +211,16 @@ def test_searched_scales_are_constants_and_clipped_weights_have_no_gradient():
 def test_turning_activations_is_folding_weights(kind, quantise, folder, tmp_path, monkeypatch):
     found = []
     for bits in (16, 15):  # weights at "15 bits" are folded; here they are not rounded
-        monkeypatch.setattr(end_to_end.Network, "_weight", lambda _, weight: weight)
+        monkeypatch.setattr(rotated_block.RotatedBlock, "_rounded", lambda _, __, weight: weight)
         task = task_of(folder, tmp_path, kind)
         task.recipe = replace(task.recipe, bits=bits)
         tokens = task.windows[:1, :32]  # few: no value rounds otherwise by a hair
         rotation = registry.draw(kind, task.dimensions)
         leaves = {name: p.float().requires_grad_() for name, p in rotation.parameters.items()}
         rotation.parameters = leaves
-        network = end_to_end.Network(task, getattr(straight_through, quantise), recompute=bits == 15)
-        states = network(rotation, tokens)
-        loss = network.loss(states.flatten(0, 1), tokens.flatten(), summed_cross_entropy, backward=True)
+        own = network.Network(task, getattr(straight_through, quantise))
+        next_same = network.Objective(summed_cross_entropy, lambda windows, places: windows)
+        loss = own.loss(rotation, tokens, torch.zeros(1), next_same, backward=True)
         found.append((loss, {name: along(leaf) for name, leaf in leaves.items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     for name, gradient in found[0][1].items():
@@ -240,12 +241,12 @@ def along(leaf):
 
 
 def test_the_loss_over_parts_of_the_tokens_is_the_loss(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "TOKENS", 50)
+    monkeypatch.setattr(network, "TOKENS", 50)
     task = task_of(folder, tmp_path, "spinquant")
-    network, states = end_to_end.Network(task, straight_through.ste_identity), torch.randn(120, 96).requires_grad_()
+    own, states = network.Network(task, straight_through.ste_identity), torch.randn(120, 96).requires_grad_()
     targets = torch.arange(120)
-    loss = network.loss(states, targets, summed_cross_entropy, backward=True)
-    expected = F.cross_entropy(network.logits(states), targets)
+    loss = own.head_loss(states, targets, summed_cross_entropy, backward=True)
+    expected = F.cross_entropy(own.logits(states), targets)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert torch.allclose(states.grad, torch.autograd.grad(expected, states)[0], atol=1e-7)
 
@@ -389,8 +390,7 @@ def round_weights(model, bits, clip="mse") -> None:
 def test_the_other_start_is_along_the_weights_principal_axes(folder, tmp_path):
     task = task_of(folder, tmp_path, "ostquant")
     drawn, turned = OSTQuant.draw(task.dimensions, 0), OSTQuant.draw(task.dimensions, 0)
-    network = end_to_end.Network(task, straight_through.ste_range)
-    klt.turn(turned, network.plain, network.layout)
+    klt.turn(turned, StreamedBlocks(task.model, None, torch.float32, "cpu"))
     turned.check("the start")
     model, readers = load_model(folder / "model", torch.float64), []
     for block in model.model.layers:
@@ -427,7 +427,7 @@ def test_learning_starts_from_configured_matrix(folder, tmp_path):
 def test_weights_may_be_quantised_and_products_half_precision(folder, tmp_path):
     entry = {
         "kind": "ostquant",
-        "learn": {**SMALL, "steps": 2, "quantise": {"bits": 4, **QUANTISE}, "recompute": True},
+        "learn": {**SMALL, "steps": 2, "quantise": {"bits": 4, **QUANTISE}},
     }
     path = tmp_path / "out.safetensors"
     rotation = learn_rotation(entry, folder / "model", folder / "learn", path, "cpu", torch.bfloat16)

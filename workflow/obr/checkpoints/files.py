@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from obr.checkpoints import referred
 from obr.errors import ObrError
 from obr.models.side_files import is_side_file
 from obr.models.tensor_files import check_names
@@ -44,7 +45,7 @@ def check_files(directory: Path, manifest: dict) -> None:
     files, blocks = manifest.get("files"), manifest.get("blocks")
     if not isinstance(files, dict) or not isinstance(blocks, int) or isinstance(blocks, bool):
         raise ObrError(f"{directory}/{MANIFEST} lists no files or no number of blocks; compress the model again.")
-    wanted = {block_file(index) for index in range(blocks)}
+    wanted = set() if referred.ENTRY in manifest else {block_file(index) for index in range(blocks)}
     listed = {name for name in files if BLOCK.fullmatch(name)}
     if listed != wanted:
         odd = min(listed ^ wanted)
@@ -66,16 +67,23 @@ def check_files(directory: Path, manifest: dict) -> None:
                 f"{directory}/{name} is not the file that was written (its sha256 differs), so the checkpoint would "
                 "mean something else; restore it, or compress the model again."
             )
+    referred.check_referred(directory, manifest)
 
 
 def check_contents(directory: Path, manifest: dict) -> None:
-    """Raise ObrError unless a folder has the files of its manifest, each with the sha256 that the manifest lists."""
+    """Raise ObrError unless a checkpoint has the files of its manifest, each with the sha256 that this lists."""
     check_files(directory, manifest)
+    referred.check_referred(directory, manifest, whole=True)
     for name, sha256 in manifest["files"].items():
         if sha256_of(Path(directory) / name) != sha256:
             raise ObrError(
                 f"{directory}/{name} is not the file that was written (its sha256 differs); compress it again."
             )
+
+
+def weight_bytes(directory: Path, manifest: dict) -> int:
+    """Of a checkpoint's files of weights, its own and those that it refers to."""
+    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")) + referred.bytes_of(manifest)
 
 
 def _is_own(directory: Path, name: str) -> bool:
@@ -95,7 +103,7 @@ def _is_in_progress(directory: Path, name: str) -> bool:
 
 
 def remove_outdated(directory: Path, blocks: int) -> None:
-    """Remove the files of an older checkpoint from a folder that holds the blocks of the new one."""
+    """Remove the files of an older checkpoint from a folder that holds this many blocks of the new one."""
     kept, directory = {block_file(index) for index in range(blocks)}, Path(directory)
     for name in [name for name in entries(directory) if name not in kept and _is_own(directory, name)]:
         (directory / name).unlink()

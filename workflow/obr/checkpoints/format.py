@@ -1,6 +1,7 @@
 """Packed checkpoints: a folder with one file a block, the ends, a layer report and a manifest.
 
-block_NNN.safetensors   packed linear layers, norms, biases, online transforms
+block_NNN.safetensors   packed linear layers, norms, biases, online transforms; none where the manifest refers to the
+                        files of the dense model, see `referred`
 ends.safetensors        embeddings, final norm, head (unless tied)
 layers.csv              what became of each layer
 manifest.json           recipe, calibration, sizes, versions, hashes of all files and of all they were made from
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from obr.checkpoints import referred
 from obr.checkpoints.files import (
     ENDS,
     check_files,
@@ -71,13 +73,32 @@ def load_block(blocks: StreamedBlocks, index: int, path: Path) -> nn.Module:
         raise ObrError(
             f"{path} is not a whole block of a checkpoint ({first_line(error)}); compress again."
         ) from error
+    return _built(blocks, index, header, tensors, str(path))
+
+
+def stored_block(blocks: StreamedBlocks, index: int, directory: Path, manifest: dict) -> nn.Module:
+    """Block `index` of a checkpoint as `load_block` gives it, from its own file or from the model's.
+
+    Raises:
+        ObrError: as `load_block`, or the model's files lack a tensor.
+    """
+    if referred.ENTRY not in manifest:
+        return load_block(blocks, index, directory / block_file(index))
+    names = list(blocks.model.get_submodule(blocks.layout.blocks)[index].state_dict())
+    prefix, dtype = f"{blocks.layout.blocks}.{index}.", getattr(torch, manifest["dtype"])
+    header, tensors = referred.read_tensors(directory, manifest, blocks.layout.linears, names, prefix, dtype)
+    return _built(blocks, index, header, tensors, str(referred.folder_of(directory, manifest)))
+
+
+def _built(blocks: StreamedBlocks, index: int, header: dict, tensors: dict[str, Tensor], what: str) -> nn.Module:
+    """A block from the contents of its file. what: the file's name in messages."""
     block = copy.deepcopy(blocks.model.get_submodule(blocks.layout.blocks)[index])
     wrap_block(block, blocks.layout)
     try:
-        fill_block(block, blocks.layout, header, tensors, str(path), blocks.dtype)
+        fill_block(block, blocks.layout, header, tensors, what, blocks.dtype)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         why = f"{type(error).__name__} {first_line(error)}"
-        raise ObrError(f"{path} is not a block of this model ({why}); compress the model again.") from error
+        raise ObrError(f"{what} is not a block of this model ({why}); compress the model again.") from error
     return block.to(blocks.target).requires_grad_(False)
 
 
@@ -172,7 +193,7 @@ class CheckpointBlocks(StreamedBlocks):
         return model
 
     def load(self, index: int) -> nn.Module:
-        block = load_block(self, index, self.directory / block_file(index))
+        block = stored_block(self, index, self.directory, self.manifest)
         if index in self.recipe.chosen(len(self)):
             set_quantizers(block, self.layout, self.recipe)
         return block

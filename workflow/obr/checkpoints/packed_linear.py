@@ -1,11 +1,10 @@
 """Models that compute with their packed weights, on the CPU: what the fake-quantised layers simulate."""
 
-import ctypes
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from obr.checkpoints import format, packed_linear
+from obr.checkpoints import format
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import unpack
 from obr.config.recipe import Recipe
@@ -14,6 +13,7 @@ from obr.kernels.int4 import packed_weight
 from obr.models.architectures import Layout
 from obr.models.layers import QuantLinear
 from obr.models.state import refuse_plain_saving
+from obr.runtime.allocator import return_freed_memory
 
 
 class PackedLinear(QuantLinear):
@@ -73,7 +73,7 @@ class PackedBlocks(CheckpointBlocks):
     def load(self, index: int) -> nn.Module:
         block = super().load(index)
         _pack_linears(block, self.layout)
-        packed_linear.return_freed_memory()
+        return_freed_memory()
         return block
 
 
@@ -142,12 +142,3 @@ def _check(linear: QuantLinear, name: str) -> None:
             f"{name} reads activations of {settings.bits} bits, group_size {settings.group_size}; packed kernels "
             "take 2 to 8 bits and one scale a token, so load it with packed=False."
         )
-
-
-def return_freed_memory() -> None:
-    """Hand memory that was freed back to the system, where the C library can: small tensors that stay between large
-    ones that go keep it resident otherwise.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))

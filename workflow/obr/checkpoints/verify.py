@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from obr.checkpoints.files import read_manifest
+from obr.checkpoints import referred
+from obr.checkpoints.files import read_manifest, weight_bytes
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import Packed, unpack
 from obr.checkpoints.released.verified import Verified
@@ -84,6 +85,7 @@ def _files(directory: Path, manifest: dict) -> Iterator[str]:
             yield f"{directory}/{name} is not the file that was written (its sha256 differs); compress it again."
     for name in sorted(present - set(manifest["files"])):
         yield f"{directory}/{name} is not in the manifest; delete it, or ask who put it there."
+    yield from referred.problems_of(directory, manifest, whole=True)
 
 
 def _contents(directory: Path, manifest: dict) -> Iterator[str]:
@@ -216,7 +218,7 @@ def _sums(directory: Path, manifest: dict, totals: Totals) -> Iterator[str]:
         "linear_weights": totals.weights,
         "linear_bytes": totals.bytes,
         "zeros": totals.zeros / totals.weights,
-        "file_bytes": sum(path.stat().st_size for path in directory.glob("*.safetensors")),
+        "file_bytes": weight_bytes(directory, manifest),
     }
     if manifest["recipe"].get("method") != "released":
         found["sparsity"] = totals.pruned / totals.weights

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from obr.checkpoints import referred
 from obr.checkpoints.files import (
     ENDS,
     FORMAT,
     check_no_strays,
     check_replaceable,
     remove_outdated,
+    weight_bytes,
 )
 from obr.checkpoints.format import load_block, save_block, save_ends
 from obr.checkpoints.packing import pack, unpack
@@ -114,13 +116,22 @@ class Writer:
     Args:
         directory: made if need be. dtype: of everything kept at 16 bits.
         run: what decides the blocks, as plain data, see `Unfinished`.
+        weights: folder of the model that the checkpoint refers to, instead of files of its blocks.
 
     Raises:
         ObrError: the unfinished blocks there are of another run; the folder holds files of something else.
     """
 
-    def __init__(self, directory: Path, blocks: Blocks, dtype: torch.dtype, run: dict | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        blocks: Blocks,
+        dtype: torch.dtype,
+        run: dict | None = None,
+        weights: Path | None = None,
+    ):
         self.directory, self.blocks, self.dtype, self.run = Path(directory), blocks, dtype, run
+        self.weights = weights
         check_no_strays(self.directory)
         self.unfinished = Unfinished(self.directory, run)
 
@@ -146,7 +157,11 @@ class Writer:
     ) -> None:
         """Write a block, compressed in so many seconds by a processor."""
         note = {"layers": [row.noted() for row in rows], "seconds": seconds, "processor": processor}
-        self.unfinished.keep(index, lambda path: save_block(block, self.blocks.layout, path, self.dtype), note)
+        self.unfinished.keep(index, lambda path: self._save(block, path), note)
+
+    def _save(self, block: nn.Module, path: Path) -> None:
+        if self.weights is None:
+            save_block(block, self.blocks.layout, path, self.dtype)
 
     def finish(self, report: Report, tokenizer_from: Path | None = None) -> dict:
         """Write the ends, layers.csv, the configuration and, last, the manifest; returns the manifest."""
@@ -154,7 +169,7 @@ class Writer:
         (self.directory / "manifest.json").unlink(missing_ok=True)  # of an older checkpoint, of which parts go now
         self.unfinished.move(len(blocks))
         if self.run is not None:  # an older checkpoint may lie there; obr.save writes into a new folder
-            remove_outdated(self.directory, len(blocks))
+            remove_outdated(self.directory, 0 if self.weights else len(blocks))
         save_ends(blocks.model, blocks.layout, self.directory / ENDS, self.dtype)
         config = copy.deepcopy(blocks.config)
         config.dtype = self.dtype
@@ -190,6 +205,7 @@ class Writer:
 
     def _manifest(self, report: Report) -> dict:
         layers = report.layers
+        entry = {} if self.weights is None else {referred.ENTRY: referred.reference(self.weights, self.directory)}
         weights = sum(layer.rows * layer.columns for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
         theoretical = sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers)
@@ -200,7 +216,7 @@ class Writer:
             "dtype": dtypes.name_of(self.dtype),
             "computed_in": report.computed_in and dtypes.name_of(report.computed_in),
             "bits_per_weight": {"theoretical": theoretical / weights, "file": 8 * packed / weights},
-            "file_bytes": sum(path.stat().st_size for path in self.directory.glob("*.safetensors")),
+            "file_bytes": weight_bytes(self.directory, entry),
             "linear_weights": weights,
             "linear_bytes": packed,
             "sparsity": sum(layer.sparsity * layer.rows * layer.columns for layer in layers) / weights,
@@ -221,6 +237,7 @@ class Writer:
             "inputs": self.run,
             "versions": versions(),
             "software": software(),
+            **entry,
         }
 
 

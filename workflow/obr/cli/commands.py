@@ -53,7 +53,7 @@ def learn_rotation(args: Namespace) -> None:
     device, dtype = _computing(args.device, args.dtype)
     from obr.rotations.learning.registry import learn_rotation
 
-    learn_rotation(args.entry, args.model, args.tokens, args.out, device, dtype)
+    learn_rotation(args.entry, args.model, args.tokens, args.out, device, dtype, args.activations_memory)
 
 
 def calibrate(args: Namespace) -> None:

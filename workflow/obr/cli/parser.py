@@ -29,7 +29,11 @@ STAGES = {
     "download-documents": (commands.download_documents, "Fetch a text's documents into a file.", "entry out"),
     "download-task": (commands.download_task, "Fetch a zero-shot task.", "entry text? out rerun"),
     "download-rotation": (commands.download_rotation, "Make a model's rotation.", "entry model out trust"),
-    "learn-rotation": (commands.learn_rotation, "Learn a model's rotation.", "entry model tokens out compute trust"),
+    "learn-rotation": (
+        commands.learn_rotation,
+        "Learn a model's rotation.",
+        "entry model tokens out activations compute trust",
+    ),
     "calibrate": (commands.calibrate, "Choose calibration windows.", "entry model text out trust"),
     "generate": (
         commands.generate,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from obr.calibration import output_gradients
 from obr.checkpoints.files import check_files, read_manifest
-from obr.checkpoints.format import load_block, round_ends, round_rest
+from obr.checkpoints.format import round_ends, round_rest, stored_block
 from obr.checkpoints.packing import unpack
 from obr.checkpoints.writer import Report
 from obr.compression.blocks import compress_group
@@ -24,7 +24,6 @@ from obr.rotations import apply
 from obr.runtime import processor
 from obr.runtime.progress import Progress
 from obr.runtime.provenance import fingerprint
-from obr.runtime.resume import block_file
 
 DIFFERENT = 0.002  # of a row's largest weight: less than a step of 8 bits, more than rounding to 16
 TOLERATED = 0.01  # of a layer's weights: other processors and thread counts break ties of rounding otherwise
@@ -92,7 +91,7 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     statistics = HessianSource(blocks, recipe, windows, places.hessians)
     makers = _makers(directory, manifest)
     try:
-        return _repeated(directory, blocks, statistics, report, chosen, makers)
+        return _repeated(manifest, directory, blocks, statistics, report, chosen, makers)
     finally:
         processor.require_products(None)
 
@@ -142,6 +141,7 @@ def _check(made_from: dict, recipe: Recipe, places: Places) -> None:
 
 
 def _repeated(
+    manifest: dict,
     directory: Path,
     blocks: StreamedBlocks,
     statistics: HessianSource,
@@ -149,13 +149,13 @@ def _repeated(
     chosen: list[tuple[int, str]],
     makers: dict[int, dict],
 ) -> list[Repeated]:
-    """makers: the processor of each block."""
+    """makers: the processor of each block. One parameter for each part of a recomputation."""
     layout, found = blocks.layout, []
     wanted = {(index, layout.group_of(name)) for index, name in chosen}
     last = max(index for index, _ in wanted)
     with Progress("recomputing", last + 1) as shown:
         for index in range(last + 1) if statistics.hidden is not None else sorted({i for i, _ in wanted}):
-            stored = statistics.resumed(index, load_block(blocks, index, directory / block_file(index)))
+            stored = statistics.resumed(index, stored_block(blocks, index, directory, manifest))
             if any(index == i for i, _ in wanted):
                 processor.require_products(makers[index]["products"] if index in makers else None)
                 again_by = processor.description(blocks.target.type)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from obr.calibration import output_gradients
+from obr.checkpoints.referred import is_referred
 from obr.checkpoints.writer import Report, Writer
 from obr.compression.blocks import compress_blocks
 from obr.config.model_sizes import read_config
@@ -35,7 +36,8 @@ def compress_stage(
 ) -> dict:
     """The stage: a downloaded model to a packed checkpoint, streamed; returns the manifest.
 
-    One parameter per flag of `obr compress`. An interrupted run goes on with the block it was at.
+    One parameter per flag of `obr compress`. An interrupted run goes on with the block it was at. The checkpoint of a
+    dense recipe without a rotation refers to the blocks in `model`.
 
     Args:
         rotation: the rotation's file, None for none. tokens: calibration windows, for sequential Hessians.
@@ -71,7 +73,7 @@ def compress_stage(
     files |= _read_layerwise(report, gradient_file, allocation_file, blocks.target)
     computed = {"device": str(blocks.target), "dtype": str(blocks.dtype)}
     run = fingerprint("compression.stage", model, files, **computed, recipe=recipe.decisive())
-    writer = Writer(out, blocks, report.dtype, run)
+    writer = Writer(out, blocks, report.dtype, run, model if is_referred(recipe) else None)
     compress_blocks(blocks, windows, cached, report, writer, MemoryBudget(megabytes, writer.unfinished.folder))
     return writer.finish(report, tokenizer_from=model)
 

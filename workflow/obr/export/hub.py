@@ -6,11 +6,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from obr.checkpoints.files import CARD, MANIFEST, check_contents, check_replaceable, read_manifest
+import torch
+
+from obr.checkpoints import referred
+from obr.checkpoints.files import CARD, MANIFEST, check_contents, check_replaceable, read_manifest, weight_bytes
+from obr.checkpoints.format import CheckpointBlocks, save_block
 from obr.errors import ObrError
 from obr.export.model_card import model_card
 from obr.runtime import hub
-from obr.runtime.files import atomic_folder, replace_folder, write_text
+from obr.runtime.files import atomic_folder, replace_folder, sha256_of, write_json, write_text
+from obr.runtime.resume import block_file
 
 
 def push(
@@ -61,11 +66,28 @@ def _link(origin: Path, target: Path) -> None:
 
 
 def _fill(checkpoint: Path, manifest: dict, card: str, folder: Path, place: Callable[[Path, Path], None]) -> None:
-    """Place the manifest, the files that it lists and the card; nothing else that lies in the checkpoint's folder."""
+    """Place the manifest, the files that it lists and the card; nothing else that lies in the checkpoint's folder.
+
+    Blocks to which the checkpoint refers are written out, and the manifest lists them.
+    """
     for name in sorted({*manifest["files"], MANIFEST} - {CARD}):
         (folder / name).parent.mkdir(exist_ok=True)
         place(checkpoint / name, folder / name)
+    if referred.ENTRY in manifest:
+        (folder / MANIFEST).unlink()  # perhaps a link to the checkpoint's own
+        write_json(_embodied(checkpoint, manifest, folder), folder / MANIFEST)
     write_text(card, folder / CARD)
+
+
+def _embodied(checkpoint: Path, manifest: dict, folder: Path) -> dict:
+    """Write the blocks of a checkpoint that refers to a model; returns the manifest of one that has them."""
+    blocks = CheckpointBlocks(checkpoint, None, getattr(torch, manifest["dtype"]), "cpu")
+    files = dict(manifest["files"])
+    for index in range(len(blocks)):
+        save_block(blocks.load(index), blocks.layout, folder / block_file(index), blocks.dtype)
+        files[block_file(index)] = sha256_of(folder / block_file(index))
+    alone = {key: value for key, value in manifest.items() if key != referred.ENTRY}
+    return alone | {"files": dict(sorted(files.items())), "file_bytes": weight_bytes(folder, alone)}
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:

@@ -11,6 +11,7 @@ TOLERANCE = 5e-4  # of each row's residual: leaves the loss optimal to 1e-6, as 
 RENEW = 0.05  # the residual, in units of the target, at which bfloat16's rounding so far is taken out
 LOW_ITERATIONS = 30  # in bfloat16, to RENEW and from there to the tolerance; real layers need 10 each
 MAX_ITERATIONS = 500
+SCALED_ROWS = 1024  # of a matrix that are scaled at a time
 
 
 def images_on_support(matrix: Tensor, target: Tensor, support: Tensor, tolerance: float = TOLERANCE) -> Tensor:
@@ -57,8 +58,8 @@ def images_on_support(matrix: Tensor, target: Tensor, support: Tensor, tolerance
 def _scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`matrix (n, n)` with rows and columns scaled, made in `dtype` without a copy in the matrix's own."""
     scaled = torch.empty_like(matrix, dtype=dtype)
-    for first in range(0, len(matrix), 1024):
-        part = slice(first, first + 1024)
+    for first in range(0, len(matrix), SCALED_ROWS):
+        part = slice(first, first + SCALED_ROWS)
         scaled[part] = matrix[part] * scale * scale[part, None]
     return scaled
 

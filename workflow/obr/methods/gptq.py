@@ -8,7 +8,7 @@ from torch import Tensor
 
 from obr.methods.grid import Grid
 from obr.methods.layer import Layer, Solution
-from obr.methods.row_products import filled, parts
+from obr.methods.row_products import filled, parts, whole
 
 BLOCK = 128  # columns of a GPTQ block
 
@@ -29,17 +29,18 @@ def gptq_sweep(
     weight, hessian, mask, grid = layer.weight, layer.hessian, layer.mask, layer.grid
     if grid.group is not None:
         grid = replace(grid, scale=grid.scale.clone())  # filled on the way
-    _, factor = hessian.tail(start)
-    factor = factor / factor.diagonal()[:, None]  # a column's error, divided by the diagonal, times its row
-    rows = len(weight)
+    factor, rows = hessian.factor(start), len(weight)
     scale = grid.scale[:, :1] if grid.scale is not None else torch.ones_like(weight[:, :1])
     # Transposed: a column of the layer is then contiguous, and so is all that follows it. In units of the scale:
     # rounding is then to integers, and the carrying on of errors is linear in each row. Filled up to whole parts.
-    work = filled(weight / scale).T[start:].contiguous()
-    kept = filled(mask).T[start:].to(weight.dtype).contiguous()
-    width = len(work)
+    width = weight.shape[1] - start
+    work = weight.new_zeros(width, whole(rows, weight.device))
+    torch.div(weight.T[start:], scale.T, out=work[:, :rows])
+    kept = filled(mask).T[start:].contiguous()
     for first, last in _blocks(width, grid.group or BLOCK):
-        block, local = work[first:last], factor[first:last, first:last]
+        # What a column's error, divided by the diagonal, is multiplied by.
+        carried = factor[first:last, first:] / factor.diagonal()[first:last, None]
+        block, local = work[first:last], carried[:, : last - first]
         errors = torch.empty_like(block)
         for i in range(last - first):
             if grid.group is not None and first + i and (first + i) % grid.group == 0:
@@ -55,10 +56,10 @@ def gptq_sweep(
             # Not addr_, which rounds the last few elements of a tensor in another way than those before.
             block[i + 1 :].addcmul_(local[i, i + 1 :, None], errors[i], value=-1)
         for part in parts(rows, work.device):
-            work[last:, part].addmm_(factor[first:last, last:].T, errors[:, part], alpha=-1)
+            work[last:, part].addmm_(carried[:, last - first :].T, errors[:, part], alpha=-1)
     if choose is not None:
-        mask = torch.cat([mask[:, :start], kept[:, :rows].T.bool()], dim=1)
-    swept = work[:, :rows].T.contiguous() * (scale if grid.group is None else grid.over(width))
+        mask = torch.cat([mask[:, :start], kept[:, :rows].T], dim=1)
+    swept = work[:, :rows].T.contiguous().mul_(scale if grid.group is None else grid.over(width))
     return Solution(swept, mask, grid)
 
 

@@ -17,6 +17,7 @@ CANDIDATE_MARGIN = 1.0001  # the compiled search finds errors to 1e-5: what come
 # threads. It computes powers in vectors, and the last few of a tensor, or of a thread's share, one by one, which
 # differs in the last bit: rows of whole vectors in one share have all of theirs computed alike.
 _SEARCH_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 25}
+_CHECKED_ROWS = 512  # at a time, by `contains`
 _VECTORS = 32  # elements, a multiple of what PyTorch computes at once
 
 
@@ -82,7 +83,12 @@ class Grid:
 
     def contains(self, weight: Tensor) -> bool:
         """Whether every value of `weight (r, n)` lies on the grid (to fp32 rounding)."""
-        return self.scale is None or bool(torch.allclose(self.round(weight), weight, rtol=1e-5, atol=0))
+        if self.scale is None:
+            return True
+        parts = zip(weight.split(_CHECKED_ROWS), self.scale.split(_CHECKED_ROWS), strict=True)
+        return all(
+            torch.allclose(replace(self, scale=scale).round(part), part, rtol=1e-5, atol=0) for part, scale in parts
+        )
 
     def _clip_search(self, weight: Tensor) -> "Grid":
         errors = native.clip_errors(weight, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)

@@ -18,6 +18,7 @@ from obr.methods import native
 from obr.methods.grid import Grid
 from obr.methods.joint_annealing import CoordinateDescent
 from obr.methods.layer import Layer, Solution
+from obr.methods.layer_hessian import factored, inverted
 from obr.methods.masks import mask_from_ranks, mask_from_scores
 from obr.methods.obr import restore_pruned
 from obr.methods.row_products import product
@@ -104,6 +105,7 @@ def prune_and_round(layer: Layer) -> Solution:
     damped, shrinkages = _factored(hessian)
     search = Grid.fit(weight, SEARCH_BITS, "minmax") if grid.scale is None else grid
     first, (values, support) = admm(weight, damped.diagonal(), shrinkages, search, budget)
+    shrinkages = None  # before annealing, which has matrices of its own
     descent = CoordinateDescent.begin(weight, values, damped, hessian.dead, search)
     candidates = [(*first, _losses(weight - first[0], hessian))]
 
@@ -130,18 +132,17 @@ def _factored(hessian) -> tuple[Tensor, dict[float, Tensor]]:
     while any(matrix is None for matrix in shrinkages):
         damped = hessian.damped()
         root = damped.diagonal().clamp_min(torch.finfo(damped.dtype).tiny).rsqrt()
-        shrinkages = [_shrinkage(damped * root * root[:, None], penalty) for penalty, _ in STAGES]
+        shrinkages = [_shrinkage(damped, root, penalty) for penalty, _ in STAGES]
         if any(matrix is None for matrix in shrinkages):
             hessian.inverse  # noqa: B018  raises the damping on record, or refuses
     return damped, {penalty: matrix for (penalty, _), matrix in zip(STAGES, shrinkages, strict=True)}
 
 
-def _shrinkage(scaled: Tensor, penalty: float) -> Tensor | None:
-    scaled = scaled.clone()
+def _shrinkage(damped: Tensor, root: Tensor, penalty: float) -> Tensor | None:
+    scaled = (damped * root[:, None]).mul_(root)
     scaled.diagonal().add_(penalty)
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    low = product_dtype(scaled.device.type)
-    return None if info.any() else torch.cholesky_inverse(factor).mul_(penalty).to(low)
+    factor, positive = factored(scaled)
+    return inverted(factor).mul_(penalty).to(product_dtype(damped.device.type)) if positive else None
 
 
 def admm(

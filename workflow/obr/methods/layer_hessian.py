@@ -27,7 +27,7 @@ class Hessian:
     """
 
     def __init__(self, matrix: Tensor, damp: float = 0.01, name: str = "layer", harmonic: Tensor | None = None):
-        if not torch.isfinite(matrix).all():
+        if not is_finite(matrix):
             raise ObrError(
                 f"{name}: the Hessian has NaN or infinite values; check the calibration activations (half "
                 "precision overflows on some models: use dtype float32 or bfloat16) and rebuild it."
@@ -40,18 +40,22 @@ class Hessian:
         self.matrix = matrix.float()
         self.harmonic = None if harmonic is None else harmonic.to(self.matrix)
         self.damp, self.name, self.flags = damp, name, []
-        self._tails: dict[int, tuple[Tensor, Tensor]] = {}
+        self._inverses: dict[int, Tensor] = {}  # of trailing blocks
+        self._factors: dict[int, Tensor] = {}
         self.diagonal = self.matrix.diagonal().clone()
         self.dead = self.diagonal == 0
         if self.dead.any():
             self.flags.append(f"{int(self.dead.sum())} dead columns")
 
-    def damped(self, start: int = 0) -> Tensor:
+    def damped(self, start: int = 0, by_columns: bool = False) -> Tensor:
         """The trailing block from column `start` on, a copy: dead columns get a unit diagonal, then damping is added.
 
         Its size is `damp` times the mean of the whole diagonal. Before `inverse` it is the damping asked for.
+        by_columns: whether the copy is stored column by column, as `factored` overwrites it.
         """
-        damped = self.matrix[start:, start:].clone()
+        block = self.matrix[start:, start:]
+        damped = torch.empty_like(block, memory_format=torch.contiguous_format)
+        damped = (damped.mT if by_columns else damped).copy_(block)
         diagonal = torch.where(self.dead, 1, self.diagonal)
         damped.diagonal().copy_((diagonal + self.damp * diagonal.mean())[start:])
         return damped
@@ -59,43 +63,76 @@ class Hessian:
     @cached_property
     def inverse(self) -> Tensor:
         """(n, n) inverse of the damped Hessian; settles the damping."""
+        return self._inverted()
+
+    def _inverted(self) -> Tensor:
         asked = self.damp
         for _ in range(DAMP_RETRIES + 1):
-            factor, info = torch.linalg.cholesky_ex(self.damped())
-            if not info.any():
+            factor, positive = factored(self.damped(by_columns=True))
+            if positive:
                 if self.damp != asked:
                     self.flags.append(f"damp raised from {asked:g} to {self.damp:g}")
-                return torch.cholesky_inverse(factor)
+                return inverted(factor)
+            factor = None  # before the next copy
             self.damp = max(10 * self.damp, 1e-3)
         raise ObrError(
             f"{self.name}: the Hessian cannot be factored, even with damp {self.damp / 10:g}; use more "
             "calibration tokens than the layer has columns, or a larger damp."
         )
 
-    def tail(self, start: int) -> tuple[Tensor, Tensor]:
-        """Inverse of the damped Hessian's trailing block H[start:, start:], and its upper factor U.
+    def tail_inverse(self, start: int) -> Tensor:
+        """(n - start, n - start) inverse of the damped Hessian's trailing block H[start:, start:]."""
+        if not start:
+            return self.inverse
+        if start not in self._inverses:
+            self.inverse  # noqa: B018  settles the damping
+            self._inverses[start] = inverted(factored(self.damped(start, by_columns=True))[0])
+        return self._inverses[start]
 
-        Both are (n - start, n - start), with UᵀU the inverse; the U of a trailing block is also that of H's
-        inverse from `start` on.
+    def factor(self, start: int = 0) -> Tensor:
+        """(n - start, n - start) upper U with UᵀU the inverse of the trailing block H[start:, start:].
+
+        It is also the trailing block of the U of H's whole inverse. That inverse is overwritten where nothing has
+        asked for it.
 
         Raises:
             ObrError: the inverse cannot be factored.
         """
-        if start not in self._tails:
-            inverse = self.inverse
-            if start:
-                inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped(start)))
-            factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if info.any():
+        if start not in self._factors:
+            kept = start or "inverse" in self.__dict__
+            inverse = self.tail_inverse(start).clone() if kept else self._inverted()
+            self._factors[start], positive = factored(inverse, upper=True)
+            if not positive:
                 raise ObrError(f"{self.name}: the inverse Hessian is not positive definite; use a larger damp.")
-            self._tails[start] = inverse, factor
-        return self._tails[start]
+        return self._factors[start]
 
     @property
     def inverse_factor(self) -> Tensor:
         """(n, n) upper U with UᵀU = H⁻¹."""
-        return self.tail(0)[1]
+        return self.factor()
 
     def loss(self, change: Tensor) -> float:
         """tr(D H Dᵀ) of `change (r, n)`, undamped H."""
-        return float(((change @ self.matrix) * change).sum(dtype=torch.float64))
+        return float((change @ self.matrix).mul_(change).sum(dtype=torch.float64))
+
+
+def is_finite(matrix: Tensor) -> bool:
+    """Whether no value is NaN or infinite; unlike `torch.isfinite`, without a copy."""
+    return not matrix.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all())
+
+
+def factored(matrix: Tensor, upper: bool = False) -> tuple[Tensor, bool]:
+    """(Cholesky factor (n, n), whether the matrix is positive definite), in the memory of `matrix (n, n)`.
+
+    LAPACK overwrites matrices that are stored column by column, as the transpose of a symmetric one is.
+    """
+    columns = matrix if matrix.stride(0) == 1 else matrix.mT
+    factor, info = torch.linalg.cholesky_ex(
+        columns, upper=upper, out=(columns, torch.empty((), dtype=torch.int32, device=matrix.device))
+    )
+    return factor, not bool(info)
+
+
+def inverted(factor: Tensor) -> Tensor:
+    """(n, n) inverse of the matrix whose lower Cholesky factor this is, in its memory."""
+    return torch.cholesky_inverse(factor, out=factor)

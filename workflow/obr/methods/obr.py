@@ -39,7 +39,7 @@ def restore_rounded(
     if not 0 < cut < weight.shape[1]:
         return right
     error = weight[:, :cut] - rounded
-    inverse, _ = hessian.tail(cut)
+    inverse = hessian.tail_inverse(cut)
     change = product(product(error, hessian.matrix[:cut, cut:]), inverse)
     if not kept.all():
         change -= images_on_support(inverse, change, ~kept, tolerance)

@@ -14,7 +14,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.methods.grid import Grid
 from obr.methods.layer import Layer, Solution
-from obr.methods.layer_hessian import Hessian
+from obr.methods.layer_hessian import Hessian, is_finite
 from obr.methods.masks import check_mask, mask_from_scores
 from obr.methods.refit_scales import refit
 from obr.methods.registry import FUNCTIONS, SCORES
@@ -166,7 +166,7 @@ def _solved(layers: dict[str, Layer], row_weights: Tensor | None) -> dict[str, S
         parts = [layers.pop(name) for name in names]
         sizes = tuple(size for part in parts for size in part.sizes)
         stacked = Layer(
-            torch.cat([part.weight for part in parts]), parts[0].hessian, torch.cat([part.mask for part in parts]),
+            _stacked([part.weight for part in parts]), parts[0].hessian, _stacked([part.mask for part in parts]),
             Grid.stack([part.grid for part in parts]), recipe, sizes, row_weights,
         )  # fmt: skip
         parts = None
@@ -174,6 +174,10 @@ def _solved(layers: dict[str, Layer], row_weights: Tensor | None) -> dict[str, S
         rows = zip(names, solution.weight.split(sizes), solution.mask.split(sizes), _split(solution.grid, sizes))
         solutions |= {name: Solution(weight, mask, grid) for name, weight, mask, grid in rows}
     return solutions
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _split(grid: Grid, sizes: tuple[int, ...]) -> list[Grid]:
@@ -195,7 +199,7 @@ def _restored(dense: Tensor, solution: Solution, hessian: Hessian | None, recipe
 def _checked_hessian(weight: Tensor, hessian, recipe: Recipe, name: str, harmonic: Tensor | None) -> Hessian | None:
     if weight.ndim != 2:
         raise ObrError(f"{name}: the weight has shape {tuple(weight.shape)}; it must be a matrix (r, n).")
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise ObrError(f"{name}: the weight has NaN or infinite values; the model's file is broken.")
     if hessian is None:
         if recipe.needs_hessian:
@@ -247,9 +251,9 @@ def _assert_sound(restored: Restored, grid: Grid, recipe: Recipe, name: str, cho
 
     chosen: the mask was not given.
     """
-    if not torch.isfinite(restored.weight).all():
+    if not is_finite(restored.weight):
         raise ObrError(f"{name}: {recipe.method} gave NaN or infinite weights; use a larger damp.")
-    if restored.weight[~restored.mask].any():
+    if ((restored.weight != 0) & ~restored.mask).any():
         raise ObrError(f"{name}: {recipe.method} left pruned weights that are not zero.")
     if not grid.contains(restored.weight):
         raise ObrError(f"{name}: {recipe.method} left weights off the {recipe.bits}-bit grid.")

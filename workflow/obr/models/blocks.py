@@ -54,7 +54,9 @@ class Blocks:
     def logits(self, hidden: Tensor) -> Tensor:
         """(b, s, d) out of the last block -> (b, s, v), divided as Granite divides its own."""
         norm, head = (self.model.get_submodule(n) for n in (self.layout.final_norm, self.layout.head))
-        logits = F.linear(norm(hidden), head.weight.to(hidden.dtype), head.bias)
+        # Autocast chooses the dtype itself: without it the whole head would exist in float32 too.
+        cast = torch.is_autocast_enabled(hidden.device.type)
+        logits = F.linear(norm(hidden), head.weight if cast else head.weight.to(hidden.dtype), head.bias)
         scaling = getattr(self.config, "logits_scaling", 1.0)
         return logits if scaling == 1 else logits / scaling
 

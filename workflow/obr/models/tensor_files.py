@@ -120,17 +120,23 @@ class TensorFiles:
             raise ObrError(f"{path.name} of {self.what} is missing or cut short ({why}): fetch it again.") from error
 
     def read(self, names: dict[str, str], *to) -> dict:
-        """{key: tensor} for {key: name of a tensor}; to: as of `Tensor.to`.
+        """{key: tensor} for {key: name of a tensor}; to: device and dtype, or one of them.
 
-        A file is opened for every tensor: what has been read stays mapped, and counts as resident, as long as the
-        file is open. Raises ObrError if a tensor is not there.
+        A tensor moves as it is stored, and is converted where it arrives. A file is opened for every tensor: what has
+        been read stays mapped, and counts as resident, as long as the file is open.
+
+        Raises:
+            ObrError: a tensor is not there.
         """
         tensors = {}
         for key, name in names.items():
             if name not in self.files:
                 raise ObrError(f"{self.what} has no tensor {name!r}; it is not a whole model.")
             with self._open(self.files[name]) as file:
-                tensors[key] = file.get_tensor(name).to(*to)
+                tensor = file.get_tensor(name)
+                for place in to:
+                    tensor = tensor.to(place)
+                tensors[key] = tensor
         return tensors
 
     def equal(self, one: str, other: str, rows: int = 1024) -> bool:

@@ -33,24 +33,13 @@ TASKS = {
 OTHER_TASK = (200, 105, 61)  # four answers of a dozen words after a context of thirty
 DIVERGENCE_LENGTH, DIVERGENCE_TOKENS = 512, 512  # on which divergences are measured; see `divergence`
 WRITTEN = 6  # times the tokens of calibration windows is what a model computes that writes them, one at a time
-LOGITS = 2.0**27  # bytes in float32 that exist at a time in zero-shot evaluation
-FOLDED = 6  # passes over all weights in a step of learning a rotation
-# Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
-LEARNING = {
-    "spinquant": {"steps": 100, "batch": 8},
-    "ostquant": {"steps": 100, "batch": 8},
-    "flatquant": {"epochs": 15, "batch": 4},
-    "omniquant": {"epochs": 20, "batch": 1},
-    "smoothquant": {"epochs": 1},
-    "awq": {"epochs": 20},
-}
 
 
 @dataclass(frozen=True)
 class Work:
     """What a job does: products in the model's dtype, products of inputs with themselves in float32, factors and
-    solves in float32, elements passed over, bytes read, blocks run (each a handful of small kernels), and a
-    constant for its start."""
+    solves in float32, elements passed over, bytes read, blocks run (each a handful of small kernels), a constant for
+    its start, and bytes of weights read again, from the page cache."""
 
     products: float = 0
     grams: float = 0
@@ -59,11 +48,17 @@ class Work:
     read: float = 0
     runs: float = 0
     start: float = 0
+    loads: float = 0
 
     def seconds(self, speeds: dict, threads: int = 1) -> float:
         """At these speeds, what is counted in operations and elements on so many cores."""
         shared = sum(getattr(self, kind) / speeds[kind] for kind in ("products", "grams", "exact", "elements"))
-        alone = self.read / speeds["read"] + self.runs / speeds["runs"] + self.start * speeds["start"]
+        alone = (
+            self.read / speeds["read"]
+            + self.loads / speeds["loads"]
+            + self.runs / speeds["runs"]
+            + self.start * speeds["start"]
+        )
         return shared / threads + alone
 
 
@@ -75,6 +70,7 @@ SPEEDS = {
         "exact": 2.2e10,
         "elements": 1.8e8,
         "read": 3e8,
+        "loads": 5e8,
         "runs": 1e4,
         "start": 1.0,
     },
@@ -84,6 +80,7 @@ SPEEDS = {
         "exact": 1.2e13,
         "elements": 2.5e10,
         "read": 1e9,
+        "loads": 4e9,
         "runs": 1.2e3,
         "start": 1.5,
     },
@@ -160,42 +157,6 @@ def sensitivity(sizes: Sizes, options: list[Option], tokens: int = DIVERGENCE_TO
     return Work(products, 0, exact, elements, read, runs, 5.5)
 
 
-def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
-    """Learning a rotation by the `learn` of its entry, from all but the held-out ones of these windows.
-
-    Forward and backward take three times what forward takes; recomputing adds one. Where scales or affine
-    transforms are learned, every step folds and quantises all weights, and gradients pass through that, too; so
-    does every step for rounded weights. Part by part where `micro_batch` cuts a step's windows.
-    """
-    default = LEARNING[kind]
-    steps, batch, epochs = (learn.get(key, default.get(key, 1)) for key in ("steps", "batch", "epochs"))
-    held_out = learn.get("held_out", 4)
-    weights = float(sizes.block * sizes.blocks)
-    if "steps" not in default:  # block by block
-        steps = epochs * max(1, (windows - held_out) // batch)
-    tokens = steps * batch * length
-    parts = steps * -(-batch // (learn.get("micro_batch") or batch))
-    quantise = learn.get("quantise", {})
-    rounds = "steps" in default and quantise.get("bits", 16) < 16
-    passes = 4 if learn.get("recompute") else 3
-    elements = passes * tokens * sizes.blocks * (4.0 * sizes.hidden + 2.0 * sizes.intermediate)
-    products = passes * sizes.forward(tokens, length)
-    if "steps" in default:
-        looks = (steps // learn.get("every", 10) + 1) * held_out * length
-        products += passes * sizes.logits(tokens) + sizes.forward(looks, length) + sizes.logits(looks)
-    else:
-        products += sizes.forward(2 * windows * length, length)
-    if kind == "ostquant" or rounds:  # the residual rotation is folded on both sides, with gradients
-        products += passes * 2.0 * parts * weights * sizes.hidden
-    if kind == "ostquant":  # its teacher
-        products += sizes.logits(tokens)
-    if kind != "spinquant" or rounds:  # which folds nothing again for 16-bit weights
-        elements += FOLDED * parts * weights
-    if rounds and quantise.get("clip", "mse") == "mse":
-        elements += CLIP_PASSES * (2 if learn.get("recompute") else 1) * parts * weights
-    return Work(products, 0, 0, elements, 2.0 * (weights + sizes.ends), 3 * sizes.blocks * steps, 7)
-
-
 def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
     """A perplexity; every token passes through the quantisers of each layer."""
     elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.intermediate)
@@ -260,60 +221,13 @@ CONSTANT = {
 }
 
 
-def memory(
-    rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool, asymmetric: bool = False
-) -> tuple[float, float]:
-    """(host, GPU) peak of a job in GB. On a GPU, weights are 16 bits and Hessians float32.
-
-    asymmetric: whether dense blocks run beside compressed ones, on states of their own. `learn_rotation` is of
-    learning over the whole model; block by block takes what compressing takes.
-    """
-    element = 2 if on_gpu else 4
-    ends, block = element * sizes.ends, element * sizes.block
-    largest = 4.0 * max(sizes.inputs) ** 2
-    all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
-    if rule in ("compress", "sensitivity"):
-        model = (
-            ends
-            + 3 * block
-            + 3 * largest
-            + 12.0 * max(r * c for r, c in sizes.layers)
-            + element * tokens * sizes.hidden
-        )
-        if asymmetric:
-            model += block + largest + element * tokens * sizes.hidden
-        base = 0.9
-    elif rule == "learn_rotation":  # all blocks, their gradients, and a window's states on the way back
-        states = 4.0 * length * sizes.blocks * (20 * sizes.hidden + 6 * sizes.intermediate)
-        model = 2 * ends + 2 * element * sizes.block * sizes.blocks + states + 8.0 * length * sizes.vocabulary
-        base = 0.9
-    elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
-        states = min(element * tokens * sizes.hidden * (sizes.blocks + 2), 4e9)
-        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
-        model, base = ends + 2 * block + states + graph, 0.8
-    elif rule == "hessian":
-        model = ends + 2 * block + all_hessians + element * tokens * sizes.hidden
-        base = 0.8
-    elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
-        model, base = 1.5 * ends + 3 * block, 0.9
-    elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it
-        states = min(element * tokens * sizes.hidden, 4e9)
-        passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
-        model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
-        if on_gpu:  # a block is unpacked on the host
-            return base + 1.5 + (4 * block + states) / 1e9, model / 1e9
-        model += block + states
-    elif rule == "generate":
-        model = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary
-        base = 1.2
-    else:
-        return (1.8 if rule == "calibrate" else 0.6), 0.0
-    host = base + model / 1e9
-    return (base + 1.5 + block / 1e9, model / 1e9) if on_gpu else (host, 0.0)
-
-
 def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> float:
-    """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits."""
+    """Of a packed checkpoint: codes, masks, scales, and embeddings and head at 16 bits.
+
+    The checkpoint of a dense recipe without a rotation refers to the blocks of the model.
+    """
+    if recipe.method == "dense" and recipe.rotation == "none":
+        return 2.0 * sizes.ends
     weights, rows = sizes.block * sizes.blocks, sizes.blocks * sum(r for r, _ in sizes.layers)
     untied = 1.0 if recipe.rotation != "none" else 0.5
     scales = 4.0 * rows if recipe.bits < 16 and recipe.group is None else 0.0  # groups' are in the bits a weight

@@ -12,13 +12,19 @@ from obr.errors import ObrError
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a dry run. `after` are the numbers of the jobs, in the list, whose outputs it reads."""
+    """One job of a dry run. `after` are the numbers of the jobs, in the list, whose outputs it reads.
+
+    temporary: whether Snakemake deletes its outputs, but for small ones, once nothing needs them.
+    priority: jobs of a higher one start first.
+    """
 
     rule: str
     wildcards: dict[str, str]
     threads: int
     outputs: tuple[str, ...]
     after: tuple[int, ...] = field(default=())
+    temporary: bool = False
+    priority: int = 0
 
 
 def pending(
@@ -54,6 +60,8 @@ def pending(
                         min(int(job.threads), cores),
                         tuple(map(str, job.output)),
                         tuple(sorted(numbers[other] for other in dag.dependencies[job] if other in numbers)),
+                        bool(job.temp_output),
+                        int(job.priority),
                     )
                     for job in found
                 ]

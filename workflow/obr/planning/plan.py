@@ -13,7 +13,7 @@ from obr.planning import measured_times
 from obr.planning.dry_run import Job, pending
 from obr.planning.prices import TIMED, Price, Prices
 from obr.planning.published_times import published_times
-from obr.planning.schedule import schedule
+from obr.planning.schedule import peak_disk, spans
 from obr.runtime.files import json_text
 
 
@@ -32,6 +32,7 @@ class Plan:
     host: float = 0.0
     gpu: float = 0.0
     disk: float = 0.0
+    disk_peak: float = 0.0
     fetched: float = 0.0
     gated: list[str] = field(default_factory=list)
     measured: dict[str, int] = field(default_factory=dict)
@@ -93,7 +94,9 @@ def total(config: dict, jobs: list[Job], each: list[Price], prices: Prices, core
     plan = Plan(prices.device, cores, gpus if prices.device == "cuda" else 0, len(jobs), 0.0, 0.0)
     devices = ["cuda" if job.rule in TIMED and prices.device == "cuda" else "cpu" for job in jobs]
     on_gpu = [device == "cuda" or job.wildcards.get("device") == "cuda" for job, device in zip(jobs, devices)]
-    plan.wall = schedule(jobs, [price.seconds for price in each], on_gpu, cores, max(1, gpus))
+    when = spans(jobs, [price.seconds for price in each], on_gpu, cores, max(1, gpus))
+    plan.wall = max((end for _, end in when), default=0.0)
+    plan.disk_peak = peak_disk(jobs, when, [price.disk for price in each], [price.scratch for price in each])
     by_model: dict[str, float] = defaultdict(float)
     for job, price in zip(jobs, each):
         rule = plan.by_rule.setdefault(job.rule, {"jobs": 0, "seconds": 0.0, "longest": 0.0, "host": 0.0, "gpu": 0.0})
@@ -104,7 +107,7 @@ def total(config: dict, jobs: list[Job], each: list[Price], prices: Prices, core
         if job.rule in TIMED:
             plan.busy += price.seconds
             by_model[job.wildcards["model"]] += price.seconds
-        plan.disk, plan.fetched = plan.disk + price.disk, plan.fetched + price.fetched
+        plan.disk, plan.fetched = plan.disk + price.disk * (not job.temporary), plan.fetched + price.fetched
         plan.host, plan.gpu = max(plan.host, price.host), max(plan.gpu, price.gpu)
         if job.rule == "download_model" and config["models"][job.wildcards["model"]].get("gated"):
             plan.gated.append(config["models"][job.wildcards["model"]]["source"]["repo"])
@@ -140,7 +143,9 @@ def summary(plan: Plan) -> str:
     if plan.gpu > 80:
         large = ", ".join(sorted(rule for rule, sums in plan.by_rule.items() if sums["gpu"] > 80))
         lines.append(f"Jobs above 80 GB need a larger GPU: some of {large}, which hold the whole model on one.")
-    lines.append(f"Disk: {plan.disk:.1f} GB. Downloads: {plan.fetched:.1f} GB.")
+    lines.append(
+        f"Disk: {plan.disk:.1f} GB in the end, {plan.disk_peak:.1f} GB at the peak. Downloads: {plan.fetched:.1f} GB."
+    )
     if plan.gated:
         lines.append(f"Gated, accept the licence on the hub first: {', '.join(sorted(plan.gated))}.")
     if any(not count for count in plan.measured.values()):

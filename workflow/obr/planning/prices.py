@@ -7,7 +7,7 @@ from pathlib import Path
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
 from obr.config.schemes import checkpoint_entry, scores_asked
-from obr.planning import cost_model, measured_times, tensor_sizes
+from obr.planning import cost_model, learning_cost, measured_times, memory, tensor_sizes
 from obr.planning.dry_run import Job
 
 UNPACKED = 2.6  # size of a shard of C4 as text beside its compressed file
@@ -18,13 +18,14 @@ TIMED = ("compress", "generate", "gradients", "hessian", "learn_rotation", "eval
 
 @dataclass
 class Price:
-    """Of one job: seconds, peak GB on host and GPU, GB written and fetched."""
+    """Of one job: seconds, peak GB on host and GPU, GB written and fetched, and GB on disk while it runs."""
 
     seconds: float
     host: float = 0.6
     gpu: float = 0.0
     disk: float = 0.0
     fetched: float = 0.0
+    scratch: float = 0.0
 
 
 class Prices:
@@ -80,16 +81,16 @@ class Prices:
             sizes, recipe = self.sizes(job.wildcards["model"]), self.recipe(job.wildcards["recipe"])
             seconds = cost_model.released(sizes).seconds(cost_model.SPEEDS["cpu"], job.threads) + OVERHEAD
             kept = sizes.block * sizes.blocks * (2 * (1 - recipe.sparsity) + 1 / 8) + 2.0 * sizes.ends
-            return Price(seconds, cost_model.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
+            return Price(seconds, memory.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
         constant = cost_model.CONSTANT.get(job.rule, 5.0)
         fetched, disk = self._downloads(job)
-        host, _ = cost_model.memory(job.rule, tensor_sizes.Sizes.estimate(0.1), 0, 1, False)
+        host, _ = memory.memory(job.rule, tensor_sizes.Sizes.estimate(0.1), 0, 1, False)
         return Price(constant + OVERHEAD + 1000 * fetched / self.bandwidth, host, 0.0, disk, fetched)
 
     def _timed(self, job: Job) -> Price:
         sizes, like = self.sizes(job.wildcards["model"]), job.rule
         recipe = self.recipe(job.wildcards["recipe"]) if "recipe" in job.wildcards else None
-        disk, tokens, length = 1e-4, 2048, 2048
+        disk, tokens, length, held, learned = 1e-4, 2048, 2048, None, 0.0
         if job.rule == "compress":
             tokens, length = self.calibration(recipe.calibration if recipe.hessian == "sequential" else None)
             work, disk = (
@@ -120,17 +121,21 @@ class Prices:
         elif job.rule == "learn_rotation":
             entry = self.config["rotations"][job.wildcards["rotation"]]
             tokens, length = self.calibration(entry["learn"]["calibration"])
-            work = cost_model.learning(sizes, entry["kind"], entry["learn"], tokens // length, length)
-            like = job.rule if "steps" in cost_model.LEARNING[entry["kind"]] else "compress"
+            windows, kind = tokens // length, entry["kind"]
+            work, like = learning_cost.learning(sizes, kind, entry["learn"], windows, length), "compress"
+            if learning_cost.is_streamed(kind):
+                on_gpu = self.device == "cuda"
+                held = learning_cost.memory(sizes, kind, entry["learn"], windows, length, on_gpu)
+                learned = learning_cost.states_of(sizes, kind, entry["learn"], windows, length)
         else:
             texts, tasks = self._scores(job)
             work = cost_model.evaluation(sizes, texts, tasks)
             tokens, length = cost_model.evaluated_tokens(texts, tasks)
         expected = work.seconds(cost_model.SPEEDS[self.device], job.threads)
         seconds = expected * self.factors.get(measured_times.stage_of(job.rule, recipe), 1.0) + OVERHEAD
-        asymmetric = recipe is not None and recipe.asymmetry > 0
-        host, gpu = cost_model.memory(like, sizes, tokens, length, self.device == "cuda", asymmetric)
-        return Price(seconds, host, gpu, disk)
+        host, gpu = held or memory.memory(like, sizes, tokens, length, self.device == "cuda", recipe)
+        states = learned or memory.states_of(like, sizes, tokens, self.device == "cuda", recipe)
+        return Price(seconds, host, gpu, disk, scratch=states / 1e9 if states > memory.STATES else 0.0)
 
     def _scores(self, job: Job) -> tuple[list[tuple[int, int]], list[tuple[str, int | None, int]]]:
         """What an evaluation computes: (tokens, window) of each text, (name, rows, tokens at a time) of each task."""

@@ -92,18 +92,42 @@ def fold_block(
         ObrError: key scales that norms of queries and keys do not let through.
     """
     new = {}
-    scale_keys = layout.key_norm is None
-    gains = {g: state[f"{norm}.weight"].to(dtype) + layout.norm_offset for g, norm in layout.norms.items()}
-    for role, path in layout.roles.items():
-        weight, bias = state[f"{path}.weight"], state.get(f"{path}.bias")
-        gain = gains.get(GROUP_OF[role]) if changes.residual is not None else None
-        wide = None if bias is None else bias.to(dtype)
-        folded, folded_bias = fold_linear(role, weight.to(dtype), wide, changes, gain, clip, scale_keys)
-        new[f"{path}.weight"] = folded.to(weight.dtype)
-        if folded_bias is not None:
-            new[f"{path}.bias"] = folded_bias.to(weight.dtype)
+    for role in layout.roles:
+        new |= fold_layer(state, changes, layout, role, clip, dtype)
+    return new | fold_norms(state, changes, layout, dtype)
+
+
+def fold_layer(
+    state: Mapping[str, Tensor],
+    changes: BlockTransforms,
+    layout: Layout,
+    role: str,
+    clip: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """Weight and bias of one layer as `fold_block` gives them, by name."""
+    path, new = layout.roles[role], {}
+    weight, bias = state[f"{path}.weight"], state.get(f"{path}.bias")
+    gain = None
+    if changes.residual is not None and GROUP_OF[role] in layout.norms:
+        gain = state[f"{layout.norms[GROUP_OF[role]]}.weight"].to(dtype) + layout.norm_offset
+    wide, scale_keys = None if bias is None else bias.to(dtype), layout.key_norm is None
+    folded, folded_bias = fold_linear(role, weight.to(dtype), wide, changes, gain, clip, scale_keys)
+    new[f"{path}.weight"] = folded.to(weight.dtype)
+    if folded_bias is not None:
+        new[f"{path}.bias"] = folded_bias.to(weight.dtype)
+    return new
+
+
+def fold_norms(
+    state: Mapping[str, Tensor], changes: BlockTransforms, layout: Layout, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Gains of a block's norms as `fold_block` gives them, by name. Raises ObrError as `fold_block`."""
+    new = {}
     for group, norm in layout.norms.items():
-        gain = torch.ones_like(gains[group]) if changes.residual is not None else gains[group]
+        gain = state[f"{norm}.weight"].to(dtype) + layout.norm_offset
+        if changes.residual is not None:
+            gain = torch.ones_like(gain)
         if group in changes.norms:
             gain = gain * changes.norms[group].to(gain)
         new[f"{norm}.weight"] = (gain - layout.norm_offset).to(state[f"{norm}.weight"].dtype)
@@ -176,7 +200,10 @@ def _fold_inputs(
 def per_head(x: Tensor, matrices: Tensor) -> Tensor:
     """x (..., heads m) @ P, head by head; matrices: (1 or k, m, m), each serving as many heads in a row."""
     matrices = matrices.to(x)
-    return (x.unflatten(-1, (len(matrices), -1, matrices.shape[-1])) @ matrices).flatten(-3)
+    heads = x.unflatten(-1, (len(matrices), -1, matrices.shape[-1])).movedim(-3, 0)  # (k, ..., heads a matrix, m)
+    # One product a matrix. Broadcast over the leading dimensions, its gradient would exist once for each of them.
+    turned = heads.flatten(1, -2) @ matrices
+    return turned.view(heads.shape).movedim(0, -3).flatten(-3)
 
 
 def scale_heads(x: Tensor, scale: Tensor) -> Tensor:

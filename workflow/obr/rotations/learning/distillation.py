@@ -1,55 +1,44 @@
 """What a quantised model is to do after every token: what the 16-bit model does, by the KL-Top loss of OSTQuant."""
 
-import copy
-
 import torch
 from torch import Tensor
 
 from obr.models.blocks import run_in_place
-from obr.models.hidden_states import HiddenStates, MemoryBudget
-from obr.rotations.learning.end_to_end import Network, Objective
+from obr.models.hidden_states import HiddenStates
+from obr.rotations.learning.network import Network, Objective, left_of
 
 
 def imitation(network: Network, top: int, renormalised: bool = False) -> Objective:
     """The objective of a network: KL-Top to its own 16-bit model, see `kl_top`."""
-    task = network.task
-    count, length = len(task.windows) + len(task.held_out), task.windows.shape[1]
+    teacher = Teacher(network)
     return Objective(
-        lambda logits, states: kl_top(logits, network.logits(states), top, renormalised),
-        Teacher(network, count, length, MemoryBudget(folder=task.kept.folder)),
+        lambda logits, states: kl_top(logits, network.logits(states), top, renormalised), teacher, teacher.prepare
     )
 
 
 class Teacher:
-    """Last hidden states of a network's 16-bit model, for each window computed when it is first asked for.
+    """Last hidden states of a network's 16-bit model for windows, computed in one pass over its blocks and kept."""
 
-    count: of all windows, of s tokens each. room: for the states, which are kept.
-    """
-
-    def __init__(self, network: Network, count: int, length: int, room: MemoryBudget | None = None):
-        self.network, source = network, network.source
-        width = source.dimensions.hidden
-        self.states = HiddenStates(count, (length, width), torch.float32, source.device, room)
-        self.known: set[int] = set()
-        # Blocks of its own, on the same weights: the network's get transforms and quantisers.
-        self.blocks = [copy.deepcopy(block, {id(p): p for p in block.parameters()}) for block in network.blocks]
+    def __init__(self, network: Network):
+        self.network = network
+        self.states: HiddenStates | None = None
+        self.rows: dict[int, int] = {}  # of the states, by the windows' places
 
     def __call__(self, windows: Tensor, places: Tensor) -> Tensor:
-        """(b, s, d) for windows (b, s) that have these places (b,) among all."""
-        new = [i for i, place in enumerate(places.tolist()) if place not in self.known]
-        if new:
-            self._learn(windows[new], places[new].tolist())
-        return torch.cat([self.states[place] for place in places.tolist()])
+        """(b, s, d) for windows (b, s) that have these places (b,) among those prepared."""
+        return torch.cat([self.states[self.rows[place]] for place in places.tolist()])
 
     @torch.no_grad()
-    def _learn(self, windows: Tensor, places: list[int]) -> None:
-        hidden, arguments = self.network.source.embed(windows)
-        with self.network.products():
-            for block, own in zip(self.blocks, arguments, strict=True):
-                run_in_place(block, hidden, own)
-        for place, states in zip(places, hidden, strict=True):
-            self.states[place] = states
-        self.known |= set(places)
+    def prepare(self, windows: Tensor, places: Tensor) -> None:
+        """Compute the states of windows (w, s) with these places (w,), one block in memory at a time."""
+        network = self.network
+        network.release()  # whose block has transforms and quantisers
+        self.states, arguments = network.source.embed(windows, network.room)
+        network.room = left_of(network.room, self.states)
+        self.rows = {place: row for row, place in enumerate(places.tolist())}
+        with network.products():
+            for index, own in enumerate(arguments):
+                run_in_place(network.source.load(index), self.states, own)
 
 
 def kl_top(logits: Tensor, teacher: Tensor, top: int, renormalised: bool = False) -> Tensor:

@@ -4,36 +4,49 @@ The Karhunen-Loève transform of rows: U of their covariance U Λ Uᵀ. A random
 axis over all channels, so the start is U H.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from obr.models.architectures import Layout
+from obr.models.blocks import Blocks
 from obr.rotations.ostquant import OSTQuant
 
 
 @torch.no_grad()
-def turn(rotation: OSTQuant, blocks: list[dict[str, Tensor]], layout: Layout) -> None:
+def turn(rotation: OSTQuant, blocks: Blocks) -> None:
     """Put U before the rotation's R_res (d, d) and before every head's R_ov (k, m, m), in place.
 
-    blocks: parameters of each block, by name. R_res: U of the rows of all q, k, v, up and gate, norm gains in them.
-    R_ov of a block: U of o_proj's rows, cut to the m columns of each of the query heads that share a KV head.
+    blocks: of the plain model; one is in memory at a time. R_res: U of the rows of all q, k, v, up and gate, norm
+    gains in them. R_ov of a block: U of o_proj's rows, cut to the m columns of each of the query heads that share a
+    KV head.
     """
-    dimensions, parameters = rotation.dimensions, rotation.parameters
-    parameters["R_res"] = principal_axes(_readers(blocks, layout)) @ parameters["R_res"].double()
-    for index, block in enumerate(blocks):
-        weight = block[f"{layout.roles['o']}.weight"]  # (d, h m)
-        heads = weight.unflatten(1, (dimensions.kv_heads, -1, dimensions.head_dim))  # (d, k, g, m)
-        axes = [principal_axes([heads[:, head].flatten(0, 1)]) for head in range(dimensions.kv_heads)]
-        parameters[f"blocks.{index}.R_ov"] = torch.stack(axes) @ parameters[f"blocks.{index}.R_ov"].double()
+    parameters = rotation.parameters
+    parameters["R_res"] = principal_axes(_readers(blocks)) @ parameters["R_res"].double()
+    for index in range(len(blocks)):
+        parameters[f"blocks.{index}.R_ov"] = _head_axes(blocks, index) @ parameters[f"blocks.{index}.R_ov"].double()
 
 
-def _readers(blocks: list[dict[str, Tensor]], layout: Layout):
+def _head_axes(blocks: Blocks, index: int) -> Tensor:
+    """(k, m, m) of the heads of a block."""
+    dimensions = blocks.dimensions
+    weight = blocks.load(index).get_submodule(blocks.layout.roles["o"]).weight  # (d, h m)
+    heads = weight.unflatten(1, (dimensions.kv_heads, -1, dimensions.head_dim))  # (d, k, g, m)
+    return torch.stack([principal_axes([heads[:, head].flatten(0, 1)]) for head in range(dimensions.kv_heads)])
+
+
+def _readers(blocks: Blocks) -> Iterator[Tensor]:
     """Weights (r, d) of the layers that read the residual stream, with their norms' gains."""
-    for block in blocks:
-        for group, norm in layout.norms.items():
-            gain = block[f"{norm}.weight"] + layout.norm_offset
-            for path in layout.groups[group]:
-                yield block[f"{path}.weight"] * gain
+    for index in range(len(blocks)):
+        yield from _readers_of(blocks, index)
+
+
+def _readers_of(blocks: Blocks, index: int) -> Iterator[Tensor]:
+    block, layout = blocks.load(index), blocks.layout
+    for group, norm in layout.norms.items():
+        gain = block.get_submodule(norm).weight + layout.norm_offset
+        for path in layout.groups[group]:
+            yield block.get_submodule(path).weight * gain
 
 
 def principal_axes(matrices) -> Tensor:

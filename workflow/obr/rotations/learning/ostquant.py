@@ -9,7 +9,8 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.rotations.learning import klt, straight_through
 from obr.rotations.learning.distillation import imitation
-from obr.rotations.learning.end_to_end import Network, TrainingLoop, orthogonalised, warmup_schedule
+from obr.rotations.learning.end_to_end import TrainingLoop, orthogonalised, warmup_schedule
+from obr.rotations.learning.network import Network
 from obr.rotations.learning.run import LearningRun
 from obr.rotations.ostquant import OSTQuant
 
@@ -20,7 +21,7 @@ def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
     Without geoopt's `stabilize`, which doubles the momentum of square matrices each time: what orthogonality steps
     lose, 1e-7 each, the end makes good.
 
-    Own settings: steps, batch, micro_batch, warmup, every, keep_every, recompute as SpinQuant's; start (hadamard, or
+    Own settings: steps, batch, micro_batch, warmup, every, keep_every as SpinQuant's; start (hadamard, or
     klt: see `obr.rotations.learning.klt`); lr (of rotations) and lr_scales, cosine to 0 (the paper's schedule; its
     scripts name none); scales (false: rotations alone are learned); top (k of KL-Top); renormalised (probabilities
     over the top k only); online_query_key (a Hadamard transform of queries and keys). Key scales are one within each
@@ -31,7 +32,7 @@ def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
     """
     settings = task.settings(
         steps=100, batch=8, micro_batch=None, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False,
-        online_query_key=False, scales=True, start="hadamard", warmup=0, every=10, keep_every=10, recompute=False,
+        online_query_key=False, scales=True, start="hadamard", warmup=0, every=10, keep_every=10,
     )  # fmt: skip
     if settings.start not in ("hadamard", "klt"):
         raise ObrError(f"learn.start is {settings.start!r}; choose hadamard or klt.")
@@ -39,9 +40,9 @@ def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
     if not settings.online_query_key:
         del rotation.transforms["query_key"]
     rotation.to(task.device)
-    network = Network(task, straight_through.ste_range, settings.recompute)
+    network = Network(task, straight_through.ste_range, settings.micro_batch)
     if settings.start == "klt":
-        klt.turn(rotation, network.plain, network.layout)
+        klt.turn(rotation, network.source)
     leaves = {
         name: leaf.requires_grad_(settings.scales or ".S_" not in name) for name, leaf in _leaves(rotation).items()
     }
@@ -58,7 +59,6 @@ def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
         keep_every=settings.keep_every,
         factor=warmup_schedule(settings.warmup / settings.steps),
         place=lambda values: _placed(values, task.dimensions),
-        micro_batch=settings.micro_batch,
     )
     curve = descent.run()
     rotation.seed = None

@@ -24,12 +24,20 @@ LEARNERS: dict[str, Callable[[LearningRun], tuple[Rotation, list[dict]]]] = {
 
 
 def learn_rotation(
-    entry: dict, model: Path, tokens: Path, out: Path, device: str | None = None, dtype=None
+    entry: dict,
+    model: Path,
+    tokens: Path,
+    out: Path,
+    device: str | None = None,
+    dtype=None,
+    megabytes: float | None = None,
 ) -> Rotation:
     """The stage: learn a model's rotation by a config entry, write it to `out` and its curve beside, as CSV.
 
     entry: {"kind": a name of LEARNERS, "learn": {…}, "seed"}. tokens: file of calibration windows. dtype: of the
-    model's products. An interrupted run goes on from what it kept last, and ends with the same bytes.
+    model's products. megabytes: of memory for the hidden states of learning through the whole model, 4096 by default;
+    more of them lie in files beside `out`. An interrupted run goes on from what it kept last, and ends with the same
+    bytes. One parameter per flag of `obr learn-rotation`.
 
     Raises:
         ObrError: the kind is not one that is learned, or its settings cannot be.
@@ -44,6 +52,8 @@ def learn_rotation(
     task = LearningRun.of(
         entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32
     )
+    if megabytes is not None:
+        task.megabytes = megabytes
     try:
         rotation, curve = LEARNERS[entry["kind"]](task)
     except ObrError:

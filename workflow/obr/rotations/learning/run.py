@@ -17,6 +17,7 @@ from obr.config.recipe import Recipe
 from obr.data import token_windows
 from obr.errors import BROKEN_FILE, ObrError
 from obr.models.architectures import Dimensions
+from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import config_of
 from obr.runtime.files import atomic_write
 from obr.runtime.locks import release
@@ -76,7 +77,8 @@ class LearningRun:
     model: folder of a downloaded model. windows (b, s): tokens to learn from. held_out (c, s): tokens of the same
     text to judge by, never learned from. recipe: of the quantisation to learn for (`quantise` of the entry:
     bits, clip, activations, o_inputs, queries, keys, values, as in a recipe; all 16 bits if left out). options:
-    the rest of the entry's `learn`. kept: for resuming. report: called with each line of the curve.
+    the rest of the entry's `learn`. kept: for resuming. report: called with each line of the curve. megabytes: of
+    memory for hidden states, see `room`.
     """
 
     model: Path
@@ -90,6 +92,7 @@ class LearningRun:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     about: dict = field(default_factory=dict)
+    megabytes: float = MemoryBudget.megabytes
     report: Callable[[dict], None] = report_step
 
     @classmethod
@@ -104,6 +107,7 @@ class LearningRun:
         learn = dict(entry["learn"])
         windows, about = token_windows.load_tokens(tokens)
         learn.pop("calibration", None)
+        learn.pop("recompute", None)  # which is what always happens: blocks run again on the way back
         dtype = getattr(torch, learn.pop("dtype")) if "dtype" in learn else dtype
         held_out = learn.pop("held_out", HELD_OUT)
         if not 0 < held_out < len(windows):
@@ -127,6 +131,11 @@ class LearningRun:
             dtype=dtype,
             about=about,
         )
+
+    @property
+    def room(self) -> MemoryBudget:
+        """Where hidden states may lie: in memory, or in files beside the output."""
+        return MemoryBudget(self.megabytes, self.kept.folder)
 
     def settings(self, **defaults) -> SimpleNamespace:
         """A learner's own settings: its defaults, and what the entry says instead. Raises ObrError for others."""

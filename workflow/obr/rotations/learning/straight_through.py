@@ -70,25 +70,30 @@ def asymmetric(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     return ((rounded(values / scale) + zero).clamp(0, largest) - zero) * scale
 
 
-def ste_weight(weight: Tensor, bits: int, clip: str = "mse") -> Tensor:
-    """Weight (r, n) on its rows' symmetric grid, as `Grid.fit` finds it; the gradient is passed on unchanged."""
-    if bits == 16:
-        return weight
-    with torch.no_grad():
-        quantised = Grid.fit(weight, bits, clip).round(weight)
-    return _Passed.apply(weight, quantised)
+def ste_weight(weight: Tensor, bits: int, clip: str = "mse", grid: Grid | None = None) -> Tensor:
+    """Weight (r, n) on its rows' symmetric grid; the gradient is passed on unchanged.
 
-
-def clipped_weight(weight: Tensor, bits: int) -> Tensor:
-    """Weight (r, n) on its rows' symmetric grids, with the scales that the search of `Grid.fit` finds.
-
-    Scales are constants for the gradient, which passes rounding and stops at clipped weights, as in OSTQuant's code
-    (arXiv 2501.13987). Its search minimises squared errors; `Grid.fit` minimises their power 2.4.
+    grid: as `Grid.fit` finds it for this weight, if that is known already.
     """
     if bits == 16:
         return weight
     with torch.no_grad():
-        grid = Grid.fit(weight, bits, "mse")
+        quantised = (grid or Grid.fit(weight, bits, clip)).round(weight)
+    return _Passed.apply(weight, quantised)
+
+
+def clipped_weight(weight: Tensor, bits: int, grid: Grid | None = None) -> Tensor:
+    """Weight (r, n) on its rows' symmetric grids, with the scales that the search of `Grid.fit` finds.
+
+    Scales are constants for the gradient, which passes rounding and stops at clipped weights, as in OSTQuant's code
+    (arXiv 2501.13987). Its search minimises squared errors; `Grid.fit` minimises their power 2.4. grid: as of
+    `ste_weight`.
+    """
+    if bits == 16:
+        return weight
+    if grid is None:
+        with torch.no_grad():
+            grid = Grid.fit(weight, bits, "mse")
     return rounded(weight / grid.scale).clamp(grid.low, grid.high) * grid.scale
 
 

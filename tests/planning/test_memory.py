@@ -1,0 +1,64 @@
+"""What restoring a layer holds at once is counted, and is what plans say; results do not depend on what is reused."""
+
+import pytest
+import torch
+
+from helpers.live_bytes import peak_bytes
+from obr.methods import conjugate_gradient, grid, joint, row_products
+from obr.methods.layer_hessian import Hessian
+from obr.methods.restore import restore
+from obr.planning import memory, tensor_sizes
+
+COLUMNS, ROWS, PART = 1024, 292, 73  # as 28,672 columns, 8,192 rows, and parts of 2,048
+RECIPES = [
+    ("rtn", {}),
+    ("gptq", {}),
+    ("gptq", {"group": 128}),
+    ("sparsegpt_gptq", {"sparsity": 0.5}),
+    ("obr_rtn", {"sparsity": 0.5}),
+    ("obr_gptq", {"sparsity": 0.5}),
+    ("joint", {"sparsity": 0.5, "sweeps": 1}),
+]
+
+
+def layer(rows: int, columns: int):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    matrix = inputs.T @ inputs / columns
+    return torch.randn(rows, columns, generator=generator), (matrix + matrix.T) / 2
+
+
+@pytest.mark.parametrize("method, options", RECIPES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_method_holds_as_much_as_plans_say(method, options, monkeypatch):
+    """With products in bfloat16, as on a GPU, and in parts as small, beside the layer, as a GPU's."""
+    for module in (conjugate_gradient, joint):
+        monkeypatch.setattr(module, "product_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(conjugate_gradient, "SCALED_ROWS", 32)
+    monkeypatch.setattr(grid, "_CHECKED_ROWS", 16)
+    monkeypatch.setitem(row_products.PART, "cpu", PART)
+    weight, hessian = layer(ROWS, COLUMNS)
+    counted = peak_bytes(lambda: restore(weight, hessian, method, bits=4, **options)) + 4 * COLUMNS**2
+    planned = memory.solver_bytes(method, ROWS, COLUMNS, PART)
+    assert 0.75 * planned < counted < 1.03 * planned
+
+
+def test_the_largest_layer_of_a_70b_model_fits_24_gb():
+    for vocabulary in (32000, 128256):
+        sizes = tensor_sizes.Sizes(8192, 28672, 8192, 1024, 80, vocabulary)
+        for method in ("gptq", "sparsegpt_gptq", "obr_rtn", "obr_gptq"):
+            assert memory.compressing(sizes, method, 2048, on_gpu=True) < 24e9
+
+
+def test_factors_are_made_in_place_and_are_the_same():
+    _, matrix = layer(4, 200)
+    apart, alone = Hessian(matrix), Hessian(matrix)
+    inverse = apart.inverse
+    expected = torch.cholesky_inverse(torch.linalg.cholesky(apart.damped()))
+    assert torch.equal(inverse, expected)
+    factor = torch.linalg.cholesky_ex(expected, upper=True)[0]
+    assert torch.equal(apart.factor(), factor) and torch.equal(alone.factor(), factor)
+    assert torch.equal(apart.inverse, expected), "the inverse was asked for, and must stay"
+    assert torch.equal(apart.matrix, matrix) and torch.equal(alone.inverse, expected)
+    tail = torch.cholesky_inverse(torch.linalg.cholesky(apart.damped(64)))
+    assert torch.equal(apart.tail_inverse(64), tail)
+    assert torch.allclose(apart.factor(64), factor[64:, 64:], atol=1e-4)

@@ -1,0 +1,93 @@
+"""How much memory a job takes, on the host and on a GPU.
+
+On a GPU, weights are 16 bits and Hessians float32; hidden states lie on the host.
+"""
+
+from obr.config.recipe import Recipe
+from obr.planning.tensor_sizes import Sizes
+
+LOGITS = 2.0**27  # bytes in float32 that exist at a time in zero-shot evaluation
+STATES = 4.1e9  # bytes of hidden states in memory; more of them lie in files
+# (matrices (n, n), weights (r, n), arrays of PART_ROWS rows) in float32 that exist at once at the points where a
+# method holds most; one in 16 bits counts half. Tests count them.
+PART_ROWS, PART_ARRAYS = 2048, 10
+SOLVERS = {
+    "gptq": [(3, 2.5, 0), (2, 6.5, 0)],
+    "obr": [(3.5, 3.5, PART_ARRAYS), (2.5, 6.5, 0)],
+    "joint": [(4.5, 2.5, 0), (3, 9, 0)],
+    "rounding": [(1, 6.5, 0)],
+}
+
+
+def solver_of(method: str) -> str:
+    """The entry of SOLVERS for a recipe's method."""
+    kind = {"sparsegpt_gptq": "gptq", "obr_rtn": "obr", "obr_gptq": "obr"}.get(method, method)
+    return kind if kind in SOLVERS else "rounding"
+
+
+def solver_bytes(method: str, rows: int, columns: int, part_rows: int = PART_ROWS) -> float:
+    """Of restoring layers with so many rows together and one Hessian."""
+    weights, square = float(rows * columns), float(columns**2)
+    return max(
+        4.0 * (squares * square + copies * weights + arrays * part_rows * columns)
+        for squares, copies, arrays in SOLVERS[solver_of(method)]
+    )
+
+
+def compressing(sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated: bool = True) -> float:
+    """Bytes on the device that compresses, but for hidden states: the ends and, in turn, a block as it is read and
+    folded, in float32 and one layer in float64; as it runs; and as its groups are restored."""
+    element = 2 if on_gpu else 4
+    largest = max(rows * columns for rows, columns in sizes.layers)
+    d, f, q, k = sizes.hidden, sizes.intermediate, sizes.queries, sizes.keys
+    loaded = (8.0 * sizes.block + 24.0 * largest) if is_rotated else element * sizes.block
+    running = element * sizes.block + 4.0 * max(sizes.inputs) ** 2 + element * length * (8 * d + 3 * f)
+    groups = ((q + 2 * k, d), (d, q), (2 * f, d), (d, f))
+    solving = element * sizes.block + max(solver_bytes(method, rows, columns) for rows, columns in groups)
+    return element * sizes.ends + max(loaded, running, solving)
+
+
+def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe | None = None) -> float:
+    """Bytes of the hidden states of so many tokens; what is more than STATES lies in a file while the job runs."""
+    copies = {"generate": 0, "released": 0, "gradients": sizes.blocks + 2}.get(rule, 1)
+    return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies * (2 if recipe and recipe.asymmetry else 1)
+
+
+def memory(
+    rule: str, sizes: Sizes, tokens: int, length: int, on_gpu: bool, recipe: Recipe | None = None
+) -> tuple[float, float]:
+    """(host, GPU) peak of a job in GB.
+
+    recipe: of a compression. With asymmetry dense blocks run beside compressed ones, on states of their own. Learning
+    through the whole model has a formula of its own, in `learning_cost`; block by block takes what compressing takes.
+    """
+    element = 2 if on_gpu else 4
+    ends, block = element * sizes.ends, element * sizes.block
+    all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
+    states = min(states_of(rule, sizes, tokens, on_gpu, recipe), STATES)
+    if rule in ("compress", "sensitivity"):
+        method, is_rotated = (recipe.method, recipe.rotation != "none") if recipe else ("obr_gptq", True)
+        model, base = compressing(sizes, method, length, on_gpu, is_rotated), 0.9
+        if recipe and recipe.asymmetry:
+            model += block + 4.0 * max(sizes.inputs) ** 2
+    elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
+        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
+        model, base = ends + 2 * block + graph, 0.8
+    elif rule == "hessian":
+        model, base = ends + 2 * block + all_hessians, 0.8
+    elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
+        model, base = 1.5 * ends + 3 * block, 0.9
+    elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it
+        passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
+        model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
+        if on_gpu:  # a block is unpacked on the host
+            base += 3 * block / 1e9
+        else:
+            model += block
+    elif rule == "generate":
+        model, base = ends + element * sizes.block * sizes.blocks + 8.0 * length * sizes.vocabulary, 1.2
+    else:
+        return (1.8 if rule == "calibrate" else 0.6), 0.0
+    if on_gpu:
+        return base + 1.5 + (block + states) / 1e9, model / 1e9
+    return base + (model + states) / 1e9, 0.0
