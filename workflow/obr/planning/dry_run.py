@@ -16,6 +16,7 @@ class Job:
 
     temporary: whether Snakemake deletes its outputs, but for small ones, once nothing needs them.
     priority: jobs of a higher one start first.
+    holds: numbers of the jobs whose temporary outputs it reads.
     """
 
     rule: str
@@ -25,6 +26,7 @@ class Job:
     after: tuple[int, ...] = field(default=())
     temporary: bool = False
     priority: int = 0
+    holds: tuple[int, ...] = field(default=())
 
 
 def pending(
@@ -62,6 +64,13 @@ def pending(
                         tuple(sorted(numbers[other] for other in dag.dependencies[job] if other in numbers)),
                         bool(job.temp_output),
                         int(job.priority),
+                        tuple(
+                            sorted(
+                                numbers[other]
+                                for other, files in dag.dependencies[job].items()
+                                if other in numbers and files & set(other.temp_output)
+                            )
+                        ),
                     )
                     for job in found
                 ]

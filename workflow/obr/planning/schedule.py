@@ -48,7 +48,7 @@ def peak_disk(jobs: list[Job], when: list[tuple[float, float]], kept: list[float
     """
     read_until = [end for _, end in when]
     for number, job in enumerate(jobs):
-        for before in job.after:
+        for before in job.holds:
             read_until[before] = max(read_until[before], when[number][1])
     changes = []
     for number, (begin, end) in enumerate(when):
