@@ -221,7 +221,7 @@ def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsy
         torch.nn.functional.cross_entropy(logits(window[None])[0, :-1].float(), window[1:]) for window in windows
     ]
     expected = float(torch.stack(losses).mean().exp())
-    found = json.loads((tmp_path / "ppl.json").read_text())["value"]
+    found = json.loads((tmp_path / "scores.json").read_text())["perplexity"]["heldout"]["value"]
     assert found == pytest.approx(expected, rel=1e-4)
     assert found == pytest.approx(perplexity(load(out, {**entry, **quantised}, device="cpu"), windows), rel=1e-6)
 
