@@ -6,6 +6,7 @@ cannot disagree with them.
 
 import argparse
 import csv
+import json
 import posixpath
 import re
 import sys
@@ -91,7 +92,7 @@ def _type(entry: dict) -> str:
         return "text" if name == "sha256" else f"[{name}](#{name})"
     if "enum" in entry or "const" in entry:
         values = entry.get("enum", [entry.get("const")])
-        return ", ".join(f"`{yaml.safe_dump(value).split(chr(10))[0]}`" for value in values)
+        return ", ".join(map(_value, values))
     if "oneOf" in entry and "type" not in entry:
         return " or ".join(_type(one) for one in entry["oneOf"])
     types = entry.get("type", "object")
@@ -102,16 +103,23 @@ def _type(entry: dict) -> str:
     return f"{text} {', '.join(limits)}".strip()
 
 
+def _value(value) -> str:
+    """A value as it is written in YAML."""
+    return f"`{value if isinstance(value, str) and value.strip() else json.dumps(value)}`"
+
+
+def _default(name: str, entry: dict) -> str:
+    """The default of a key of an entry, or that it is required."""
+    below = entry["properties"][name]
+    if "default" in below:
+        return _value(below["default"])
+    return "required" if name in entry.get("required", []) else ""
+
+
 def _keys(entry: dict, prefix: str = "") -> Iterator[list[str]]:
     """(key, type, default, description) of every key below an entry, nested ones by their path."""
     for name, below in entry.get("properties", {}).items():
-        default = f"`{yaml.safe_dump(below['default'], default_flow_style=True).split(chr(10))[0]}`"[:60]
-        yield [
-            f"`{prefix}{name}`",
-            _type(below),
-            default if "default" in below else ("required" if name in entry.get("required", []) else ""),
-            below.get("description", ""),
-        ]
+        yield [f"`{prefix}{name}`", _type(below), _default(name, entry), below.get("description", "")]
         yield from _keys(below, f"{prefix}{name}.")
         yield from _keys(below.get("items", {}), f"{prefix}{name}[].")
         for one in below.get("oneOf", []):
@@ -121,7 +129,7 @@ def _keys(entry: dict, prefix: str = "") -> Iterator[list[str]]:
 def _section(name: str, entry: dict) -> Iterator[str]:
     yield f"### {name}\n\n{entry.get('description', '').strip()}\n"
     if "default" in entry and entry["default"] != {}:
-        yield f"Type: {_type(entry)}. Default: `{yaml.safe_dump(entry['default']).split(chr(10))[0]}`.\n"
+        yield f"Type: {_type(entry)}. Default: {_value(entry['default'])}.\n"
     inner = entry.get("additionalProperties")
     named = inner if isinstance(inner, dict) else entry
     if set(named) == {"$ref"}:
