@@ -126,8 +126,14 @@ def _keys(entry: dict, prefix: str = "") -> Iterator[list[str]]:
             yield from _keys(one, f"{prefix}{name}.")
 
 
+def _sentence(text: str) -> str:
+    """A description as a sentence of its own; one that begins with a value keeps its case."""
+    text = text.strip().rstrip(".")
+    return f"{text[:1].upper()}{text[1:]}." if text and ":" not in text.split(" ")[0] else text
+
+
 def _section(name: str, entry: dict) -> Iterator[str]:
-    yield f"### {name}\n\n{entry.get('description', '').strip()}\n"
+    yield f"### {name}\n\n{_sentence(entry.get('description', ''))}\n"
     if "default" in entry and entry["default"] != {}:
         yield f"Type: {_type(entry)}. Default: {_value(entry['default'])}.\n"
     inner = entry.get("additionalProperties")
@@ -174,7 +180,8 @@ def recipes_page() -> str:
             header, *lines = [line for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if line]
         used = [i for i in range(len(header)) if any(line[i].strip() for line in lines)]
         rows = [[f"`{line[i]}`" if i == 0 else line[i] for i in used] for line in lines]
-        parts.append(f"## {sheet.stem}\n\n{_table([header[i] for i in used], rows)}\n")
+        table = _table([header[i] for i in used], rows)
+        parts.append(f'## {sheet.stem}\n\n<div class="sheet" markdown>\n\n{table}\n\n</div>\n')
     return "\n".join(parts)
 
 
@@ -235,6 +242,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Lead links that leave docs/ to the pages of the site that show their files."""
     here = page.file.src_uri
+    if here == "index.md":
+        page.meta["hide"] = ["navigation"]  # the tabs above lead on
 
     def led(match: re.Match) -> str:
         path = _outside(here, match[2])

@@ -190,7 +190,7 @@ def test_the_examples_of_the_library_run(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").symlink_to(tiny_folder / "train.txt")
     found["text"] = (tiny_folder / "train.txt").read_text(encoding="utf-8")
     found["stream"] = torch.arange(5000) % 500  # the tokens of a text
-    first = "docs/library.md"  # whose names the others use
+    first = "docs/how-to/use-the-library.md"  # whose names the others use
     documents = [first, *(document for document in DOCUMENTS if document != first)]
     examples = [block for document in documents for block in blocks(document, "python")]
     assert len(examples) >= 2
