@@ -92,7 +92,7 @@ kernels: $(READY)
 
 # Broken links, anchors and pages are errors.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Site: site/index.html"
 
 lint: $(READY)

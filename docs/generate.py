@@ -27,9 +27,8 @@ LANGUAGES = {".py": "python", ".cpp": "cpp", ".yaml": "yaml", ".csv": "text", ".
 def _table(header: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown; bars and line ends of the cells are kept out of its way."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(re.sub(r"\s+", " ", c).replace("|", "\\|") for c in line) + " |" for line in lines
-    )
+    cells = [[re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 # --- the command line
