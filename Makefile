@@ -90,7 +90,7 @@ kernels: $(READY)
 	--target .venv/cuda --upgrade -r requirements.cuda.lock
 	$(BIN)/python -c 'from obr.kernels.cuda import library; print(library.prepare())'
 
-# Broken links, anchors and pages are errors.
+# Broken links, anchors and pages are errors; with --quiet, mkdocs would overlook them.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Site: site/index.html"

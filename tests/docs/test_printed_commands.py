@@ -18,8 +18,8 @@ from helpers.paths import ROOT
 from helpers.workflow_runs import SMOKE, environment
 from obr.config.workflow import Config
 
-FOLDERS = (".", "config", "docs", "tests/fixtures", "workflow/published")
-DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for folder in FOLDERS for p in (ROOT / folder).glob("*.md"))
+PATTERNS = ("*.md", "config/*.md", "docs/**/*.md", "tests/fixtures/*.md", "workflow/published/*.md")
+DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for pattern in PATTERNS for p in ROOT.glob(pattern))
 INLINE = ("obr errata", "obr --help")  # commands in the README's sentences
 CONFIGS = ("snakemake --cores all --configfile tests/config.yaml",)  # that no printed command names
 # Commands that are not run, by how they begin, and why.
