@@ -12,9 +12,9 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
+from helpers.paths import ROOT
 from obr.cli.parser import BY_HAND, STAGES
 
-ROOT = Path(__file__).resolve().parents[2]
 DENSE = 26.98  # perplexity of the dense model in docs/results/joint.md
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
