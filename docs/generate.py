@@ -21,6 +21,8 @@ SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 SHEETS = ROOT / "config/recipes"
 CONFIG_FILES = "reference/config-files.md"  # the page of config/README.md
 LINK = re.compile(r"(\]\()(\.\.?/[^)\s#]+)(#[^)\s]*)?(?=\))")
+HIDDEN = {"index.md": ["navigation"], "reference/stages.md": ["toc"]}  # beside pages that need the width
+SHORT = 40  # characters of a default in a table
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".yaml": "yaml", ".csv": "text", ".smk": "python"}
 
 
@@ -93,7 +95,7 @@ def _type(entry: dict) -> str:
         return "text" if name == "sha256" else f"[{name}](#{name})"
     if "enum" in entry or "const" in entry:
         values = entry.get("enum", [entry.get("const")])
-        return ", ".join(map(_value, values))
+        return ", ".join(dict.fromkeys(map(_value, values)))  # some are also given as text
     if "oneOf" in entry and "type" not in entry:
         return " or ".join(_type(one) for one in entry["oneOf"])
     types = entry.get("type", "object")
@@ -113,7 +115,8 @@ def _default(name: str, entry: dict) -> str:
     """The default of a key of an entry, or that it is required."""
     below = entry["properties"][name]
     if "default" in below:
-        return _value(below["default"])
+        text = _value(below["default"])
+        return text if len(text) < SHORT else f"{text[: SHORT - 2]}…`"
     return "required" if name in entry.get("required", []) else ""
 
 
@@ -243,8 +246,8 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     """Lead links that leave docs/ to the pages of the site that show their files."""
     here = page.file.src_uri
-    if here == "index.md":
-        page.meta["hide"] = ["navigation"]  # the tabs above lead on
+    if here in HIDDEN:
+        page.meta["hide"] = HIDDEN[here]
 
     def led(match: re.Match) -> str:
         path = _outside(here, match[2])
