@@ -9,6 +9,7 @@
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
 # make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
+# make docs    the documentation site, into site/; without a network
 # make lint    ruff, snakefmt, snakemake --lint
 # make audit   known vulnerabilities of what the lock files install, asked of osv.dev
 # make clean   remove what the demo and the tests made; results/ of other runs stay
@@ -18,7 +19,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-processors test-slurm benchmark benchmark-large kernels lint audit clean
+.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-processors test-slurm benchmark benchmark-large kernels docs lint audit clean
 .DEFAULT_GOAL := demo
 
 # Python compiles a module when it is first imported; compiling all of them here would take most of a minute. Where the
@@ -89,6 +90,11 @@ kernels: $(READY)
 	--target .venv/cuda --upgrade -r requirements.cuda.lock
 	$(BIN)/python -c 'from obr.kernels.cuda import library; print(library.prepare())'
 
+# Broken links, anchors and pages are errors; with --quiet, mkdocs would overlook them.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Site: site/index.html"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -102,4 +108,4 @@ audit: $(READY)
 	$(BIN)/python envs/audit.py .venv/audit/bin/pip-audit
 
 clean:
-	rm -rf results/demo results/demo-wikitext results/smoke results/tiny .pytest_cache .ruff_cache .hypothesis
+	rm -rf results/demo results/demo-wikitext results/smoke results/tiny site .pytest_cache .ruff_cache .hypothesis

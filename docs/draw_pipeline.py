@@ -10,7 +10,7 @@ STAGES = (
     ("calibration", "windows of tokens", "calibration/"),
     ("Hessians", "XᵀX of layer inputs", "hessians/"),
     ("OBR", "prune and quantise", "compressed/"),
-    ("evaluation", "perplexity, accuracy", "perplexity/"),
+    ("evaluation", "perplexity, accuracy", "evaluations/"),
     ("report", "tables, figures", "tables/"),
 )
 BOX, GAP, HEIGHT = 136, 22, 64

@@ -18,8 +18,8 @@ from helpers.paths import ROOT
 from helpers.workflow_runs import SMOKE, environment
 from obr.config.workflow import Config
 
-FOLDERS = (".", "config", "docs", "tests/fixtures", "workflow/published")
-DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for folder in FOLDERS for p in (ROOT / folder).glob("*.md"))
+PATTERNS = ("*.md", "config/*.md", "docs/**/*.md", "tests/fixtures/*.md", "workflow/published/*.md")
+DOCUMENTS = sorted(p.relative_to(ROOT).as_posix() for pattern in PATTERNS for p in ROOT.glob(pattern))
 INLINE = ("obr errata", "obr --help")  # commands in the README's sentences
 CONFIGS = ("snakemake --cores all --configfile tests/config.yaml",)  # that no printed command names
 # Commands that are not run, by how they begin, and why.
@@ -203,7 +203,7 @@ def test_the_examples_of_the_library_run(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "text.txt").symlink_to(tiny_folder / "train.txt")
     found["text"] = (tiny_folder / "train.txt").read_text(encoding="utf-8")
     found["stream"] = torch.arange(5000) % 500  # the tokens of a text
-    first = "docs/library.md"  # whose names the others use
+    first = "docs/how-to/use-the-library.md"  # whose names the others use
     documents = [first, *(document for document in DOCUMENTS if document != first)]
     examples = [block for document in documents for block in blocks(document, "python")]
     assert len(examples) >= 2

@@ -171,7 +171,7 @@ def quantised_in_its_dtype(x: torch.Tensor, settings: QuantizerSettings) -> torc
     ],
 )
 def test_quantisers_compute_in_float32(settings, least, most):
-    """The errors that arithmetic in bfloat16 would leave, over those of float32: docs/differences.md has them."""
+    """Errors of bfloat16 arithmetic relative to float32, as in docs/explanation/differences-from-the-paper.md."""
     x = torch.randn(256, 4096, generator=seeded()).bfloat16()
     ours, theirs = (
         float((quantise(x, settings).double() - x.double()).norm())

@@ -179,7 +179,7 @@ def test_stages_have_rules_with_code_digests():
             assert needed in block, f"rule {block.split(':')[0]} has no {needed}"
 
 
-EXTRAS = ("data", "eval", "learn", "export", "report", "workflow", "dev")
+EXTRAS = ("data", "eval", "learn", "export", "report", "workflow", "docs", "dev")
 
 
 def test_the_conda_environment_is_the_lock_file():
