@@ -120,7 +120,7 @@ def test_disk_packages_and_compiler_are_checked():
     found = preflight(CONFIG, jobs, prices, machine(importable=lambda n: n != "geoopt", compiler=None))
     package, disk = found.problems
     assert package == "Package geoopt cannot be imported; pip install 'obr[learn]' installs it."
-    assert disk.startswith("The run writes 110.0 GB to results and 100.0 GB are free")
+    assert disk.startswith("The run takes 110.0 GB of results at its peak and 100.0 GB are free")
     assert "No C++ compiler" in found.notes[0]
     assert found.lines()[-1] == "2 problems would stop the run."
 

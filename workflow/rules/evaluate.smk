@@ -1,6 +1,6 @@
 rule evaluate:
     input:
-        unpack(jobs.evaluation_inputs),
+        unpack(jobs.scores.inputs),
         checkpoint=jobs.checkpoint,
     output:
         update(jobs.path("evaluation")),  # scores that it holds are not computed again
@@ -18,8 +18,8 @@ rule evaluate:
         gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        scores=jobs.scores_entry,
-        flags=jobs.score_flags,
+        scores=jobs.scores.entry,
+        flags=jobs.scores.flags,
         recipe=jobs.evaluation,
         compute=jobs.compute,
         code=jobs.code("evaluation.stage"),

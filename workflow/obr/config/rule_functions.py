@@ -6,11 +6,11 @@ Snakemake calls them with the wildcards of a job, and with its input where a par
 import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from obr.config import paths
+from obr.config.score_functions import ScoreFunctions
 from obr.config.workflow import Config
 from obr.runtime import code_digest, local_sources
 from obr.runtime.files import write_text
@@ -30,6 +30,7 @@ class RuleFunctions:
 
     def __init__(self, config: Config):
         self.config, self.raw, self.results = config, config.raw, config.results
+        self.scores = ScoreFunctions(config)
 
     # Places and names
 
@@ -225,53 +226,6 @@ class RuleFunctions:
 
     def checkpoint(self, wildcards) -> str:
         return self.path("checkpoint", model=wildcards.model, recipe=wildcards.recipe)
-
-    def scores(self, wildcards) -> dict[str, list[str]]:
-        """The texts and tasks of an evaluation: those of tables and figures, and those that its file holds already.
-
-        So an evaluation is not out of date where another experiment asks for fewer scores than are there.
-        """
-        names = {key: wildcards[key] for key in ("model", "recipe", "activations")}
-        wanted = self.config.scores.get(tuple(names.values()), {})
-        file = Path(self.path("evaluation", **names))
-        try:
-            present = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or one that the job replaces
-            present = {}
-        return {
-            kind: sorted({*wanted.get(kind, []), *(name for name in present.get(kind, {}) if name in self.raw[kind])})
-            for kind in ("perplexity", "zero_shot")
-        }
-
-    def evaluation_inputs(self, wildcards) -> dict[str, list[str]]:
-        """The files of an evaluation's texts and tasks, in the order of `scores`."""
-        scores = self.scores(wildcards)
-        texts = [self.raw["perplexity"][name]["text"] for name in scores["perplexity"]]
-        return {
-            "texts": [self.path("text", text=text) for text in texts],
-            "tasks": [self.path("task", task=task) for task in scores["zero_shot"]],
-        }
-
-    def scores_entry(self, wildcards) -> str:
-        """The settings of an evaluation's texts and tasks."""
-        return _json(
-            {kind: {n: self._settings_of(kind, n) for n in names} for kind, names in self.scores(wildcards).items()}
-        )
-
-    def _settings_of(self, kind: str, name: str) -> dict:
-        """What decides a score besides its data: the settings of an entry of `perplexity` or `zero_shot`."""
-        return {k: v for k, v in self.raw[kind][name].items() if k not in ("text", "source") and v is not None}
-
-    def score_flags(self, wildcards, input) -> str:
-        """The flags that name an evaluation's texts and tasks, each with its file and settings."""
-        scores = self.scores(wildcards)
-        files = {"perplexity": list(input.texts), "zero_shot": [str(Path(task).parent) for task in input.tasks]}
-        flags = []
-        for kind, flag in (("perplexity", "--text"), ("zero_shot", "--task")):
-            for name, file in zip(scores[kind], files[kind], strict=True):
-                settings = [f"{key}={_json(value)}" for key, value in self._settings_of(kind, name).items()]
-                flags.append(shlex.join([flag, name, str(file), *settings]))
-        return " ".join(flags)
 
     def task_text(self, wildcards) -> dict[str, str]:
         """The text that a task made from text is made of."""

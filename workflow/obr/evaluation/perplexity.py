@@ -115,7 +115,7 @@ def perplexity_stage(
 ) -> dict:
     """The stage: perplexity of a checkpoint on a text.
 
-    One parameter per flag of `obr perplexity`.
+    One parameter per setting of an evaluation.
 
     spec: {"seqlen", "tokens" (limit, or None), "bos"}, "bos" as of `data.tokenize`. recipe: whose activation settings
     apply. dtype: of the computation, before the recipe's own. room: for the hidden states of the text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections import defaultdict
@@ -14,6 +15,7 @@ from obr.config.rotations import WHERE
 from obr.errors import ObrError
 from obr.planning.dry_run import Job
 from obr.planning.prices import TIMED, Price
+from obr.planning.schedule import peak_disk, spans
 from obr.runtime import hub
 
 # The section of the configuration whose entry's source a rule fetches, and the wildcard that names the entry.
@@ -128,15 +130,23 @@ def preflight(
     _check_packages(jobs, machine, found)
     _check_memory(config, jobs, each, machine, gpu_memory, found)
     results = Path(config["results"])
-    needed, free = sum(price.disk for price in each), machine.free(results)
+    needed, free = _peak(config, jobs, each, machine), machine.free(results)
     if needed > free:
         found.problems.append(
-            f"The run writes {needed:.1f} GB to {results} and {free:.1f} GB are free; free some, set `results`, or "
-            "take fewer models by `only_models`."
+            f"The run takes {needed:.1f} GB of {results} at its peak and {free:.1f} GB are free; free some, set `results`, or "
+            "take fewer models by `only_models`, or drop weights that are evaluated by `keep`."
         )
     if machine.compiler is None and any(job.rule in ("compress", "kernels", "sensitivity") for job in jobs):
         found.notes.append("No C++ compiler is found, so compression on a CPU is slower; install g++ or clang++.")
     return found
+
+
+def _peak(config: dict, jobs: Sequence[Job], each: Sequence[Price], machine: Machine) -> float:
+    """GB on the disk at the peak, with the cores and GPUs of this machine."""
+    on_gpu = [job.rule in TIMED and config["device"] == "cuda" for job in jobs]
+    seconds = [price.seconds for price in each]
+    when = spans(list(jobs), seconds, on_gpu, os.cpu_count() or 1, max(1, len(machine.gpus)))
+    return peak_disk(list(jobs), when, [price.disk for price in each], [price.scratch for price in each])
 
 
 def _check_sources(config: dict, jobs: Sequence[Job], machine: Machine, found: Preflight) -> None:

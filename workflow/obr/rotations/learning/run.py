@@ -107,7 +107,6 @@ class LearningRun:
         learn = dict(entry["learn"])
         windows, about = token_windows.load_tokens(tokens)
         learn.pop("calibration", None)
-        learn.pop("recompute", None)  # which is what always happens: blocks run again on the way back
         dtype = getattr(torch, learn.pop("dtype")) if "dtype" in learn else dtype
         held_out = learn.pop("held_out", HELD_OUT)
         if not 0 < held_out < len(windows):
