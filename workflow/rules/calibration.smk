@@ -10,6 +10,8 @@ rule calibrate:
         jobs.benchmark("calibrate", "calibration", "model")
     wildcard_constraints:
         calibration=jobs.entries("calibrations", "text"),
+    message:
+        "Choosing windows of {wildcards.calibration} for {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -37,6 +39,8 @@ rule generate:
         jobs.benchmark("generate", "calibration", "model")
     wildcard_constraints:
         calibration=jobs.entries("calibrations", "generated"),
+    message:
+        "Letting {wildcards.model} write {wildcards.calibration}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
@@ -65,6 +69,8 @@ rule mix:
         jobs.benchmark("mix", "calibration", "model")
     wildcard_constraints:
         calibration=jobs.entries("calibrations", "mix"),
+    message:
+        "Mixing windows of {wildcards.calibration} for {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -89,6 +95,8 @@ rule hessian:
         jobs.log("hessian", "model", "rotation", "calibration"),
     benchmark:
         jobs.benchmark("hessian", "model", "rotation", "calibration")
+    message:
+        "Collecting Hessians of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["hessian"]
@@ -118,6 +126,8 @@ rule gradients:
         jobs.log("gradients", "model", "rotation", "calibration"),
     benchmark:
         jobs.benchmark("gradients", "model", "rotation", "calibration")
+    message:
+        "Measuring output gradients of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["hessian"]

@@ -22,6 +22,8 @@ rule compress:
         jobs.benchmark("compress", "model", "recipe")
     wildcard_constraints:
         recipe=jobs.recipes(released=False),
+    message:
+        "Compressing {wildcards.model}, {wildcards.recipe}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]
@@ -56,6 +58,8 @@ rule released:
         jobs.benchmark("released", "model", "recipe")
     wildcard_constraints:
         recipe=jobs.recipes(released=True),
+    message:
+        "Verifying the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]

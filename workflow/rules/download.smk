@@ -7,6 +7,8 @@ rule download_model:
     benchmark:
         jobs.benchmark("download_model", "model")
     retries: 1
+    message:
+        "Downloading {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -31,6 +33,8 @@ rule check_model:
         jobs.log("check_model", "model"),
     benchmark:
         jobs.benchmark("check_model", "model")
+    message:
+        "Checking the sizes of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -55,6 +59,8 @@ rule download_text:
     wildcard_constraints:
         text=jobs.entries("texts"),
     retries: 1
+    message:
+        "Downloading the text {wildcards.text}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -80,6 +86,8 @@ rule download_documents:
     wildcard_constraints:
         text=jobs.entries("texts"),
     retries: 1
+    message:
+        "Downloading the documents of {wildcards.text}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -104,6 +112,8 @@ rule download_task:
     benchmark:
         jobs.benchmark("download_task", "task")
     retries: 1
+    message:
+        "Downloading the task {wildcards.task}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -130,6 +140,8 @@ rule download_released:
     wildcard_constraints:
         recipe=jobs.recipes(released=True),
     retries: 1
+    message:
+        "Downloading the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1

@@ -11,6 +11,8 @@ rule kernels:
         jobs.benchmark("kernels", "device")
     wildcard_constraints:
         device="cpu|cuda",
+    message:
+        "Timing products on {wildcards.device}"
     conda:
         "../../envs/obr.yaml"
     threads: 1024  # all there are: alone on the machine, or the times mean nothing

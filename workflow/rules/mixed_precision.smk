@@ -11,6 +11,8 @@ rule sensitivity:
         jobs.log("sensitivity", "model", "rotation", "calibration", "options"),
     benchmark:
         jobs.benchmark("sensitivity", "model", "rotation", "calibration", "options")
+    message:
+        "Measuring the sensitivity of {wildcards.model} to {wildcards.options}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]
@@ -42,6 +44,8 @@ rule allocate:
         jobs.log("allocate", "model", "recipe"),
     benchmark:
         jobs.benchmark("allocate", "model", "recipe")
+    message:
+        "Allocating bits for {wildcards.model}, {wildcards.recipe}"
     conda:
         "../../envs/obr.yaml"
     threads: 1

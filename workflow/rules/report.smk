@@ -31,6 +31,8 @@ rule table:
         jobs.log("table", "table"),
     benchmark:
         jobs.benchmark("table", "table")
+    message:
+        "Making the table {wildcards.table}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -63,6 +65,8 @@ rule figure:
         jobs.log("figure", "figure"),
     benchmark:
         jobs.benchmark("figure", "figure")
+    message:
+        "Drawing the figure {wildcards.figure}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -93,6 +97,8 @@ rule errata:
         jobs.log("errata"),
     benchmark:
         jobs.benchmark("errata")
+    message:
+        "Listing what is odd in the published tables"
     conda:
         "../../envs/obr.yaml"
     threads: 1

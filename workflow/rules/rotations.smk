@@ -9,6 +9,8 @@ rule download_rotation:
         jobs.benchmark("download_rotation", "rotation", "model")
     wildcard_constraints:
         rotation=jobs.entries("rotations", "learn", has=False),
+    message:
+        "Making the rotation {wildcards.rotation} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -39,6 +41,8 @@ rule learn_rotation:
         jobs.benchmark("learn_rotation", "rotation", "model")
     wildcard_constraints:
         rotation=jobs.entries("rotations", "learn"),
+    message:
+        "Learning the rotation {wildcards.rotation} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["learn"]

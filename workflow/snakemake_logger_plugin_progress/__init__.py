@@ -5,6 +5,7 @@ The default profile names it. Snakemake finds it by its module name, as it finds
 
 from __future__ import annotations
 
+import re
 import sys
 from logging import LogRecord
 
@@ -16,6 +17,8 @@ from snakemake_logger_plugin_progress.estimate import Estimate
 # What the bar shows instead of lines.
 SHOWN = (LogEvent.JOB_INFO, LogEvent.JOB_STARTED, LogEvent.JOB_FINISHED, LogEvent.PROGRESS, LogEvent.RESOURCES_INFO)
 SELECTING = "Select jobs to execute..."  # once per round of jobs
+# Once for each file of the configuration, which is laid over another: nothing that a user has to know.
+EXTENDED = re.compile(r"Config file \S+ is extended by additional config specified via the command line\.")
 
 
 class LogHandler(LogHandlerBase):
@@ -32,6 +35,8 @@ class LogHandler(LogHandlerBase):
 
     def emit(self, record: LogRecord) -> None:
         try:
+            if EXTENDED.fullmatch(record.getMessage()):
+                return
             event = getattr(record, "event", None)
             self.estimate.take(event, vars(record))
             lines = event not in SHOWN or (event == LogEvent.JOB_INFO and self.common_settings.printshellcmds)

@@ -133,8 +133,8 @@ def preflight(
     needed, free = _peak(config, jobs, each, machine), machine.free(results)
     if needed > free:
         found.problems.append(
-            f"The run takes {needed:.1f} GB of {results} at its peak and {free:.1f} GB are free; free some, set `results`, or "
-            "take fewer models by `only_models`, or drop weights that are evaluated by `keep`."
+            f"The run takes {needed:.1f} GB of {results} at its peak and {free:.1f} GB are free; free some, set "
+            "`results`, take fewer models by `only_models`, or drop weights that are evaluated by `keep`."
         )
     if machine.compiler is None and any(job.rule in ("compress", "kernels", "sensitivity") for job in jobs):
         found.notes.append("No C++ compiler is found, so compression on a CPU is slower; install g++ or clang++.")
