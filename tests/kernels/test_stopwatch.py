@@ -168,7 +168,7 @@ def test_the_buffer_has_a_limit_and_says_what_it_leaves(monkeypatch, found, buff
 @pytest.mark.parametrize("megabytes", [1, 32, 480, 2048, None])
 def test_the_kernels_of_the_demo_take_less_than_a_minute_on_any_processor(tmp_path, monkeypatch, megabytes):
     """By a clock on which memory gives 5 GB/s and PyTorch's emulations take seconds, as slow processors' do."""
-    entry = yaml.safe_load((ROOT / "workflow" / "configs" / "demo.yaml").read_text())["kernels"]
+    entry = yaml.safe_load((ROOT / "config" / "experiments" / "demo.yaml").read_text())["kernels"]
     clock, used = Clock(), []
     slow = {"fp8": 12.0, "int8": 1.2, "fp16": 0.6, "bf16": 0.6}
     small = torch.eye(4)

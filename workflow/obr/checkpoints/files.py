@@ -82,8 +82,9 @@ def check_contents(directory: Path, manifest: dict) -> None:
 
 
 def weight_bytes(directory: Path, manifest: dict) -> int:
-    """Of a checkpoint's files of weights, its own and those that it refers to."""
-    return sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")) + referred.bytes_of(manifest)
+    """Of a checkpoint's files of weights, or of those that it refers to, which hold its ends, too."""
+    own = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    return referred.bytes_of(manifest) or own
 
 
 def _is_own(directory: Path, name: str) -> bool:
