@@ -238,9 +238,7 @@ def test_released_checkpoint_refuses_recompute_packing_and_changes(tmp_path, tin
     )
     ran(
         "push",
-        "--checkpoint",
         tmp_path / "out",
-        "--repo",
         "you/name",
         "--dry-run",
         tmp_path / "card",

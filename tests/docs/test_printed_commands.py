@@ -28,7 +28,7 @@ LEFT_OUT = {
     "snakemake --cores all --default-storage-provider s3": "its plugin is no part of the project, nor is a bucket",
     "snakemake --executor kubernetes": "its plugin is no part of the project, nor is a cluster",
 }
-UPLOAD = "obr push --checkpoint results/compressed/llama-2-7b/obr_gptq-w4s50-quarot --repo you/name"
+UPLOAD = "obr push results/compressed/llama-2-7b/obr_gptq-w4s50-quarot you/name"
 LLAMA = "obr quantize meta-llama/Llama-2-7b-hf --sparsity 0.5 --bits 4 --out llama-2-7b-obr"
 # What is run in place of a command, and why.
 IN_PLACE = {

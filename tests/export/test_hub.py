@@ -61,7 +61,7 @@ def checkpoint(tmp_path):
 
 def test_a_dry_run_writes_exactly_what_would_be_uploaded(checkpoint, tmp_path):
     out = tmp_path / "out"
-    command = ["push", "--checkpoint", str(checkpoint), "--repo", "me/small", "--dry-run", str(out)]
+    command = ["push", str(checkpoint), "me/small", "--dry-run", str(out)]
     run = subprocess.run([sys.executable, "-m", "obr", *command], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == str(out), run.stderr
     assert {p.name for p in out.iterdir()} == {
@@ -219,7 +219,7 @@ def hub():
 def pushed(checkpoint, address: str) -> subprocess.CompletedProcess:
     """`obr push` to a hub at this address; huggingface_hub reads it from the environment when it is loaded."""
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, "-m", "obr", "push", "--checkpoint", str(checkpoint), "--repo", "me/small"]
+    command = [sys.executable, "-m", "obr", "push", str(checkpoint), "me/small"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert environment["HF_TOKEN"] not in run.stdout + run.stderr
     return run

@@ -238,7 +238,7 @@ def test_the_workflow_hands_the_leave_to_run_code_to_every_stage_of_that_model(t
     config["tables"] = {"zero_shot": config["tables"]["zero_shot"]}
     run = snakemake(tmp_path, config, "--dry-run", "--printshellcmds", str(SMOKE / "tables/zero_shot.csv"))
     lines = [line for line in run.stdout.splitlines() if line.startswith("Shell command: obr")]
-    opening = [line for line in lines if re.search("--model |--checkpoint ", line) and "obr check-model" not in line]
+    opening = [line for line in lines if re.search("--model |obr evaluate ", line) and "obr check-model" not in line]
     for model in models:
         of_it = [line for line in opening if f"/{model}" in line]
         assert len(of_it) == 9 and all((TRUSTED in line) == (model == "trusted") for line in of_it), of_it

@@ -263,8 +263,9 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
     What is written is what the model computes; anything else is refused. The folder appears whole, in place of an
     older checkpoint if there is one.
 
-        Args:
-        directory: new, empty, or an older checkpoint. tokenizer: saved beside the weights.
+    Args:
+        directory: new, empty, or an older checkpoint.
+        tokenizer: saved beside the weights.
 
     Raises:
         ObrError: the model was not compressed in memory, or was changed since; the folder holds other files.

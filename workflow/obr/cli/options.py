@@ -47,8 +47,8 @@ PUSH = "Publish a compressed model on the hub, with a model card."
 
 
 def push_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a packed checkpoint")
-    parser.add_argument("--repo", required=True, help="owner/name on the hub")
+    parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub")
     parser.add_argument("--dry-run", type=Path, default=None, metavar="FOLDER", help="write it there, upload nothing")
     parser.add_argument("--licence", default=None, help="of the base model, where the checkpoint does not record it")
     parser.add_argument("--private", action="store_true", help="not to be seen by others")

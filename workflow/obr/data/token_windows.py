@@ -59,7 +59,8 @@ def evaluation_windows(
     the text in the windows is then a target, and b is t // (seqlen - 1). A BOS token that the text begins with is
     left out. None (default) cuts the text as it is.
 
-        Raises ObrError if not one window fits.
+    Raises:
+        ObrError: not one window fits.
 
     Example:
         >>> tuple(obr.evaluation_windows(torch.arange(100), 32).shape)

@@ -36,7 +36,7 @@ def push(
             refuses.
     """
     if repo.count("/") != 1 or not all(repo.split("/")):
-        raise ObrError(f"--repo {repo!r} is not the name of a hub repository; write it as owner/name.")
+        raise ObrError(f"{repo!r} is not the name of a hub repository; write it as owner/name.")
     manifest = read_manifest(Path(checkpoint))
     check_contents(Path(checkpoint), manifest)
     if folder is not None:
