@@ -15,7 +15,7 @@ GROUP_OF = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "up": "up_gate", "gate
 class Layout:
     """Module paths, from the model or (groups, norms, attention) from a block.
 
-    groups: linear layers that read the same input, in the order in which a block computes them; `o` reads the
+    groups: linear layers that read the same input: `qkv` in this order, `up_gate` up first; `o` reads the
     attention's output and `down` the gated product. norms: the norm that feeds a group. norm_offset: a norm's
     gain is its weight plus this. query_norm, key_norm: norms (m,) of every head between projection and RoPE.
     needs_bos: the family's models need a beginning-of-sequence (BOS) token in front of their input.
