@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from helpers.paths import ROOT
+from helpers.workflow_runs import snakemake
 from obr.cli.main import main
 from obr.errors import ObrError
 from obr.planning.dry_run import Job
@@ -154,3 +155,26 @@ def test_the_command_checks_a_configuration(wrong, status, tiny_folder, tmp_path
     else:
         assert said.out == "Nothing would stop the run.\n"
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.workflow
+def test_a_run_is_refused_at_its_start_with_all_missing_files(tiny_folder, tmp_path):
+    """The model is there, two rotations are not: no job starts."""
+    rotations = {
+        name: {"kind": "file", "source": {"source": "path", "path": f"gone/{name}.safetensors"}} for name in "ab"
+    }
+    config = {
+        "experiments": [],
+        "device": "cpu",
+        "models": {"tiny": {"source": {"source": "path", "path": str(tiny_folder / "model")}}},
+        "texts": {"held": {"source": "path", "path": str(tiny_folder / "heldout.txt")}},
+        "perplexity": {"held": {"text": "held", "seqlen": 64}},
+        "rotations": rotations,
+        "recipes": {name: {"method": "rtn", "bits": 4, "rotation": name} for name in rotations},
+        "tables": {"t": {"title": "T", "models": ["tiny"], "rows": [*rotations], "perplexity": ["held"]}},
+    }
+    run = snakemake(tmp_path, config)
+    assert run.returncode == 1 and "Some inputs of this run are not there:" in run.stdout
+    for name in rotations:
+        assert f"rotations.{name} for tiny: path gone/{name}.safetensors does not exist" in run.stdout
+    assert not (tmp_path / "results/models").exists()

@@ -11,6 +11,8 @@ from obr.config.config_files import add_recipes
 from obr.config.rule_functions import RuleFunctions
 from obr.config.workflow import Config, check_paths, objection
 from obr.errors import ObrError
+from obr.planning.dry_run import Job
+from obr.planning.preflight import missing_files
 
 try:
     add_recipes(config)
@@ -49,7 +51,15 @@ wildcard_constraints:
 def prepare():
     """Before any job: a results folder that can be written, and in it what tables and figures read of the config."""
     check_writable()
+    check_local_files()
     jobs.write_settings()
+
+
+def check_local_files():
+    """Refuse a run whose local files are not all there, with all that are missing in one list."""
+    pending = [Job(job.rule.name, dict(job.wildcards_dict), 1, ()) for job in workflow.dag.needrun_jobs()]
+    if problems := missing_files(config, pending):
+        raise WorkflowError("\n".join(["Some inputs of this run are not there:", *problems]))
 
 
 def check_writable():

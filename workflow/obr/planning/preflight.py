@@ -178,6 +178,13 @@ def _check_sources(config: dict, jobs: Sequence[Job], machine: Machine, found: P
         found.problems.append(f"{len(unreachable)} downloads of the hub cannot start; the first: {unreachable[0]}")
 
 
+def missing_files(config: dict, jobs: Sequence[Job]) -> list[str]:
+    """Local files of pending jobs that are not there, one sentence for each entry of the configuration."""
+    found = Preflight([], [])
+    _check_sources(config, jobs, Machine([], 0.0, _free, None, lambda *_: None), found)
+    return found.problems
+
+
 def _local(source: dict, model: str, form: str | None) -> str | None:
     """What is wrong with a local source, in one sentence; the model's name in it stays `{model}`."""
     name = source.get("path") or source.get("file") or ""
