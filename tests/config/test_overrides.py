@@ -180,3 +180,21 @@ def test_the_small_edition_has_every_table_and_quotes_nothing_of_other_models():
         None, "sotu_20th", "sotu_19th", "sotu_20th-seed1", "sotu_20th-seed2",
         "sotu_few", "sotu_many", "generated", "mixed",
     }  # fmt: skip
+
+
+def test_rows_without_their_local_files_are_left_out_and_named(tmp_path):
+    (tmp_path / "large.safetensors").touch()
+    source = {"source": "path", "path": str(tmp_path / "{model}.safetensors")}
+    rotation = {"kind": "file", "source": source}
+    changes = {
+        "rotations__mine": rotation,
+        "recipes__turned": {"method": "rtn", "bits": 4, "rotation": "mine"},
+        "tables__t__rows": ["dense", "turned"],
+        "tables__alone": {"title": "A", "models": ["small"], "rows": ["turned"], "perplexity": ["wiki"]},
+        "tables__there": {"title": "B", "models": ["large"], "rows": ["turned"], "perplexity": ["wiki"]},
+    }
+    kept = Config(replaced(RAW, **changes)).raw["tables"]
+    assert kept["t"]["rows"] == ["dense", "turned"] and "alone" in kept
+    found = Config(replaced(RAW, **changes, skip_missing=True)).raw["tables"]
+    assert found["t"]["rows"] == ["dense"] and found["there"]["rows"] == ["turned"] and "alone" not in found
+    assert found["t"]["note"].endswith(f"Left out, files not found: turned ({tmp_path}/small.safetensors).")

@@ -10,8 +10,6 @@ rule calibrate:
         jobs.benchmark("calibrate", "calibration", "model")
     wildcard_constraints:
         calibration=jobs.entries("calibrations", "text"),
-    message:
-        "Choosing windows of {wildcards.calibration} for {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -23,6 +21,8 @@ rule calibrate:
         model=subpath(input.model, parent=True),
         trust=jobs.trust,
         code=jobs.code("data.token_windows"),
+    message:
+        "Choosing windows of {wildcards.calibration} for {wildcards.model}"
     shell:
         "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
         "{params.trust} >{log} 2>&1"
@@ -39,8 +39,6 @@ rule generate:
         jobs.benchmark("generate", "calibration", "model")
     wildcard_constraints:
         calibration=jobs.entries("calibrations", "generated"),
-    message:
-        "Letting {wildcards.model} write {wildcards.calibration}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["evaluate"]
@@ -53,6 +51,8 @@ rule generate:
         model=subpath(input[0], parent=True),
         compute=jobs.compute,
         code=jobs.code("data.self_generated"),
+    message:
+        "Letting {wildcards.model} write {wildcards.calibration}"
     shell:
         "obr generate --entry {params.entry:q} --model {params.model} --out {output} {params.compute} "
         "--threads {threads} >{log} 2>&1"
@@ -69,8 +69,6 @@ rule mix:
         jobs.benchmark("mix", "calibration", "model")
     wildcard_constraints:
         calibration=jobs.entries("calibrations", "mix"),
-    message:
-        "Mixing windows of {wildcards.calibration} for {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -80,6 +78,8 @@ rule mix:
     params:
         entry=jobs.entry("calibrations"),
         code=jobs.code("data.self_generated"),
+    message:
+        "Mixing windows of {wildcards.calibration} for {wildcards.model}"
     shell:
         "obr mix --entry {params.entry:q} --windows {input} --out {output} >{log} 2>&1"
 
@@ -95,8 +95,6 @@ rule hessian:
         jobs.log("hessian", "model", "rotation", "calibration"),
     benchmark:
         jobs.benchmark("hessian", "model", "rotation", "calibration")
-    message:
-        "Collecting Hessians of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["hessian"]
@@ -111,6 +109,8 @@ rule hessian:
         out=subpath(output[0], parent=True),
         compute=jobs.compute,
         code=jobs.code("calibration.collect_hessians"),
+    message:
+        "Collecting Hessians of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     shell:
         "obr hessian --model {params.model} {params.rotation} --tokens {input.tokens} --out {params.out} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
@@ -126,8 +126,6 @@ rule gradients:
         jobs.log("gradients", "model", "rotation", "calibration"),
     benchmark:
         jobs.benchmark("gradients", "model", "rotation", "calibration")
-    message:
-        "Measuring output gradients of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["hessian"]
@@ -142,6 +140,8 @@ rule gradients:
         rotation=jobs.flag("rotation"),
         compute=jobs.compute,
         code=jobs.code("calibration.output_gradients"),
+    message:
+        "Measuring output gradients of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     shell:
         "obr gradients --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
         "--out {output} --activations-memory {resources.activations_mb} {params.compute} --threads {threads} "

@@ -22,8 +22,6 @@ rule compress:
         jobs.benchmark("compress", "model", "recipe")
     wildcard_constraints:
         recipe=jobs.recipes(released=False),
-    message:
-        "Compressing {wildcards.model}, {wildcards.recipe}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]
@@ -38,6 +36,8 @@ rule compress:
         inputs=jobs.input_flags,
         compute=jobs.compute,
         code=jobs.code("compression.stage"),
+    message:
+        "Compressing {wildcards.model}, {wildcards.recipe}"
     shell:
         "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {output.checkpoint} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1 && "
@@ -58,8 +58,6 @@ rule released:
         jobs.benchmark("released", "model", "recipe")
     wildcard_constraints:
         recipe=jobs.recipes(released=True),
-    message:
-        "Verifying the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]
@@ -73,6 +71,8 @@ rule released:
         trust=jobs.trust,
         local=jobs.local("recipes"),
         code=jobs.code("checkpoints.released.stage"),
+    message:
+        "Verifying the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     shell:
         "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
         "--out {output.checkpoint} {params.trust} >{log} 2>&1 && "

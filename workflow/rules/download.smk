@@ -7,8 +7,6 @@ rule download_model:
     benchmark:
         jobs.benchmark("download_model", "model")
     retries: 1
-    message:
-        "Downloading {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -20,6 +18,8 @@ rule download_model:
         out=subpath(output.source, parent=True),
         local=jobs.local("models"),
         code=jobs.code("models.download"),
+    message:
+        "Downloading {wildcards.model}"
     shell:
         "obr download-model --entry {params.entry:q} --out {params.out} --rerun >{log} 2>&1"
 
@@ -33,8 +33,6 @@ rule check_model:
         jobs.log("check_model", "model"),
     benchmark:
         jobs.benchmark("check_model", "model")
-    message:
-        "Checking the sizes of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -44,6 +42,8 @@ rule check_model:
     params:
         model=subpath(input[0], parent=True),
         entry=jobs.patterns,
+    message:
+        "Checking the sizes of {wildcards.model}"
     shell:
         "obr check-model --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
 
@@ -59,8 +59,6 @@ rule download_text:
     wildcard_constraints:
         text=jobs.entries("texts"),
     retries: 1
-    message:
-        "Downloading the text {wildcards.text}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -71,6 +69,8 @@ rule download_text:
         entry=jobs.text_entry,
         local=jobs.local("texts"),
         code=jobs.code("data.texts"),
+    message:
+        "Downloading the text {wildcards.text}"
     shell:
         "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
 
@@ -86,8 +86,6 @@ rule download_documents:
     wildcard_constraints:
         text=jobs.entries("texts"),
     retries: 1
-    message:
-        "Downloading the documents of {wildcards.text}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -98,6 +96,8 @@ rule download_documents:
         entry=jobs.text_entry,
         local=jobs.local("texts"),
         code=jobs.code("data.texts"),
+    message:
+        "Downloading the documents of {wildcards.text}"
     shell:
         "obr download-documents --entry {params.entry:q} --out {output.documents} >{log} 2>&1"
 
@@ -112,8 +112,6 @@ rule download_task:
     benchmark:
         jobs.benchmark("download_task", "task")
     retries: 1
-    message:
-        "Downloading the task {wildcards.task}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -126,6 +124,8 @@ rule download_task:
         out=subpath(output[0], parent=True),
         local=jobs.local("zero_shot"),
         code=jobs.code("evaluation.tasks"),
+    message:
+        "Downloading the task {wildcards.task}"
     shell:
         "obr download-task --entry {params.entry:q} {params.text} --out {params.out} --rerun >{log} 2>&1"
 
@@ -140,8 +140,6 @@ rule download_released:
     wildcard_constraints:
         recipe=jobs.recipes(released=True),
     retries: 1
-    message:
-        "Downloading the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -153,5 +151,7 @@ rule download_released:
         out=subpath(output[0], parent=True),
         local=jobs.local("recipes"),
         code=jobs.code("checkpoints.released.stage"),
+    message:
+        "Downloading the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     shell:
         "obr download-released --entry {params.entry:q} --out {params.out} --rerun >{log} 2>&1"

@@ -11,8 +11,6 @@ rule kernels:
         jobs.benchmark("kernels", "device")
     wildcard_constraints:
         device="cpu|cuda",
-    message:
-        "Timing products on {wildcards.device}"
     conda:
         "../../envs/obr.yaml"
     threads: 1024  # all there are: alone on the machine, or the times mean nothing
@@ -24,5 +22,7 @@ rule kernels:
         entry=jobs.kernels_entry,
         on=jobs.kernels_device,
         code=jobs.code("kernels.benchmark"),
+    message:
+        "Timing products on {wildcards.device}"
     shell:
         "obr kernels --entry {params.entry:q} --out {output} {params.on} --threads {threads} >{log} 2>&1"

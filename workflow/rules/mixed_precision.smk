@@ -11,8 +11,6 @@ rule sensitivity:
         jobs.log("sensitivity", "model", "rotation", "calibration", "options"),
     benchmark:
         jobs.benchmark("sensitivity", "model", "rotation", "calibration", "options")
-    message:
-        "Measuring the sensitivity of {wildcards.model} to {wildcards.options}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["compress"]
@@ -29,6 +27,8 @@ rule sensitivity:
         out=subpath(output[0], parent=True),
         compute=jobs.compute,
         code=jobs.code("mixed_precision.sensitivity"),
+    message:
+        "Measuring the sensitivity of {wildcards.model} to {wildcards.options}"
     shell:
         "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
         "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} "
@@ -44,8 +44,6 @@ rule allocate:
         jobs.log("allocate", "model", "recipe"),
     benchmark:
         jobs.benchmark("allocate", "model", "recipe")
-    message:
-        "Allocating bits for {wildcards.model}, {wildcards.recipe}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -55,5 +53,7 @@ rule allocate:
     params:
         entry=jobs.weights,
         code=jobs.code("mixed_precision.allocate"),
+    message:
+        "Allocating bits for {wildcards.model}, {wildcards.recipe}"
     shell:
         "obr allocate --entry {params.entry:q} --sensitivity {input.sensitivity} --out {output} >{log} 2>&1"

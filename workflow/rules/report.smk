@@ -31,8 +31,6 @@ rule table:
         jobs.log("table", "table"),
     benchmark:
         jobs.benchmark("table", "table")
-    message:
-        "Making the table {wildcards.table}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -44,6 +42,8 @@ rule table:
         results=subpath(output[0], ancestor=2),
         stem=subpath(output.csv, strip_suffix=".csv"),
         code=jobs.code("report.table"),
+    message:
+        "Making the table {wildcards.table}"
     shell:
         "obr table {wildcards.table} --config {params.settings} --results {params.results} "
         "--published {input.published} --out {params.stem} >{log} 2>&1"
@@ -65,8 +65,6 @@ rule figure:
         jobs.log("figure", "figure"),
     benchmark:
         jobs.benchmark("figure", "figure")
-    message:
-        "Drawing the figure {wildcards.figure}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -78,6 +76,8 @@ rule figure:
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".pdf"),
         code=jobs.code("report.figures.draw"),
+    message:
+        "Drawing the figure {wildcards.figure}"
     shell:
         "obr figure {wildcards.figure} --config {params.settings} --results {params.results} "
         "--published {input.published} --out {params.stem} >{log} 2>&1"
@@ -97,8 +97,6 @@ rule errata:
         jobs.log("errata"),
     benchmark:
         jobs.benchmark("errata")
-    message:
-        "Listing what is odd in the published tables"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -107,5 +105,7 @@ rule errata:
         runtime=10,
     params:
         code=jobs.code("report.errata"),
+    message:
+        "Listing what is odd in the published tables"
     shell:
         "obr errata --published {input.published} --out {output} >{log} 2>&1"

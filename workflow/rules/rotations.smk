@@ -9,8 +9,6 @@ rule download_rotation:
         jobs.benchmark("download_rotation", "rotation", "model")
     wildcard_constraints:
         rotation=jobs.entries("rotations", "learn", has=False),
-    message:
-        "Making the rotation {wildcards.rotation} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: 1
@@ -23,6 +21,8 @@ rule download_rotation:
         trust=jobs.trust,
         local=jobs.local("rotations"),
         code=jobs.code("rotations.obtain"),
+    message:
+        "Making the rotation {wildcards.rotation} of {wildcards.model}"
     shell:
         "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} {params.trust} "
         ">{log} 2>&1"
@@ -41,8 +41,6 @@ rule learn_rotation:
         jobs.benchmark("learn_rotation", "rotation", "model")
     wildcard_constraints:
         rotation=jobs.entries("rotations", "learn"),
-    message:
-        "Learning the rotation {wildcards.rotation} of {wildcards.model}"
     conda:
         "../../envs/obr.yaml"
     threads: config["threads"]["learn"]
@@ -55,6 +53,8 @@ rule learn_rotation:
         model=subpath(input.model, parent=True),
         compute=jobs.compute,
         code=jobs.learner,
+    message:
+        "Learning the rotation {wildcards.rotation} of {wildcards.model}"
     shell:
         "obr learn-rotation --entry {params.entry:q} --model {params.model} --tokens {input.tokens} "
         "--out {output.rotation} {params.compute} --threads {threads} >{log} 2>&1"

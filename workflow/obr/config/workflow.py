@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from obr.config import overrides
+from obr.config import missing_inputs, overrides
 from obr.config.effects import check_effects
 from obr.config.model_sizes import read_config, sizes_of
 from obr.config.paths import below
@@ -74,6 +74,7 @@ class Config:
             if entry.get("text"):
                 self._defined("texts", entry["text"], f"zero_shot.{key}.text")
         self._select_models()
+        missing_inputs.leave_out(raw)
         for section in ("tables", "figures"):
             for key, entry in raw[section].items():
                 self._check_entry(f"{section}.{key}", entry)
