@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import obr
 from obr.calibration import collect_hessians, output_gradients
-from obr.config.recipe import Allocation, Option, Recipe
+from obr.config.recipe import QUANTIZERS, Allocation, Option, Recipe
 from obr.data.token_windows import calibrate, load_tokens
 from obr.errors import ObrError
 from obr.methods.restore import restore
@@ -397,7 +397,17 @@ def test_the_figure_shows_every_layer(made, tmp_path, monkeypatch):
     kind = figure.KINDS["allocation"]
     monkeypatch.setitem(figure.KINDS, "allocation", lambda source: drawn.append(kind(source)) or drawn[0])
     entry = {"kind": "allocation", "models": ["tiny"], "rows": ["drawn"]}
-    figure.draw(entry, {"drawn": asked.to_dict()}, {"tiny": {}}, made, made / "none.csv", tmp_path / "drawn")
+    options = asked.to_dict()["allocation"].pop("options")
+    kept = {key: value for key, value in asked.to_dict().items() if key not in QUANTIZERS}
+    drawn_recipe = {**kept, "allocation": {**kept["allocation"], "options": "few"}}
+    config = {
+        "figures": {"f": entry},
+        "recipes": {"drawn": drawn_recipe},
+        "layer_options": {"few": options},
+        "activations": {},
+        "models": {"tiny": {}},
+    }
+    figure.draw(config, "f", made, made / "none.csv", tmp_path / "drawn")
     assert (tmp_path / "drawn.pdf").stat().st_size > 1000
     (panel,) = drawn[0].panels
     bits = [choice.stored[key] / choice.sizes[key] for key in choice.layers]

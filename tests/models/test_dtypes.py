@@ -180,8 +180,8 @@ def test_the_workflow_gives_the_configs_dtype_to_recipes_without_their_own(tiny_
     assert run.returncode == 0, run.stdout[-2000:]
     wanted = {"own": "bfloat16", "none": None, "none/single": "float32", "own/configs": None}
     wanted |= {"own/a16": "bfloat16", "none/a16": None}
-    found = re.findall(r"^Shell command: (obr (?:compress|perplexity) .*--out \S+?/tiny/(\S+).*)$", run.stdout, re.M)
-    found = [(line, place.removesuffix("/heldout.json")) for line, place in found]
+    found = re.findall(r"^Shell command: (obr (?:compress|evaluate) .*--out \S+?/tiny/(\S+).*)$", run.stdout, re.M)
+    found = [(line, place.removesuffix(".json")) for line, place in found]
     assert sorted(place for _, place in found) == sorted(wanted)
     for line, place in found:
         assert ("--dtype float16" in line) == (wanted[place] is None), line

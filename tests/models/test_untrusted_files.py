@@ -241,7 +241,7 @@ def test_the_workflow_hands_the_leave_to_run_code_to_every_stage_of_that_model(t
     opening = [line for line in lines if re.search("--model |obr evaluate ", line) and "obr check-model" not in line]
     for model in models:
         of_it = [line for line in opening if f"/{model}" in line]
-        assert len(of_it) == 9 and all((TRUSTED in line) == (model == "trusted") for line in of_it), of_it
+        assert len(of_it) == 7 and all((TRUSTED in line) == (model == "trusted") for line in of_it), of_it
     assert not [line for line in lines if TRUSTED in line and line not in opening]
 
 

@@ -132,7 +132,7 @@ def test_the_profile_asks_for_what_the_models_size_calls_for(tiny_folder, tmp_pa
     for rule, asked in {
         "compress": ("mem_mb=25000", "runtime=400", "gpu=1"),
         "hessian": ("mem_mb=25000", "runtime=165", "gpu=1"),
-        "zero_shot": ("mem_mb=25000", "runtime=225", "gpu=1"),
+        "evaluate": ("mem_mb=25000", "runtime=260", "gpu=1"),
         "download_model": ("mem_mb=37000", "runtime=65"),
         "kernels": ("mem_mb=8000", "runtime=60", "slurm_extra=--exclusive"),
         "table": ("mem_mb=1000", "runtime=10"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from copy import copy
 from logging import LogRecord
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
@@ -40,7 +41,7 @@ class LogHandler(LogHandlerBase):
             event = getattr(record, "event", None)
             self.estimate.take(event, vars(record))
             lines = event not in SHOWN or (event == LogEvent.JOB_INFO and self.common_settings.printshellcmds)
-            text = self.format(record)
+            text = self._text(record, event)
             if self.bar is None:
                 if text:
                     print(text, file=self.stream, flush=True)
@@ -50,6 +51,16 @@ class LogHandler(LogHandlerBase):
             self.bar.show(self.estimate)
         except Exception:
             self.handleError(record)
+
+    def _text(self, record: LogRecord, event: str | None) -> str:
+        """Snakemake's lines of a record; where a rule has a message, the message and the details of the job."""
+        message = getattr(record, "rule_msg", None)
+        if event != LogEvent.JOB_INFO or not message:
+            return self.format(record)
+        details = copy(record)
+        details.rule_msg = None
+        time, _, rest = self.format(details).partition("\n")
+        return f"{time}\n{message}\n{rest}"
 
     def close(self) -> None:
         if self.bar is not None:
