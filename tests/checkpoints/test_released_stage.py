@@ -245,7 +245,7 @@ def test_released_checkpoint_refuses_recompute_packing_and_changes(tmp_path, tin
         "--licence",
         "mit",
     )
-    assert "obr released --entry" in (tmp_path / "card/README.md").read_text()
+    assert "obr released --recipe" in (tmp_path / "card/README.md").read_text()
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     manifest["recipe"]["sparsity"] = 0.7
     (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))

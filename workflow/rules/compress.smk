@@ -31,7 +31,7 @@ rule compress:
         gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        entry=jobs.weights,
+        recipe=jobs.weights,
         model=subpath(input.model, parent=True),
         inputs=jobs.input_flags,
         compute=jobs.compute,
@@ -39,7 +39,7 @@ rule compress:
     message:
         "Compressing {wildcards.model}, {wildcards.recipe}"
     shell:
-        "obr compress --entry {params.entry:q} --model {params.model} {params.inputs} --out {output.checkpoint} "
+        "obr compress --recipe {params.recipe} --model {params.model} {params.inputs} --out {output.checkpoint} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1 && "
         "cp {output.checkpoint}/manifest.json {output.manifest} && cp {output.checkpoint}/layers.csv {output.layers}"
 
@@ -65,7 +65,7 @@ rule released:
         mem_mb=jobs.memory(4, 3),
         runtime=jobs.minutes(30, 10),
     params:
-        entry=jobs.weights,
+        recipe=jobs.weights,
         model=subpath(input.model, parent=True),
         released=subpath(input.released, parent=True),
         trust=jobs.trust,
@@ -74,6 +74,6 @@ rule released:
     message:
         "Verifying the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     shell:
-        "obr released --entry {params.entry:q} --model {params.model} --released {params.released} "
+        "obr released --recipe {params.recipe} --model {params.model} --released {params.released} "
         "--out {output.checkpoint} {params.trust} >{log} 2>&1 && "
         "cp {output.checkpoint}/manifest.json {output.manifest} && cp {output.checkpoint}/layers.csv {output.layers}"

@@ -26,6 +26,6 @@ rule evaluate:
     message:
         "Evaluating {wildcards.model}, {wildcards.recipe}, {wildcards.activations}"
     shell:
-        "obr evaluate {input.checkpoint} {params.flags} --recipe {params.recipe:q} --out {output} "
+        "obr evaluate {input.checkpoint} {params.flags} --recipe {params.recipe} --out {output} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} --code {params.code} "
         ">{log} 2>&1"

@@ -51,9 +51,9 @@ rule allocate:
         mem_mb=1000,
         runtime=10,
     params:
-        entry=jobs.weights,
+        recipe=jobs.weights,
         code=jobs.code("mixed_precision.allocate"),
     message:
         "Allocating bits for {wildcards.model}, {wildcards.recipe}"
     shell:
-        "obr allocate --entry {params.entry:q} --sensitivity {input.sensitivity} --out {output} >{log} 2>&1"
+        "obr allocate --recipe {params.recipe} --sensitivity {input.sensitivity} --out {output} >{log} 2>&1"

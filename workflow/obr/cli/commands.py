@@ -122,7 +122,7 @@ def allocate(args: Namespace) -> None:
     from obr.config.recipe import Recipe
     from obr.mixed_precision.allocate import allocate_stage
 
-    print(allocate_stage(Recipe.parse(args.entry), args.sensitivity, args.out).spell())
+    print(allocate_stage(Recipe.parse(args.recipe), args.sensitivity, args.out).spell())
 
 
 def compress(args: Namespace) -> None:
@@ -131,7 +131,7 @@ def compress(args: Namespace) -> None:
     from obr.config.recipe import Recipe
 
     compress_stage(
-        args.model, Recipe.parse(args.entry), args.out,
+        args.model, Recipe.parse(args.recipe), args.out,
         rotation=args.rotation, tokens=args.tokens, hessians=args.hessians, gradient_file=args.gradients,
         allocation_file=args.allocation, dtype=dtype, device=device, megabytes=args.activations_memory,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def released(args: Namespace) -> None:
     from obr.checkpoints.released.stage import import_released, summary
     from obr.config.recipe import Recipe
 
-    print(summary(import_released(args.model, args.released, Recipe.parse(args.entry), args.out)))
+    print(summary(import_released(args.model, args.released, Recipe.parse(args.recipe), args.out)))
 
 
 def kernels(args: Namespace) -> None:

@@ -4,6 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
+from obr.config.recipe_settings import parse_settings
+from obr.errors import ObrError
+
 EXPORT = "Write a compressed model in a layout that other programs read."
 
 
@@ -91,6 +94,28 @@ def _json(name: str, text: str):
     return lambda p, required: p.add_argument(f"--{name}", type=_object, required=required, help=text)
 
 
+def _recipe(text: str, *aliases: str):
+    """An option whose value is the entry of a recipe, given as settings or as one JSON object."""
+    return lambda p, required: p.add_argument(
+        "--recipe",
+        *aliases,
+        dest="recipe",
+        nargs="+",
+        action=_Settings,
+        required=required,
+        metavar="KEY=VALUE",
+        help=text,
+    )
+
+
+class _Settings(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            setattr(namespace, self.dest, parse_settings(values))
+        except ObrError as error:
+            parser.error(f"argument --recipe: {error}")
+
+
 def _object(text: str) -> dict:
     try:
         value = json.loads(text)
@@ -143,7 +168,8 @@ def _rerun(parser: argparse.ArgumentParser, required: bool) -> None:
 
 OPTIONS = {
     "entry": _json("entry", "the config entry of this stage, as JSON"),
-    "recipe": _json("recipe", "recipe whose activation settings apply, as JSON; default: the checkpoint's"),
+    "recipe": _recipe("recipe whose activation settings apply; default: the checkpoint's"),
+    "settings": _recipe("the recipe, such as method=obr_gptq bits=4 sparsity=0.5", "--entry"),
     "name": lambda parser, required: parser.add_argument("name", metavar="NAME", help="of the table or figure"),
     "config": _path("config", "YAML or JSON file with the table or figure and the recipes and models that it names"),
     "model": _path("model", "folder of a downloaded model"),

@@ -59,18 +59,18 @@ STAGES = {
     "allocate": (
         commands.allocate,
         "Choose an option for each layer under a budget.",
-        "entry sensitivity out",
+        "settings sensitivity out",
     ),
     "compress": (
         commands.compress,
         "Compress a model by a recipe.",
-        "entry model rotation? tokens? hessians? gradients? allocation? out activations compute trust",
+        "settings model rotation? tokens? hessians? gradients? allocation? out activations compute trust",
     ),
     "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "entry out rerun"),
     "released": (
         commands.released,
         "Verify a checkpoint of the authors and take it over.",
-        "entry model released out trust",
+        "settings model released out trust",
     ),
     "kernels": (commands.kernels, "Time matrix products on this device.", "entry out compute sizes"),
     "table": (commands.table, "Make a table.", "name config results published out"),

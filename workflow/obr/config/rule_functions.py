@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from obr.config import paths
+from obr.config.recipe_settings import command_line
 from obr.config.score_functions import ScoreFunctions
 from obr.config.workflow import Config
 from obr.runtime import code_digest, local_sources
@@ -100,10 +101,12 @@ class RuleFunctions:
         return _json({recipe: pattern for recipe, pattern in given.items() if pattern})
 
     def weights(self, wildcards) -> str:
-        return self.config.weight_entry(wildcards.recipe)
+        """The recipe of a checkpoint, as words of a command."""
+        return command_line(json.loads(self.config.weight_entry(wildcards.recipe)))
 
     def evaluation(self, wildcards) -> str:
-        return self.config.evaluation_entry(wildcards.recipe, wildcards.activations)
+        """The recipe under which a checkpoint is evaluated, as words of a command."""
+        return command_line(json.loads(self.config.evaluation_entry(wildcards.recipe, wildcards.activations)))
 
     def sensitivity_entry(self, wildcards) -> str:
         """The options that are tried, and the blocks on which."""

@@ -1,11 +1,11 @@
 """The card of a checkpoint on the hub: scores, recipe, command, licence, limits."""
 
 import json
-import shlex
 from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Recipe
+from obr.config.recipe_settings import command_line
 from obr.config.schemes import SIXTEEN_BITS_SCHEME
 from obr.errors import ObrError
 from obr.report.table_rows import HEADINGS, number, read_artefact, value_of
@@ -118,15 +118,15 @@ def _told(recipe: Recipe) -> dict:
 
 
 def _commands(recipe: Recipe) -> str:
-    entry = shlex.quote(json.dumps(_told(recipe), sort_keys=True))
+    entry = command_line(_told(recipe))
     if recipe.method == "released":
         return (
-            f"Made by\n\n```sh\nobr released --entry {entry} --model MODEL --released DOWNLOAD --out CHECKPOINT\n```"
+            f"Made by\n\n```sh\nobr released --recipe {entry} --model MODEL --released DOWNLOAD --out CHECKPOINT\n```"
         )
     flags = " --rotation ROTATION.safetensors" if recipe.rotation != "none" else ""
     if recipe.needs_hessian:
         flags += " --hessians HESSIANS" if recipe.hessian == "cached" else " --tokens TOKENS.safetensors"
-    return f"Made by\n\n```sh\nobr compress --entry {entry} --model MODEL{flags} --out CHECKPOINT\n```"
+    return f"Made by\n\n```sh\nobr compress --recipe {entry} --model MODEL{flags} --out CHECKPOINT\n```"
 
 
 def _limits(recipe: Recipe, manifest: dict) -> list[str]:
