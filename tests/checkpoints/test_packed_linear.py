@@ -9,6 +9,8 @@ from obr.errors import ObrError
 from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 A8, A4 = {"bits": 8}, {"bits": 4, "clip_ratio": 0.9}
 RECIPES = {
     "unstructured": {"method": "obr_gptq", "activations": A8},

@@ -20,6 +20,8 @@ from obr.evaluation.perplexity import perplexity_stage
 from obr.export.dispatch import export
 from obr.export.hub import push
 
+pytestmark = pytest.mark.slow
+
 DENSE = {"method": "dense"}
 
 

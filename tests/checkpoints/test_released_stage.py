@@ -26,6 +26,8 @@ from obr.models.loading import load_model, load_tokenizer
 from obr.planning.plan import plan_of
 from obr.runtime.files import sha256_of
 
+pytestmark = pytest.mark.slow
+
 STATE = {"a.weight": torch.arange(6.0).view(2, 3).half(), "b.weight": torch.ones(4).half(), "c": torch.zeros(1)}
 
 

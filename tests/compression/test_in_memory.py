@@ -17,6 +17,8 @@ from obr.models.blocks import Blocks
 from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 obr.register_with_transformers()
 
 RTN = {"method": "rtn"}

@@ -18,6 +18,8 @@ from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
 from obr.rotations import registry
 
+pytestmark = pytest.mark.slow
+
 HALF = 2.0**-11  # what rounding to float16 takes of a number, at most
 RECIPES = {
     "unstructured": {"method": "obr_gptq"},

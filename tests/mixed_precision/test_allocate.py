@@ -22,6 +22,8 @@ from obr.mixed_precision.allocate import allocate, choose
 from obr.models.blocks import StreamedBlocks
 from obr.runtime.files import read_json
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [
     {"method": "gptq", "bits": 2},
     {"method": "gptq", "bits": 3},

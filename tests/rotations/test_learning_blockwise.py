@@ -22,6 +22,8 @@ from obr.rotations.learning import awq, blockwise, flatquant, omniquant
 from obr.rotations.learning.registry import learn_rotation
 from obr.rotations.learning.run import LearningRun, Snapshots
 
+pytestmark = pytest.mark.slow
+
 LEARNED = {"bits": 4, "symmetric": False, "group_size": "head", "clip_ratio": "learned"}
 PLAIN = {"bits": 8, "symmetric": False, "group_size": "head"}
 ENTRIES = {

@@ -20,6 +20,8 @@ from obr.rotations.learning import network, straight_through
 from obr.rotations.learning.registry import learn_rotation
 from obr.rotations.learning.run import LearningRun
 
+pytestmark = pytest.mark.slow
+
 VALUES = {"bits": 4}
 LEARN = {
     "steps": 3,
