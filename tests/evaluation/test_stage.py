@@ -124,6 +124,27 @@ def test_scores_of_another_checkpoint_or_setting_are_not_kept(checkpoint, tiny_f
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_is_made_again_keeps_its_scores(checkpoint, tiny_folder, wanted, tmp_path, computed):
+    """Its manifest has other times; with another seed or scheme its scores would be replaced, with a notice."""
+    out, again = tmp_path / "s.json", tmp_path / "again"
+    first = evaluate_stage(checkpoint, wanted[:1], out, device="cpu")
+    recipe = json.loads((checkpoint / "manifest.json").read_text())["recipe"]
+    compress_stage(tiny_folder / "model", Recipe.parse(recipe), again, device="cpu")
+    manifest = json.loads((again / "manifest.json").read_text())
+    (again / "manifest.json").write_text(json.dumps(manifest | {"seconds": 99.0}))
+    found = evaluate_stage(again, wanted, out, device="cpu")
+    assert found["perplexity"] == first["perplexity"] and computed == [1, 2]
+
+
+def test_replaced_scores_are_announced(checkpoint, wanted, tmp_path, capsys):
+    out = tmp_path / "s.json"
+    evaluate_stage(checkpoint, wanted[:1], out, device="cpu")
+    assert "replaced" not in capsys.readouterr().err
+    plain = Recipe.parse({"method": "rtn", "calibration": "c"})
+    evaluate_stage(checkpoint, wanted[:1], out, recipe=plain, device="cpu")
+    assert "holds scores of another checkpoint or setting, which are replaced" in capsys.readouterr().err
+
+
 def test_a_model_as_it_came_is_evaluated(tiny_folder, wanted, tmp_path):
     dense = tmp_path / "dense"
     compress_stage(tiny_folder / "model", Recipe.parse({"method": "dense"}), dense, device="cpu")

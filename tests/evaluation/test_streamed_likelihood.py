@@ -22,7 +22,8 @@ from obr.checkpoints.format import CheckpointBlocks
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.evaluation import block_pass
-from obr.evaluation.likelihood import log_likelihoods, streamed_log_likelihoods
+from obr.evaluation.likelihood import Answers, log_likelihoods, streamed_log_likelihoods
+from obr.evaluation.perplexity import Windows
 from obr.evaluation.prompt_trees import Batch, batches_of, joined, trees_of
 from obr.evaluation.tasks import download_task, load_task
 from obr.evaluation.zero_shot import zero_shot, zero_shot_stage
@@ -126,6 +127,25 @@ def test_position_embeddings_that_depend_on_the_length_are_those_of_each_request
     for (_, context, answer), ours, theirs in zip(REQUESTS, found, likelihoods, strict=True):
         wanted, _ = alone(tiny(**sizes), context, answer, MAX_LENGTH)
         assert ours[0] == pytest.approx(wanted, abs=NATS) and theirs[0] == pytest.approx(wanted, abs=NATS)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_longer_text_in_the_same_pass_leaves_position_embeddings_alone(rope):
+    """All requests are beyond the length from which frequencies depend on it, and the text is longer still."""
+    parameters = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 6}
+    sizes = {"rope_parameters": parameters, "max_position_embeddings": 6 if rope == "dynamic" else 64}
+    requests = [("", list(range(10, 20)), [1, 2, 3]), ("", list(range(30, 42)), [4, 5])]
+    wanted = streamed_log_likelihoods(ReadOnlyBlocks(tiny(**sizes)), requests, MAX_LENGTH)
+    blocks, windows = ReadOnlyBlocks(tiny(**sizes)), torch.arange(1, 41).view(1, 40)
+    alone_value = block_pass.run(blocks, [Windows(blocks, windows)])[0]
+    for order in ((0, 1), (1, 0)):
+        made = [lambda: Windows(blocks, windows), lambda: Answers(blocks, requests, MAX_LENGTH, 64)]
+        parts = [made[i]() for i in order]
+        found = dict(zip(order, block_pass.run(blocks, parts), strict=True))
+        check_same(found[1], wanted)
+        assert found[0] == pytest.approx(alone_value, rel=1e-5)
 
 
 TOKENS = st.lists(st.integers(0, 5), min_size=1, max_size=9)

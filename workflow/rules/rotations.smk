@@ -45,9 +45,10 @@ rule learn_rotation:
         "../../envs/obr.yaml"
     threads: config["threads"]["learn"]
     resources:
-        mem_mb=jobs.memory(8, 12),
+        mem_mb=jobs.memory(8, 3),
         runtime=jobs.minutes(240, 60),
         gpu=jobs.gpu,
+        activations_mb=config["activations_memory"],
     params:
         entry=jobs.entry("rotations"),
         model=subpath(input.model, parent=True),
@@ -57,4 +58,5 @@ rule learn_rotation:
         "Learning the rotation {wildcards.rotation} of {wildcards.model}"
     shell:
         "obr learn-rotation --entry {params.entry:q} --model {params.model} --tokens {input.tokens} "
-        "--out {output.rotation} {params.compute} --threads {threads} >{log} 2>&1"
+        "--out {output.rotation} --activations-memory {resources.activations_mb} {params.compute} --threads {threads} "
+        ">{log} 2>&1"

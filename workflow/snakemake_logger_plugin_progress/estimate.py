@@ -18,7 +18,7 @@ WEIGHT = 3.0
 
 
 class Estimate:
-    """Counts jobs as Snakemake tells of them.
+    """Counts jobs as Snakemake reports them.
 
     Args:
         clock: seconds, from any beginning.
@@ -31,24 +31,24 @@ class Estimate:
         self.jobs: dict[int, tuple[str, str, float]] = {}  # running ones: rule, name, start
         self.taken: dict[str, list[float]] = defaultdict(list)
 
-    def take(self, event: LogEvent | None, told: Mapping) -> None:
-        """Note an event. told: its fields."""
+    def take(self, event: LogEvent | None, fields: Mapping) -> None:
+        """Note an event and its fields."""
         if event == LogEvent.RUN_INFO:
-            counts = dict(told["stats"])
+            counts = dict(fields["stats"])
             self.total, self.begun = counts.pop("total"), self.clock()
             self.waiting = Counter(counts)
         elif event == LogEvent.JOB_INFO:
-            names = told.get("wildcards") or {}
-            label = told.get("rule_msg") or " ".join([told["rule_name"], *(str(names[key]) for key in names)])
-            self.jobs[told["jobid"]] = (told["rule_name"], label, self.clock())
-        elif event == LogEvent.JOB_FINISHED and told["job_id"] in self.jobs:
-            rule, _, start = self.jobs.pop(told["job_id"])
+            names = fields.get("wildcards") or {}
+            label = fields.get("rule_msg") or " ".join([fields["rule_name"], *(str(names[key]) for key in names)])
+            self.jobs[fields["jobid"]] = (fields["rule_name"], label, self.clock())
+        elif event == LogEvent.JOB_FINISHED and fields["job_id"] in self.jobs:
+            rule, _, start = self.jobs.pop(fields["job_id"])
             self.taken[rule].append(self.clock() - start)
             self.waiting[rule] -= 1
         elif event == LogEvent.JOB_ERROR:
-            self.jobs.pop(told.get("jobid"), None)
+            self.jobs.pop(fields.get("jobid"), None)
         elif event == LogEvent.PROGRESS:
-            self.done, self.total = told["done"], told["total"]
+            self.done, self.total = fields["done"], fields["total"]
 
     @property
     def running(self) -> list[str]:

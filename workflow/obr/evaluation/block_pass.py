@@ -15,7 +15,7 @@ from obr.runtime.progress import Progress
 
 
 class Part(Protocol):
-    """What is evaluated: pieces of hidden states, and what they are worth once they have left the last block.
+    """What is evaluated: pieces of hidden states, and the result once they have left the last block.
 
     shapes: (b, s) tokens of each piece.
     """

@@ -165,6 +165,7 @@ class _Calls:
         usual = max((depth for depth in depths if not beyond(depth)), default=0)
         self.length = {depth: depth if beyond(depth) else usual for depth in depths}
         # From short to long: dynamic frequencies stay those of the longest sequence until a short one comes.
+        blocks.forget_length()
         self.made = {length: self._made(blocks, length) for length in sorted(set(self.length.values()))}
 
     @staticmethod

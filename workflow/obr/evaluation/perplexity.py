@@ -73,6 +73,7 @@ class Windows:
     def __init__(self, blocks: Blocks, windows: Tensor):
         check_windows(windows)
         self.blocks, self.windows = blocks, windows
+        blocks.forget_length()
         _, self.given = blocks.entering(windows[:1])  # good for any window
         if windows.shape[1] < 2:
             raise ObrError(f"Windows have {windows.shape[1]} token, of which none is predicted; give two or more.")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obr.checkpoints.files import MANIFEST
+from obr.checkpoints import referred
+from obr.checkpoints.files import LAYERS, MANIFEST
 from obr.checkpoints.format import CheckpointBlocks
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
@@ -125,7 +127,7 @@ def opened(
     """
     if (folder / MANIFEST).exists() or not (folder / "config.json").exists():
         blocks: StreamedBlocks = CheckpointBlocks(folder, recipe, dtype, device)
-        identity, settings = sha256_of(folder / MANIFEST), blocks.recipe.to_dict() | {"label": None}
+        identity, settings = _identity(blocks.manifest), blocks.recipe.to_dict() | {"label": None}
     elif recipe is not None:
         raise ObrError(f"{folder} is a model that is not compressed, so no recipe applies to it; leave it out.")
     else:
@@ -142,10 +144,19 @@ def opened(
     return blocks, about
 
 
+def _identity(manifest: dict) -> str:
+    """Digest of the files that decide what a checkpoint computes; a checkpoint that is made again has the same."""
+    files = {name: digest for name, digest in manifest["files"].items() if name != LAYERS}
+    weights = manifest.get(referred.ENTRY, {}).get("files", {})
+    return _digest({"files": files, "weights": {name: file["sha256"] for name, file in weights.items()}})
+
+
 def _known(out: Path, about: dict) -> dict[str, dict]:
     """The scores that `out` holds of this checkpoint and setting, by kind."""
     known = read_json(out) if out.exists() else {}
     same = all(known.get(name) == json.loads(json.dumps(value)) for name, value in about.items())
+    if not same and any(known.get(kind) for kind in KINDS):
+        print(f"{out} holds scores of another checkpoint or setting, which are replaced.", file=sys.stderr)
     return {kind: dict(known.get(kind, {})) if same else {} for kind in KINDS}
 
 

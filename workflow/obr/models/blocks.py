@@ -80,6 +80,10 @@ class Blocks:
             hidden[index] = states
         return hidden, arguments
 
+    def forget_length(self) -> None:
+        """Set dynamic position embeddings back, whose frequencies are those of the longest sequence so far."""
+        self.entering(torch.zeros(1, 1, dtype=torch.long))
+
     @torch.no_grad()
     def entering(self, tokens: Tensor) -> tuple[Tensor, list[dict]]:
         """What the model's own forward gives to its blocks: states (b, s, d), and keyword arguments of each block.
