@@ -15,7 +15,7 @@ import yaml
 import obr
 from helpers.paths import ROOT
 from helpers.workflow_runs import environment
-from obr.cli.parser import BY_HAND, parser
+from obr.cli.parser import BY_HAND, STAGES, parser
 from obr.runtime import code_digest
 
 PACKAGE = ROOT / "workflow" / "obr"
@@ -177,6 +177,15 @@ def test_stages_have_rules_with_code_digests():
         tracked = [] if block.startswith("check_model:") else ["code="]
         for needed in ("log:", "benchmark:", "threads:", "resources:", *tracked):
             assert needed in block, f"rule {block.split(':')[0]} has no {needed}"
+
+
+def test_rules_pass_the_memory_for_hidden_states_to_each_stage_that_has_it():
+    rules = "\n".join(p.read_text() for p in (ROOT / "workflow" / "rules").glob("*.smk"))
+    stages = [name for name, (_, _, options) in STAGES.items() if "activations" in options.split()] + ["evaluate"]
+    assert "learn-rotation" in stages and "compress" in stages
+    for stage in stages:
+        command = rules[rules.index(f"obr {stage} ") :].partition("2>&1")[0]
+        assert "--activations-memory {resources.activations_mb}" in command, stage
 
 
 EXTRAS = ("data", "eval", "learn", "export", "report", "workflow", "docs", "dev")
