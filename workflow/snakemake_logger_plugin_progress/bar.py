@@ -50,6 +50,7 @@ class Bar(Progress):
         self.update(
             self.task, completed=estimate.done, total=estimate.total, left=estimate.sentence(),
             description=f"{estimate.done} of {estimate.total} jobs",
+            refresh=True,  # jobs shorter than the interval of the drawing thread are seen as well
         )  # fmt: skip
 
     def close(self) -> None:
