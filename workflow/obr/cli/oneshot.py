@@ -8,7 +8,7 @@ from pathlib import Path
 
 from obr.config.methods import MASKS
 from obr.config.oneshot_options import DEVICES, OFFERED
-from obr.config.recipe_checks import DTYPES
+from obr.config.recipe_checks import DTYPES, ORDERS
 
 QUANTIZE = "Compress a model in one command: a folder or hub id in, a packed checkpoint out."
 RECIPES = "Print the recipes of the config, or all values of one."
@@ -34,6 +34,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--group", type=int, metavar="G", help="columns that share a scale, such as 128 (methods rtn and gptq)")
     add("--mask", choices=tuple(MASKS), metavar="NAME", help=f"wanda (default), or one of {', '.join(MASKS)}")
     add("--alpha", type=float, metavar="A", help="share of the columns whose rounding error the others absorb: 0.5")
+    add("--column-order", choices=ORDERS, help="of rounding: given (default), or by the Hessian's diagonal")
     add("--damp", type=float, metavar="D", help="of the Hessian, in units of its mean diagonal: 0.01")
     add("--clip", choices=("mse", "minmax", "learned"), help="how a row's scale is found: mse (default)")
     add = parser.add_argument_group("activations (simulated)").add_argument

@@ -39,6 +39,7 @@ class Method:
     masks: masks that a recipe may choose; the first is the default.
     finds_mask: the function chooses the mask while it computes.
     rows_differ: without a pattern, rows of a layer differ in sparsity, so that layers are solved one by one.
+    ordered: columns are treated one after the other, so that their order matters.
     """
 
     label: str
@@ -50,17 +51,20 @@ class Method:
     masks: tuple[str, ...] = ()
     finds_mask: bool = False
     rows_differ: bool = False
+    ordered: bool = False
 
 
 METHODS = {
     "dense": Method("Dense", "*", None, data_free=True),
     "rtn": Method("RTN", "o", "round_to_nearest", data_free=True, grouped=True),
-    "gptq": Method("GPTQ", "s", "round_by_gptq", grouped=True),
+    "gptq": Method("GPTQ", "s", "round_by_gptq", grouped=True, ordered=True),
     "magnitude": Method("Magnitude", "v", "round_to_nearest", prunes=True, data_free=True, masks=("magnitude",)),
     "wanda": Method("Wanda", "^", "round_to_nearest", prunes=True, masks=("wanda", "wanda_harmonic")),
-    "sparsegpt_gptq": Method("SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True),
-    "obr_rtn": Method("OBR (RTN)", "P", "obr_rtn", prunes=True, masks=("wanda", *ANY_MASK)),
-    "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK)),
+    "sparsegpt_gptq": Method(
+        "SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True, ordered=True
+    ),
+    "obr_rtn": Method("OBR (RTN)", "P", "obr_rtn", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
+    "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
     "joint": Method("Joint", "h", "prune_and_round", prunes=True, finds_mask=True),
     # What the authors of a checkpoint computed; it is read, not made.
     "released": Method("Released", "p", None, prunes=True, data_free=True),

@@ -20,8 +20,8 @@ BASE = {"method": "obr_gptq", "rotation": "quarot", "calibration": "wikitext2"}
 BASE_ORIGIN = "default of obr quantize"
 # Options that are fields of a recipe, of the same name.
 FIELDS = (
-    "method", "bits", "sparsity", "pattern", "group", "mask", "alpha", "damp", "clip", "rotation", "seed",
-    "calibration", "hessian",
+    "method", "bits", "sparsity", "pattern", "group", "mask", "alpha", "column_order", "damp", "clip", "rotation",
+    "seed", "calibration", "hessian",
 )  # fmt: skip
 OFFERED = tuple(name for name in METHODS if name not in ("dense", "released"))  # methods of --method
 DEVICES = ("auto", "cpu", "cuda")
@@ -41,6 +41,7 @@ class OneShot:
     group: int | None = None
     mask: str | None = None
     alpha: float | None = None
+    column_order: str | None = None
     damp: float | None = None
     clip: str | None = None
     activations: str | None = None
@@ -169,6 +170,9 @@ def _refuse_idle(options: OneShot, recipe: Recipe) -> None:
         idle["mask"] = f"{named} {choices}; choose another method or mask"
     if recipe.allocation is None and method.function not in OBR:
         idle["alpha"] = f"{named} does not read it; use {' or '.join(OBR)}"
+    if recipe.allocation is None and not method.ordered:
+        ordered = " or ".join(name for name in OFFERED if METHODS[name].ordered)
+        idle["column_order"] = f"{named} treats all columns alike; use {ordered}"
     if not recipe.needs_hessian:
         idle["damp"] = f"{named} reads no Hessian; choose another method"
     if recipe.bits == 16:

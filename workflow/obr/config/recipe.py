@@ -102,6 +102,9 @@ class Recipe:
     refit: after restoration each row's scale, or its groups' scales, become those with the least loss for its codes.
     allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).
+    column_order: in which a layer's columns are rounded: as "given", or from the largest diagonal element of the
+    Hessian down ("hessian", GPTQ's act-order). Stored weights are in the given order. With groups of columns their
+    scales are then found before rounding.
     damp: added to the Hessian's diagonal, in units of its mean.
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
     "learned": minmax of weights within the bounds that the rotation has learned.
@@ -131,6 +134,7 @@ class Recipe:
     pattern: str | None = None
     mask: str = "wanda"
     alpha: float = 0.5
+    column_order: str = "given"
     scope: str = "row"
     sweeps: int = 600
     row_weights: str = "none"
@@ -184,6 +188,7 @@ class Recipe:
         if recipe.allocation is not None:
             recipe = recipe._allocated(name)
         checks.check_group(recipe, name)
+        checks.check_order(recipe, name)
         checks.check_ranges(recipe, name)
         checks.check_passes(recipe, name)
         return recipe
@@ -207,6 +212,8 @@ class Recipe:
             if shares
             else {"scope": "row", "row_weights": "none"}
         )
+        if not METHODS[option.method].ordered:
+            own["column_order"] = "given"
         return replace(self, allocation=None, group=None, **own, **asdict(option))
 
     @property

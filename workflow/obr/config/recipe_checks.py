@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 ROW_WEIGHTS = ("none", "gradient")
+ORDERS = ("given", "hessian")  # of columns
 DTYPES = ("float32", "float16", "bfloat16")  # of a computation
 
 
@@ -71,6 +72,19 @@ def check_passes(recipe: Recipe, name: str) -> None:
         for reason, clashing in why.items():
             if getattr(recipe, field) and clashing:
                 raise ObrError(f"{name}.{field} is {getattr(recipe, field)}, but {reason}, or {field} 0.")
+
+
+def check_order(recipe: Recipe, name: str) -> None:
+    """Raise ObrError for an order of columns that would change nothing."""
+    check_choice(recipe.column_order, ORDERS, f"{name}.column_order")
+    methods = [option.method for option in recipe.options] or [recipe.method]
+    if recipe.column_order != "given" and not any(METHODS[method].ordered for method in methods):
+        ordered = " or ".join(key for key, method in METHODS.items() if method.ordered)
+        raise ObrError(
+            f"{name}.column_order is {recipe.column_order!r}, but {' and '.join(dict.fromkeys(methods))} "
+            f"{'treats' if len(set(methods)) == 1 else 'treat'} all columns alike; use method {ordered}, or "
+            "column_order given."
+        )
 
 
 def check_group(recipe: Recipe, name: str) -> None:

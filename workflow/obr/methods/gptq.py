@@ -21,36 +21,38 @@ def gptq_sweep(
     Pruned columns are rounded to zero and their error is carried too (SparseGPT).
     choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
     The scale of a group of columns is found when its first column is reached, from its weights as they are then;
-    groups need `start` 0.
+    where the columns are in another order than the groups, the grid's scales stay. Groups need `start` 0.
 
     Returns weights (r, n - start) on the grid, the mask (r, n), and the grid with the scales as found. The first
     block of 128 starts at the cut, so no column is lost.
     """
     weight, hessian, mask, grid = layer.weight, layer.hessian, layer.mask, layer.grid
-    if grid.group is not None:
+    width = weight.shape[1] - start
+    fixed = _in_parts(grid.over(width).T) if grid.group is not None and grid.order is not None else None
+    group = grid.group if fixed is None else None  # whose scales are found on the way
+    if group is not None:
         grid = replace(grid, scale=grid.scale.clone())  # filled on the way
     factor, rows = hessian.factor(start), len(weight)
-    scale = grid.scale[:, :1] if grid.scale is not None else torch.ones_like(weight[:, :1])
+    scale = grid.scale[:, :1] if grid.scale is not None and fixed is None else torch.ones_like(weight[:, :1])
     # Transposed: a column of the layer is then contiguous, and so is all that follows it. In units of the scale:
     # rounding is then to integers, and the carrying on of errors is linear in each row. Filled up to whole parts.
-    width = weight.shape[1] - start
     work = weight.new_zeros(width, whole(rows, weight.device))
     torch.div(weight.T[start:], scale.T, out=work[:, :rows])
     kept = filled(mask).T[start:].contiguous()
-    for first, last in _blocks(width, grid.group or BLOCK):
+    for first, last in _blocks(width, group or BLOCK):
         # What a column's error, divided by the diagonal, is multiplied by.
         carried = factor[first:last, first:] / factor.diagonal()[first:last, None]
         block, local = work[first:last], carried[:, : last - first]
         errors = torch.empty_like(block)
         for i in range(last - first):
-            if grid.group is not None and first + i and (first + i) % grid.group == 0:
+            if group is not None and first + i and (first + i) % group == 0:
                 scale = _next_group(grid, first + i, work[:, :rows], errors[:i, :rows], scale, layer.recipe.clip)
             if choose is not None and (first + i) % choose_every == 0:
                 span = slice(first + i, min(first + i + choose_every, last))
                 kept[span, :rows] = choose(work[span, :rows].T * scale, start + first + i).T.to(kept.dtype)
             errors[i] = block[i]
             if grid.scale is not None:
-                block[i].round_().clamp_(grid.low, grid.high)
+                _round(block[i], grid, None if fixed is None else fixed[first + i])
             block[i].mul_(kept[first + i])
             errors[i].sub_(block[i])
             # Not addr_, which rounds the last few elements of a tensor in another way than those before.
@@ -59,8 +61,22 @@ def gptq_sweep(
             work[last:, part].addmm_(carried[:, last - first :].T, errors[:, part], alpha=-1)
     if choose is not None:
         mask = torch.cat([mask[:, :start], kept[:, :rows].T], dim=1)
-    swept = work[:, :rows].T.contiguous().mul_(scale if grid.group is None else grid.over(width))
+    swept = work[:, :rows].T.contiguous().mul_(scale if group is None else grid.over(width))
     return Solution(swept, mask, grid)
+
+
+def _in_parts(scales: Tensor) -> Tensor:
+    """`scales (n, r)` with ones behind each column's, up to whole parts of rows."""
+    return filled(scales.T, 1).T.contiguous()
+
+
+def _round(column: Tensor, grid: Grid, scale: Tensor | None) -> None:
+    """Round a column (r,) in place, which is in units of `scale (r,)`; None for integers, in units of one."""
+    if scale is not None:
+        column.div_(scale)
+    column.round_().clamp_(grid.low, grid.high)
+    if scale is not None:
+        column.mul_(scale)
 
 
 def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:

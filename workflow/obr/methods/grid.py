@@ -27,11 +27,14 @@ class Grid:
 
     scale: (r, 1), (r, groups), or None at 16 bits, where every value is on the grid.
     group: consecutive columns that share a scale, fewer in the last group of a row; None for all of a row.
+    order: (n,) which columns those of the weights are, where these are in another order; None for the first to the
+    last.
     """
 
     scale: Tensor | None
     bits: int
     group: int | None = None
+    order: Tensor | None = None
 
     @classmethod
     def fit(cls, weight: Tensor, bits: int, clip: str = "mse", group: int | None = None) -> "Grid":
@@ -68,7 +71,8 @@ class Grid:
         """The scales of a row's columns: (r, columns), or (r, 1) where a row has one."""
         if self.group is None:
             return self.scale
-        return self.scale[:, torch.arange(columns, device=self.scale.device) // self.group]
+        order = torch.arange(columns, device=self.scale.device) if self.order is None else self.order
+        return self.scale[:, order // self.group]
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest integers (r, n), int8."""

@@ -42,6 +42,7 @@ class Hessian:
         self.damp, self.name, self.flags = damp, name, []
         self._inverses: dict[int, Tensor] = {}  # of trailing blocks
         self._factors: dict[int, Tensor] = {}
+        self._ordered: dict[int, tuple[Hessian, Tensor]] = {}  # by columns that stay together
         self.diagonal = self.matrix.diagonal().clone()
         self.dead = self.diagonal == 0
         if self.dead.any():
@@ -110,6 +111,21 @@ class Hessian:
     def inverse_factor(self) -> Tensor:
         """(n, n) upper U with UᵀU = H⁻¹."""
         return self.factor()
+
+    def by_diagonal(self, unit: int = 1) -> tuple["Hessian", Tensor]:
+        """(the same of columns in another order, that order (n,)): from the largest diagonal element to the smallest,
+        of equal ones the first first. Its i-th column is this one's order[i].
+
+        unit: so many columns stay side by side, in their own order; the largest sum comes first. What the result
+        flags is flagged here, too; its `damp` is this one's until it is factored.
+        """
+        if unit not in self._ordered:
+            starts = self.diagonal.view(-1, unit).sum(1).argsort(descending=True, stable=True) * unit
+            order = (starts[:, None] + torch.arange(unit, device=starts.device)).flatten()
+            matrix = self.matrix.index_select(0, order).index_select(1, order)
+            self._ordered[unit] = Hessian(matrix, self.damp, self.name), order
+            self._ordered[unit][0].flags = self.flags
+        return self._ordered[unit]
 
     def loss(self, change: Tensor) -> float:
         """tr(D H Dᵀ) of `change (r, n)`, undamped H."""

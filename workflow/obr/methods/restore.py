@@ -12,6 +12,7 @@ from obr.config.methods import METHODS
 from obr.config.pattern import Pattern
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
+from obr.methods.column_order import solve_in_order
 from obr.methods.grid import Grid
 from obr.methods.layer import Layer, Solution
 from obr.methods.layer_hessian import Hessian, is_finite
@@ -170,7 +171,7 @@ def _solved(layers: dict[str, Layer], row_weights: Tensor | None) -> dict[str, S
             Grid.stack([part.grid for part in parts]), recipe, sizes, row_weights,
         )  # fmt: skip
         parts = None
-        solution = FUNCTIONS[recipe.method](stacked)
+        solution = solve_in_order(FUNCTIONS[recipe.method], stacked)
         rows = zip(names, solution.weight.split(sizes), solution.mask.split(sizes), _split(solution.grid, sizes))
         solutions |= {name: Solution(weight, mask, grid) for name, weight, mask, grid in rows}
     return solutions

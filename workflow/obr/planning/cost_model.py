@@ -106,6 +106,8 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.method in ("obr_rtn", "obr_gptq"):
         steps = (recipe.sparsity > 0) + (recipe.bits < 16)
         exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
+    if recipe.column_order != "given":  # weights and Hessians moved, there and back
+        elements += 2 * weights + 2 * float(sum(n**2 for n in sizes.inputs)) * blocks
     if recipe.method == "joint":
         exact += 8 / 3 * cubic + JOINT_PASSES * quadratic
         elements += weights * JOINT_SWEEP * recipe.sweeps

@@ -25,16 +25,19 @@ def solver_of(method: str) -> str:
     return kind if kind in SOLVERS else "rounding"
 
 
-def solver_bytes(method: str, rows: int, columns: int, part_rows: int = PART_ROWS) -> float:
-    """Of restoring layers with so many rows together and one Hessian."""
+def solver_bytes(method: str, rows: int, columns: int, part_rows: int = PART_ROWS, is_ordered: bool = False) -> float:
+    """Of restoring layers with so many rows together and one Hessian; another one in the order of its diagonal."""
     weights, square = float(rows * columns), float(columns**2)
-    return max(
+    most = max(
         4.0 * (squares * square + copies * weights + arrays * part_rows * columns)
         for squares, copies, arrays in SOLVERS[solver_of(method)]
     )
+    return most + 4.0 * (square + weights / 4) * is_ordered
 
 
-def compressing(sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated: bool = True) -> float:
+def compressing(
+    sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated: bool = True, is_ordered: bool = False
+) -> float:
     """Bytes on the device that compresses, but for hidden states: the ends and, in turn, a block as it is read and
     folded, in float32 and one layer in float64; as it runs; and as its groups are restored."""
     element = 2 if on_gpu else 4
@@ -43,7 +46,9 @@ def compressing(sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated
     loaded = (8.0 * sizes.block + 24.0 * largest) if is_rotated else element * sizes.block
     running = element * sizes.block + 4.0 * max(sizes.inputs) ** 2 + element * length * (8 * d + 3 * f)
     groups = ((q + 2 * k, d), (d, q), (2 * f, d), (d, f))
-    solving = element * sizes.block + max(solver_bytes(method, rows, columns) for rows, columns in groups)
+    solving = element * sizes.block + max(
+        solver_bytes(method, rows, columns, is_ordered=is_ordered) for rows, columns in groups
+    )
     return element * sizes.ends + max(loaded, running, solving)
 
 
@@ -67,7 +72,8 @@ def memory(
     states = min(states_of(rule, sizes, tokens, on_gpu, recipe), STATES)
     if rule in ("compress", "sensitivity"):
         method, is_rotated = (recipe.method, recipe.rotation != "none") if recipe else ("obr_gptq", True)
-        model, base = compressing(sizes, method, length, on_gpu, is_rotated), 0.9
+        is_ordered = recipe is not None and recipe.column_order != "given"
+        model, base = compressing(sizes, method, length, on_gpu, is_rotated, is_ordered), 0.9
         if recipe and recipe.asymmetry:
             model += block + 4.0 * max(sizes.inputs) ** 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
