@@ -55,10 +55,12 @@ def _measure(folder: Path, sizes: dict, blocks: int, windows: int, seqlen: int) 
     threads = ["--threads", machine()["threads"]]
     model = ["--model", inputs.model]
     stages = {
-        "Rotation": ["download-rotation", "--entry", {"kind": "quarot"}, *model, "--out", inputs.rotation],
-        "Calibration windows": ["calibrate", "--entry", spec, *model, "--text", inputs.text, "--out", inputs.tokens],
+        "Rotation": ["download-rotation", "--settings", {"kind": "quarot"}, *model, "--out", inputs.rotation],
+        "Calibration windows": [
+            "calibrate", "--settings", spec, *model, "--text", inputs.text, "--out", inputs.tokens,
+        ],
         f"Compression of {counted(blocks, 'block')}, sequential": [
-            "compress", "--entry", entry, *model, "--rotation", inputs.rotation, "--tokens", inputs.tokens,
+            "compress", "--recipe", entry, *model, "--rotation", inputs.rotation, "--tokens", inputs.tokens,
             "--out", out, *threads,
         ],
         "Perplexity": [

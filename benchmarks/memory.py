@@ -37,10 +37,11 @@ def measure_model(folder: Path, sizes: dict, windows: int, seqlen: int) -> list[
     stages = {
         "Hessians": ["hessian", *rotated, "--tokens", inputs.tokens, "--out", hessians],
         "Compression, cached": [
-            "compress", "--entry", {**RECIPE, "hessian": "cached"}, *rotated, "--hessians", hessians, "--out", cached,
+            "compress", "--recipe", {**RECIPE, "hessian": "cached"}, *rotated, "--hessians", hessians,
+            "--out", cached,
         ],
         "Compression, sequential": [
-            "compress", "--entry", {**RECIPE, "hessian": "sequential"}, *rotated, "--tokens", inputs.tokens,
+            "compress", "--recipe", {**RECIPE, "hessian": "sequential"}, *rotated, "--tokens", inputs.tokens,
             "--out", sequential,
         ],
         "Perplexity": [

@@ -75,7 +75,7 @@ def _sequential(model: Path, rotation: Path, tokens: Path, scratch: Path) -> dic
     out = scratch / "sequential"
     entry = {"method": "obr_gptq", "calibration": "given", "rotation": "quarot", "hessian": "sequential"}
     found = run_stage(
-        "compress", "--entry", entry, "--model", model, "--rotation", rotation, "--tokens", tokens, "--out", out,
+        "compress", "--recipe", entry, "--model", model, "--rotation", rotation, "--tokens", tokens, "--out", out,
         "--threads", machine()["threads"],
     )  # fmt: skip
     shutil.rmtree(out)

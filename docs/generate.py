@@ -63,8 +63,10 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
         actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
         if actions:
             yield _table([group.title or "options", "meaning"], [_option(a, formatter) for a in actions]) + "\n"
-    if parser.epilog:
-        yield f"```text\n{parser.epilog}\n```\n"
+    from obr.cli.stage_settings import settings_help
+
+    for text in filter(None, (parser.epilog, settings_help(parser.prog.split()[-1]))):
+        yield f"```text\n{text}\n```\n"
 
 
 def cli_page() -> str:

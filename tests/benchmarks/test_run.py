@@ -171,7 +171,7 @@ def test_a_peak_is_the_stages_own(module):
 @pytest.mark.slow
 def test_failed_stage_shows_error(module):
     with pytest.raises(ObrError, match="nosuch"):
-        module("peak").run_stage("calibrate", "--entry", {}, "--model", "nosuch", "--text", "nosuch", "--out", "x")
+        module("peak").run_stage("calibrate", "--settings", {}, "--model", "nosuch", "--text", "nosuch", "--out", "x")
 
 
 def test_a_large_model_is_refused_where_there_is_no_room(module, monkeypatch, tmp_path):

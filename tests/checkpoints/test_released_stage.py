@@ -203,10 +203,10 @@ def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsy
     state, logits = files(tmp_path, tiny_folder)
     written(tmp_path, state, "safetensors shards")
     source = json.dumps({"source": "path", "path": str(tmp_path / "hub")})
-    ran("download-released", "--entry", source, "--out", tmp_path / "released")
+    ran("download-released", "--settings", source, "--out", tmp_path / "released")
     out = tmp_path / "compressed/m/released"
     taken = ("--model", tmp_path / "model", "--released", tmp_path / "released", "--out", out)
-    ran("released", "--entry", json.dumps(entry), *taken)
+    ran("released", "--recipe", json.dumps(entry), *taken)
     assert f"layout of {kind}" in capsys.readouterr().out
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["source"]["folder"] == str((tmp_path / "hub").resolve()) and manifest["inputs"]["released"]
@@ -231,7 +231,7 @@ def test_the_commands_from_file_to_perplexity(kind, tmp_path, tiny_folder, capsy
 def test_released_checkpoint_refuses_recompute_packing_and_changes(tmp_path, tiny_folder, capsys):
     state, _ = flatquant_files(tmp_path, tiny_folder)
     taken = ("--model", tmp_path / "model", "--released", written(tmp_path, state), "--out", tmp_path / "out")
-    ran("released", "--entry", json.dumps(ENTRY), *taken)
+    ran("released", "--recipe", json.dumps(ENTRY), *taken)
     assert main.main(["verify", str(tmp_path / "out"), "--recompute", "1"]) == 1
     assert "holds layers that others released; verify it without --recompute" in capsys.readouterr().err
     more = {"activations": {"bits": 8}, "keys": CACHE, "values": CACHE}

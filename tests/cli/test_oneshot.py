@@ -62,11 +62,11 @@ def stages(folder: Path, model: Path, text: Path, recipe: dict, *options: str) -
     common = ["--model", copy, "--rotation", rotation]
     files = {"TOKENS": tokens, "HESSIANS": folder / "h"}
     for arguments in (
-        ["download-model", "--entry", entry, "--out", copy],
-        ["download-rotation", "--entry", '{"kind": "quarot", "seed": 0}', "--model", copy, "--out", rotation],
-        ["calibrate", "--entry", calibration, "--model", copy, "--text", text, "--out", tokens],
+        ["download-model", "--settings", entry, "--out", copy],
+        ["download-rotation", "--settings", '{"kind": "quarot", "seed": 0}', "--model", copy, "--out", rotation],
+        ["calibrate", "--settings", calibration, "--model", copy, "--text", text, "--out", tokens],
         ["hessian", *common, "--tokens", tokens, "--out", folder / "h"],
-        ["compress", "--entry", json.dumps(recipe), *common, *options, "--out", folder / "checkpoint"],
+        ["compress", "--recipe", json.dumps(recipe), *common, *options, "--out", folder / "checkpoint"],
     ):
         assert main([str(files.get(part, part)) for part in arguments]) == 0
     return folder / "checkpoint"

@@ -116,7 +116,7 @@ def test_leftovers_of_snakemake_are_replaced_only_with_rerun(name, inputs, tmp_p
         source = {"source": "path", "task": "boolq", "file": str(inputs / "rows.jsonl")}
     entry = source if name == "download-released" else {"source": source}
     out = tmp_path / "out"
-    command = [name, "--entry", json.dumps(entry), "--out", str(out)]
+    command = [name, "--settings", json.dumps(entry), "--out", str(out)]
     assert main.main(command) == 0
     whole = set(contents(out))
     for declared in ("source.json", "config.json", "task.json"):

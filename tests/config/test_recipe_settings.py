@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from obr.config.config_files import load_config
 from obr.config.recipe import Recipe
-from obr.config.recipe_settings import command_line, parse_settings, spelled
+from obr.config.recipe_settings import command_line, parse_settings, settings_line, spelled
 from obr.errors import ObrError
 
 
@@ -45,5 +45,40 @@ def test_a_json_object_is_a_recipe():
 
 @pytest.mark.parametrize("words", [["rtn"], ["=4"], ["bits=4", "bits=3"], ["keys=4", "keys.bits=4"], ["{"]])
 def test_words_that_are_no_settings_are_refused(words):
+    with pytest.raises(ObrError, match=r"KEY=VALUE"):
+        parse_settings(words)
+
+
+ENTRIES = [
+    (section, name, entry)
+    for section, entries in load_config().raw.items()
+    if isinstance(entries, dict)
+    for name, entry in entries.items()
+    if isinstance(entry, dict)
+]
+
+
+@pytest.mark.parametrize("section", sorted({section for section, _, _ in ENTRIES}))
+def test_every_entry_of_the_config_comes_back_from_its_words(section):
+    for name, entry in ((name, entry) for kind, name, entry in ENTRIES if kind == section):
+        line = settings_line(entry)
+        assert parse_settings(shlex.split(line)) == entry, name
+        assert "\n" not in line and not any(sign in line for sign in ('{"', '["', "[{"))
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=12), st.dictionaries(st.text(max_size=8), inner, max_size=4)),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(max_size=8), VALUES, min_size=1, max_size=4))
+def test_any_settings_come_back_as_they_were(entry):
+    assert parse_settings(shlex.split(settings_line(entry))) == entry
+
+
+@pytest.mark.parametrize("words", [["mix.=4"], [".a=4"], ["a..b=4"], ["a.0=1", "a=[2]"], ["a.b.c=1", "a.b=2"]])
+def test_broken_paths_are_refused(words):
     with pytest.raises(ObrError, match=r"KEY=VALUE"):
         parse_settings(words)

@@ -425,10 +425,10 @@ def test_stages_end_in_one_sentence(model, capsys, tmp_path):
     entry = {"kind": "flatquant", "learn": {"calibration": "c", "quantise": {"activations": {"bits": 4}}}}
     for stage in (
         ["hessian", *common, "--tokens", str(tmp_path / "t")],
-        ["compress", *common, "--entry", '{"method": "rtn"}'],
-        ["gradients", *common, "--tokens", str(tmp_path / "t"), "--entry", '{"nsamples": 1, "seqlen": 8}'],
-        ["generate", *common, "--entry", '{"generated": {}, "nsamples": 1, "seqlen": 8}'],
-        ["learn-rotation", *common, "--tokens", str(tmp_path / "t"), "--entry", json.dumps(entry)],
+        ["compress", *common, "--recipe", '{"method": "rtn"}'],
+        ["gradients", *common, "--tokens", str(tmp_path / "t"), "--settings", '{"nsamples": 1, "seqlen": 8}'],
+        ["generate", *common, "--settings", '{"generated": {}, "nsamples": 1, "seqlen": 8}'],
+        ["learn-rotation", *common, "--tokens", str(tmp_path / "t"), "--settings", json.dumps(entry)],
     ):
         assert main.main(stage) == 1, stage
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -286,7 +286,7 @@ def test_a_size_that_is_missing_is_told_by_every_command(key, folders, tmp_path,
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ObrError, match=f"has no {key}; add it, or choose another model"):
         tensor_sizes.sizes_in(folder)
-    stage = ["check-model", "--entry", '{"a": "2:4"}', "--model", str(folder), "--out", str(tmp_path / "o")]
+    stage = ["check-model", "--patterns", "a=2:4", "--model", str(folder), "--out", str(tmp_path / "o")]
     assert main(stage) == (key != "vocab_size")
     assert key == "vocab_size" or f"obr: config.json of m has no {key}; add it" in capsys.readouterr().err
 

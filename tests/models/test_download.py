@@ -171,9 +171,9 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch, ca
     for refusal in ("Gated", "Repo", "Revision", None):
         hub.refusal = refusal
         entry = json.dumps({"source": HUB_MODEL})
-        told.append(main.main(["download-model", "--entry", entry, "--out", str(tmp_path / "out")]))
+        told.append(main.main(["download-model", "--settings", entry, "--out", str(tmp_path / "out")]))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    told.append(main.main(["download-model", "--entry", entry, "--out", str(tmp_path / "other")]))
+    told.append(main.main(["download-model", "--settings", entry, "--out", str(tmp_path / "other")]))
     assert told == [1, 1, 1, 0, 1] and hub.tokens == {f"Bearer {token}"}
     assert token not in caplog.text and not any(token in text for text in capfd.readouterr())
     written = [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]

@@ -43,7 +43,7 @@ def prepared(tiny_folder, tmp_path_factory):
 def compressed(model, prepared, out, recipe: dict, *flags: str, given: str = "tokens") -> dict:
     """The manifest of what the command makes."""
     where = {"tokens": prepared / "tokens.safetensors", "hessians": prepared / "float32"}[given]
-    command = ["compress", "--entry", json.dumps({**BASE, **recipe}), "--model", str(model), "--out", str(out)]
+    command = ["compress", "--recipe", json.dumps({**BASE, **recipe}), "--model", str(model), "--out", str(out)]
     command += ["--rotation", str(prepared / "rotation.safetensors"), f"--{given}", str(where), *flags]
     assert main(command) == 0
     return read_manifest(out)

@@ -99,7 +99,7 @@ def test_a_model_that_needs_its_own_code_is_refused_without_a_question(model, tm
         ):
             read(copy)
     entry = json.dumps({"source": {"source": "path", "path": str(copy)}})
-    error = told(capsys, "download-model", "--entry", entry, "--out", tmp_path / "out")
+    error = told(capsys, "download-model", "--settings", entry, "--out", tmp_path / "out")
     assert "model_type 'secret' of path source" in error and "needs the repository's own code" in error
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
@@ -111,7 +111,7 @@ def test_a_tokenizer_that_needs_its_own_code_is_refused(model, tmp_path, monkeyp
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
     (copy / "code.py").write_text(CODE)
     (tmp_path / "t.txt").write_text("text")
-    calibrate = ("calibrate", "--entry", '{"seqlen": 4}', "--model", copy, "--text", tmp_path / "t.txt")
+    calibrate = ("calibrate", "--settings", '{"seqlen": 4}', "--model", copy, "--text", tmp_path / "t.txt")
     error = told(capsys, *calibrate, "--out", tmp_path / "t.safetensors")
     assert "copy brings code of its own, which is not run; choose a native model, or read the code and set" in error
     assert not (tmp_path / "ran").exists() and not (tmp_path / "t.safetensors").exists()
@@ -152,7 +152,7 @@ def own(model, tmp_path, monkeypatch) -> Path:
 
 def download(own: Path, out: Path, **entry) -> list[str]:
     entry = json.dumps({"source": {"source": "path", "path": str(own)}} | entry)
-    return ["download-model", "--entry", entry, "--out", str(out)]
+    return ["download-model", "--settings", entry, "--out", str(out)]
 
 
 @pytest.mark.slow
@@ -167,9 +167,9 @@ def test_code_is_run_where_the_config_says_so_and_is_on_record(own, tmp_path, ca
     assert ran() == ["ran"]
     code = {"own.py": sha256_of(own / "own.py")}
     assert json.loads((tmp_path / "m/source.json").read_text())["code"] == code
-    calibrate = ["calibrate", "--entry", '{"seqlen": 4, "nsamples": 4}', "--model", "m", "--text", "t.txt"]
+    calibrate = ["calibrate", "--settings", '{"seqlen": 4, "nsamples": 4}', "--model", "m", "--text", "t.txt"]
     assert main.main([*calibrate, "--out", "t.safetensors", TRUSTED]) == 0 and ran() == ["read"]
-    compress = ["compress", "--entry", '{"method": "magnitude"}', "--model", "m", "--out", "c"]
+    compress = ["compress", "--recipe", '{"method": "magnitude"}', "--model", "m", "--out", "c"]
     assert main.main([*compress, TRUSTED]) == 0 and "ran" in ran()
     manifest = json.loads((tmp_path / "c/manifest.json").read_text())
     assert manifest["source"]["code"] == code and manifest["files"]["own.py"] == code["own.py"]
@@ -198,7 +198,7 @@ def test_code_that_was_altered_since_is_refused(own, tmp_path, capsys, spoil, se
     assert main.main(download(own, tmp_path / "m", trust_remote_code=True)) == 0
     (tmp_path / "ran").unlink()
     spoil(tmp_path / "m")
-    compress = ("compress", "--entry", '{"method": "magnitude"}', "--model", "m", "--out", "c", TRUSTED)
+    compress = ("compress", "--recipe", '{"method": "magnitude"}', "--model", "m", "--out", "c", TRUSTED)
     assert sentence in told(capsys, *compress) and not (tmp_path / "ran").exists()
 
 
@@ -362,7 +362,7 @@ def test_tensors_of_another_shape_or_kind_are_named(name, spoil, sentence, model
     tensors = load_file(copy / "model.safetensors")
     tensors[f"model.{name}.weight"] = spoil(tensors[f"model.{name}.weight"]).contiguous()
     save_file(tensors, copy / "model.safetensors")
-    entry = ("--entry", '{"method": "rtn"}')
+    entry = ("--recipe", "method=rtn")
     assert sentence in told(capsys, "compress", *entry, "--model", copy, "--out", tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -476,11 +476,11 @@ def test_a_plain_tensor_file_is_no_checkpoint(tmp_path, capsys):
 
 
 def test_an_unreadable_entry_is_refused():
-    run = [sys.executable, "-m", "obr", "check-model", "--entry"]
-    for entry in ("[" * 100_000, "[1]", "\x01"):
+    run = [sys.executable, "-m", "obr", "calibrate", "--settings"]
+    for entry in ("[" * 100_000, "[1]", "\x01", '{"a": ' + "[" * 100_000):
         done = subprocess.run([*run, entry], capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "not JSON" in done.stderr or "not a JSON object" in done.stderr
+        assert "not JSON" in done.stderr or "is no setting" in done.stderr
 
 
 def test_weights_beside_the_named_ones_do_not_matter(model, tmp_path):

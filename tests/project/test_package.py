@@ -170,7 +170,7 @@ def test_stages_have_rules_with_code_digests():
     rules = "\n".join(p.read_text() for p in (ROOT / "workflow" / "rules").glob("*.smk"))
     stages = set(parser()._subparsers._group_actions[0].choices)
     assert {re.sub("-", "_", s) for s in stages - set(BY_HAND)} <= {
-        re.sub("-", "_", s) for s in re.findall(r"obr ([a-z-]+) (?:--|\{wildcards)", rules)
+        re.sub("-", "_", s) for s in re.findall(r"obr ([a-z-]+) (?:--|\{wildcards|\{params)", rules)
     }
     for block in rules.split("\nrule ")[1:]:
         # The check of a model's patterns is held against the model anew whenever the workflow is read.

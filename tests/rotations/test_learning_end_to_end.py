@@ -442,7 +442,7 @@ def test_weights_may_be_quantised_and_products_half_precision(folder, tmp_path):
 )
 def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, moves, where, step, folder, request, tmp_path):
     run = request.getfixturevalue("obr_command")
-    stage = ["learn-rotation", "--entry", json.dumps({"kind": kind, "learn": SMALL}), "--model", folder / "model"]
+    stage = ["learn-rotation", "--settings", json.dumps({"kind": kind, "learn": SMALL}), "--model", folder / "model"]
     stage += ["--tokens", folder / "learn"]
     whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
     assert run(stage, whole)[0] == 0, (tmp_path / "log").read_text()

@@ -63,10 +63,10 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command
         stage = ["hessian", *common, *tokens]
     elif kind == "released":
         entry = {"method": "released", "sparsity": 0.5, "rotation": "flatquant"}
-        stage = ["released", "--entry", json.dumps(entry), *common[:2], "--released", inputs / "released"]
+        stage = ["released", "--recipe", json.dumps(entry), *common[:2], "--released", inputs / "released"]
     else:
         entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random", "hessian": kind}
-        stage = ["compress", "--entry", json.dumps(entry), *common, *tokens]
+        stage = ["compress", "--recipe", json.dumps(entry), *common, *tokens]
 
     status, times = obr_command(stage, tmp_path / "undisturbed")
     assert status == 0 and len(times) == 1 + BLOCKS, (times, (tmp_path / "log").read_text())

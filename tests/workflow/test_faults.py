@@ -229,13 +229,13 @@ def stage(name: str, inputs: Path, out: Path) -> list[str]:
     common = ["--model", inputs / "model", "--rotation", inputs / "rotation", "--out", out]
     if name == "download-model":
         entry = json.dumps({"source": {"source": "path", "path": str(inputs / "model")}})
-        found = [name, "--entry", entry, "--out", out]
+        found = [name, "--settings", entry, "--out", out]
     elif name == "hessian":
         found = [name, *common, "--tokens", inputs / "tokens"]
     elif name == "rotation":
-        found = ["download-rotation", "--entry", '{"kind": "quarot"}', "--model", inputs / "model", "--out", out]
+        found = ["download-rotation", "--settings", '{"kind": "quarot"}', "--model", inputs / "model", "--out", out]
     else:
-        found = [name, "--entry", ENTRY, *common, "--hessians", inputs / "hessians"]
+        found = [name, "--recipe", ENTRY, *common, "--hessians", inputs / "hessians"]
     return [str(argument) for argument in found]
 
 

@@ -17,14 +17,14 @@ rule calibrate:
         mem_mb=4000,
         runtime=30,
     params:
-        entry=jobs.entry("calibrations"),
+        settings=jobs.entry("calibrations"),
         model=subpath(input.model, parent=True),
         trust=jobs.trust,
         code=jobs.code("data.token_windows"),
     message:
         "Choosing windows of {wildcards.calibration} for {wildcards.model}"
     shell:
-        "obr calibrate --entry {params.entry:q} --model {params.model} --text {input.text} --out {output} "
+        "obr calibrate --settings {params.settings} --model {params.model} --text {input.text} --out {output} "
         "{params.trust} >{log} 2>&1"
 
 
@@ -47,14 +47,14 @@ rule generate:
         runtime=jobs.minutes(60, 60),
         gpu=jobs.gpu,
     params:
-        entry=jobs.entry("calibrations"),
+        settings=jobs.entry("calibrations"),
         model=subpath(input[0], parent=True),
         compute=jobs.compute,
         code=jobs.code("data.self_generated"),
     message:
         "Letting {wildcards.model} write {wildcards.calibration}"
     shell:
-        "obr generate --entry {params.entry:q} --model {params.model} --out {output} {params.compute} "
+        "obr generate --settings {params.settings} --model {params.model} --out {output} {params.compute} "
         "--threads {threads} >{log} 2>&1"
 
 
@@ -76,12 +76,12 @@ rule mix:
         mem_mb=2000,
         runtime=10,
     params:
-        entry=jobs.entry("calibrations"),
+        settings=jobs.entry("calibrations"),
         code=jobs.code("data.self_generated"),
     message:
         "Mixing windows of {wildcards.calibration} for {wildcards.model}"
     shell:
-        "obr mix --entry {params.entry:q} --windows {input} --out {output} >{log} 2>&1"
+        "obr mix --settings {params.settings} --windows {input} --out {output} >{log} 2>&1"
 
 
 rule hessian:
@@ -135,7 +135,7 @@ rule gradients:
         gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        entry=jobs.gradients_entry,
+        settings=jobs.gradients_entry,
         model=subpath(input.model, parent=True),
         rotation=jobs.flag("rotation"),
         compute=jobs.compute,
@@ -143,6 +143,6 @@ rule gradients:
     message:
         "Measuring output gradients of {wildcards.model}, {wildcards.rotation}, {wildcards.calibration}"
     shell:
-        "obr gradients --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
+        "obr gradients --settings {params.settings} --model {params.model} {params.rotation} --tokens {input.tokens} "
         "--out {output} --activations-memory {resources.activations_mb} {params.compute} --threads {threads} "
         ">{log} 2>&1"

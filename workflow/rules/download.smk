@@ -14,14 +14,14 @@ rule download_model:
         mem_mb=jobs.memory(2, 5),
         runtime=jobs.minutes(30, 5),
     params:
-        entry=jobs.entry("models"),
+        settings=jobs.model_source,
         out=subpath(output.source, parent=True),
         local=jobs.local("models"),
         code=jobs.code("models.download"),
     message:
         "Downloading {wildcards.model}"
     shell:
-        "obr download-model --entry {params.entry:q} --out {params.out} --rerun >{log} 2>&1"
+        "obr download-model --settings {params.settings} --out {params.out} --rerun >{log} 2>&1"
 
 
 rule check_model:
@@ -41,11 +41,11 @@ rule check_model:
         runtime=5,
     params:
         model=subpath(input[0], parent=True),
-        entry=jobs.patterns,
+        patterns=jobs.patterns,
     message:
         "Checking the sizes of {wildcards.model}"
     shell:
-        "obr check-model --entry {params.entry:q} --model {params.model} --out {output} >{log} 2>&1"
+        "obr check-model {params.patterns} --model {params.model} --out {output} >{log} 2>&1"
 
 
 rule download_text:
@@ -66,13 +66,13 @@ rule download_text:
         mem_mb=4000,
         runtime=30,
     params:
-        entry=jobs.text_entry,
+        settings=jobs.text_entry,
         local=jobs.local("texts"),
         code=jobs.code("data.texts"),
     message:
         "Downloading the text {wildcards.text}"
     shell:
-        "obr download-text --entry {params.entry:q} --out {output.text} >{log} 2>&1"
+        "obr download-text --settings {params.settings} --out {output.text} >{log} 2>&1"
 
 
 rule download_documents:
@@ -93,13 +93,13 @@ rule download_documents:
         mem_mb=4000,
         runtime=30,
     params:
-        entry=jobs.text_entry,
+        settings=jobs.text_entry,
         local=jobs.local("texts"),
         code=jobs.code("data.texts"),
     message:
         "Downloading the documents of {wildcards.text}"
     shell:
-        "obr download-documents --entry {params.entry:q} --out {output.documents} >{log} 2>&1"
+        "obr download-documents --settings {params.settings} --out {output.documents} >{log} 2>&1"
 
 
 rule download_task:
@@ -119,7 +119,7 @@ rule download_task:
         mem_mb=4000,
         runtime=30,
     params:
-        entry=jobs.task_source,
+        settings=jobs.task_source,
         text=jobs.flag("text"),
         out=subpath(output[0], parent=True),
         local=jobs.local("zero_shot"),
@@ -127,7 +127,7 @@ rule download_task:
     message:
         "Downloading the task {wildcards.task}"
     shell:
-        "obr download-task --entry {params.entry:q} {params.text} --out {params.out} --rerun >{log} 2>&1"
+        "obr download-task --settings {params.settings} {params.text} --out {params.out} --rerun >{log} 2>&1"
 
 
 rule download_released:
@@ -147,11 +147,11 @@ rule download_released:
         mem_mb=4000,
         runtime=jobs.minutes(30, 10),
     params:
-        entry=jobs.released_source,
+        settings=jobs.released_source,
         out=subpath(output[0], parent=True),
         local=jobs.local("recipes"),
         code=jobs.code("checkpoints.released.stage"),
     message:
         "Downloading the authors' checkpoint {wildcards.recipe} of {wildcards.model}"
     shell:
-        "obr download-released --entry {params.entry:q} --out {params.out} --rerun >{log} 2>&1"
+        "obr download-released --settings {params.settings} --out {params.out} --rerun >{log} 2>&1"

@@ -19,10 +19,10 @@ rule kernels:
         runtime=60,
         gpu=lambda wildcards: jobs.gpu * (wildcards.device == "cuda"),
     params:
-        entry=jobs.kernels_entry,
+        settings=jobs.kernels_entry,
         on=jobs.kernels_device,
         code=jobs.code("kernels.benchmark"),
     message:
         "Timing products on {wildcards.device}"
     shell:
-        "obr kernels --entry {params.entry:q} --out {output} {params.on} --threads {threads} >{log} 2>&1"
+        "obr kernels --settings {params.settings} --out {output} {params.on} --threads {threads} >{log} 2>&1"

@@ -20,7 +20,7 @@ rule sensitivity:
         gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        entry=jobs.sensitivity_entry,
+        settings=jobs.sensitivity_entry,
         model=subpath(input.model, parent=True),
         rotation=jobs.flag("rotation"),
         hessians=subpath(input.hessians, parent=True),
@@ -30,7 +30,7 @@ rule sensitivity:
     message:
         "Measuring the sensitivity of {wildcards.model} to {wildcards.options}"
     shell:
-        "obr sensitivity --entry {params.entry:q} --model {params.model} {params.rotation} --tokens {input.tokens} "
+        "obr sensitivity --settings {params.settings} --model {params.model} {params.rotation} --tokens {input.tokens} "
         "--hessians {params.hessians} --gradients {input.gradients} --out {params.out} "
         "--activations-memory {resources.activations_mb} {params.compute} --threads {threads} >{log} 2>&1"
 

@@ -16,7 +16,7 @@ rule download_rotation:
         mem_mb=4000,
         runtime=30,
     params:
-        entry=jobs.entry("rotations"),
+        settings=jobs.entry("rotations"),
         model=subpath(input[0], parent=True),
         trust=jobs.trust,
         local=jobs.local("rotations"),
@@ -24,7 +24,7 @@ rule download_rotation:
     message:
         "Making the rotation {wildcards.rotation} of {wildcards.model}"
     shell:
-        "obr download-rotation --entry {params.entry:q} --model {params.model} --out {output} {params.trust} "
+        "obr download-rotation --settings {params.settings} --model {params.model} --out {output} {params.trust} "
         ">{log} 2>&1"
 
 
@@ -50,13 +50,13 @@ rule learn_rotation:
         gpu=jobs.gpu,
         activations_mb=config["activations_memory"],
     params:
-        entry=jobs.entry("rotations"),
+        settings=jobs.entry("rotations"),
         model=subpath(input.model, parent=True),
         compute=jobs.compute,
         code=jobs.learner,
     message:
         "Learning the rotation {wildcards.rotation} of {wildcards.model}"
     shell:
-        "obr learn-rotation --entry {params.entry:q} --model {params.model} --tokens {input.tokens} "
+        "obr learn-rotation --settings {params.settings} --model {params.model} --tokens {input.tokens} "
         "--out {output.rotation} --activations-memory {resources.activations_mb} {params.compute} --threads {threads} "
         ">{log} 2>&1"

@@ -13,66 +13,66 @@ from obr.runtime.files import write_json
 def download_model(args: Namespace) -> None:
     from obr.models.download import download_model
 
-    trust = args.entry.get("trust_remote_code", False)
-    download_model(args.entry["source"], args.out, args.entry.get("dtype", "auto"), trust, args.rerun)
+    trust = args.settings.get("trust_remote_code", False)
+    download_model(args.settings["source"], args.out, args.settings.get("dtype", "auto"), trust, args.rerun)
 
 
 def check_model(args: Namespace) -> None:
     from obr.config.model_sizes import read_config
     from obr.config.workflow import check_widths
 
-    check_widths(read_config(args.model, args.model.name), args.entry, args.model.name)
-    write_json(args.entry, args.out)
+    check_widths(read_config(args.model, args.model.name), args.patterns, args.model.name)
+    write_json(args.patterns, args.out)
 
 
 def download_text(args: Namespace) -> None:
     from obr.data.texts import download_text
 
-    download_text(args.entry, args.out)
+    download_text(args.settings, args.out)
 
 
 def download_documents(args: Namespace) -> None:
     from obr.data.texts import download_documents
 
-    download_documents(args.entry, args.out)
+    download_documents(args.settings, args.out)
 
 
 def download_task(args: Namespace) -> None:
     from obr.evaluation.tasks import download_task
 
-    download_task(args.entry["source"], args.out, args.text, args.rerun)
+    download_task(args.settings["source"], args.out, args.text, args.rerun)
 
 
 def download_rotation(args: Namespace) -> None:
     from obr.rotations.obtain import make
 
-    make(args.entry, args.model, args.out)
+    make(args.settings, args.model, args.out)
 
 
 def learn_rotation(args: Namespace) -> None:
     device, dtype = _computing(args.device, args.dtype)
     from obr.rotations.learning.registry import learn_rotation
 
-    learn_rotation(args.entry, args.model, args.tokens, args.out, device, dtype, args.activations_memory)
+    learn_rotation(args.settings, args.model, args.tokens, args.out, device, dtype, args.activations_memory)
 
 
 def calibrate(args: Namespace) -> None:
     from obr.data.token_windows import calibrate
 
-    calibrate(args.model, args.text, args.entry, args.out)
+    calibrate(args.model, args.text, args.settings, args.out)
 
 
 def generate(args: Namespace) -> None:
     device, dtype = _computing(args.device, args.dtype)
     from obr.data.self_generated import generate
 
-    generate(args.model, args.entry, args.out, device, dtype)
+    generate(args.model, args.settings, args.out, device, dtype)
 
 
 def mix(args: Namespace) -> None:
     from obr.data.self_generated import mix
 
-    mix(args.windows, args.entry, args.out)
+    mix(args.windows, args.settings, args.out)
 
 
 def _computing(device: str, dtype: str | None):
@@ -98,7 +98,7 @@ def gradients(args: Namespace) -> None:
 
     notes = gradients(
         args.model, args.rotation, args.tokens, args.out,
-        nsamples=args.entry["nsamples"], seqlen=args.entry["seqlen"], dtype=dtype, device=device,
+        nsamples=args.settings["nsamples"], seqlen=args.settings["seqlen"], dtype=dtype, device=device,
         megabytes=args.activations_memory,
     )  # fmt: skip
     print(
@@ -111,10 +111,10 @@ def sensitivity(args: Namespace) -> None:
     from obr.config.recipe import Option
     from obr.mixed_precision.sensitivity import measure_sensitivity
 
-    options = tuple(Option.parse(option, f"options[{i}]") for i, option in enumerate(args.entry["options"]))
+    options = tuple(Option.parse(option, f"options[{i}]") for i, option in enumerate(args.settings["options"]))
     measure_sensitivity(
         args.model, args.rotation, args.tokens, args.hessians, args.gradients, options, args.out,
-        args.entry.get("blocks"), dtype, device, args.activations_memory,
+        args.settings.get("blocks"), dtype, device, args.activations_memory,
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def compress(args: Namespace) -> None:
 def download_released(args: Namespace) -> None:
     from obr.checkpoints.released.download import download_released
 
-    download_released(args.entry, args.out, args.rerun)
+    download_released(args.settings, args.out, args.rerun)
 
 
 def released(args: Namespace) -> None:
@@ -155,9 +155,9 @@ def kernels(args: Namespace) -> None:
     from obr.kernels.benchmark import benchmark, sizes
 
     if args.sizes_only:
-        sizes(args.entry, args.out)
+        sizes(args.settings, args.out)
     else:
-        benchmark(args.entry, device, args.out)
+        benchmark(args.settings, device, args.out)
 
 
 def table(args: Namespace) -> None:

@@ -1,9 +1,9 @@
 """The arguments that stages take on the command line: shared ones by name, and those of the stages with their own."""
 
 import argparse
-import json
 from pathlib import Path
 
+from obr.cli.stage_settings import check_settings
 from obr.config.recipe_settings import parse_settings
 from obr.errors import ObrError
 
@@ -90,40 +90,36 @@ def _path(name: str, text: str):
     return lambda p, required: p.add_argument(f"--{name}", type=Path, required=required, help=text)
 
 
-def _json(name: str, text: str):
-    return lambda p, required: p.add_argument(f"--{name}", type=_object, required=required, help=text)
-
-
-def _recipe(text: str, *aliases: str):
-    """An option whose value is the entry of a recipe, given as settings or as one JSON object."""
+def _settings(flag: str, text: str):
+    """An option whose value is an entry of the config, given as settings or as one JSON object."""
     return lambda p, required: p.add_argument(
-        "--recipe",
-        *aliases,
-        dest="recipe",
-        nargs="+",
-        action=_Settings,
-        required=required,
-        metavar="KEY=VALUE",
-        help=text,
+        flag, nargs="+", action=_Settings, required=required, metavar="KEY=VALUE", help=text
     )
 
 
 class _Settings(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         try:
-            setattr(namespace, self.dest, parse_settings(values))
+            entry = parse_settings(values)
+            if option_string == "--settings":  # a recipe is checked where it is parsed
+                check_settings(parser.prog.split()[-1], entry)
+            setattr(namespace, self.dest, entry)
         except ObrError as error:
-            parser.error(f"argument --recipe: {error}")
+            parser.error(f"argument {option_string}: {error}")
 
 
-def _object(text: str) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object")
-    return value
+def _patterns(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--patterns", nargs="+", default={}, action=_Patterns, metavar="RECIPE=N:M", help="pattern of each recipe"
+    )
+
+
+class _Patterns(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        split = [value.rpartition("=") for value in values]
+        if not all(recipe for recipe, _, _ in split):
+            parser.error(f"argument {option_string}: write RECIPE=N:M for each recipe.")
+        setattr(namespace, self.dest, {recipe: pattern for recipe, _, pattern in split})
 
 
 def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -167,9 +163,10 @@ def _rerun(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 OPTIONS = {
-    "entry": _json("entry", "the config entry of this stage, as JSON"),
-    "recipe": _recipe("recipe whose activation settings apply; default: the checkpoint's"),
-    "settings": _recipe("the recipe, such as method=obr_gptq bits=4 sparsity=0.5", "--entry"),
+    "settings": _settings("--settings", "settings of the stage, listed below"),
+    "patterns": _patterns,
+    "recipe": _settings("--recipe", "recipe whose activation settings apply; default: the checkpoint's"),
+    "weights": _settings("--recipe", "recipe of the weights, such as method=obr_gptq bits=4"),
     "name": lambda parser, required: parser.add_argument("name", metavar="NAME", help="of the table or figure"),
     "config": _path("config", "YAML or JSON file with the table or figure and the recipes and models that it names"),
     "model": _path("model", "folder of a downloaded model"),

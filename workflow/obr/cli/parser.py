@@ -18,29 +18,30 @@ from obr.cli.options import (
     push_options,
     verify_options,
 )
+from obr.cli.stage_settings import StageParser
 
 DESCRIPTION = "Sparse and quantised language models: commands for people, and the stages of the workflow."
 
 # Sub-command -> its function, its help, and the names of its options; "?" marks those that may be left out.
 STAGES = {
-    "download-model": (commands.download_model, "Fetch a model into a folder.", "entry out rerun"),
-    "check-model": (commands.check_model, "Check recipes against a model's sizes.", "entry model out"),
-    "download-text": (commands.download_text, "Fetch a text into a file.", "entry out"),
-    "download-documents": (commands.download_documents, "Fetch a text's documents into a file.", "entry out"),
-    "download-task": (commands.download_task, "Fetch a zero-shot task.", "entry text? out rerun"),
-    "download-rotation": (commands.download_rotation, "Make a model's rotation.", "entry model out trust"),
+    "download-model": (commands.download_model, "Fetch a model into a folder.", "settings out rerun"),
+    "check-model": (commands.check_model, "Check recipes against a model's sizes.", "patterns? model out"),
+    "download-text": (commands.download_text, "Fetch a text into a file.", "settings out"),
+    "download-documents": (commands.download_documents, "Fetch a text's documents into a file.", "settings out"),
+    "download-task": (commands.download_task, "Fetch a zero-shot task.", "settings text? out rerun"),
+    "download-rotation": (commands.download_rotation, "Make a model's rotation.", "settings model out trust"),
     "learn-rotation": (
         commands.learn_rotation,
         "Learn a model's rotation.",
-        "entry model tokens out activations compute trust",
+        "settings model tokens out activations compute trust",
     ),
-    "calibrate": (commands.calibrate, "Choose calibration windows.", "entry model text out trust"),
+    "calibrate": (commands.calibrate, "Choose calibration windows.", "settings model text out trust"),
     "generate": (
         commands.generate,
         "Let a model write calibration windows.",
-        "entry model out compute trust",
+        "settings model out compute trust",
     ),
-    "mix": (commands.mix, "Mix calibration windows of several files.", "entry windows out"),
+    "mix": (commands.mix, "Mix calibration windows of several files.", "settings windows out"),
     "hessian": (
         commands.hessian,
         "Collect the Hessians of a model's layer inputs.",
@@ -49,30 +50,30 @@ STAGES = {
     "gradients": (
         commands.gradients,
         "Measure how much the loss feels each output channel of each layer.",
-        "entry model rotation? tokens out activations compute trust",
+        "settings model rotation? tokens out activations compute trust",
     ),
     "sensitivity": (
         commands.sensitivity,
         "Predict the loss that each layer costs at several options.",
-        "entry model rotation? tokens hessians gradients out activations compute trust",
+        "settings model rotation? tokens hessians gradients out activations compute trust",
     ),
     "allocate": (
         commands.allocate,
         "Choose an option for each layer under a budget.",
-        "settings sensitivity out",
+        "weights sensitivity out",
     ),
     "compress": (
         commands.compress,
         "Compress a model by a recipe.",
-        "settings model rotation? tokens? hessians? gradients? allocation? out activations compute trust",
+        "weights model rotation? tokens? hessians? gradients? allocation? out activations compute trust",
     ),
-    "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "entry out rerun"),
+    "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "settings out rerun"),
     "released": (
         commands.released,
         "Verify a checkpoint of the authors and take it over.",
-        "settings model released out trust",
+        "weights model released out trust",
     ),
-    "kernels": (commands.kernels, "Time matrix products on this device.", "entry out compute sizes"),
+    "kernels": (commands.kernels, "Time matrix products on this device.", "settings out compute sizes"),
     "table": (commands.table, "Make a table.", "name config results published out"),
     "figure": (commands.figure, "Draw a figure.", "name config results published out"),
 }
@@ -107,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     # Without a help of their own, sub-commands are not listed twice.
-    chosen = found.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS, prog="obr")
+    chosen = found.add_subparsers(
+        required=True, metavar="COMMAND", help=argparse.SUPPRESS, prog="obr", parser_class=StageParser
+    )
     for name, (function, text, add_options) in BY_HAND.items():
         command = chosen.add_parser(name, description=text)
         command.set_defaults(stage=function)

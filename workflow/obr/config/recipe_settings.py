@@ -1,6 +1,7 @@
-"""A recipe on the command line: `method=obr_gptq bits=4 sparsity=0.5 activations.bits=4`."""
+"""Settings on the command line: `method=obr_gptq bits=4 sparsity=0.5 activations.bits=4`."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 
 SHOWN = ("bits", "sparsity")  # also where they are the defaults of the method
+KEY = re.compile(r"(?!\d+$)[^.=\s]+")  # of a mapping that is spelled with dots
 
 
 def spelled(entry: dict) -> list[str]:
@@ -38,8 +40,36 @@ def command_line(entry: dict) -> str:
     return shlex.join(spelled(entry))
 
 
+def settings_words(entry: dict) -> list[str]:
+    """The settings of any entry of the config as words of a command.
+
+    Keys of a mapping in a mapping follow a dot, as do the places of a list's items, counted from 0.
+
+        >>> settings_words({"seqlen": 512, "source": {"repo": "a/b"}, "mix": ["c4", "wikitext2"]})
+        ['mix.0=c4', 'mix.1=wikitext2', 'seqlen=512', 'source.repo=a/b']
+    """
+    if not all(KEY.fullmatch(key) for key in entry):
+        return [_text(entry)]
+    return [word for key in sorted(entry) for word in _words(key, entry[key])]
+
+
+def settings_line(entry: dict) -> str:
+    """`settings_words`, quoted for a shell."""
+    return shlex.join(settings_words(entry))
+
+
+def _words(name: str, value) -> list[str]:
+    if isinstance(value, dict) and value and all(KEY.fullmatch(key) for key in value):
+        inner = [(key, value[key]) for key in sorted(value)]
+    elif isinstance(value, list) and value:
+        inner = list(enumerate(value))
+    else:
+        return [f"{name}={_text(value)}"]
+    return [word for key, item in inner for word in _words(f"{name}.{key}", item)]
+
+
 def parse_settings(words: Sequence[str]) -> dict:
-    """The recipe's entry of such words, or of one JSON object.
+    """The entry of such words, or of one JSON object.
 
     Raises:
         ObrError: a word is no setting, or a setting is given twice.
@@ -49,24 +79,35 @@ def parse_settings(words: Sequence[str]) -> dict:
     found: dict = {}
     for word in words:
         key, equals, text = word.partition("=")
-        outer, _, name = key.partition(".")
-        place = found.setdefault(outer, {}) if name else found
-        if not equals or not key or not isinstance(place, dict) or (name or outer) in place:
-            raise ObrError(f"{word!r} is no setting of a recipe, or one that is given twice; write KEY=VALUE.")
-        place[name or outer] = _value(text)
-    return found
+        *outer, name = key.split(".")
+        place = found
+        for part in outer:
+            place = place.setdefault(part, {}) if isinstance(place, dict) else None
+        if not equals or not all((*outer, name)) or not isinstance(place, dict) or name in place:
+            raise ObrError(f"{word!r} is no setting, or one that is given twice; write KEY=VALUE.")
+        place[name] = _value(text)
+    return _with_lists(found)
+
+
+def _with_lists(value):
+    """Mappings whose keys are the places of a list's items as lists, at any depth."""
+    if not isinstance(value, dict):
+        return value
+    if value and set(value) == {str(place) for place in range(len(value))}:
+        return [_with_lists(value[str(place)]) for place in range(len(value))]
+    return {key: _with_lists(item) for key, item in value.items()}
 
 
 def _object(text: str) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ObrError(f"the recipe is not JSON ({error}); write KEY=VALUE, or correct it.") from error
+        raise ObrError(f"the settings are not JSON ({error}); write KEY=VALUE, or correct it.") from error
     return value
 
 
 def _text(value) -> str:
-    if isinstance(value, str) and _value(value) == value:
+    if isinstance(value, str) and value.isprintable() and _value(value) == value:
         return value
     return json.dumps(value, sort_keys=True)
 

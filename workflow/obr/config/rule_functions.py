@@ -6,11 +6,12 @@ Snakemake calls them with the wildcards of a job, and with its input where a par
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from obr.config import paths
-from obr.config.recipe_settings import command_line
+from obr.config.recipe_settings import command_line, settings_line
 from obr.config.score_functions import ScoreFunctions
 from obr.config.workflow import Config
 from obr.runtime import code_digest, local_sources
@@ -18,6 +19,7 @@ from obr.runtime.files import write_text
 
 # The wildcard that names an entry of a section, where it is not the section's singular.
 WILDCARDS = {"zero_shot": "task"}
+MODEL_SETTINGS = ("source", "dtype", "trust_remote_code")  # of a model, those that decide its files
 INPUT_FLAGS = ("rotation", "tokens", "hessians", "gradients", "allocation")
 
 
@@ -69,36 +71,42 @@ class RuleFunctions:
         """A constraint: the entries of a section; with a key those that have it, or the others."""
         return one_of(name for name, entry in self.raw[section].items() if key is None or (key in entry) == has)
 
-    # Entries, as JSON
+    # Settings, as words of a command
 
     def _entry(self, section: str, wildcards) -> dict:
         return self.raw[section][wildcards[WILDCARDS.get(section, section.rstrip("s"))]]
 
     def entry(self, section: str) -> Callable:
-        """A function: the config entry that the wildcards name, as JSON."""
-        return lambda wildcards: _json(self._entry(section, wildcards))
+        """A function: the config entry that the wildcards name."""
+        return lambda wildcards: settings_line(self._entry(section, wildcards))
+
+    def model_source(self, wildcards) -> str:
+        """What decides a model's files; its name in tables and its sizes do not."""
+        entry = self.raw["models"][wildcards.model]
+        return settings_line({key: entry[key] for key in MODEL_SETTINGS if key in entry})
 
     def text_entry(self, wildcards) -> str:
-        return _json(self.raw["texts"][wildcards.text])
+        return settings_line(self.raw["texts"][wildcards.text])
 
     def task_source(self, wildcards) -> str:
         """What decides a task's data; how many rows are scored does not."""
-        return _json({"source": self.raw["zero_shot"][wildcards.task]["source"]})
+        return settings_line({"source": self.raw["zero_shot"][wildcards.task]["source"]})
 
     def gradients_entry(self, wildcards) -> str:
-        return _json(self.raw["gradients"])
+        return settings_line(self.raw["gradients"])
 
     def released_source(self, wildcards) -> str:
-        return _json(self.raw["recipes"][wildcards.recipe]["source"])
+        return settings_line(self.raw["recipes"][wildcards.recipe]["source"])
 
     def patterns(self, wildcards, input) -> str:
-        """The patterns that a model's layers are given.
+        """The flag with the patterns that a model's layers are given, each as RECIPE=PATTERN; nothing without any.
 
         Taking `input` keeps a changed pattern from starting the check of the model again: Snakemake would then
         overlook what else has changed behind it. Patterns that change later are checked when the workflow is read.
         """
         given = self.config.patterns_of(wildcards.model)
-        return _json({recipe: pattern for recipe, pattern in given.items() if pattern})
+        words = [f"{recipe}={pattern}" for recipe, pattern in sorted(given.items()) if pattern]
+        return shlex.join(["--patterns", *words]) if words else ""
 
     def weights(self, wildcards) -> str:
         """The recipe of a checkpoint, as words of a command."""
@@ -111,14 +119,14 @@ class RuleFunctions:
     def sensitivity_entry(self, wildcards) -> str:
         """The options that are tried, and the blocks on which."""
         blocks = self.config.measured_blocks(wildcards.options, wildcards.rotation, wildcards.calibration)
-        return _json({"options": self.raw["layer_options"][wildcards.options], "blocks": blocks})
+        return settings_line({"options": self.raw["layer_options"][wildcards.options], "blocks": blocks})
 
     def kernels_entry(self, wildcards) -> str:
         """The benchmark on this device: the shapes that are for it, and what a product is."""
         kernels = self.raw["kernels"]
         shapes = [s for s in kernels["shapes"] if s.get("device", wildcards.device) == wildcards.device]
         shapes = [{k: v for k, v in shape.items() if k not in ("device", "published")} for shape in shapes]
-        return _json({**kernels, "shapes": shapes})
+        return settings_line({**kernels, "shapes": shapes})
 
     def _settings(self, section: str, name: str) -> dict:
         """The part of the config that a table or figure reads, as its command gets it."""
