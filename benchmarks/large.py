@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from memory import RECIPE
-from models import LLAMA_2_7B, Inputs, checkpoint_bytes, write_model, write_text
+from models import LLAMA_2_7B, Inputs, checkpoint_bytes, evaluation, write_model, write_questions, write_text
 from obr.errors import ObrError
 from peak import run_stage
 from timing import counted, machine
@@ -47,11 +47,11 @@ def _measure(folder: Path, sizes: dict, blocks: int, windows: int, seqlen: int) 
     if not (folder / "written").exists():
         write_model(inputs.model, sizes)
         write_text(inputs.text, sizes["vocab_size"], 2 * windows * seqlen)
+        write_questions(inputs.questions, sizes["vocab_size"], max(1, windows * seqlen // 60))
         (folder / "written").touch()
     shutil.rmtree(out, ignore_errors=True)
     spec = {"nsamples": windows, "seqlen": seqlen}
     entry = {**RECIPE, "hessian": "sequential", "blocks": f"0:{blocks}"}
-    evaluated = [f"seqlen={seqlen}", f"tokens={windows * seqlen}"]
     threads = ["--threads", machine()["threads"]]
     model = ["--model", inputs.model]
     stages = {
@@ -63,9 +63,8 @@ def _measure(folder: Path, sizes: dict, blocks: int, windows: int, seqlen: int) 
             "compress", "--recipe", entry, *model, "--rotation", inputs.rotation, "--tokens", inputs.tokens,
             "--out", out, *threads,
         ],
-        "Perplexity": [
-            "evaluate", out, "--text", "text", inputs.text, *evaluated,
-            "--out", folder / "scores.json", *threads,
+        "Evaluation": [
+            "evaluate", out, *evaluation(inputs, windows, seqlen), "--out", folder / "scores.json", *threads,
         ],
     }  # fmt: skip
     size = checkpoint_bytes(sizes) / 1e9

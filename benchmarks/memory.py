@@ -7,7 +7,7 @@ vocabulary of 8,192: beside embeddings of 49,152 tokens it would not show if all
 import shutil
 from pathlib import Path
 
-from models import SMOLLM2_135M, write_inputs
+from models import SMOLLM2_135M, evaluation, write_inputs
 from peak import run_stage
 from timing import machine
 
@@ -33,7 +33,6 @@ def measure_model(folder: Path, sizes: dict, windows: int, seqlen: int) -> list[
     inputs, hessians = write_inputs(folder, sizes, windows, seqlen), folder / "hessians"
     cached, sequential = folder / "cached", folder / "sequential"
     rotated = ["--model", inputs.model, "--rotation", inputs.rotation]
-    evaluated = [f"seqlen={seqlen}", f"tokens={windows * seqlen}"]
     stages = {
         "Hessians": ["hessian", *rotated, "--tokens", inputs.tokens, "--out", hessians],
         "Compression, cached": [
@@ -44,9 +43,8 @@ def measure_model(folder: Path, sizes: dict, windows: int, seqlen: int) -> list[
             "compress", "--recipe", {**RECIPE, "hessian": "sequential"}, *rotated, "--tokens", inputs.tokens,
             "--out", sequential,
         ],
-        "Perplexity": [
-            "evaluate", sequential, "--text", "text", inputs.text, *evaluated,
-            "--out", folder / "scores.json",
+        "Evaluation": [
+            "evaluate", sequential, *evaluation(inputs, windows, seqlen), "--out", folder / "scores.json",
         ],
     }  # fmt: skip
     threads = ["--threads", machine()["threads"]]

@@ -28,19 +28,21 @@ TINY = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What compression reads, and a text to evaluate on."""
+    """What compression reads, and a text and questions to evaluate on."""
 
     model: Path
     rotation: Path
     tokens: Path
     text: Path
+    questions: Path
 
     @classmethod
     def below(cls, folder: Path) -> "Inputs":
         """Where they lie in a folder."""
         return cls(
-            folder / "model", folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "text.txt"
-        )
+            folder / "model", folder / "rotation.safetensors", folder / "tokens.safetensors", folder / "text.txt",
+            folder / "questions.jsonl",
+        )  # fmt: skip
 
 
 def write_inputs(folder: Path, sizes: dict, windows: int, seqlen: int) -> Inputs:
@@ -48,6 +50,7 @@ def write_inputs(folder: Path, sizes: dict, windows: int, seqlen: int) -> Inputs
     inputs = Inputs.below(folder)
     write_model(inputs.model, sizes)
     write_text(inputs.text, sizes["vocab_size"], 2 * windows * seqlen)
+    write_questions(inputs.questions, sizes["vocab_size"], max(1, windows * seqlen // 60))
     obtain.make({"kind": "quarot"}, inputs.model, inputs.rotation)
     calibrate(inputs.model, inputs.text, {"nsamples": windows, "seqlen": seqlen}, inputs.tokens)
     return inputs
@@ -86,6 +89,22 @@ def write_text(path: Path, vocabulary: int, tokens: int, seed: int = 0) -> None:
     """So many random words of the tokenizer's."""
     words = torch.randint(1, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed))
     path.write_text(" ".join(f"w{word}" for word in words.tolist()), encoding="utf-8")
+
+
+def write_questions(path: Path, vocabulary: int, count: int, seed: int = 0) -> None:
+    """So many questions of random words, in the columns of PIQA's dataset."""
+    words = torch.randint(1, vocabulary, (count, 60), generator=torch.Generator().manual_seed(seed)).tolist()
+    texts = [[" ".join(f"w{word}" for word in part) for part in (row[:30], row[30:40], row[40:])] for row in words]
+    rows = [{"goal": goal, "sol1": one, "sol2": two, "label": 0} for goal, one, two in texts]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def evaluation(inputs: "Inputs", windows: int, seqlen: int) -> list:
+    """Arguments of `obr evaluate` for the text, and for questions with about as many tokens."""
+    return [
+        "--text", "text", inputs.text, f"seqlen={seqlen}", f"tokens={windows * seqlen}",
+        "--task", "piqa", inputs.questions,
+    ]  # fmt: skip
 
 
 def _empty(sizes: dict):

@@ -21,7 +21,7 @@ def test_the_help_of_a_stage_ends_with_the_keys_of_its_settings(capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["calibrate", "--help"])
     said = capsys.readouterr().out
-    assert "nsamples                 windows (default: 128)" in said and "generated.temperature" in said
+    assert "nsamples                 number of windows (default: 128)" in said and "generated.temperature" in said
 
 
 def test_the_help_of_a_command_for_people_has_none(capsys):
