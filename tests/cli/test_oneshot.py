@@ -391,6 +391,7 @@ def test_recipes_are_listed_and_shown(capsys):
         origins = {line.split(":")[0]: line.rpartition("# ")[2] for line in shown.splitlines()}
         assert origins["keys"] == f"activations.{scheme[0] if scheme else 'flatquant-a4kv4'}"
         assert origins["alpha"] == f"recipes.{key}" and origins["damp"] == "default"
+        assert "\n# rotations.flatquant" in shown and "\n# calibrations." in shown
     assert main(["recipes", "show", "obr_gpt"]) == 1
     assert "such as obr_gptq" in capsys.readouterr().err
 

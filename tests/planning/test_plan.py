@@ -116,13 +116,17 @@ def test_a_plan_of_the_demo_reads_well(demo):
 @pytest.mark.workflow
 def test_the_paper_is_priced_with_its_licences(tmp_path):
     everything = {"results": str(tmp_path), "experiments": ["paper", "ostquant"]}
-    plan = plan_of(SNAKEFILE, [], everything, [], 16, 1)
+    plan = plan_of(SNAKEFILE, [], everything, [], 16, 1, gpu_memory=24)
     assert all(sums["gpu"] < 24 for sums in plan.by_rule.values()) and plan.gpu > 16
     assert plan.jobs > 500 and plan.fetched > 400 and "meta-llama/Llama-2-7b-hf" in plan.gated
     assert len(plan.checked) == 15 and all(row["planned"] < row["published"] for row in plan.checked)
-    assert "Gated" in summary(plan) and "larger GPU" not in summary(plan)
+    assert "Gated" in summary(plan) and "Every job fits into a GPU of 24 GB." in summary(plan)
     assert plan.disk < plan.disk_peak and "GB in the end" in summary(plan)
-    few = plan_of(SNAKEFILE, [], everything | {"only_models": ["llama-2-7b"]}, [], 16, 1)
+    few = plan_of(SNAKEFILE, [], everything | {"only_models": ["llama-2-7b"]}, [], 16, 1, gpu_memory=1.0)
+    listed = [line for line in summary(few).splitlines() if line.startswith("  ") and line.endswith(" GB")]
+    assert listed == [f"  {name}" for name in few.too_large] and len(listed) > 10
+    assert f"{len(listed)} jobs of {few.jobs} exceed a GPU of 1 GB:" in summary(few)
+    assert all("llama-2-7b" in name and float(name.split()[-2]) > 1 for name in few.too_large)
     assert few.busy < plan.busy / 2 and set(few.by_model) == {"llama-2-7b"}
 
 

@@ -229,7 +229,7 @@ def plan(args: Namespace) -> None:
 
     found = plan_of(
         args.snakefile, args.configfile, overrides_of(args.config), args.targets,
-        args.cores or os.cpu_count() or 1, args.gpus, args.bandwidth,
+        args.cores or os.cpu_count() or 1, args.gpus, args.bandwidth, args.gpu_memory,
     )  # fmt: skip
     if args.json:
         write_text(as_json(found), args.json)

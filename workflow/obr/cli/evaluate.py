@@ -15,16 +15,16 @@ examples:
   obr evaluate llama-2-7b-obr --texts notes.txt --seqlen 1024
   obr evaluate llama-2-7b-obr --task piqa rows.jsonl limit=100
 
-Scores are kept in one file. A text or task that is added later is the only one that is computed. An interrupted
-evaluation that is started again goes on near its block."""
+One file keeps all scores. A later command computes only the texts and tasks that the file lacks. The same command
+resumes an interrupted evaluation near its block."""
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="DIR", help="folder of a packed checkpoint, or of a model in safetensors")
-    add("--out", type=Path, metavar="FILE", help="of the scores, JSON; default: DIR.scores.json")
-    add = parser.add_argument_group("what to evaluate on").add_argument
+    add("--out", type=Path, metavar="FILE", help="JSON file of the scores; default: DIR.scores.json")
+    add = parser.add_argument_group("data").add_argument
     add("--texts", nargs="+", default=[], metavar="NAME", help="FILE.txt, or texts of the config such as wikitext2")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of the config or of lm-eval, such as piqa")
     add(
@@ -37,9 +37,16 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = parser.add_argument_group("settings").add_argument
     add("--seqlen", type=int, metavar="T", help="tokens per window of --texts: 2048, or the config's")
-    add("--tokens", type=int, metavar="N", help="of each of --texts: all, or the config's")
-    add("--limit", type=int, metavar="N", help="first rows of each of --tasks: all, or the config's")
-    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="looked up for names: config.yaml")
+    add("--tokens", type=int, metavar="N", help="tokens of each of --texts: all, or the config's")
+    add("--limit", type=int, metavar="N", help="number of rows of each of --tasks: all, or the config's")
+    add(
+        "--configfile",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="config files; default: config.yaml",
+    )
     add("--code", default=None, help="digest of the code; scores of another code are computed again")
     for name in ("recipe", "activations", "compute", "trust"):
         OPTIONS[name](parser, False)

@@ -11,13 +11,13 @@ from obr.config.oneshot_options import DEVICES, OFFERED
 from obr.config.recipe_checks import DTYPES, ORDERS
 
 QUANTIZE = "Compress a model in one command: a folder or hub id in, a packed checkpoint out."
-RECIPES = "Print the recipes of the config, or all values of one."
+RECIPES = "List the recipes of the config, or show all values of one."
 EXAMPLE = """\
 example:
   obr quantize meta-llama/Llama-2-7b-hf --sparsity 0.5 --bits 4 --out llama-2-7b-obr
 
-An interrupted run that is started again goes on at the block it was at. The model's copy, the rotation and the
-calibration windows are kept in DIR.work beside DIR."""
+The same command resumes an interrupted run at its block. DIR.work keeps the copy of the model, the rotation and the
+calibration windows."""
 
 
 def quantize_options(parser: argparse.ArgumentParser) -> None:
@@ -28,46 +28,81 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint, new or empty")
     add = parser.add_argument_group("compression").add_argument
     add("--method", choices=OFFERED, metavar="NAME", help=f"obr_gptq (default), or one of {', '.join(OFFERED)}")
-    add("--bits", type=int, metavar="B", help="of a weight: 4 (default), 2 to 8, or 16 to prune only")
-    add("--sparsity", type=float, metavar="S", help="fraction of the weights that is removed: 0.5 (default)")
+    add("--bits", type=int, metavar="B", help="bits per weight: 4 (default), 2 to 8, or 16 for pruning alone")
+    add("--sparsity", type=float, metavar="S", help="fraction of zeros: 0.5 (default)")
     add("--pattern", metavar="N:M", help="instead of --sparsity: 2:4, 4:8, 8:16, 'paired 4:8'")
     add("--group", type=int, metavar="G", help="columns that share a scale, such as 128 (methods rtn and gptq)")
     add("--mask", choices=tuple(MASKS), metavar="NAME", help=f"wanda (default), or one of {', '.join(MASKS)}")
-    add("--alpha", type=float, metavar="A", help="share of the columns whose rounding error the others absorb: 0.5")
-    add("--column-order", choices=ORDERS, help="of rounding: given (default), or by the Hessian's diagonal")
-    add("--damp", type=float, metavar="D", help="of the Hessian, in units of its mean diagonal: 0.01")
-    add("--clip", choices=("mse", "minmax", "learned"), help="how a row's scale is found: mse (default)")
+    add(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="fraction of columns with compensated errors: 0.5 (default)",
+    )
+    add("--column-order", choices=ORDERS, help="order of quantisation: given (default), or by the Hessian's diagonal")
+    add(
+        "--damp",
+        type=float,
+        metavar="D",
+        help="damping, relative to the mean diagonal: 0.01 (default)",
+    )
+    add("--clip", choices=("mse", "minmax", "learned"), help="how the scale of a row is chosen: mse (default)")
     add = parser.add_argument_group("activations (simulated)").add_argument
-    add("--activations", metavar="SCHEME", help="a scheme of the config, such as a4kv4, which the next two change")
-    add("--activation-bits", type=int, metavar="B", help="of the inputs of linear layers: 16 (default)")
-    add("--kv-bits", type=int, metavar="B", help="of keys and values: 16 (default)")
+    add(
+        "--activations",
+        metavar="SCHEME",
+        help="a scheme of the config, such as a4kv4; the next two options change it",
+    )
+    add("--activation-bits", type=int, metavar="B", help="bits of the inputs of linear layers: 16 (default)")
+    add("--kv-bits", type=int, metavar="B", help="bits of keys and values: 16 (default)")
     add = parser.add_argument_group("rotation").add_argument
     add("--rotation", metavar="NAME", help="quarot (default), none, FILE.safetensors or a rotation of the config")
-    add("--seed", type=int, metavar="N", help="of rotation, calibration windows and random masks: 0")
+    add("--seed", type=int, metavar="N", help="random seed of rotation, calibration windows and masks: 0 (default)")
     add = parser.add_argument_group("calibration").add_argument
     add(
         "--calibration", metavar="TEXT",
         help="FILE.txt, or a name of the config's calibrations or texts: wikitext2 (default, from the hub)",
     )  # fmt: skip
-    add("--samples", type=int, metavar="N", help="windows: 128")
-    add("--seqlen", type=int, metavar="T", help="tokens per window: 2048")
-    add("--hessian", choices=("sequential", "cached"), help="sequential (default), or of the dense model: cached")
+    add("--samples", type=int, metavar="N", help="number of windows: 128 (default)")
+    add("--seqlen", type=int, metavar="T", help="tokens per window: 2048 (default)")
+    add(
+        "--hessian",
+        choices=("sequential", "cached"),
+        help="sequential (default), or of the dense model: cached",
+    )
     _recipe_and_run(parser)
 
 
 def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("recipe").add_argument
-    add("--recipe", metavar="NAME", help="FILE.yaml or a recipe of the config, which the options above change")
-    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="looked up for names: config.yaml")
-    add("--print-recipe", action="store_true", help="print the recipe with where each value comes from; do nothing")
-    add("--dry-run", action="store_true", help="print what would be done; do nothing")
+    add("--recipe", metavar="NAME", help="FILE.yaml or a recipe of the config; the options above change it")
+    add(
+        "--configfile",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="config files; default: config.yaml",
+    )
+    add("--print-recipe", action="store_true", help="print the recipe with the origin of each value, and stop")
+    add("--dry-run", action="store_true", help="print the steps, and stop")
     add = parser.add_argument_group("run").add_argument
     add("--evaluate", metavar="TEXT", help="perplexity before and after on FILE.txt or a text of the config")
-    add("--device", default="auto", choices=DEVICES, help="auto (default): a GPU if there is one")
-    add("--dtype", choices=DTYPES, help="of the computation: float32 on a CPU, the model's on a GPU")
-    add("--activations-memory", type=float, default=4096, metavar="MB", help="for hidden states: 4096")
-    add("--threads", type=int, default=None, help="CPU threads: all")
-    add("--overwrite", action="store_true", help="replace an older checkpoint, or unfinished blocks of another run")
+    add("--device", default="auto", choices=DEVICES, help="auto (default): a GPU if one is visible")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the computation; default: float32 on a CPU, the model's on a GPU",
+    )
+    add(
+        "--activations-memory",
+        type=float,
+        default=4096,
+        metavar="MB",
+        help="for hidden states: 4096 (default)",
+    )
+    add("--threads", type=int, default=None, metavar="N", help="CPU threads; default: all")
+    add("--overwrite", action="store_true", help="replace an earlier checkpoint, or unfinished blocks of another run")
 
 
 def quantize(args: Namespace) -> None:
@@ -93,19 +128,19 @@ def quantize(args: Namespace) -> None:
 
 def recipes_options(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="list|show", dest="what")
-    shown = commands.add_parser("show", help="all values of a recipe, each with where it comes from")
-    shown.add_argument("name", metavar="NAME", help="of the recipe")
-    shown.add_argument("--activations", metavar="SCHEME", help="as evaluated with this scheme of the config")
+    shown = commands.add_parser("show", help="all values of a recipe and their origins")
+    shown.add_argument("name", metavar="NAME", help="name of the recipe")
+    shown.add_argument("--activations", metavar="SCHEME", help="with this activation scheme of the config")
     for command in (commands.add_parser("list", help="all recipes, one per line"), shown):
         command.add_argument(
             "--configfile", type=Path, nargs="+", default=(), metavar="FILE",
-            help="merged in their order, as Snakemake's; default: config.yaml",
+            help="config files, merged in their order; default: config.yaml",
         )  # fmt: skip
 
 
 def recipes(args: Namespace) -> None:
     from obr.config.config_files import load_config
-    from obr.config.recipe_origins import Origins, config_entry, listing
+    from obr.config.recipe_origins import Origins, config_entry, listing, referred
 
     config = load_config(args.configfile)
     if args.what == "list":
@@ -114,4 +149,4 @@ def recipes(args: Namespace) -> None:
     where = " and ".join(map(str, args.configfile)) or "config.yaml"
     entry, named = config_entry(config, args.name, where, args.activations)
     recipe = config.evaluated(args.name, args.activations) if args.activations else config.parsed[args.name]
-    print("\n".join(Origins(entry, named).lines(recipe)))
+    print("\n".join([*Origins(entry, named).lines(recipe), *referred(config, recipe)]))

@@ -14,34 +14,45 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
     parser.add_argument(
         "--format", required=True, dest="form", choices=("compressed-tensors", "gguf"),
-        help="a folder for transformers and vLLM, or a file for llama.cpp",
+        help="compressed-tensors: folder for transformers and vLLM; gguf: file for llama.cpp",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder or file to write")
     parser.add_argument(
-        "--weights-only", action="store_true", help="leave out that activations and KV cache are quantised"
+        "--weights-only",
+        action="store_true",
+        help="leave the quantisation of activations and KV cache out of the config",
     )
 
 
-ERRATA = "List what is odd in the published tables."
+ERRATA = "List inconsistencies of the published tables."
 PUBLISHED = Path(__file__).parents[2] / "published" / "results.csv"
 
 
 def errata_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--published", type=Path, default=PUBLISHED, help="the printed numbers; default: the project's"
+        "--published",
+        type=Path,
+        default=PUBLISHED,
+        help="CSV file of published numbers; default: that of the project",
     )
     parser.add_argument("--out", type=Path, default=None, help="Markdown file to write; default: print the list")
 
 
-VERIFY = "Check a compressed model: hashes, masks, levels, manifest, and layers by making them again."
+VERIFY = "Check a compressed model: hashes, masks, integer ranges, manifest; with --recompute, some layers again."
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
-    parser.add_argument("--recompute", type=int, default=0, metavar="N", help="so many layers; default: 0")
+    parser.add_argument(
+        "--recompute",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of layers to compress again and compare; default: 0",
+    )
     for name in ("model", "rotation", "tokens", "hessians", "gradients"):
-        where = f"for --recompute, the checkpoint's {name}; default: where the workflow puts it"
-        parser.add_argument(f"--{name}", type=Path, default=None, help=where)
+        where = f"{name} of the checkpoint, for --recompute; default: the path in the workflow's results"
+        parser.add_argument(f"--{name}", type=Path, default=None, metavar="PATH", help=where)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     _trust(parser, False)
 
@@ -52,12 +63,20 @@ PUSH = "Publish a compressed model on the hub, with a model card."
 def push_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub")
-    parser.add_argument("--dry-run", type=Path, default=None, metavar="FOLDER", help="write it there, upload nothing")
-    parser.add_argument("--licence", default=None, help="of the base model, where the checkpoint does not record it")
-    parser.add_argument("--private", action="store_true", help="not to be seen by others")
+    parser.add_argument(
+        "--dry-run",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="write the repository to a folder, without an upload",
+    )
+    parser.add_argument(
+        "--licence", default=None, help="licence of the base model, if the checkpoint does not record it"
+    )
+    parser.add_argument("--private", action="store_true", help="create a private repository")
 
 
-PLAN = "Price a run before it starts: jobs, hours, memory, disk, downloads, licences."
+PLAN = "Estimate a run before it starts: jobs, hours, memory, disk, downloads, licences."
 
 
 CHECK = "List what would stop a run later: files, licences, memory, disk, packages."
@@ -66,24 +85,33 @@ CHECK = "List what would stop a run later: files, licences, memory, disk, packag
 def check_options(parser: argparse.ArgumentParser) -> None:
     _run_options(parser)
     parser.add_argument(
-        "--gpu-memory", type=float, default=None, metavar="GB", help="of the GPUs to be used; default: this machine's"
+        "--gpu-memory",
+        type=float,
+        default=None,
+        metavar="GB",
+        help="memory of each GPU; default: that of this machine's GPUs",
     )
-    parser.add_argument("--offline", action="store_true", help="ask the hub for nothing")
+    parser.add_argument("--offline", action="store_true", help="skip the checks of the hub")
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
     _run_options(parser)
-    parser.add_argument("--gpus", type=int, default=1, help="jobs on GPUs at a time; default: 1")
-    parser.add_argument("--bandwidth", type=float, default=20.0, help="of downloads, MB/s; default: 20")
-    parser.add_argument("--json", type=Path, default=None, help="write the plan there, too")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs; default: 1")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=None, metavar="GB", help="list the jobs that need more memory of a GPU"
+    )
+    parser.add_argument("--bandwidth", type=float, default=20.0, metavar="MB", help="download MB/s; default: 20")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the plan as JSON")
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("targets", nargs="*", help="files or rules; default: everything")
-    parser.add_argument("--snakefile", type=Path, default=Path("Snakefile"))
-    parser.add_argument("--configfile", type=Path, nargs="+", default=[], help="as Snakemake's")
+    parser.add_argument("targets", nargs="*", help="files or rules; default: all")
+    parser.add_argument(
+        "--snakefile", type=Path, default=Path("Snakefile"), metavar="FILE", help="default: Snakefile"
+    )
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[], metavar="FILE", help="as Snakemake's")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="as Snakemake's")
-    parser.add_argument("--cores", type=int, default=None, help="default: all of this machine")
+    parser.add_argument("--cores", type=int, default=None, metavar="N", help="CPU cores; default: all")
 
 
 def _path(name: str, text: str):
@@ -126,64 +154,66 @@ def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--dtype", default=None, choices=("float32", "bfloat16", "float16"),
-        help="of the computation; wins over the recipe's; default: the recipe's, else float32 on a CPU and the "
-        "model's own on a GPU",
+        help="dtype of the computation, in place of the recipe's; default: the recipe's, else float32 on a CPU "
+        "and the model's own on a GPU",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads; default: all")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads; default: all")
 
 
 def _windows(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--windows", type=Path, nargs="+", required=required, help="files of calibration windows")
+    parser.add_argument(
+        "--windows", type=Path, nargs="+", required=required, metavar="FILE", help="files of calibration windows"
+    )
 
 
 def _sizes(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
-        "--sizes-only", action="store_true", help="count the bytes of weights as a GPU reads them, and run nothing"
+        "--sizes-only", action="store_true", help="count the bytes of weights that a GPU reads, without runs"
     )
 
 
 def _trust(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that was downloaded with the model, unaltered"
+        "--trust-remote-code", action="store_true", help="run the Python code of the model repository"
     )
 
 
 def _activations(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--activations-memory", type=float, default=4096, metavar="MB",
-        help="memory for hidden states; more of them lie in a file beside the output (default: 4096)",
+        help="memory for hidden states, the rest is in a temporary file; default: 4096",
     )  # fmt: skip
 
 
 def _rerun(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
         "--rerun", action="store_true",
-        help="also replace what is left of an earlier result, from which Snakemake has removed the declared outputs",
+        help="replace an earlier result whose declared outputs Snakemake has removed",
     )  # fmt: skip
 
 
 OPTIONS = {
     "settings": _settings("--settings", "settings of the stage, listed below"),
     "patterns": _patterns,
-    "recipe": _settings("--recipe", "recipe whose activation settings apply; default: the checkpoint's"),
+    "recipe": _settings("--recipe", "recipe with the activation settings; default: that of the checkpoint"),
     "weights": _settings("--recipe", "recipe of the weights, such as method=obr_gptq bits=4"),
-    "name": lambda parser, required: parser.add_argument("name", metavar="NAME", help="of the table or figure"),
-    "config": _path("config", "YAML or JSON file with the table or figure and the recipes and models that it names"),
+    "name": lambda parser, required: parser.add_argument("name", metavar="NAME", help="name of the table or figure"),
+    "config": _path("config", "YAML or JSON file with the table or figure, and with its recipes and models"),
     "model": _path("model", "folder of a downloaded model"),
     "text": _path("text", "text file"),
     "released": _path("released", "folder of a downloaded checkpoint of the authors"),
     "task": _path("task", "folder of a downloaded task"),
-    "rotation": _path("rotation", "rotation file; without it the model is not rotated"),
+    "rotation": _path("rotation", "rotation file; default: no rotation"),
     "tokens": _path("tokens", "file of calibration windows"),
     "windows": _windows,
     "hessians": _path("hessians", "folder of cached Hessians"),
     "gradients": _path("gradients", "file of output gradients"),
-    "sensitivity": _path("sensitivity", "file of the losses that layers are predicted to cost"),
+    "sensitivity": _path("sensitivity", "file of predicted losses of layers and options"),
     "allocation": _path("allocation", "file of a recipe's allocation"),
     "checkpoint": _path("checkpoint", "folder of a packed checkpoint"),
     "results": _path("results", "folder of the results"),
     "published": _path("published", "CSV file of published numbers"),
-    "out": _path("out", "what to write"),
+    "out": _path("out", "output file or folder"),
     "activations": _activations,
     "compute": _compute,
     "rerun": _rerun,

@@ -25,7 +25,7 @@ DESCRIPTION = "Sparse and quantised language models: commands for people, and th
 # Sub-command -> its function, its help, and the names of its options; "?" marks those that may be left out.
 STAGES = {
     "download-model": (commands.download_model, "Fetch a model into a folder.", "settings out rerun"),
-    "check-model": (commands.check_model, "Check recipes against a model's sizes.", "patterns? model out"),
+    "check-model": (commands.check_model, "Check patterns against the sizes of a model.", "patterns? model out"),
     "download-text": (commands.download_text, "Fetch a text into a file.", "settings out"),
     "download-documents": (commands.download_documents, "Fetch a text's documents into a file.", "settings out"),
     "download-task": (commands.download_task, "Fetch a zero-shot task.", "settings text? out rerun"),
@@ -38,7 +38,7 @@ STAGES = {
     "calibrate": (commands.calibrate, "Choose calibration windows.", "settings model text out trust"),
     "generate": (
         commands.generate,
-        "Let a model write calibration windows.",
+        "Sample calibration windows from a model.",
         "settings model out compute trust",
     ),
     "mix": (commands.mix, "Mix calibration windows of several files.", "settings windows out"),
@@ -49,17 +49,17 @@ STAGES = {
     ),
     "gradients": (
         commands.gradients,
-        "Measure how much the loss feels each output channel of each layer.",
+        "Measure gradients of the loss with respect to layer outputs.",
         "settings model rotation? tokens out activations compute trust",
     ),
     "sensitivity": (
         commands.sensitivity,
-        "Predict the loss that each layer costs at several options.",
+        "Predict the loss of each layer at each option.",
         "settings model rotation? tokens hessians gradients out activations compute trust",
     ),
     "allocate": (
         commands.allocate,
-        "Choose an option for each layer under a budget.",
+        "Choose an option for each layer within a bit budget.",
         "weights sensitivity out",
     ),
     "compress": (
@@ -70,7 +70,7 @@ STAGES = {
     "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "settings out rerun"),
     "released": (
         commands.released,
-        "Verify a checkpoint of the authors and take it over.",
+        "Verify a checkpoint of the authors and convert it.",
         "weights model released out trust",
     ),
     "kernels": (commands.kernels, "Time matrix products on this device.", "settings out compute sizes"),
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     """Of the whole command line; a parsed command has its function as `stage`."""
     sections = [
         _listed("commands", BY_HAND),
-        _listed("workflow stages (called by Snakemake; what it prints can be run by hand)", STAGES),
+        _listed("workflow stages (called by Snakemake; its printed commands also run by hand)", STAGES),
         "obr COMMAND --help prints a command's options.",
     ]
     found = argparse.ArgumentParser(

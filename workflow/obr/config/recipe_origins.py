@@ -44,6 +44,16 @@ def _flow(value) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1e9, sort_keys=False).removesuffix("...\n").strip()
 
 
+def referred(config: Config, recipe: Recipe) -> list[str]:
+    """The entries of the config that a recipe names, as comments: its rotation and its calibration."""
+    names = [("rotations", recipe.rotation), ("calibrations", recipe.calibration)]
+    return [
+        f"# {section}.{name}: {_flow(config.raw[section][name])}"
+        for section, name in names
+        if name in config.raw.get(section, {})
+    ]
+
+
 def config_entry(config: Config, name: str, where: str, scheme: str | None = None) -> tuple[dict, dict[str, str]]:
     """(fields, {field: the entry that it stands in}) of a recipe of the config.
 

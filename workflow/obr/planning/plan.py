@@ -37,6 +37,8 @@ class Plan:
     gated: list[str] = field(default_factory=list)
     measured: dict[str, int] = field(default_factory=dict)
     checked: list[dict] = field(default_factory=list)  # model, method, published and planned minutes
+    gpu_memory: float | None = None  # of the GPU that jobs are held against
+    too_large: list[str] = field(default_factory=list)  # jobs that need more, each with what it needs
 
 
 def plan_of(
@@ -47,10 +49,11 @@ def plan_of(
     cores: int,
     gpus: int,
     bandwidth: float = 20.0,
+    gpu_memory: float | None = None,
 ) -> Plan:
     """The priced dry run of a configuration, or of some of its targets.
 
-    One parameter per flag of `obr plan`.
+    One parameter per flag of `obr plan`. Jobs that need more than `gpu_memory` GB of a GPU are listed.
 
     Timings are taken from `benchmarks` below the results folder and the folders beside it.
 
@@ -59,6 +62,13 @@ def plan_of(
     """
     config, jobs, prices, each = priced(snakefile, configfiles, overrides, targets, cores, bandwidth)
     plan = total(config, jobs, each, prices, cores, gpus)
+    if gpu_memory is not None:
+        plan.gpu_memory = gpu_memory
+        plan.too_large = [
+            f"{' '.join([job.rule, *job.wildcards.values()])}: {price.gpu:.1f} GB"
+            for job, price in sorted(zip(jobs, each), key=lambda pair: -pair[1].gpu)
+            if price.gpu > gpu_memory
+        ]
     plan.checked = published_times(Path(snakefile).parent / "workflow/published/results.csv", jobs, each, prices)
     return plan
 
@@ -140,9 +150,12 @@ def summary(plan: Plan) -> str:
         lines += ["", f"Device hours by model: {hours}; {plan.busy / 3600:.1f} in all."]
     device = f", {plan.gpu:.0f} GB of a GPU" if plan.gpu else ""
     lines.append(f"Peak memory of a job: {plan.host:.1f} GB of the host{device}.")
-    if plan.gpu > 80:
-        large = ", ".join(sorted(rule for rule, sums in plan.by_rule.items() if sums["gpu"] > 80))
-        lines.append(f"Jobs above 80 GB need a larger GPU: some of {large}, which hold the whole model on one.")
+    if plan.too_large:
+        count = len(plan.too_large)
+        lines.append(f"{count} job{'s' * (count > 1)} of {plan.jobs} exceed a GPU of {plan.gpu_memory:g} GB:")
+        lines += [f"  {name}" for name in plan.too_large]
+    elif plan.gpu_memory is not None and plan.gpu:
+        lines.append(f"Every job fits into a GPU of {plan.gpu_memory:g} GB.")
     lines.append(
         f"Disk: {plan.disk:.1f} GB in the end, {plan.disk_peak:.1f} GB at the peak. Downloads: {plan.fetched:.1f} GB."
     )
