@@ -9,6 +9,7 @@
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
 # make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
+# make crate   an RO-Crate of the demo: results/demo/ro-crate-metadata.json with each job, its command, code and files
 # make docs    the documentation site, into site/; without a network
 # make lint    ruff, snakefmt, snakemake --lint
 # make audit   known vulnerabilities of what the lock files install, asked of osv.dev
@@ -19,7 +20,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-processors test-slurm benchmark benchmark-large kernels docs lint audit clean
+.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-processors test-slurm benchmark benchmark-large kernels crate docs lint audit clean
 .DEFAULT_GOAL := demo
 
 # Python compiles a module when it is first imported; compiling all of them here would take most of a minute. Where the
@@ -89,6 +90,15 @@ kernels: $(READY)
 	$(INSTALL) --no-deps --require-hashes \
 	--target .venv/cuda --upgrade -r requirements.cuda.lock
 	$(BIN)/python -c 'from obr.kernels.cuda import library; print(library.prepare())'
+
+# For another run, its configuration files and the file to write: make crate CRATE_OF=... CRATE=...
+CRATE_OF ?= config/experiments/demo.yaml
+CRATE ?= results/demo/ro-crate-metadata.json
+crate: $(READY)
+	@PYTHONWARNINGS=ignore::RuntimeWarning $(SNAKEMAKE) --quiet all --configfile $(CRATE_OF) \
+	--reporter fairscape --report-fairscape-path $(CRATE) --report-fairscape-name "OBR pipeline" \
+	--report-fairscape-license https://spdx.org/licenses/Apache-2.0
+	@echo "RO-Crate: $(CRATE)"
 
 # Broken links, anchors and pages are errors; with --quiet, mkdocs would overlook them.
 docs: $(READY)

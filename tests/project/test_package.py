@@ -188,7 +188,7 @@ def test_rules_pass_the_memory_for_hidden_states_to_each_stage_that_has_it():
         assert "--activations-memory {resources.activations_mb}" in command, stage
 
 
-EXTRAS = ("data", "eval", "learn", "export", "report", "workflow", "docs", "dev")
+EXTRAS = ("data", "eval", "learn", "export", "report", "workflow", "crate", "docs", "dev")
 
 
 def test_the_conda_environment_is_the_lock_file():

@@ -229,6 +229,20 @@ def test_the_report_is_one_file(finished):
     assert "A tiny model" in page and "layers/tiny/obr_gptq.csv" in page
 
 
+def test_the_crate_has_every_job_and_the_files_between_them(finished):
+    run = snakemake(finished, CONFIG, "--reporter", "fairscape", "--report-fairscape-path", "crate.json")
+    assert run.returncode == 0, run.stdout[-3000:]
+    graph = json.loads((finished / "crate.json").read_text())["@graph"]
+    names = {entity["@id"]: entity.get("name", "") for entity in graph}
+    computed = [e for e in graph if "https://w3id.org/EVI#Computation" in e["@type"]]
+    (compression,) = [e for e in computed if "compress" in e["name"] and "recipe=obr_gptq)" in e["name"]]
+    made = {names[entity["@id"]] for entity in compression["generated"]}
+    read = {names[entity["@id"]] for entity in compression["usedDataset"]}
+    assert "obr compress --recipe method=obr_gptq" in compression["command"]
+    assert {"obr_gptq", "obr_gptq.json", "obr_gptq.csv"} <= made and {"source.json", "tiny.safetensors"} <= read
+    assert len(computed) > 10
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [
