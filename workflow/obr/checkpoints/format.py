@@ -84,7 +84,7 @@ def stored_block(blocks: StreamedBlocks, index: int, directory: Path, manifest: 
     """
     if referred.ENTRY not in manifest:
         return load_block(blocks, index, directory / block_file(index))
-    names = list(blocks.model.get_submodule(blocks.layout.blocks)[index].state_dict())
+    names = list(blocks.skeleton[index].state_dict())
     prefix, dtype = f"{blocks.layout.blocks}.{index}.", getattr(torch, manifest["dtype"])
     header, tensors = referred.read_tensors(directory, manifest, blocks.layout.linears, names, prefix, dtype)
     return _built(blocks, index, header, tensors, str(referred.folder_of(directory, manifest)))
@@ -92,7 +92,7 @@ def stored_block(blocks: StreamedBlocks, index: int, directory: Path, manifest: 
 
 def _built(blocks: StreamedBlocks, index: int, header: dict, tensors: dict[str, Tensor], what: str) -> nn.Module:
     """A block from the contents of its file. what: the file's name in messages."""
-    block = copy.deepcopy(blocks.model.get_submodule(blocks.layout.blocks)[index])
+    block = copy.deepcopy(blocks.skeleton[index])
     wrap_block(block, blocks.layout)
     try:
         fill_block(block, blocks.layout, header, tensors, what, blocks.dtype)

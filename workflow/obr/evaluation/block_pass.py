@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from obr.evaluation.resume_point import ResumePoint
 from obr.models.blocks import Blocks, run_block
 from obr.models.hidden_states import MemoryBudget, StoredStates
+from obr.models.prefetch import in_turn
 from obr.runtime.progress import Progress
 
 
@@ -43,7 +44,7 @@ def run(
     """The result of each part.
 
     Args:
-        blocks: of the model. One is in memory at a time.
+        blocks: of the model. One is in memory at a time; on a GPU the next one is read meanwhile.
         room: for the hidden states of all parts.
         shown: the name under which progress is shown, None for silence.
         resume: keeps the hidden states of an interrupted pass.
@@ -61,8 +62,9 @@ def run(
     with Progress(shown or "", len(blocks), shown is not None) as progress:
         for _ in range(done):
             progress.resume()
+        read = in_turn(blocks, done)
         for index in range(done, len(blocks)):
-            _replace(hidden, blocks.load(index), index, pieces)
+            _replace(hidden, next(read), index, pieces)
             progress.block()
             if resume and index + 1 < len(blocks):
                 resume.save(hidden, index + 1)

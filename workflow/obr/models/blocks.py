@@ -36,6 +36,8 @@ class Blocks:
     def _hold(self, model: nn.Module) -> None:
         self.model, self.config = model, model.config
         self.layout = layout_of(model.config)
+        # Read by threads, while `entering` has recorders in the model's own list for a moment.
+        self.skeleton = model.get_submodule(self.layout.blocks)
         self.dimensions = Dimensions.of(model.config)
 
     def __len__(self) -> int:
@@ -242,8 +244,7 @@ class StreamedBlocks(Blocks):
         return self.model
 
     def load(self, index: int) -> nn.Module:
-        empty = self.model.get_submodule(self.layout.blocks)[index]
-        block = copy.deepcopy(empty)
+        block = copy.deepcopy(self.skeleton[index])
         prefix = f"{self.layout.blocks}.{index}."
         dtype = self.dtype if self.rotation is None else torch.float32
         names = {name: prefix + name for name in block.state_dict()}

@@ -86,8 +86,9 @@ def memory(
     elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it
         passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
         model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
-        if on_gpu:  # a block is unpacked on the host
+        if on_gpu:  # the next block is read meanwhile, and unpacked on the host
             base += 3 * block / 1e9
+            model += block
         else:
             model += block
     elif rule == "generate":
