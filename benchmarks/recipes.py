@@ -26,7 +26,7 @@ FOUND = ["perplexity", "relative_error", "held_out_error", "bits_per_weight", "z
 
 def main() -> None:
     args = arguments()
-    entries = [line.split("#")[0].strip() for line in args.recipes.read_text().splitlines()] if args.recipes else []
+    entries = [line.split("#")[0].strip() for line in args.recipes.read_text(encoding="utf-8").splitlines()] if args.recipes else []
     for words in [*args.recipe, *filter(None, entries)]:
         for seed in args.seeds:
             settings = {
@@ -38,7 +38,7 @@ def main() -> None:
                 continue
             job = {**vars(args), "recipe": words, "seed": seed, "rotated": "rotation=" in words}
             command = [sys.executable, __file__, "--job", json.dumps(job, default=str)]
-            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
             append(args.out, {**settings, **json.loads(result.stdout.splitlines()[-1])})
 
 

@@ -58,6 +58,6 @@ def test_an_unknown_setting_ends_the_command(capsys, tmp_path):
         ("rotations", "learn-rotation"), ("zero_shot", "download-task"),
     ],
 )  # fmt: skip
-def test_all_settings_of_the_config_are_known(section, command):
+def test_settings_of_every_entry_of_the_config_are_known(section, command):
     for entry in load_config().raw[section].values():
         check_settings(command, entry)
