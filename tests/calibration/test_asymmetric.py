@@ -108,7 +108,7 @@ def test_drifts_are_sums_over_both_models_inputs(tokens):
             run_block(module, states, arguments[0])
         module.mlp.down_proj.observer = None
         seen[which] = torch.cat([row[0] for row in rows]).double()
-    found = asymmetric.collect(compressed, block, dense.layout, hidden, hidden, arguments[0], "down")
+    found = asymmetric.collect(compressed, block, dense.layout, hidden, hidden, arguments[0], ["down"])["down"]
     own = seen["compressed"]
     assert torch.allclose(found.moments.hessian.double(), own.T @ own / 2, rtol=1e-4, atol=1e-4)
     assert torch.allclose(found.drift.double(), (seen["dense"] - own).T @ own / 2, rtol=1e-4, atol=1e-4)

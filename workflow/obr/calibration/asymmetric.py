@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from obr.calibration.collect_hessians import Accumulator, Moments, inputs_of
+from obr.calibration.collect_hessians import Accumulator, Moments, inputs_of_each
 from obr.methods.layer_hessian import Hessian
 from obr.methods.row_products import product
 from obr.models.architectures import Layout
@@ -37,24 +37,26 @@ def collect(
     hidden: HiddenStates,
     dense_hidden: HiddenStates,
     arguments: dict,
-    group: str,
-) -> GroupStatistics:
-    """Moments and drift of a group of `block`, beside `dense`, the block before compression.
+    groups: list[str],
+) -> dict[str, GroupStatistics]:
+    """Moments and drift of some groups of `block`, beside `dense`, the block before compression.
 
     Seven parameters: two blocks and the hidden states of both.
 
-    hidden, dense_hidden: b inputs (1, s, d) of either.
+    hidden, dense_hidden: b inputs (1, s, d) of either. groups: keys of `layout.groups`, in its order.
     """
-    name = layout.groups[group][0]  # the others of a group read the same input
-    weight = block.get_submodule(name).weight
-    total = Accumulator(weight.shape[1], len(hidden), weight.device)
-    drift = torch.zeros_like(total.upper)
+    names = [layout.groups[group][0] for group in groups]  # the others of a group read the same input
+    weights = [block.get_submodule(name).weight for name in names]
+    totals = [Accumulator(weight.shape[1], len(hidden), weight.device) for weight in weights]
+    drifts = [torch.zeros_like(total.upper) for total in totals]
     for states, dense_states in zip(hidden, dense_hidden, strict=True):
-        inputs = inputs_of(block, name, states, arguments)
-        wanted = inputs_of(dense, name, dense_states, arguments)
-        total(inputs)
-        drift.addmm_((wanted - inputs).T, inputs, alpha=total.factor)
-    return GroupStatistics(total.moments(), drift)
+        seen = inputs_of_each(block, names, states, arguments)
+        wanted = inputs_of_each(dense, names, dense_states, arguments)
+        for total, drift, x, aim in zip(totals, drifts, seen, wanted, strict=True):
+            total(x)
+            drift.addmm_((aim - x).T, x, alpha=total.factor)
+    found = zip(groups, totals, drifts, strict=True)
+    return {group: GroupStatistics(total.moments(), drift) for group, total, drift in found}
 
 
 def shifted(weight: Tensor, drift: Tensor, hessian: Hessian, share: float) -> Tensor:

@@ -100,14 +100,22 @@ def collect(
 
 def inputs_of(block: nn.Module, name: str, states: Tensor, arguments: dict) -> Tensor:
     """(t, n) float32: what the layer `name` of a block reads, behind its online transform, for states (1, s, d)."""
-    linear, found = block.get_submodule(name), []
-    linear.observer = _then_stop(found.append)
+    return inputs_of_each(block, [name], states, arguments)[0]
+
+
+def inputs_of_each(block: nn.Module, names: list[str], states: Tensor, arguments: dict) -> list[Tensor]:
+    """`inputs_of` several layers, in the order in which the block runs them, from one pass that ends at the last."""
+    linears, found = [block.get_submodule(name) for name in names], []
+    for linear in linears:
+        linear.observer = found.append
+    linears[-1].observer = _then_stop(found.append)
     try:
         with suppress(_Captured):
             run_block(block, states, arguments)
     finally:
-        linear.observer = None
-    return found[0].reshape(-1, found[0].shape[-1]).float()
+        for linear in linears:
+            linear.observer = None
+    return [x.reshape(-1, x.shape[-1]).float() for x in found]
 
 
 def _then_stop(take: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

@@ -81,6 +81,8 @@ def _compress_block(
     if index not in statistics.chosen:
         left = replace(report, recipe=report.recipe.left_out, allocation=None)
         return [row for group in layout.groups for row in compress_group(block, layout, group, None, left, index)]
+    shown.layer("Hessians of the block")
+    statistics.begin(block, index)
     rows = []
     for number, group in enumerate(layout.groups, start=1):
         shown.layer(f"group {number}/{len(layout.groups)}, Hessian of {group}")

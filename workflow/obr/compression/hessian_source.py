@@ -36,6 +36,7 @@ class HessianSource:
         self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
         self.dense, self.dense_hidden, self.held_out = None, None, None
+        self.gathered: dict[str, GroupStatistics] = {}  # of the groups of a block that are still to come
         if tokens is not None and recipe.needs_hessian:
             room, count = room or MemoryBudget(), len(tokens) - recipe.held_out
             if count < 1:
@@ -66,26 +67,33 @@ class HessianSource:
             set_quantizers(block, self.blocks.layout, self.quantised)
         return block
 
+    def begin(self, block: nn.Module, index: int) -> None:
+        """Collect what is wanted of a whole block before any of its layers changes."""
+        if self.hidden is not None and self.recipe.hessian_scope == "block" and index in self.chosen:
+            self.gathered = self._gathered(block, index, list(self.blocks.layout.groups))
+
     def collected(self, block: nn.Module, index: int, group: str) -> GroupStatistics | None:
         """Of a group's inputs; None where there are neither tokens nor files."""
         if self.hidden is not None:
-            layout, arguments = self.blocks.layout, self.arguments[index]
-            if self.dense_hidden is not None:
-                found = asymmetric.collect(
-                    block, self.dense, layout, self.hidden, self.dense_hidden, arguments, group
-                )
-            else:
-                found = GroupStatistics(
-                    collect_hessians.collect(block, layout, self.hidden, arguments, [group], whole=False)[group]
-                )
-            if self.held_out is not None:
-                held_out = collect_hessians.collect(block, layout, self.held_out, arguments, [group], whole=False)
-                found.held_out = held_out[group].hessian
-            return found
+            return self.gathered.pop(group, None) or self._gathered(block, index, [group])[group]
         if self.cached is not None:
             path, harmonic = self.cached / block_file(index), self.recipe.needs_harmonic
             return GroupStatistics(collect_hessians.load(path, self.blocks.device, [group], harmonic)[group])
         return None
+
+    def _gathered(self, block: nn.Module, index: int, groups: list[str]) -> dict[str, GroupStatistics]:
+        """Of the inputs of some groups, from one pass through a block as it is."""
+        layout, arguments = self.blocks.layout, self.arguments[index]
+        if self.dense_hidden is not None:
+            found = asymmetric.collect(block, self.dense, layout, self.hidden, self.dense_hidden, arguments, groups)
+        else:
+            moments = collect_hessians.collect(block, layout, self.hidden, arguments, groups, whole=False)
+            found = {group: GroupStatistics(moments[group]) for group in groups}
+        if self.held_out is not None:
+            held_out = collect_hessians.collect(block, layout, self.held_out, arguments, groups, whole=False)
+            for group in groups:
+                found[group].held_out = held_out[group].hessian
+        return found
 
     def advances(self, index: int) -> bool:
         """Whether a later block needs what this one puts out."""

@@ -161,6 +161,7 @@ def _repeated(
                 again_by = processor.description(blocks.target.type)
                 block = statistics.prepared(index, blocks.load(index))
                 round_rest(block, layout, report.dtype)
+                statistics.begin(block, index)
                 for group, names in layout.groups.items():
                     if (index, group) in wanted:
                         collected = statistics.collected(block, index, group)

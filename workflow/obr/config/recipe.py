@@ -108,6 +108,9 @@ class Recipe:
     damp: added to the Hessian's diagonal, in units of its mean.
     clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
     "learned": minmax of weights within the bounds that the rotation has learned.
+    hessian_scope: when the Hessians of a layer's inputs are collected: behind the compressed layers of its "block"
+    too, "group" by group (the paper's code), or for a whole "block" before any of its layers changes (llm-compressor;
+    one pass through the block instead of four; sequential only).
     hessian_inputs: "plain" or "quantised" (as in evaluation; sequential only).
     online: least precision of online transforms, "float32", "float64", or "model", which multiplies by Hadamard
     matrices that are not Sylvester's in the activations' dtype. Queries and keys always have float32 or better.
@@ -146,6 +149,7 @@ class Recipe:
     rotation: str = "none"
     calibration: str | None = None
     hessian: str = "sequential"
+    hessian_scope: str = "group"
     hessian_inputs: str = "plain"
     asymmetry: float = 0.0
     held_out: int = 0

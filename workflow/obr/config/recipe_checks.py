@@ -16,6 +16,7 @@ WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 ROW_WEIGHTS = ("none", "gradient")
 ORDERS = ("given", "hessian")  # of columns
+HESSIAN_SCOPES = ("group", "block")  # of layers whose Hessians are collected at a time
 DTYPES = ("float32", "float16", "bfloat16")  # of a computation
 
 
@@ -39,6 +40,7 @@ def check_choices(recipe: Recipe, name: str) -> None:
         raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
     check_choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
     check_choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
+    check_choice(recipe.hessian_scope, HESSIAN_SCOPES, f"{name}.hessian_scope")
     check_choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")
     check_choice(recipe.online, ("model", "float32", "float64"), f"{name}.online")
     if recipe.dtype is not None:
@@ -68,10 +70,11 @@ def check_passes(recipe: Recipe, name: str) -> None:
         "cached Hessians know the dense model's inputs alone; use hessian: sequential": recipe.hessian == "cached",
         f"method {recipe.method} reads no activations; use another method": not recipe.needs_hessian,
     }
-    for field in ("asymmetry", "held_out"):
+    for field, default in (("asymmetry", 0), ("held_out", 0), ("hessian_scope", "group")):
         for reason, clashing in why.items():
-            if getattr(recipe, field) and clashing:
-                raise ObrError(f"{name}.{field} is {getattr(recipe, field)}, but {reason}, or {field} 0.")
+            value = getattr(recipe, field)
+            if value != default and clashing:
+                raise ObrError(f"{name}.{field} is {value}, but {reason}, or {field} {default}.")
 
 
 def check_order(recipe: Recipe, name: str) -> None:

@@ -16,7 +16,8 @@ OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR'
 RELEASED_PASSES = 18.0  # over all weights, what verifying and keeping a released checkpoint takes
 STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
 GROUPS = 4  # of a block, each with a run of the calibration through it
-GROUP_PASSES = 2.0  # of a whole block's work, what these runs take together: each stops at its group
+# Of a whole block's work, what these runs take together: each stops at its group; or one for all groups.
+GROUP_PASSES = {"group": 2.0, "block": 1.0}
 # Of lm-eval's tasks: examples; tokens of an example, what its requests begin with counted once; tokens of them whose
 # logits are needed. Of the six tasks of the paper, as SmolLM2's tokenizer cuts 600 examples.
 TASKS = {
@@ -113,9 +114,12 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         elements += weights * JOINT_SWEEP * recipe.sweeps
     if recipe.needs_hessian and recipe.hessian == "sequential":
         passed = replace(sizes, blocks=chosen[-1] + 1)  # blocks before the first chosen are run once
-        products += GROUP_PASSES * sizes.forward(tokens, length) + passed.forward(tokens, length)
+        products += GROUP_PASSES[recipe.hessian_scope] * sizes.forward(tokens, length) + passed.forward(
+            tokens, length
+        )
         grams = sizes.hessians(tokens)
-    runs = (GROUPS + 1) * blocks * tokens / length if products else 0.0
+    groups = GROUPS if recipe.hessian_scope == "group" else 1
+    runs = (groups + 1) * blocks * tokens / length if products else 0.0
     if recipe.asymmetry:  # the dense blocks run, too; drifts, and the steps to the targets
         products, grams, runs = 2 * products, 2 * grams, 2 * runs
         exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)

@@ -74,6 +74,8 @@ def memory(
         method, is_rotated = (recipe.method, recipe.rotation != "none") if recipe else ("obr_gptq", True)
         is_ordered = recipe is not None and recipe.column_order != "given"
         model, base = compressing(sizes, method, length, on_gpu, is_rotated, is_ordered), 0.9
+        if recipe and recipe.hessian_scope == "block":  # those of the groups that are still to come
+            model += (all_hessians - 4.0 * min(sizes.inputs) ** 2) * (2 if recipe.asymmetry else 1)
         if recipe and recipe.asymmetry:
             model += block + 4.0 * max(sizes.inputs) ** 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
