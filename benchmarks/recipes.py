@@ -26,7 +26,8 @@ FOUND = ["perplexity", "relative_error", "held_out_error", "bits_per_weight", "z
 
 def main() -> None:
     args = arguments()
-    entries = [line.split("#")[0].strip() for line in args.recipes.read_text(encoding="utf-8").splitlines()] if args.recipes else []
+    lines = args.recipes.read_text(encoding="utf-8").splitlines() if args.recipes else []
+    entries = [line.split("#")[0].strip() for line in lines]
     for words in [*args.recipe, *filter(None, entries)]:
         for seed in args.seeds:
             settings = {
