@@ -8,6 +8,7 @@ import torch
 from gguf import GGUFReader
 
 import obr
+from helpers.single_scores import text_score
 from obr.checkpoints import referred
 from obr.checkpoints.files import read_manifest
 from obr.checkpoints.verify import verify_checkpoint
@@ -16,7 +17,6 @@ from obr.compression import stage
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.evaluation.perplexity import perplexity_stage
 from obr.export.dispatch import export
 from obr.export.hub import push
 
@@ -145,7 +145,7 @@ def test_an_older_checkpoint_with_blocks_makes_room(tiny_folder, tmp_path):
 
 def test_a_text_is_judged_with_the_models_weights(pair, tiny_folder):
     found = [
-        perplexity_stage(folder, tiny_folder / "heldout.txt", {"seqlen": 64, "tokens": 512}, device="cpu")
+        text_score(folder, tiny_folder / "heldout.txt", {"seqlen": 64, "tokens": 512}, device="cpu")
         for folder in pair[1:]
     ]
     assert found[0]["value"] == found[1]["value"]

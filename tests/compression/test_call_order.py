@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.single_scores import text_score
 from obr.checkpoints.verify import verify_checkpoint
 from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
@@ -240,14 +241,12 @@ def test_saving_spares_a_folder_with_other_files(tmp_path):
     ],
 )
 def test_a_folder_that_is_not_the_checkpoint_of_its_manifest_is_refused_by_all_readers(tmp_path, change, refusal):
-    from obr.evaluation.perplexity import perplexity_stage
-
     obr.save(compressed(), tmp_path / "packed")
     change(tmp_path / "packed")
     readers = (
         lambda: obr.load(tmp_path / "packed"),
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "packed"),
-        lambda: perplexity_stage(tmp_path / "packed", tmp_path / "none.txt", {"seqlen": 8}),
+        lambda: text_score(tmp_path / "packed", tmp_path / "none.txt", {"seqlen": 8}),
         lambda: export(tmp_path / "packed", "compressed-tensors", tmp_path / "exported"),
     )
     for reader in readers:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import obr
+from helpers.single_scores import text_score
 from obr.calibration import collect_hessians
 from obr.checkpoints.format import CheckpointBlocks
 from obr.compression.stage import compress_stage
@@ -17,7 +18,7 @@ from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.data import token_windows, tokenize
 from obr.errors import ObrError
-from obr.evaluation.perplexity import perplexity, perplexity_stage
+from obr.evaluation.perplexity import perplexity
 from obr.models.blocks import StreamedBlocks, run_block
 from obr.models.layers import set_quantizers, wrap_block
 from obr.models.loading import load_tokenizer
@@ -148,7 +149,7 @@ def test_checkpoints_hold_what_the_manifest_says(tiny_folder, prepared, windows,
     }  # fmt: skip
     rows = (tmp_path / "layers.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 7
-    value = perplexity_stage(tmp_path, tiny_folder / "heldout.txt", {"seqlen": 128, "tokens": 2048}, device="cpu")
+    value = text_score(tmp_path, tiny_folder / "heldout.txt", {"seqlen": 128, "tokens": 2048}, device="cpu")
     assert value["value"] == pytest.approx(obr.perplexity(obr.load(tmp_path, device="cpu"), windows), rel=1e-5)
     assert value["windows"] == 16 and "non-overlapping windows of 128" in value["definition"]
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.single_scores import text_score
 from helpers.small_tokenizers import BOOLQ, HELLASWAG, byte_level, make, prefix_space
 from helpers.workflow_runs import with_hashes
 from helpers.zero_shot_tasks import TEXT, local_task
@@ -25,7 +26,6 @@ from obr.data.self_generated import generate
 from obr.data.token_windows import calibrate, load_tokens
 from obr.data.tokenize import special_tokens, tokenize
 from obr.errors import ObrError
-from obr.evaluation.perplexity import perplexity_stage
 from obr.evaluation.zero_shot import zero_shot
 from obr.export.dispatch import export
 from obr.models.loading import load_tokenizer
@@ -227,7 +227,7 @@ def gemma_checkpoint(gemma, tokenizers, tmp_path_factory):
 @torch.no_grad()
 @pytest.mark.parametrize("bos", [None, True, False, "window"])
 def test_perplexity_is_over_requested_windows(gemma, gemma_checkpoint, bos):
-    found = perplexity_stage(
+    found = text_score(
         gemma_checkpoint / "packed", gemma_checkpoint / "text.txt", {"seqlen": 32, "bos": bos}, dtype=torch.float32
     )
     tokenizer = load_tokenizer(gemma_checkpoint / "packed")
@@ -259,7 +259,7 @@ def test_the_definition_names_what_a_tokenizer_adds_after_the_text(tiny_folder, 
     )
     inner.save(str(tmp_path / "packed/tokenizer.json"))
     with_hashes(tmp_path / "packed")
-    found = perplexity_stage(tmp_path / "packed", tiny_folder / "heldout.txt", {"seqlen": 64, "tokens": 256})
+    found = text_score(tmp_path / "packed", tiny_folder / "heldout.txt", {"seqlen": 64, "tokens": 256})
     ending = "a BOS token once, before the text and the special tokens </s> once, after the text"
     assert found["definition"].endswith(ending) and "note" not in found
 

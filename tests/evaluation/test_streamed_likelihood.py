@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 import obr
 from helpers.answer_likelihoods import alone, tiny
 from helpers.family_models import FAMILIES, random_model
+from helpers.single_scores import task_score
 from helpers.small_tokenizers import BOOLQ, byte_level, make
 from helpers.workflow_runs import with_hashes
 from helpers.zero_shot_tasks import LAMBADA, PIQA, WINOGRANDE, local_task
@@ -26,7 +27,7 @@ from obr.evaluation.likelihood import Answers, log_likelihoods, streamed_log_lik
 from obr.evaluation.perplexity import Windows
 from obr.evaluation.prompt_trees import Batch, batches_of, joined, trees_of
 from obr.evaluation.tasks import download_task, load_task
-from obr.evaluation.zero_shot import zero_shot, zero_shot_stage
+from obr.evaluation.zero_shot import zero_shot
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.models.read_only import ReadOnlyBlocks
@@ -236,7 +237,7 @@ SAME = ("acc", "acc_norm", "value", "stderr", "n", "truncated", "prompts", "max_
 @pytest.mark.parametrize("name", TASKS)
 def test_zero_shot_stage_equals_model_in_memory(name, checkpoint, tmp_path):
     folder = local_task(tmp_path, name, TASKS[name])
-    streamed = zero_shot_stage(checkpoint, folder, {"batch_tokens": 100, "bos": True}, device="cpu")
+    streamed = task_score(checkpoint, folder, {"batch_tokens": 100, "bos": True}, device="cpu")
     model = obr.load(checkpoint, device="cpu")
     whole = zero_shot(model, load_tokenizer(checkpoint), folder, batch_size=2, bos=True)
     assert {key: streamed[key] for key in SAME} == {key: whole[key] for key in SAME}
@@ -256,7 +257,7 @@ def check_as_lm_eval(monkeypatch, checkpoint, folder, name, bos, limit=None):
 
     kept = []
     monkeypatch.setattr(lm_eval.evaluator, "evaluate", lambda *a, **k: kept.append(evaluate(*a, **k)) or kept[-1])
-    result = zero_shot_stage(checkpoint, folder, {"bos": bos, "limit": limit}, device="cpu")
+    result = task_score(checkpoint, folder, {"bos": bos, "limit": limit}, device="cpu")
     judge = HFLM(
         pretrained=obr.load(checkpoint, device="cpu"), tokenizer=load_tokenizer(checkpoint), batch_size=1,
         add_bos_token=bos, softmax_dtype="float32",
@@ -312,7 +313,7 @@ def test_streamed_scoring_holds_one_block_in_memory(tiny_folder, tmp_path, monke
             return block
 
         monkeypatch.setattr(CheckpointBlocks, "load", watched)
-        zero_shot_stage(out, folder, {"batch_tokens": 64}, device="cpu")
+        task_score(out, folder, {"batch_tokens": 64}, device="cpu")
         assert len(before) == depth
         peaks[depth] = max(before) - min(before)
         assert peaks[depth] < 1000, before

@@ -1,6 +1,5 @@
 """Perplexity as GPTQ and its successors define it, with the model streamed block by block."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,15 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obr.checkpoints.format import CheckpointBlocks
-from obr.config.recipe import Recipe
 from obr.data import token_windows, tokenize
 from obr.errors import ObrError
 from obr.evaluation.block_pass import run
 from obr.models import dtypes
 from obr.models.blocks import Blocks, StreamedBlocks, check_windows
 from obr.models.hidden_states import MemoryBudget
-from obr.models.loading import load_tokenizer
 from obr.models.read_only import ReadOnlyBlocks, unchanged
 from obr.runtime.files import finite
 from obr.runtime.provenance import versions
@@ -105,43 +101,13 @@ def _loss(blocks: Blocks, states: Tensor, window: Tensor) -> float:
     return total / len(targets)
 
 
-def perplexity_stage(
-    checkpoint: Path,
-    text: Path,
-    spec: dict,
-    recipe: Recipe | None = None,
-    dtype=None,
-    device: str | None = None,
-    room: MemoryBudget | None = None,
-) -> dict:
-    """The stage: perplexity of a checkpoint on a text.
-
-    One parameter per setting of an evaluation.
-
-    spec: {"seqlen", "tokens" (limit, or None), "bos"}, "bos" as of `data.tokenize`. recipe: whose activation settings
-    apply. dtype: of the computation, before the recipe's own. room: for the hidden states of the text.
-
-    Returns what the artefact holds. JSON has no infinity: an infinite perplexity has "value" None and "status" "inf",
-    every other one "status" "finite". "note" is there where windows lack a BOS token that the family needs.
-    """
-    blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
-    return blocks_perplexity(blocks, load_tokenizer(checkpoint), text, spec, room, blocks.recipe.setting)
-
-
-def blocks_perplexity(
-    blocks: StreamedBlocks, tokenizer, text: Path, spec: dict, room: MemoryBudget | None, setting: str = DENSE
-) -> dict:
-    """Perplexity of streamed blocks on a text, as `perplexity_stage` returns it. setting: of the quantisation."""
-    started = time.monotonic()
-    measured = TextRun(blocks, tokenizer, text, spec, setting)
-    value = _perplexity(blocks, measured.windows, room, progress=True)
-    return measured.result(value) | {"seconds": time.monotonic() - started}
-
-
 class TextRun:
     """The evaluation of a model on a text: windows to begin with, and what the artefact holds in the end.
 
-    The arguments are those of `blocks_perplexity`.
+    Args:
+        blocks: of the model.
+        spec: {"seqlen", "tokens" (limit, or None), "bos"}, "bos" as of `data.tokenize`.
+        setting: of the quantisation.
     """
 
     def __init__(self, blocks: StreamedBlocks, tokenizer, text: Path, spec: dict, setting: str):
@@ -153,7 +119,11 @@ class TextRun:
         self.length = len(tokens)
 
     def result(self, value: float) -> dict:
-        """What the artefact holds. value: the perplexity."""
+        """What the artefact holds. value: the perplexity.
+
+        JSON has no infinity: an infinite perplexity has "value" None and "status" "inf", every other one "status"
+        "finite". "note" is there where windows lack a BOS token that the family needs.
+        """
         windows, seqlen = self.windows, self.windows.shape[1]
         note = tokenize.missing_bos(windows, self.tokenizer, self.blocks.config.model_type)
         special = _special(self.tokenizer, self.bos)

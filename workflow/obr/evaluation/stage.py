@@ -41,7 +41,8 @@ class Wanted:
         kind: "perplexity" or "zero_shot".
         name: of the score in the artefact.
         source: text file, or task folder.
-        spec: settings, as of `perplexity_stage` or `zero_shot_stage`.
+        spec: settings of a text {"seqlen", "tokens", "bos"} or of a task {"limit", "batch_tokens", "bos"}, as in the
+            config.
     """
 
     kind: str

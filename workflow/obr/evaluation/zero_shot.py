@@ -8,19 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from obr.checkpoints.format import CheckpointBlocks
-from obr.config.recipe import Recipe
 from obr.data.tokenize import require_bos, special_tokens, spell_tokens
 from obr.errors import ObrError
-from obr.evaluation.likelihood import BATCH_TOKENS, Likelihood, log_likelihoods, streamed_log_likelihoods
+from obr.evaluation.likelihood import Likelihood, log_likelihoods
 from obr.evaluation.lm_eval_tasks import METRICS
 from obr.evaluation.tasks import FEWSHOT_SEED, load_task, quiet, read_task
 from obr.models import dtypes
 from obr.models.architectures import needs_bos
 from obr.models.blocks import StreamedBlocks
 from obr.models.check.memory import check_finished
-from obr.models.hidden_states import MemoryBudget
-from obr.models.loading import load_tokenizer
 from obr.models.read_only import check_attention, unchanged
 from obr.runtime.files import finite
 
@@ -63,33 +59,6 @@ def zero_shot(
     about = {"batch_size": batch_size, "device": str(model.device), "dtype": dtypes.name_of(model.dtype)}
     with unchanged(model):
         found = log_likelihoods(model, run.requests, run.max_length, batch_size)
-    return run.result(found) | about | {"seconds": round(time.perf_counter() - started, 3)}
-
-
-def zero_shot_stage(
-    checkpoint: Path,
-    task_dir: Path,
-    spec: dict,
-    recipe: Recipe | None = None,
-    dtype=None,
-    device: str | None = None,
-    room: MemoryBudget | None = None,
-) -> dict:
-    """The stage: `zero_shot` of a checkpoint, one of whose blocks is in memory at a time.
-
-    spec: {"limit", "batch_tokens", "bos"}, each as in the config. recipe: whose activation settings apply.
-    dtype: of the computation, before the recipe's own. room: for the hidden states of all prompts and answers.
-    There is one parameter for each option of the command line.
-
-    Raises:
-        ObrError: as `zero_shot`; the folder is not a whole checkpoint; no room for the hidden states.
-    """
-    started = time.perf_counter()
-    blocks = CheckpointBlocks(checkpoint, recipe, dtype, device)
-    run = TaskRun(task_dir, blocks.config, load_tokenizer(checkpoint), spec.get("limit"), spec.get("bos"))
-    batch_tokens = spec.get("batch_tokens") or BATCH_TOKENS
-    found = streamed_log_likelihoods(blocks, run.requests, run.max_length, batch_tokens, room, progress=True)
-    about = streamed_about(blocks, batch_tokens)
     return run.result(found) | about | {"seconds": round(time.perf_counter() - started, 3)}
 
 
