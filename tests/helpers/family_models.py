@@ -3,16 +3,24 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
 
 from obr.models.architectures import layout_of
+from obr.models.layers import ATTENTION
 
 FAMILIES = {
     "llama": LlamaConfig(hidden_size=96, intermediate_size=344, num_attention_heads=6, num_key_value_heads=2),
@@ -65,14 +73,39 @@ FAMILIES = {
     "smollm3": SmolLM3Config(
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0
     ),
-}
+    "gemma2": Gemma2Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        query_pre_attn_scalar=16, sliding_window=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        query_pre_attn_scalar=16, sliding_window=8,
+    ),
+    "phi3, part of RoPE": Phi3Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    ),
+    "olmo2": Olmo2Config(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2),
+    "olmo3": Olmo3Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, sliding_window=8
+    ),
+    "glm4": Glm4Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        pad_token_id=0, attention_bias=True,
+    ),
+    "cohere": CohereConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, use_qk_norm=True
+    ),
+}  # fmt: skip
 
 
 def random_model(config, dtype=torch.float64):
     """A model with norms away from one and biases away from zero, so that a wrong fold shows."""
     torch.manual_seed(0)
     options = {**config.to_dict(), "vocab_size": 64, "num_hidden_layers": 2}
-    options.pop("layer_types", None)
+    kinds = list(dict.fromkeys(options.pop("layer_types", None) or ()))
+    if len(kinds) > 1:  # one block of each
+        options["layer_types"] = kinds
     config = type(config)(**options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -89,8 +122,9 @@ TOKENS = torch.arange(1, 41).view(2, 20)  # without padding, whose embedding is 
 
 
 def exact_model(config):
-    """A random model that computes in float64 throughout; transformers' own RMSNorm is float32 inside."""
+    """A random model that computes in float64 throughout; transformers' own RMSNorm and softmax are float32 inside."""
     model = random_model(config)
+    model.set_attn_implementation(ATTENTION)
     offset = layout_of(model.config).norm_offset
     for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
         if not hasattr(norm.forward, "exact"):

@@ -35,6 +35,7 @@ from obr.models.check.folder import Checked, check_tensors, meta_model
 from obr.models.check.memory import is_tied
 from obr.models.configuration import generation_config, load_config
 from obr.models.layers import set_quantizers, wrap_block
+from obr.models.split import take_model_apart
 from obr.models.state import refuse_plain_saving
 from obr.models.tensor_files import TensorFiles
 from obr.runtime.files import atomic_write
@@ -43,7 +44,7 @@ from obr.runtime.resume import block_file
 
 def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype) -> None:
     """Write one compressed block. Raises ObrError if a layer of it is not compressed."""
-    tensors, layers = {}, {}
+    tensors, layers, layout = {}, {}, layout.in_block(block)
     for name in layout.linears:
         linear = block.get_submodule(name)
         if linear.packed is None:
@@ -53,9 +54,10 @@ def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype)
     transforms = online_transforms.specs(block)
     prefixes = tuple(f"{name}." for name in transforms)
     packed = {f"{name}.weight" for name in layout.linears}
+    exact = {name for name, _ in block.named_buffers()}  # of online transforms and routers
     for name, tensor in block.state_dict().items():
         if name not in packed:
-            tensors[name] = tensor.cpu() if name.startswith(prefixes) else tensor.to("cpu", dtype)
+            tensors[name] = tensor.cpu() if name in exact else tensor.to("cpu", dtype)
     _write(tensors, path, {"block": json.dumps({"layers": layers, "transforms": transforms})})
 
 
@@ -84,9 +86,9 @@ def stored_block(blocks: StreamedBlocks, index: int, directory: Path, manifest: 
     """
     if referred.ENTRY not in manifest:
         return load_block(blocks, index, directory / block_file(index))
-    names = list(blocks.skeleton[index].state_dict())
-    prefix, dtype = f"{blocks.layout.blocks}.{index}.", getattr(torch, manifest["dtype"])
-    header, tensors = referred.read_tensors(directory, manifest, blocks.layout.linears, names, prefix, dtype)
+    header, tensors = referred.read_tensors(
+        directory, manifest, blocks.skeleton, blocks.layout, index, getattr(torch, manifest["dtype"])
+    )
     return _built(blocks, index, header, tensors, str(referred.folder_of(directory, manifest)))
 
 
@@ -138,7 +140,7 @@ def round_rest(block: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
     Raises:
         ObrError: they have values that this dtype cannot hold.
     """
-    weights = {f"{name}.weight" for name in layout.linears}
+    weights = {f"{name}.weight" for name in layout.in_block(block).linears}
     for name, parameter in block.named_parameters():
         if name not in weights:
             parameter.data = _rounded(parameter, dtype, name)
@@ -181,6 +183,7 @@ class CheckpointBlocks(StreamedBlocks):
         folder, trust = self.directory, remote_code.trusted(self.directory)
         config = load_config(folder, str(folder), trust, packed=True)
         layout, model = layout_of(config), meta_model(config, trust, str(folder))
+        take_model_apart(model, layout)
         parts = [layout.embed, layout.final_norm] + ([] if config.tie_word_embeddings else [layout.head])
         expected = {f"{part}.weight": list(model.get_submodule(part).weight.shape) for part in parts}
         tensors = TensorFiles(folder, names=[ENDS])
@@ -223,7 +226,8 @@ def fill_block(
         ObrError: missing, unexpected or misshapen tensors.
     """
     state = {}
-    for name in layout.linears:
+    exact = {name for name, _ in block.named_buffers()}
+    for name in layout.in_block(block).linears:
         about, linear = header["layers"][name], block.get_submodule(name)
         names = {part: f"{name}.{part}" for part in ("codes", "values", "scale", "mask")}
         parts = {part: tensors.pop(full) for part, full in names.items() if full in tensors}
@@ -241,7 +245,8 @@ def fill_block(
         setattr(block.get_submodule(parent), attribute, online_transforms.from_spec(spec, tensors, f"{name}."))
     prefixes = tuple(f"{name}." for name in header["transforms"])
     state |= {name: t.clone() for name, t in tensors.items()}  # as views they would keep the whole file in memory
-    state = {name: t if name.startswith(prefixes) else t.to(dtype) for name, t in state.items()}
+    exact |= {name for name in state if name.startswith(prefixes)}
+    state = {name: t if name in exact else t.to(dtype) for name, t in state.items()}
     missing, unexpected = block.load_state_dict(state, assign=True, strict=False)
     if missing or unexpected:
         raise ObrError(f"{what}: missing {missing[:3]}, unexpected {unexpected[:3]}; it is another model's.")

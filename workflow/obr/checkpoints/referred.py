@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
+from obr.models.architectures import Layout
+from obr.models.split import follow
 from obr.models.tensor_files import INDEX, TensorFiles, weight_files
 from obr.runtime.files import sha256_of
 from obr.runtime.provenance import model_hashes
@@ -98,15 +100,18 @@ def problems_of(directory: Path, manifest: dict, whole: bool) -> Iterator[str]:
 
 
 def read_tensors(
-    directory: Path, manifest: dict, linears: list[str], names: list[str], prefix: str, dtype: torch.dtype
+    directory: Path, manifest: dict, model: nn.Module, layout: Layout, index: int, dtype: torch.dtype
 ) -> tuple[dict, dict[str, Tensor]]:
-    """(header, tensors) of a block as its own file would hold them.
+    """(header, tensors) of block `index` as its own file would hold them.
 
-    Six parameters, four of them of the block. linears: its layers. names: of its parameters, which the model's files
-    have after `prefix`. dtype: of the checkpoint.
+    model: without memory, its fused layers apart. dtype: of the checkpoint.
     """
-    folder = folder_of(directory, manifest)
-    read = TensorFiles(folder).read({name: prefix + name for name in names}, dtype)
+    block, prefix = model.get_submodule(layout.blocks)[index], f"{layout.blocks}.{index}."
+    files, linears = TensorFiles(folder_of(directory, manifest)), layout.in_block(block).linears
+    follow(files, layout, model)
+    exact = {name for name, _ in block.named_buffers()}
+    read = files.read({name: prefix + name for name in exact})
+    read |= files.read({name: prefix + name for name in block.state_dict() if name not in exact}, dtype)
     layers, tensors = {}, {}
     for name, tensor in read.items():
         layer, _, part = name.rpartition(".")

@@ -60,7 +60,9 @@ def log_likelihoods(
 def _length_dependent(config) -> Callable[[int], bool]:
     """Whether the position embeddings of a sequence of so many tokens are those of its length alone."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in LENGTH_DEPENDENT:
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # of blocks of each kind, in Gemma 3
+    rope = next((part for part in kinds if part.get("rope_type") in LENGTH_DEPENDENT), None)
+    if rope is None:
         return lambda length: False
     key = LENGTH_DEPENDENT[rope["rope_type"]]
     limit = rope.get(key) or getattr(config, key)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obr.errors import ObrError
-from obr.models.architectures import Dimensions, layout_of
+from obr.models.architectures import Dimensions, Layout, layout_of
 from obr.models.check.folder import Checked, check_folder, with_buffers
 from obr.models.check.memory import check_model, is_tied
 from obr.models.hidden_states import HiddenStates, MemoryBudget
@@ -47,6 +47,10 @@ class Blocks:
     def device(self) -> torch.device:
         return self.model.get_submodule(self.layout.embed).weight.device
 
+    def layout_at(self, index: int) -> Layout:
+        """The layout of block `index`, with the layers that this block has."""
+        return self.layout.in_block(self.model.get_submodule(self.layout.blocks)[index])
+
     def load(self, index: int) -> nn.Module:
         """Block `index`, its linear layers wrapped."""
         block = self.model.get_submodule(self.layout.blocks)[index]
@@ -54,13 +58,20 @@ class Blocks:
         return block
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(b, s, d) out of the last block -> (b, s, v), divided as Granite divides its own."""
+        """(b, s, d) out of the last block -> (b, s, v), scaled and bounded as the family has it."""
         norm, head = (self.model.get_submodule(n) for n in (self.layout.final_norm, self.layout.head))
         # Autocast chooses the dtype itself: without it the whole head would exist in float32 too.
         cast = torch.is_autocast_enabled(hidden.device.type)
         logits = F.linear(norm(hidden), head.weight if cast else head.weight.to(hidden.dtype), head.bias)
-        scaling = getattr(self.config, "logits_scaling", 1.0)
-        return logits if scaling == 1 else logits / scaling
+        divisor, factor, softcap = (
+            setting and getattr(self.config, setting, None)
+            for setting in (self.layout.logit_divisor, self.layout.logit_factor, self.layout.logit_softcap)
+        )
+        if divisor not in (None, 1):
+            logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, room: MemoryBudget | None = None) -> tuple[HiddenStates, list[dict]]:
@@ -247,8 +258,10 @@ class StreamedBlocks(Blocks):
         block = copy.deepcopy(self.skeleton[index])
         prefix = f"{self.layout.blocks}.{index}."
         dtype = self.dtype if self.rotation is None else torch.float32
+        buffers = {name for name, _ in block.named_buffers()}
         names = {name: prefix + name for name in block.state_dict()}
-        tensors = self.files.read(names, self.target, dtype)
+        tensors = self.files.read({n: full for n, full in names.items() if n not in buffers}, self.target, dtype)
+        tensors |= self.files.read({n: full for n, full in names.items() if n in buffers}, self.target)
         block.load_state_dict(tensors, assign=True)
         block.requires_grad_(False)
         wrap_block(block, self.layout)

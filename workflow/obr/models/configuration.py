@@ -11,6 +11,7 @@ from pathlib import Path
 
 from obr.config.model_sizes import OPTIONAL_SIZES, SIZES, _check_numbers, read_config
 from obr.errors import ObrError, first_line
+from obr.models.architectures import FAMILIES
 from obr.models.side_files import GENERATION
 from obr.models.tensor_files import HEADER_DTYPES
 
@@ -135,7 +136,8 @@ def _check_keys(raw: dict, kind: str, family: type, what: str) -> None:
             )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     turned = [part.get("partial_rotary_factor") for part in (raw, rope) if isinstance(part, dict)]
-    if any(part is not None and part != 1 for part in turned):
+    obeyed = kind in FAMILIES and FAMILIES[kind].partial_rotary
+    if not obeyed and any(part is not None and part != 1 for part in turned):
         raise ObrError(
             f"partial_rotary_factor in config.json of {what} is not 1, which {kind} models of transformers do not "
             "obey: choose another model."
@@ -155,6 +157,8 @@ def _is_neutral(key: str, value, raw: dict, family: type) -> bool:
         return value is None or (isinstance(value, list) and all(kind == usual for kind in value))
     if key in WINDOWS and not window:
         return True
+    if key.removeprefix("_") == "sliding_window_pattern":  # from which layer_types are made, where they are not given
+        return bool(raw.get("layer_types")) or (key[0] != "_" and hasattr(family(), "_sliding_window_pattern"))
     if key in WINDOWS and not hasattr(family, "sliding_window"):
         return raw.get("use_sliding_window") is False
     if key == "use_sliding_window":

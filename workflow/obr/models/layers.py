@@ -12,10 +12,11 @@ from transformers.masking_utils import sdpa_mask
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.models.architectures import Layout
+from obr.models.architectures import Layout, kind_of
 from obr.models.fake_quant import fake_quantize
 from obr.models.hadamard import Kronecker
 from obr.models.online_transforms import Range, Shift
+from obr.models.split import take_apart
 
 ATTENTION = "obr"
 
@@ -102,7 +103,25 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     quantizer = getattr(module, "key_value_quantizer", None)
     if quantizer is not None:
         query, key, value = quantizer(query, key, value)
+    if kwargs.get("softcap") is not None:
+        return _softcapped(module, query, key, value, mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _softcapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, *, softcap, scaling, **_):
+    """Attention whose scores are bounded by `softcap` through tanh, as in Gemma 2."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
+    if mask is None:  # the mask of a single sequence without padding
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        mask = ones.tril(scores.shape[-1] - scores.shape[-2])
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -112,9 +131,11 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def wrap_block(block: nn.Module, layout: Layout) -> None:
     """Replace the block's linear layers by QuantLinear and give its attention a KeyValueQuantizer, in place.
 
-    Nothing is computed differently until a transform or a quantiser is set. Wrapping twice does no harm.
+    Fused layers and experts are taken apart first. Nothing is computed differently until a transform or a quantiser
+    is set. Wrapping twice does no harm.
     """
-    for name in layout.linears:
+    take_apart(block, layout)
+    for name in layout.in_block(block).linears:
         linear = block.get_submodule(name)
         if not isinstance(linear, QuantLinear):
             block.set_submodule(name, QuantLinear(linear))
@@ -131,6 +152,7 @@ def set_quantizers(block: nn.Module, layout: Layout, recipe: Recipe) -> None:
     Raises:
         ObrError: a group size that does not divide the channels it groups, or a learned range that is not there.
     """
+    layout = layout.in_block(block)
     for path, settings in quantizer_settings(block, layout, recipe).items():
         module, _, name = path.rpartition(".")
         setattr(block.get_submodule(module), name, settings)
@@ -148,23 +170,38 @@ def quantizer_settings(block: nn.Module, layout: Layout, recipe: Recipe) -> dict
     """{path of the attribute in a wrapped block: settings} of the recipe's quantisers.
 
     Raises:
-        ObrError: as `set_quantizers`.
+        ObrError: as `set_quantizers`; keys or values are quantised where a latent vector is cached.
     """
-    attention, found = block.get_submodule(layout.attention), {}
+    layout, found = layout.in_block(block), {}
+    attention = block.get_submodule(layout.attention)
+    m = getattr(attention, layout.head_dim)
     for name in layout.linears:
         linear, settings = block.get_submodule(name), recipe.activations
         if recipe.o_inputs is not None and name in layout.groups["o"]:
             settings = recipe.o_inputs
-        if recipe.int8_down_proj and name in layout.groups["down"] and settings.bits < 8:
+        if recipe.int8_down_proj and name in layout.of_kind("down") and settings.bits < 8:
             settings = replace(settings, bits=8)
         width, what = linear.weight.shape[1], f"the inputs of {name}"
-        found[f"{name}.activations"] = _fitted(settings, width, attention.head_dim, linear.range, what)
-    quantizer, m, place = attention.key_value_quantizer, attention.head_dim, f"{layout.attention}.key_value_quantizer"
+        found[f"{name}.activations"] = _fitted(settings, width, m, linear.range, what)
+    if layout.latent:
+        _refuse_latent(recipe)
+        return found
+    quantizer, place = attention.key_value_quantizer, f"{layout.attention}.key_value_quantizer"
     queries, channels = (block.get_submodule(layout.groups["qkv"][i]).weight.shape[0] for i in (0, 2))
     found[f"{place}.queries"] = _fitted(recipe.queries, queries, m, None, "the queries of a token")
     found[f"{place}.keys"] = _fitted(recipe.keys, channels, m, quantizer.key_range, "the keys of a token")
     found[f"{place}.values"] = _fitted(recipe.values, channels, m, quantizer.value_range, "the values of a token")
     return found
+
+
+def _refuse_latent(recipe: Recipe) -> None:
+    """Raise ObrError at quantised queries, keys or values of attention that caches a latent vector instead."""
+    for name in ("queries", "keys", "values"):
+        if (bits := getattr(recipe, name).bits) < 16:
+            raise ObrError(
+                f"The recipe has {name} at {bits} bits, but this model's attention caches a latent vector in place of "
+                f"keys and values; set {name} to 16 bits."
+            )
 
 
 def _fitted(

@@ -67,7 +67,8 @@ class TensorFiles:
     """The tensors of a model folder, of which headers are read at once and contents one at a time by name.
 
     files: {tensor: path}. headers: {tensor: (shape, dtype as the header spells it)}. entry: the file by which
-    transformers finds the same tensors.
+    transformers finds the same tensors. places: {tensor: (name in its file, the part of it that it is, or None)} of
+    those that `rename` or `split` has given another name.
 
     Args:
         directory: the folder. what: its name in messages.
@@ -88,6 +89,7 @@ class TensorFiles:
         self.entry = SINGLE if mapping is None else INDEX
         self.files: dict[str, Path] = {}
         self.headers: dict[str, tuple[list[int], str]] = {}
+        self.places: dict[str, tuple[str, tuple | None]] = {}
         for name in names or ([SINGLE] if mapping is None else sorted(set(mapping.values()))):
             for tensor, header in self._headers(self.directory / name):
                 if mapping is not None and mapping.get(tensor) != name:
@@ -119,6 +121,23 @@ class TensorFiles:
             why = first_line(error)
             raise ObrError(f"{path.name} of {self.what} is missing or cut short ({why}): fetch it again.") from error
 
+    def rename(self, stored: str, name: str) -> None:
+        """Call a tensor otherwise than its file does."""
+        self.files[name], self.headers[name] = self.files.pop(stored), self.headers.pop(stored)
+        self.places[name] = (self.places.pop(stored, (stored, None))[0], None)
+
+    def split(self, stored: str, parts: dict[str, tuple]) -> None:
+        """Put parts in the place of a tensor. parts: {name: (number of a matrix, rows)}, or (rows,) of a tensor that
+        is a matrix or vector itself; rows as a slice."""
+        path, (shape, dtype), (own, _) = (
+            self.files.pop(stored), self.headers.pop(stored), self.places.pop(stored, (stored, None))
+        )  # fmt: skip
+        for name, place in parts.items():
+            axis = len(place) - 1
+            rows = len(range(*place[-1].indices(shape[axis])))
+            self.files[name], self.headers[name] = path, ([rows, *shape[axis + 1 :]], dtype)
+            self.places[name] = (own, place)
+
     def read(self, names: dict[str, str], *to) -> dict:
         """{key: tensor} for {key: name of a tensor}; to: device and dtype, or one of them.
 
@@ -132,8 +151,9 @@ class TensorFiles:
         for key, name in names.items():
             if name not in self.files:
                 raise ObrError(f"{self.what} has no tensor {name!r}; it is not a whole model.")
+            stored, part = self.places.get(name, (name, None))
             with self._open(self.files[name]) as file:
-                tensor = file.get_tensor(name)
+                tensor = file.get_tensor(stored) if part is None else file.get_slice(stored)[part]
                 for place in to:
                     tensor = tensor.to(place)
                 tensors[key] = tensor

@@ -6,13 +6,15 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.models.blocks import StreamedBlocks
 from obr.models.loading import config_of
-from obr.rotations import registry
+from obr.rotations import registry, unrotated
 from obr.rotations.base import Rotation
 from obr.rotations.registry import draw
 
 
 def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
     """Rotate a transformers model in place and return it; its logits stay what they were.
+
+    A model whose family does not take the kind stays as it is; stderr and `model.obr_rotation.about()` say why.
 
     Tied embeddings are untied and norms folded where the residual stream is rotated, linear layers become
     QuantLinear with online transforms where the kind has them. Folds are computed in float64.
@@ -40,7 +42,8 @@ def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
     if not is_tied(model, layout):
         model.config.tie_word_embeddings = False
     rotation = draw(kind, Dimensions.of(model.config), seed) if isinstance(kind, str) else kind
-    rotation.to(model.get_submodule(layout.embed).weight.device).clip = clip
+    rotation = unrotated.instead_of(rotation.kind, Dimensions.of(model.config)) or rotation
+    rotation.to(model.get_submodule(layout.embed).weight.device).clip = clip and rotation.kind != "none"
     with changing(model, "obr.rotate"):
         rotation.fold_ends(model, layout)
         for index, block in enumerate(model.get_submodule(layout.blocks)):

@@ -115,8 +115,11 @@ class Rotation(ABC):
     @torch.no_grad()
     def fold_block(self, block: nn.Module, index: int, layout: Layout) -> None:
         """Fold the transforms into wrapped block `index` and attach the online ones, in place."""
-        changes = self.changes(index)
-        fold.assign(block, fold.fold_block(dict(block.named_parameters()), changes, layout, self.clip))
+        changes, layout = self.changes(index), layout.in_block(block)
+        state = dict(block.named_parameters())
+        for role in layout.roles:  # one after the other: folded weights of all would take the block's memory again
+            fold.assign(block, fold.fold_layer(state, changes, layout, role, self.clip))
+        fold.assign(block, fold.fold_readers(state, changes, layout) | fold.fold_norms(state, changes, layout))
         fold.attach(block, changes, layout)
 
     def about(self) -> dict:
@@ -127,7 +130,8 @@ class Rotation(ABC):
         """
         changes = self.changes(0)
         about = {"folded": changes.folded_parts(), "online": changes.online_parts(), "clipped": self.clip}
-        untied = max(_untied(self.changes(i).key_scale) for i in range(self.dimensions.blocks))
+        rotary = self.dimensions.rotary or self.dimensions.head_dim
+        untied = max(_untied(self.changes(i).key_scale, rotary) for i in range(self.dimensions.blocks))
         drift = {"key_scale_untied": untied} if untied > TIED else {}
         return {"kind": self.kind, "seed": self.seed} | about | drift | self.options
 
@@ -174,11 +178,11 @@ def pairs(rotation: Rotation, index: int, what: str) -> dict[str, tuple[Tensor, 
     return found
 
 
-def _untied(scale: Tensor | None) -> float:
-    """Largest relative difference of key scales (k, m) within a RoPE pair, channels i and i + m/2."""
+def _untied(scale: Tensor | None, rotary: int) -> float:
+    """Largest relative difference of key scales (k, m) within a RoPE pair, channels i and i + r/2 of the first r."""
     if scale is None:
         return 0.0
-    first, second = scale.detach().chunk(2, dim=1)
+    first, second = scale[:, :rotary].detach().chunk(2, dim=1)
     return float((second / first - 1).abs().max())
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from obr.errors import ObrError
-from obr.models.architectures import GROUP_OF, Layout
+from obr.models.architectures import KIND_OF, Layout, kind_of
 from obr.models.hadamard import Kronecker, inverse_transposed
 from obr.models.online_transforms import Range, Shift
 
-READS_RESIDUAL, WRITES_RESIDUAL = ("qkv", "up_gate"), ("o", "down")
+READS_RESIDUAL, WRITES_RESIDUAL = ("qkv", "up_gate", "latent"), ("o", "down")
 
 
 @dataclass
@@ -29,7 +29,8 @@ class BlockTransforms:
     value_shift: (k, m) taken off the values before P; attention weights sum to one, so o_proj gives it back.
     product: (f,) factors of the gated product: rows of up_proj; down_proj is divided.
     key_scale: (k, m) factors of keys before RoPE; queries are divided.
-    inputs: by group, transforms online in front of its layers, whose weights take the dual.
+    inputs: by kind of group, transforms online in front of its layers, whose weights take the dual; by "kind:n" of
+    groups that read n channels, where groups of a kind differ in that.
     keys, queries: (m) online after RoPE, on each head; queries None means an orthogonal `keys` for both.
     clips: by role (q … down), logits (low, high) of shape (r, groups): how far LWC shrinks a row's range.
     limits: by role, (r, groups): the largest |weight| that AWQ's clipping leaves. clip_first: both act before
@@ -54,6 +55,11 @@ class BlockTransforms:
     limits: dict[str, Tensor] = field(default_factory=dict)
     clip_first: bool = False
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def input_of(self, kind: str, columns: int) -> Kronecker | None:
+        """The transform in front of layers of a kind of group that read so many channels."""
+        found = self.inputs.get(f"{kind}:{columns}")
+        return self.inputs.get(kind) if found is None else found
 
     def folded_parts(self) -> list[str]:
         """What goes into the weights, by name."""
@@ -94,7 +100,7 @@ def fold_block(
     new = {}
     for role in layout.roles:
         new |= fold_layer(state, changes, layout, role, clip, dtype)
-    return new | fold_norms(state, changes, layout, dtype)
+    return new | fold_readers(state, changes, layout, dtype) | fold_norms(state, changes, layout, dtype)
 
 
 def fold_layer(
@@ -108,14 +114,31 @@ def fold_layer(
     """Weight and bias of one layer as `fold_block` gives them, by name."""
     path, new = layout.roles[role], {}
     weight, bias = state[f"{path}.weight"], state.get(f"{path}.bias")
-    gain = None
-    if changes.residual is not None and GROUP_OF[role] in layout.norms:
-        gain = state[f"{layout.norms[GROUP_OF[role]]}.weight"].to(dtype) + layout.norm_offset
+    gain, kind = None, KIND_OF[kind_of(role)]
+    if changes.residual is not None and kind in layout.norms:
+        gain = state[f"{layout.norms[kind]}.weight"].to(dtype) + layout.norm_offset
     wide, scale_keys = None if bias is None else bias.to(dtype), layout.key_norm is None
     folded, folded_bias = fold_linear(role, weight.to(dtype), wide, changes, gain, clip, scale_keys)
     new[f"{path}.weight"] = folded.to(weight.dtype)
     if folded_bias is not None:
         new[f"{path}.bias"] = folded_bias.to(weight.dtype)
+    return new
+
+
+def fold_readers(
+    state: Mapping[str, Tensor], changes: BlockTransforms, layout: Layout, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Matrices that read the norms' outputs and stay at 16 bits, such as routers, as `fold_block` gives them."""
+    new = {}
+    for kind, paths in layout.readers.items():
+        for path in paths:
+            weight = state[f"{path}.weight"]
+            folded = weight.to(dtype)
+            if changes.residual is not None:
+                folded = changes.residual(folded * (state[f"{layout.norms[kind]}.weight"].to(dtype) + layout.norm_offset))
+            if kind in changes.norms:
+                folded = folded / changes.norms[kind].to(folded)
+            new[f"{path}.weight"] = folded.to(weight)
     return new
 
 
@@ -149,13 +172,15 @@ def fold_linear(
 
     Seven parameters: a weight with its bias, and one transform per side.
 
+    role: also of a group "name.kind", whose layers do what those of the kind do.
     gain: (n,) of the norm in front, if that is to be folded. scale_keys: whether key scales go into the rows
     of q and k.
     """
-    weight, bias = _fold_inputs(role, weight, bias, changes, gain)
+    weight, bias = _fold_inputs(kind_of(role), weight, bias, changes, gain)
+    role, kind = kind_of(role), KIND_OF[kind_of(role)]
     if clip and changes.clip_first:
         weight = clip_learned(weight, changes.clips.get(role), changes.limits.get(role))
-    if changes.residual is not None and GROUP_OF[role] in WRITES_RESIDUAL:
+    if changes.residual is not None and kind in WRITES_RESIDUAL:
         weight, bias = _outputs(weight, bias, changes.residual)
     if role == "v":
         if changes.value_shift is not None:
@@ -177,7 +202,7 @@ def _fold_inputs(
     role: str, weight: Tensor, bias: Tensor | None, changes: BlockTransforms, gain: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The layer as it reads changed inputs; a shift of them goes into the bias."""
-    group = GROUP_OF[role]
+    group = KIND_OF[role]
     if gain is not None:
         weight = weight * gain
     if changes.residual is not None and group in READS_RESIDUAL:
@@ -192,8 +217,8 @@ def _fold_inputs(
         weight = per_head(weight, inverse_transposed(changes.value))
     if role == "down" and changes.product is not None:
         weight = weight / changes.product.to(weight)
-    if group in changes.inputs:
-        weight = changes.inputs[group].dual()(weight)
+    if (transform := changes.input_of(group, weight.shape[1])) is not None:
+        weight = transform.dual()(weight)
     return weight, bias
 
 
@@ -246,21 +271,24 @@ def _fold_head_norms(state: Mapping[str, Tensor], scale: Tensor, layout: Layout,
         )
     new = {}
     for norm, factor in ((layout.key_norm, scale[0]), (layout.query_norm, 1 / scale[0])):
-        weight = state[f"{norm}.weight"]
-        new[f"{norm}.weight"] = (weight.to(dtype) * factor.to(weight.device, dtype)).to(weight)
+        weight, offset = state[f"{norm}.weight"], layout.norm_offset
+        new[f"{norm}.weight"] = ((weight.to(dtype) + offset) * factor.to(weight.device, dtype) - offset).to(weight)
     return new
 
 
-def online(changes: BlockTransforms, layout: Layout) -> dict[str, nn.Module]:
-    """The modules that stay online in a block, by the path under which a wrapped block holds them."""
+def online(changes: BlockTransforms, layout: Layout, columns: Mapping[str, int]) -> dict[str, nn.Module]:
+    """The modules that stay online in a block, by the path under which a wrapped block holds them.
+
+    columns: input channels of each layer, by path.
+    """
     quantizer = f"{layout.attention}.key_value_quantizer"
     modules: dict[str, nn.Module] = {}
     for role, path in layout.roles.items():
-        group = GROUP_OF[role]
+        group = KIND_OF[kind_of(role)]
         if group in changes.shifts:
             modules[f"{path}.shift"] = Shift(changes.shifts[group])
-        if group in changes.inputs:
-            modules[f"{path}.transform"] = changes.inputs[group]
+        if (transform := changes.input_of(group, columns[path])) is not None:
+            modules[f"{path}.transform"] = transform
         if role in changes.ranges:
             modules[f"{path}.range"] = _range(*changes.ranges[role])
     if changes.keys is not None:
@@ -279,9 +307,11 @@ def _range(low: Tensor, high: Tensor) -> Range:
 
 def attach(block: nn.Module, changes: BlockTransforms, layout: Layout) -> None:
     """Set the online modules of a wrapped block: in float32, or float64 where the block is. Gradients pass."""
+    layout = layout.in_block(block)
     weight = block.get_submodule(layout.linears[0]).weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    for path, module in online(changes, layout).items():
+    columns = {path: block.get_submodule(path).weight.shape[1] for path in layout.linears}
+    for path, module in online(changes, layout, columns).items():
         parent, _, name = path.rpartition(".")
         setattr(block.get_submodule(parent), name, module.held_in(dtype, weight.device))
 

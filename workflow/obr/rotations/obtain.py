@@ -7,6 +7,7 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.rotations import published_files
 from obr.rotations.registry import draw, load, save
+from obr.rotations.unrotated import instead_of
 from obr.runtime import hub
 from obr.runtime.files import sha256_of
 
@@ -17,7 +18,7 @@ def make(entry: dict, model: Path, out: Path) -> None:
     entry: {"kind": a name of KINDS, "seed", "block"?, "fused"?} draws it; {"kind": "file", "source", "format"?}
     takes one that `save` wrote or, by its format, one that another project published, from {"source": "path",
     "path", "sha256"?} or {"source": "hub", "repo", "revision", "file", "sha256"?}, where `{model}` stands for
-    the model's name.
+    the model's name. Where the model's family does not take the kind, the file says so and changes nothing.
 
     Raises:
         ObrError: the file cannot be had, is not what its sha256 says, or was made for another model.
@@ -30,7 +31,7 @@ def make(entry: dict, model: Path, out: Path) -> None:
         path = _fetch(entry["source"], model.name, name)
         if name == "obr":
             rotation = load(path, dimensions)
-        else:
+        elif (rotation := instead_of(name, dimensions)) is None:
             rotation = published_files.read(name, path, dimensions, model, entry)
             rotation.options["sha256"] = sha256_of(path)
     else:

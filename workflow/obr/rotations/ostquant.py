@@ -82,5 +82,16 @@ def _scales(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
 def tied_key_scale(dimensions: Dimensions, generator: torch.Generator) -> torch.Tensor:
     """Random key scales (k, m), equal within each RoPE pair, and for all heads where norms need that."""
     heads = 1 if dimensions.normed_heads else dimensions.kv_heads
-    half = random_scale((heads, dimensions.head_dim // 2), generator)
-    return half.repeat(1, 2).expand(dimensions.kv_heads, -1).contiguous()
+    return over_pairs(random_scale((heads, pairs_of(dimensions)), generator), dimensions).contiguous()
+
+
+def pairs_of(dimensions: Dimensions) -> int:
+    """Pairs of a head's channels that RoPE turns together."""
+    return (dimensions.rotary or dimensions.head_dim) // 2
+
+
+def over_pairs(scale: torch.Tensor, dimensions: Dimensions) -> torch.Tensor:
+    """Scales (k, m) from those of RoPE pairs, (k or 1, pairs); channels that RoPE leaves alone get one."""
+    whole = scale.repeat(1, 2)
+    whole = torch.nn.functional.pad(whole, (0, dimensions.head_dim - whole.shape[1]), value=1.0)
+    return whole.expand(dimensions.kv_heads, -1)

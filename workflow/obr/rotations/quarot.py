@@ -17,14 +17,14 @@ from obr.models.hadamard import Kronecker, block_hadamard, hadamard, random_sign
 from obr.rotations.base import Rotation
 from obr.rotations.fold import BlockTransforms
 
-INPUTS = {"o": "heads", "down": "down"}  # group -> the transform before its layers
 BLOCKS = (16, 32, 64, 128)
 
 
 class QuaRot(Rotation):
     """Transforms: residual R1 (d), value R2 (m), heads (h m) which mixes heads, query_key R3 (m), down R4 (f).
 
-    With the option `block` there is no `heads`, with `fused` only residual and value.
+    With the option `block` there is no `heads`, with `fused` only residual and value. `down:n` is of layers that read
+    n channels, where they differ. Attention that caches a latent vector has neither value, heads nor query_key.
     """
 
     kind = "quarot"
@@ -50,35 +50,52 @@ class QuaRot(Rotation):
 
         residual = transform(dimensions.hidden, "hidden size")
         residual.signs = random_signs(dimensions.hidden, generator)
-        mixing = hadamard(dimensions.heads, generator, "head count")
-        transforms = {
-            "residual": residual,
-            "value": transform(dimensions.head_dim, "head dim"),
-            "heads": Kronecker([*mixing.factors(), dimensions.head_dim]),
-            "query_key": transform(dimensions.head_dim, "head dim"),
-            "down": transform(dimensions.intermediate, "intermediate size"),
-        }
+        transforms = {"residual": residual}
+        if not dimensions.latent:
+            mixing = hadamard(dimensions.heads, generator, "head count")
+            transforms |= {
+                "value": transform(dimensions.head_dim, "head dim"),
+                "heads": Kronecker([*mixing.factors(), dimensions.head_dim]),
+                "query_key": transform(dimensions.head_dim, "head dim"),
+            }
+        transforms["down"] = transform(dimensions.intermediate, "intermediate size")
+        transforms |= {f"down:{n}": transform(n, "intermediate size") for n in dimensions.other_widths}
         options = ({"block": block} if block else {}) | ({"fused": True} if fused else {})
         rotation = cls(dimensions, transforms=transforms, seed=seed, options=options)
         rotation.transforms = {name: transforms[name] for name in rotation.sizes()}
         return rotation
 
     def sizes(self) -> dict[str, int]:
-        sizes = {"residual": self.dimensions.hidden, "value": self.dimensions.head_dim}
+        sizes, latent = {"residual": self.dimensions.hidden}, self.dimensions.latent
+        if not latent:
+            sizes["value"] = self.dimensions.head_dim
         if self.options.get("fused"):
             return sizes
-        if not self.options.get("block"):
+        if not self.options.get("block") and not latent:
             sizes["heads"] = self.dimensions.heads * self.dimensions.head_dim
-        return sizes | {"query_key": self.dimensions.head_dim, "down": self.dimensions.intermediate}
+        return sizes | fixed_sizes(self.dimensions)
 
     def residual(self) -> Kronecker:
         return self.transforms["residual"]
 
     def changes(self, index: int) -> BlockTransforms:
-        value = self.transforms["value"]
+        value, inputs = self.transforms.get("value"), {}
+        if "heads" in self.transforms:
+            inputs["o"] = self.transforms["heads"]
         return BlockTransforms(
             residual=self.residual(),
-            value=value.matrix()[None],
-            inputs={group: self.transforms[name] for group, name in INPUTS.items() if name in self.transforms},
+            value=None if value is None else value.matrix()[None],
+            inputs=inputs | down_transforms(self.transforms),
             keys=self.transforms.get("query_key"),
         )
+
+
+def fixed_sizes(dimensions: Dimensions) -> dict[str, int]:
+    """Sizes of R3 (query_key) and of R4 (down; "down:n" for groups that read n channels, where they differ)."""
+    keys = {} if dimensions.latent else {"query_key": dimensions.head_dim}
+    return keys | {"down": dimensions.intermediate} | {f"down:{n}": n for n in dimensions.other_widths}
+
+
+def down_transforms(transforms: dict[str, Kronecker]) -> dict[str, Kronecker]:
+    """Those before down_proj, as `BlockTransforms.inputs` has them."""
+    return {name: transform for name, transform in transforms.items() if name.split(":")[0] == "down"}

@@ -19,6 +19,7 @@ from obr.models.hadamard import Kronecker
 from obr.rotations import flatquant, ostquant, quarot, scaling, spinquant
 from obr.rotations.base import Rotation
 from obr.rotations.quarot import QuaRot
+from obr.rotations.unrotated import Unrotated, instead_of
 from obr.runtime.files import atomic_write
 
 
@@ -35,7 +36,7 @@ KINDS: dict[str, type[Rotation]] = {
 
 
 def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options) -> Rotation:
-    """A rotation of this kind with random valid parameters.
+    """A rotation of this kind with random valid parameters; one that changes nothing where the family takes none.
 
     options: of the kind quarot, `block` and `fused`; None and False count as not given.
 
@@ -46,10 +47,13 @@ def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options) -> Rotatio
     if options and kind != QuaRot.kind:
         given = ", ".join(f"{name}: {value}" for name, value in options.items())
         raise ObrError(f"Rotation {kind!r} has no option for {given}; use kind quarot, or leave it out.")
-    return _kind(kind).draw(dimensions, seed, **options)
+    drawn = _kind(kind)
+    return instead_of(kind, dimensions) or drawn.draw(dimensions, seed, **options)
 
 
 def _kind(kind: str) -> type[Rotation]:
+    if kind == Unrotated.kind:
+        return Unrotated
     if kind not in KINDS:
         raise ObrError(f"Rotation {kind!r} is not known; choose one of {', '.join(KINDS)}, or none.")
     return KINDS[kind]
@@ -68,7 +72,7 @@ def save(rotation: Rotation, path: Path) -> None:
 
 
 def load(path: Path, dimensions: Dimensions) -> Rotation:
-    """Read a rotation and check that it fits the model.
+    """Read a rotation and check that it fits the model. One of a kind that the family does not take is left out.
 
     Raises:
         ObrError: the file is missing or not a rotation, or was made for other sizes.
@@ -85,5 +89,7 @@ def load(path: Path, dimensions: Dimensions) -> Rotation:
     own = {f"{name}.{part}" for name, transform in transforms.items() for part in transform.state_dict()}
     parameters = {name: tensor for name, tensor in tensors.items() if name not in own}
     rotation = kind(dimensions, parameters, transforms, seed, header.get("options"))
+    if kind is not Unrotated and (none := instead_of(rotation.kind, dimensions)) is not None:
+        return none
     rotation.check(str(path))
     return rotation

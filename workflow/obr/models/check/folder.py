@@ -14,6 +14,7 @@ from obr.errors import ObrError, first_line
 from obr.models import remote_code
 from obr.models.architectures import Layout, layout_of
 from obr.models.configuration import load_config
+from obr.models.split import follow, take_model_apart
 from obr.models.tensor_files import HEADER_DTYPES, QUANTISED, STORED, TensorFiles, check_names
 from obr.runtime.gpu import taken_away
 
@@ -27,8 +28,8 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 class Checked:
     """A model folder that has passed.
 
-    config: it ties head and embedding only if they are equal. model: of that configuration, without memory.
-    tensors: of the folder. kinds: dtypes in which weights are stored, as headers name them. untied: config.json ties
+    config: it ties head and embedding only if they are equal. model: of that configuration, without memory, its fused
+    layers apart. tensors: of the folder, named as the model has them. kinds: dtypes in which weights are stored, as headers name them. untied: config.json ties
     head and embedding, but the file has a head that differs.
     """
 
@@ -80,10 +81,14 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
         config.tie_word_embeddings = False
     model = meta_model(config, trust, what)
     check_family(model, layout, what)
+    take_model_apart(model, layout)
+    follow(tensors, layout, model)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set() if untied or not _says_tied(config) else {f"{layout.head}.weight"}
     dtypes = HEADER_DTYPES if castable else STORED
-    return Checked(config, model, tensors, check_tensors(tensors, expected, tied, config.model_type, dtypes), untied)
+    exact = {name for name, _ in model.named_buffers()}
+    kinds = check_tensors(tensors, expected, tied, config.model_type, dtypes, exact)
+    return Checked(config, model, tensors, kinds, untied)
 
 
 def _check_blocks(tensors: TensorFiles, layout: Layout, config, what: str) -> None:
@@ -135,7 +140,9 @@ def with_buffers(model: nn.Module, config) -> nn.Module:
 def check_family(model: nn.Module, layout: Layout, what: str) -> None:
     """Raise ObrError unless the family's modules are there; code of a model's own may call them otherwise."""
     modules, first = dict(model.named_modules()), f"{layout.blocks}.0."
-    linears = [first + part for part in layout.linears] + [layout.head]
+    first_block = modules.get(first[:-1])
+    own = layout if first_block is None or not layout.experts else layout.in_block(first_block)
+    linears = [first + layout.unfused(part) for part in own.linears if ".experts." not in part] + [layout.head]
     others = [layout.embed, layout.final_norm, *(first + part for part in layout.norms.values())]
     for name in [*linears, *others]:
         if name not in modules:
@@ -147,12 +154,17 @@ def check_family(model: nn.Module, layout: Layout, what: str) -> None:
 
 
 def check_tensors(
-    tensors: TensorFiles, expected: dict[str, list[int]], optional: set[str], kind: str, dtypes=STORED
+    tensors: TensorFiles,
+    expected: dict[str, list[int]],
+    optional: set[str],
+    kind: str,
+    dtypes=STORED,
+    exact: set[str] = frozenset(),
 ) -> set[str]:
     """The dtypes in which the tensors are stored, if they are those that are expected, no more and no fewer.
 
     expected: {name: shape}. optional: names that may be missing. kind: of model, for messages. dtypes: that headers
-    may name.
+    may name. exact: names of buffers, whose dtype is their own matter.
     """
     what, stored = tensors.what, tensors.headers
     missing = sorted(set(expected) - set(stored) - optional)
@@ -178,7 +190,7 @@ def check_tensors(
         if dtype not in dtypes:
             remedy = "set dtype: float32 for this model" if dtype in HEADER_DTYPES else QUANTISED
             raise ObrError(f"{what}: {name} is stored as {dtype}, not as one of {', '.join(dtypes)}; {remedy}.")
-    return {stored[name][1] for name in set(expected) & set(stored)}
+    return {stored[name][1] for name in (set(expected) - exact) & set(stored)}
 
 
 def _says_tied(config) -> bool:

@@ -117,7 +117,8 @@ def _own_meta_model(model: nn.Module) -> nn.Module:
 
 def _places_of_ours(layout: Layout, blocks: int) -> set[str]:
     """Where a module of this package may stand: in place of a linear layer, and beside those of an attention."""
-    names = (*layout.linears, f"{layout.attention}.key_value_quantizer")
+    experts = (layout.experts,) if layout.experts else ()
+    names = (*layout.linears, *layout.fused, *experts, f"{layout.attention}.key_value_quantizer")
     return {f"{layout.blocks}.{index}.{name}" for index in range(blocks) for name in names}
 
 

@@ -11,7 +11,7 @@ COLUMNS = ("block", "step", "loss", "held_out")
 
 def write(curve: list[dict], path: Path) -> None:
     """Write the lines of a curve; `block` is a column only where they have one, what is missing is left empty."""
-    columns = [name for name in COLUMNS if any(name in row for row in curve)]
+    columns = [name for name in COLUMNS if any(name in row for row in curve)] or ["step", "loss"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()

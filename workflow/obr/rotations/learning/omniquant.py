@@ -50,14 +50,14 @@ def starting_scales(place: Place, alpha: float) -> dict[str, Tensor]:
     key_heads = 1 if sizes.normed_heads else sizes.kv_heads  # a norm that all heads share has one gain
     return {name: scale.log() for name, scale in smoothing_scales(place, alpha).items()} | {
         "o.scale": torch.zeros(sizes.kv_heads, sizes.head_dim),
-        "key.scale": torch.zeros(key_heads, sizes.head_dim // 2),
+        "key.scale": torch.zeros(key_heads, pairs_of(sizes)),
     }
 
 
 def _scales(logarithms: dict[str, Tensor], task: LearningRun) -> dict[str, Tensor]:
     scales = {name: leaf.exp() for name, leaf in logarithms.items()}
     if "key.scale" in scales:
-        scales["key.scale"] = scales["key.scale"].repeat(1, 2).expand(task.dimensions.kv_heads, -1)
+        scales["key.scale"] = over_pairs(scales["key.scale"], task.dimensions)
     return scales
 
 

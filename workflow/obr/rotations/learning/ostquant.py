@@ -12,7 +12,7 @@ from obr.rotations.learning.distillation import imitation
 from obr.rotations.learning.end_to_end import TrainingLoop, orthogonalised, warmup_schedule
 from obr.rotations.learning.network import Network
 from obr.rotations.learning.run import LearningRun
-from obr.rotations.ostquant import OSTQuant
+from obr.rotations.ostquant import OSTQuant, over_pairs, pairs_of
 
 
 def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
@@ -71,7 +71,7 @@ def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:
     for name, tensor in rotation.parameters.items():
         if name.endswith("S_qk"):
             heads = 1 if rotation.dimensions.normed_heads else len(tensor)
-            tensor = tensor[:heads, : tensor.shape[1] // 2]
+            tensor = tensor[:heads, : pairs_of(rotation.dimensions)]
         scale = ".S_" in name
         tensor = torch.ones_like(tensor, dtype=torch.float32) if scale else tensor.float()
         leaves[name] = tensor if scale else ManifoldParameter(tensor, manifold=manifold)
@@ -81,7 +81,7 @@ def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:
 def _placed(leaves: dict[str, Tensor], dimensions: Dimensions) -> dict[str, Tensor]:
     """The rotation's parameters of what is learned: key scales (k, m) repeated over heads and RoPE pairs."""
     return {
-        name: leaf.repeat(1, 2).expand(dimensions.kv_heads, -1) if name.endswith("S_qk") else leaf
+        name: over_pairs(leaf, dimensions) if name.endswith("S_qk") else leaf
         for name, leaf in leaves.items()
     }
 

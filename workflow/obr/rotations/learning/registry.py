@@ -9,10 +9,12 @@ from pathlib import Path
 
 from obr.config.rotations import LEARNED
 from obr.errors import ObrError
+from obr.models.architectures import Dimensions
 from obr.rotations import registry
 from obr.rotations.base import Rotation
 from obr.rotations.learning import awq, flatquant, omniquant, ostquant, smoothquant, spinquant
 from obr.rotations.learning.run import LearningRun
+from obr.rotations.unrotated import instead_of
 
 MODULES = {
     module.__name__.rpartition(".")[2]: module
@@ -36,7 +38,7 @@ def learn_rotation(
 
     entry: {"kind": a name of LEARNERS, "learn": {…}, "seed"}. tokens: file of calibration windows. dtype: of the
     model's products. megabytes: of memory for the hidden states of learning through the whole model, 4096 by default;
-    more of them lie in files beside `out`. An interrupted run goes on from what it kept last, and ends with the same
+    more of them lie in files beside `out`. A model that takes no such rotation gets one that changes nothing. An interrupted run goes on from what it kept last, and ends with the same
     bytes. One parameter per flag of `obr learn-rotation`.
 
     Raises:
@@ -44,11 +46,15 @@ def learn_rotation(
     """
     import torch
 
-    from obr.models.loading import default_device
+    from obr.models.loading import config_of, default_device
     from obr.rotations.learning.curve import write
 
     if entry["kind"] not in LEARNERS:
         raise ObrError(f"Rotation {entry['kind']!r} is not learned; those that are: {', '.join(LEARNERS)}.")
+    if (none := instead_of(entry["kind"], Dimensions.of(config_of(Path(model))), learned=True)) is not None:
+        write([], Path(out).with_suffix(".csv"))
+        registry.save(none, Path(out))
+        return none
     task = LearningRun.of(
         entry, Path(model), Path(tokens), Path(out), device or default_device(), dtype or torch.float32
     )

@@ -1,0 +1,43 @@
+"""What stands in the place of a rotation that a model's family does not take: nothing changes, and it says why."""
+
+import sys
+
+from obr.config.rotations import ROTATIONS
+from obr.models.architectures import Dimensions
+from obr.rotations.base import Rotation
+from obr.rotations.fold import BlockTransforms
+
+
+class Unrotated(Rotation):
+    """No change of the model. options: `asked`, the kind that was asked for, and `reason`, why it is not done."""
+
+    kind = "none"
+
+    @classmethod
+    def draw(cls, dimensions: Dimensions, seed: int = 0) -> "Unrotated":
+        return cls(dimensions)
+
+    def changes(self, index: int) -> BlockTransforms:
+        return BlockTransforms()
+
+
+def kind_held_by(name: str) -> str:
+    """The kind that holds what a learner or a file format of this name gives: "scaling" for "awq"."""
+    known = ROTATIONS.get(name)
+    return "scaling" if known is not None and known.class_name is None else name
+
+
+def instead_of(asked: str, dimensions: Dimensions, learned: bool = False) -> Unrotated | None:
+    """What stands in the place of a rotation of this kind, said on stderr; None if the model takes it.
+
+    asked: a kind, learner or file format. learned: it is to be learned, not drawn.
+    """
+    if asked == Unrotated.kind:
+        return None
+    reason = dimensions.objection(kind_held_by(asked))
+    if reason is None and learned:
+        reason = dimensions.learning_objection()
+    if reason is None:
+        return None
+    print(f"obr: {asked} is not applied to {dimensions.family} models: {reason}.", file=sys.stderr, flush=True)
+    return Unrotated(dimensions, options={"asked": asked, "reason": reason})
