@@ -191,6 +191,37 @@ def recipes_page() -> str:
     return "\n".join(parts)
 
 
+def families_page() -> str:
+    """Every family of models with what works for it, and those that are refused."""
+    sys.path.insert(0, str(ROOT / "workflow"))
+    from obr.export.gguf import ARCHITECTURES
+    from obr.models.architectures import FAMILIES, REFUSED
+
+    rows = []
+    for name, layout in sorted(FAMILIES.items()):
+        kinds = ", ".join(layout.rotations) or "none"
+        if layout.unrotated:
+            kinds += f"; not the others, since {layout.unrotated}"
+        blocks = "mixture of experts" if layout.experts else "fused layers" if layout.fused else "dense"
+        keys = "no: a latent vector is cached" if layout.latent else "yes"
+        exports = "compressed-tensors" + (", GGUF" if name in ARCHITECTURES else "")
+        learned = "yes" if layout.rotations and not layout.experts else "no"
+        rows.append([f"`{name}`", blocks, kinds, learned, keys, "yes", exports])
+    header = ["model_type", "blocks", "rotations", "learned", "keys and values", "packed products", "exports"]
+    return "\n".join(
+        [
+            "# Model families\n\nThis page is generated from the entries of `FAMILIES`. "
+            "[Add a model family](../how-to/add-a-model-family.md) describes an entry. "
+            "Every family is compressed by every method, streamed or in memory, saved, verified and evaluated. "
+            "Where a recipe asks for a rotation that a family does not take, the model stays unrotated. The manifest "
+            "and the notes below a table say so.\n",
+            _table(header, rows),
+            "\n## Refused\n",
+            _table(["model_type", "reason"], [[f"`{name}`", reason] for name, reason in sorted(REFUSED.items())]),
+        ]
+    )
+
+
 def config_files_page() -> str:
     """config/README.md as a page of the site."""
     return (ROOT / "config/README.md").read_text(encoding="utf-8")
@@ -200,6 +231,7 @@ GENERATED = {
     "reference/cli.md": cli_page,
     "reference/config.md": config_page,
     "reference/recipes.md": recipes_page,
+    "reference/families.md": families_page,
     CONFIG_FILES: config_files_page,
 }
 

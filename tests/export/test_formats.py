@@ -146,6 +146,18 @@ def test_export_keeps_logits_of_other_families(name, prompt, tmp_path):
     assert (found - expected).norm() / expected.norm() < 0.03
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3, part of RoPE", "olmo2", "glm4", "cohere"])
+def test_compressed_tensors_of_further_families_keep_logits(name, prompt, tmp_path):
+    """Fused layers are written as one layer again."""
+    checkpoint = random_model(FAMILIES[name], tmp_path / "c", prompt)
+    expected = obr.load(checkpoint, device="cpu")(prompt).logits[0]
+    export(checkpoint, "compressed-tensors", tmp_path / "packed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
+    found = model(prompt).logits[0]
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("rotation", "recipe", "form", "message"),
     [

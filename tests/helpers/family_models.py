@@ -122,7 +122,7 @@ TOKENS = torch.arange(1, 41).view(2, 20)  # without padding, whose embedding is 
 
 
 def exact_model(config):
-    """A random model that computes in float64 throughout; transformers' own RMSNorm and softmax are float32 inside."""
+    """A random model that computes in float64 throughout; transformers' own norms and softmax are float32."""
     model = random_model(config)
     model.set_attn_implementation(ATTENTION)
     offset = layout_of(model.config).norm_offset

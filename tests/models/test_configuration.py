@@ -149,7 +149,7 @@ def test_keys_that_a_family_has_are_not_refused(key, families, folders, tmp_path
         ({"hidden_act": "none"}, "does not describe a causal language model"),
         ({"model_type": None}, "model_type None of .* is unknown to this transformers"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] of .* is unknown to this transformers"),
-        ({"model_type": "phi3"}, "'phi3' is not supported"),
+        ({"model_type": "stablelm"}, "'stablelm' is not supported"),
         ({"auto_map": "x.Y"}, "auto_map in config.json of .* is 'x.Y', no mapping"),
     ],
     ids=lambda value: str(value)[:40],

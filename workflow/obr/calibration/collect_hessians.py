@@ -36,10 +36,14 @@ ROWS = 64  # tokens whose squares are summed at a time: they stay in the process
 
 @dataclass
 class Moments:
-    """Second moments of the inputs of a group of layers: hessian (n, n), and harmonic (n,), None if not known."""
+    """Second moments of the inputs of a group of layers: hessian (n, n), and harmonic (n,), None if not known.
+
+    tokens: those that the router sends to the expert that the layers are of; None for other layers.
+    """
 
     hessian: Tensor
     harmonic: Tensor | None = None
+    tokens: int | None = None
 
 
 class Accumulator:
@@ -52,7 +56,10 @@ class Accumulator:
 
     def __call__(self, x: Tensor) -> None:
         """Add one sequence's inputs x (..., n), tile by tile on and above the diagonal."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        self.add(x.reshape(-1, x.shape[-1]).float())
+
+    def add(self, x: Tensor) -> None:
+        """The same for inputs (t, n) in float32."""
         for start in range(0, x.shape[1], TILE):
             rows = slice(start, start + TILE)
             self.upper[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=self.factor)
@@ -65,7 +72,7 @@ class Accumulator:
         return Moments(_mirror(self.upper), self.harmonic)
 
 
-class _Captured(Exception):
+class Captured(Exception):
     """Ends a block's forward pass once the wanted inputs are in."""
 
 
@@ -90,7 +97,7 @@ def collect(
             run_in_place(block, hidden, arguments)
         else:
             for states in hidden:
-                with suppress(_Captured):
+                with suppress(Captured):
                     run_block(block, states, arguments)
     finally:
         for linear in observed.values():
@@ -110,7 +117,7 @@ def inputs_of_each(block: nn.Module, names: list[str], states: Tensor, arguments
         linear.observer = found.append
     linears[-1].observer = _then_stop(found.append)
     try:
-        with suppress(_Captured):
+        with suppress(Captured):
             run_block(block, states, arguments)
     finally:
         for linear in linears:
@@ -121,7 +128,7 @@ def inputs_of_each(block: nn.Module, names: list[str], states: Tensor, arguments
 def _then_stop(take: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     def observe(x: Tensor) -> None:
         take(x)
-        raise _Captured
+        raise Captured
 
     return observe
 

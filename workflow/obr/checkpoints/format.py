@@ -52,7 +52,6 @@ def save_block(block: nn.Module, layout: Layout, path: Path, dtype: torch.dtype)
         layers[name] = linear.packed.about
         tensors |= {f"{name}.{part}": t for part, t in linear.packed.tensors.items()}
     transforms = online_transforms.specs(block)
-    prefixes = tuple(f"{name}." for name in transforms)
     packed = {f"{name}.weight" for name in layout.linears}
     exact = {name for name, _ in block.named_buffers()}  # of online transforms and routers
     for name, tensor in block.state_dict().items():

@@ -11,7 +11,13 @@ LARGEST = {"num_hidden_layers": 10_000, "max_window_layers": 10_000, "num_labels
 LARGEST_SIZE = 2**31
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-HEAD_DIMS = {"gemma": 256, "qwen3": 128}  # of families whose head_dim has a default of its own
+HEAD_DIMS = {
+    "gemma": 256,
+    "qwen3": 128,
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "glm4": 128,
+}  # of families whose head_dim has a default of its own
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obr.checkpoints.packing import unpack
+from obr.errors import ObrError
 from obr.export.source import ExportSource
+from obr.models.architectures import Layout
 from obr.models.side_files import copy_side_files, is_side_file
 from obr.runtime.files import atomic_folder, check_folder_replaceable, read_json, replace_folder, write_json
 
@@ -50,7 +52,12 @@ def both_spellings(config: dict) -> dict:
     """
     rope = dict(config.get("rope_parameters") or {})
     older = {"torch_dtype": config.get("dtype")}
-    if rope:
+    if rope and all(isinstance(part, dict) for part in rope.values()):  # of blocks of each kind
+        whole = dict(rope.get("full_attention") or {})
+        older["rope_theta"] = whole.pop("rope_theta", None)
+        older["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
+        older["rope_scaling"] = None if whole.get("rope_type", "default") == "default" else whole
+    elif rope:
         older["rope_theta"] = rope.pop("rope_theta", None)
         plain = rope.get("rope_type", "default") == "default"
         older["rope_scaling"] = None if plain else rope
@@ -71,34 +78,75 @@ def _files(source: ExportSource, bits: dict[str, int]) -> Iterator[tuple[str, di
     )
     for number, block in source:
         prefix = f"{layout.blocks}.{number}."
-        yield f"model-{number:03d}.safetensors", _tensors(block, layout.linears, prefix, dtype, bits)
+        yield f"model-{number:03d}.safetensors", _tensors(block, layout.in_block(block), prefix, dtype, bits)
 
 
-def _tensors(block: nn.Module, linears, prefix: str, dtype, bits: dict[str, int]) -> dict[str, Tensor]:
+def _tensors(block: nn.Module, layout: Layout, prefix: str, dtype, bits: dict[str, int]) -> dict[str, Tensor]:
+    """The tensors of a block under the names that the family's files have; `bits` gets those of its layers."""
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in block.state_dict().items()}
-    for name in linears:
+    exact = {name: buffer for name, buffer in block.named_buffers() if name in tensors}  # of routers
+    tensors, own = tensors | {name: buffer.contiguous() for name, buffer in exact.items()}, {}
+    for name in layout.linears:
         restored = unpack(block.get_submodule(name).packed)
         if restored.codes is None:
             continue
         del tensors[f"{name}.weight"]
-        bits[prefix + name] = restored.bits
+        own[name] = restored.bits
         tensors[f"{name}.weight_packed"] = pack_to_int32(restored.codes, restored.bits)
         tensors[f"{name}.weight_scale"] = restored.scale.float().contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(restored.codes.shape)
     online = {name for name in tensors if name.rpartition(".")[0].endswith(".range")}
-    return {prefix + name: tensor for name, tensor in tensors.items() if name not in online}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in online}
+    for path, names in layout.fused.items():
+        _fuse(tensors, own, path, [f"{path}.{name}" for name in names], prefix)
+    bits |= {_stored(prefix + name, layout): width for name, width in own.items()}
+    return {_stored(prefix + name, layout): tensor for name, tensor in tensors.items()}
+
+
+def _stored(name: str, layout: Layout) -> str:
+    """A tensor's or module's name as the family's files spell it."""
+    for old, new in layout.stored:
+        name = f"{name}.".replace(new, old).removesuffix(".")
+    return name
+
+
+def _fuse(tensors: dict[str, Tensor], bits: dict[str, int], path: str, parts: list[str], prefix: str) -> None:
+    """Put a fused layer in the place of its parts, which have a scale a row each; in place.
+
+    Raises:
+        ObrError: the parts have different numbers of bits.
+    """
+    widths = {bits.pop(name, None) for name in parts}
+    if len(widths) > 1:
+        raise ObrError(
+            f"{prefix}{path} has parts of {', '.join(str(w or 16) for w in widths)} bits, which compressed-tensors "
+            "cannot hold in one layer; compress them alike."
+        )
+    (width,) = widths
+    if width is not None:
+        bits[path] = width
+    for kind in ("weight", "weight_packed", "weight_scale", "bias"):
+        if f"{parts[0]}.{kind}" in tensors:
+            tensors[f"{path}.{kind}"] = torch.cat([tensors.pop(f"{name}.{kind}") for name in parts])
+    shapes = [tensors.pop(f"{name}.weight_shape") for name in parts if f"{name}.weight_shape" in tensors]
+    if shapes:
+        tensors[f"{path}.weight_shape"] = torch.stack([torch.stack(shapes)[:, 0].sum(), shapes[0][1]])
 
 
 def _settings(source: ExportSource, bits: dict[str, int]) -> dict:
     """The `quantization_config`: one scheme for all linear layers but the head, or layers by name if they differ."""
-    expected = len(source.blocks) * len(source.layout.linears)
+    blocks = [source.blocks.layout_at(index) for index in range(len(source.blocks))]
+    expected = sum(len({layout.unfused(name) for name in layout.linears}) for layout in blocks)
     plain = len(bits) == expected and len(set(bits.values())) == 1
     groups = {}
     for number, width in enumerate(sorted(set(bits.values()))):
         scheme = QuantizationArgs(num_bits=width, type="int", symmetric=True, strategy="channel", dynamic=False)
         targets = ["Linear"] if plain else [name for name, b in bits.items() if b == width]
         groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=scheme)
+    paths = ((f"{own.blocks}.{i}", names) for i, own in enumerate(blocks) for names in own.readers.values())
+    readers = [f"{block}.{name}" for block, names in paths for name in names]
+    ignored = [source.layout.head, *(_stored(name, source.layout) for name in readers)]
     config = QuantizationConfig(
-        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=[source.layout.head]
+        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=ignored
     )
     return json.loads(config.model_dump_json(exclude_none=True))

@@ -39,7 +39,7 @@ class ExportSource:
                     "compress with a rotation that folds into the weights, or none."
                 )
         empty = self.blocks.model.get_submodule(self.layout.blocks)[index]
-        for name in self.layout.linears:
+        for name in self.layout.in_block(block).linears:
             if block.get_submodule(name).bias is not None and empty.get_submodule(name).bias is None:
                 raise ObrError(
                     f"{where}.{name} has a bias that {self.config.model_type} models have no place for, so "

@@ -206,8 +206,8 @@ class Dimensions:
     """Sizes of a model: hidden d, intermediate f, heads h, KV heads k, head dim m, number of blocks.
 
     normed_heads: whether queries and keys are normalised head by head, before RoPE. family: a key of FAMILIES.
-    widths: all input widths of down layers, f first; () for f alone. rotary: channels of a head that RoPE turns, 0 for
-    all. latent: attention caches a latent vector. ruled_out: the setting with which the model takes no rotation.
+    widths: all input widths of down layers, f first; () for f alone. rotary: channels of a head that RoPE turns, 0
+    for all. latent: attention caches a latent vector. ruled_out: the setting with which the model takes no rotation.
     """
 
     hidden: int

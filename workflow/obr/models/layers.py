@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.models.architectures import Layout, kind_of
+from obr.models.architectures import Layout
 from obr.models.fake_quant import fake_quantize
 from obr.models.hadamard import Kronecker
 from obr.models.online_transforms import Range, Shift
@@ -103,16 +103,19 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     quantizer = getattr(module, "key_value_quantizer", None)
     if quantizer is not None:
         query, key, value = quantizer(query, key, value)
-    if kwargs.get("softcap") is not None:
-        return _softcapped(module, query, key, value, mask, **kwargs)
+    if (softcap := kwargs.get("softcap")) is not None:
+        return _softcapped(query * (kwargs["scaling"] / softcap), key, value, mask, softcap), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-def _softcapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, *, softcap, scaling, **_):
-    """Attention whose scores are bounded by `softcap` through tanh, as in Gemma 2."""
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, softcap: float) -> Tensor:
+    """(b, s, h, m): attention whose scores are bounded by `softcap` through tanh, as in Gemma 2.
+
+    query: divided by the bound.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))
-    scores = softcap * torch.tanh(query @ key.mT * (scaling / softcap))
+    scores = softcap * torch.tanh(query @ key.mT)
     if mask is None:  # the mask of a single sequence without padding
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         mask = ones.tril(scores.shape[-1] - scores.shape[-2])
@@ -121,7 +124,7 @@ def _softcapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, ma
     else:
         scores = scores + mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -199,7 +202,7 @@ def _refuse_latent(recipe: Recipe) -> None:
     for name in ("queries", "keys", "values"):
         if (bits := getattr(recipe, name).bits) < 16:
             raise ObrError(
-                f"The recipe has {name} at {bits} bits, but this model's attention caches a latent vector in place of "
+                f"The recipe has {name} at {bits} bits, but this model's attention caches a latent vector instead of "
                 f"keys and values; set {name} to 16 bits."
             )
 

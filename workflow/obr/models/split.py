@@ -113,7 +113,9 @@ def _follow_experts(files: TensorFiles, path: str) -> None:
     )
     down = f"{path}.down_proj"
     if down in files.files:
-        files.split(down, {f"{path}.{e}.down_proj.weight": (e, slice(None)) for e in range(files.headers[down][0][0])})
+        files.split(
+            down, {f"{path}.{e}.down_proj.weight": (e, slice(None)) for e in range(files.headers[down][0][0])}
+        )
 
 
 def take_model_apart(model: nn.Module, layout: Layout) -> None:

@@ -58,7 +58,8 @@ def notes_of(
         "held_out_error": "Held-out error: the same on windows that no Hessian has seen.",
     }
     notes += [text for detail, text in meanings.items() if detail in (entry.get("details") or [])]
-    notes += _compression_notes(evidence) + _mask_notes(evidence) + _origin_notes(evidence)
+    notes += _compression_notes(evidence) + _rotation_notes(evidence) + _mask_notes(evidence)
+    notes += _origin_notes(evidence)
     if any(metric.kind == "minutes" for metric in metrics):
         notes.append(_time_note(evidence))
     if frame is not None:
@@ -125,6 +126,19 @@ def _compression_notes(evidence: Evidence) -> list[str]:
         notes.append(f"Hessians: {kind}, {HESSIANS.get(kind, 'of unknown origin')}{_whose(hessians, labels)}.")
     used = [(model, manifest.get("calibration") or {}) for (model, _), manifest in evidence.manifests.items()]
     return notes + _bos_notes("Calibration", used)
+
+
+def _rotation_notes(evidence: Evidence) -> list[str]:
+    """Rows whose rotation the model's family does not take, and why."""
+    left_out = defaultdict(dict)
+    for (model, label), manifest in evidence.manifests.items():
+        rotation = manifest.get("rotation") or {}
+        if rotation.get("asked"):
+            left_out[model, rotation["asked"], rotation["reason"]][label] = None
+    return [
+        f"Not rotated: {model} in {', '.join(labels)}, whose recipes ask for {asked}; {reason}."
+        for (model, asked, reason), labels in left_out.items()
+    ]
 
 
 def _mask_notes(evidence: Evidence) -> list[str]:

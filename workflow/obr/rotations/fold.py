@@ -135,7 +135,9 @@ def fold_readers(
             weight = state[f"{path}.weight"]
             folded = weight.to(dtype)
             if changes.residual is not None:
-                folded = changes.residual(folded * (state[f"{layout.norms[kind]}.weight"].to(dtype) + layout.norm_offset))
+                folded = changes.residual(
+                    folded * (state[f"{layout.norms[kind]}.weight"].to(dtype) + layout.norm_offset)
+                )
             if kind in changes.norms:
                 folded = folded / changes.norms[kind].to(folded)
             new[f"{path}.weight"] = folded.to(weight)

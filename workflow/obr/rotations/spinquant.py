@@ -16,8 +16,8 @@ from obr.rotations.quarot import down_transforms, fixed_sizes
 class SpinQuant(Rotation):
     """Parameters: R1 (d, d), blocks.{i}.R2 (m, m), for x -> x R. Transforms: query_key R3 (m), down R4 (f).
 
-    `down:n` is of layers that read n channels, where they differ. Attention that caches a latent vector has neither R2
-    nor R3.
+    `down:n` is of layers that read n channels, where they differ. Attention that caches a latent vector has
+    neither R2 nor R3.
     """
 
     kind = "spinquant"
@@ -64,4 +64,6 @@ def fixed_transforms(dimensions: Dimensions) -> dict[str, Kronecker]:
     """R3 (m) and R4 (f): plain Hadamard transforms, the same for every model of these sizes."""
     generator = torch.Generator().manual_seed(0)
     what = {"query_key": "head dim"}
-    return {n: hadamard(size, generator, what.get(n, "intermediate size")) for n, size in fixed_sizes(dimensions).items()}
+    return {
+        n: hadamard(size, generator, what.get(n, "intermediate size")) for n, size in fixed_sizes(dimensions).items()
+    }

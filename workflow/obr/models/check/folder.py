@@ -29,8 +29,8 @@ class Checked:
     """A model folder that has passed.
 
     config: it ties head and embedding only if they are equal. model: of that configuration, without memory, its fused
-    layers apart. tensors: of the folder, named as the model has them. kinds: dtypes in which weights are stored, as headers name them. untied: config.json ties
-    head and embedding, but the file has a head that differs.
+    layers apart. tensors: of the folder, named as the model has them. kinds: dtypes in which weights are stored, as
+    headers name them. untied: config.json ties head and embedding, but the file has a head that differs.
     """
 
     config: object

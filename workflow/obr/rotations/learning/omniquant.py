@@ -8,6 +8,7 @@ from obr.rotations.learning.blockwise import Place, descend, learn_blocks
 from obr.rotations.learning.flatquant import ENDS, START
 from obr.rotations.learning.run import LearningRun
 from obr.rotations.learning.smoothquant import FED_BY_NORMS, smoothing_scales
+from obr.rotations.ostquant import over_pairs, pairs_of
 from obr.rotations.scaling import Scaling
 
 

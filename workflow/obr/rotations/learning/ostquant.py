@@ -80,10 +80,7 @@ def _leaves(rotation: OSTQuant) -> dict[str, Tensor]:
 
 def _placed(leaves: dict[str, Tensor], dimensions: Dimensions) -> dict[str, Tensor]:
     """The rotation's parameters of what is learned: key scales (k, m) repeated over heads and RoPE pairs."""
-    return {
-        name: over_pairs(leaf, dimensions) if name.endswith("S_qk") else leaf
-        for name, leaf in leaves.items()
-    }
+    return {name: over_pairs(leaf, dimensions) if name.endswith("S_qk") else leaf for name, leaf in leaves.items()}
 
 
 def _optimizer(leaves: dict[str, Tensor], lr: float, lr_scales: float) -> RiemannianAdam:

@@ -38,8 +38,9 @@ def learn_rotation(
 
     entry: {"kind": a name of LEARNERS, "learn": {…}, "seed"}. tokens: file of calibration windows. dtype: of the
     model's products. megabytes: of memory for the hidden states of learning through the whole model, 4096 by default;
-    more of them lie in files beside `out`. A model that takes no such rotation gets one that changes nothing. An interrupted run goes on from what it kept last, and ends with the same
-    bytes. One parameter per flag of `obr learn-rotation`.
+    more of them lie in files beside `out`. A model that takes no such rotation gets one that changes nothing.
+    An interrupted run goes on from what it kept last, and ends with the same bytes. One parameter per flag of
+    `obr learn-rotation`.
 
     Raises:
         ObrError: the kind is not one that is learned, or its settings cannot be.
