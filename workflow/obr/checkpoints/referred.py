@@ -100,15 +100,15 @@ def problems_of(directory: Path, manifest: dict, whole: bool) -> Iterator[str]:
 
 
 def read_tensors(
-    directory: Path, manifest: dict, model: nn.Module, layout: Layout, index: int, dtype: torch.dtype
+    directory: Path, manifest: dict, skeleton: nn.ModuleList, layout: Layout, index: int, dtype: torch.dtype
 ) -> tuple[dict, dict[str, Tensor]]:
     """(header, tensors) of block `index` as its own file would hold them.
 
-    model: without memory, its fused layers apart. dtype: of the checkpoint.
+    skeleton: the blocks without memory, their fused layers apart. dtype: of the checkpoint.
     """
-    block, prefix = model.get_submodule(layout.blocks)[index], f"{layout.blocks}.{index}."
+    block, prefix = skeleton[index], f"{layout.blocks}.{index}."
     files, linears = TensorFiles(folder_of(directory, manifest)), layout.in_block(block).linears
-    follow(files, layout, model)
+    follow(files, layout, skeleton)
     exact = {name for name, _ in block.named_buffers()}
     read = files.read({name: prefix + name for name in exact})
     read |= files.read({name: prefix + name for name in block.state_dict() if name not in exact}, dtype)

@@ -49,7 +49,7 @@ class Blocks:
 
     def layout_at(self, index: int) -> Layout:
         """The layout of block `index`, with the layers that this block has."""
-        return self.layout.in_block(self.model.get_submodule(self.layout.blocks)[index])
+        return self.layout.in_block(self.skeleton[index])
 
     def load(self, index: int) -> nn.Module:
         """Block `index`, its linear layers wrapped."""

@@ -80,15 +80,15 @@ def take_apart(block: nn.Module, layout: Layout) -> None:
         block.set_submodule(layout.experts, Experts(block.get_submodule(layout.experts)))
 
 
-def follow(files: TensorFiles, layout: Layout, model: nn.Module) -> None:
-    """Name a folder's tensors as a model has them whose blocks are apart, whichever way the files keep them.
+def follow(files: TensorFiles, layout: Layout, blocks: nn.ModuleList) -> None:
+    """Name a folder's tensors as blocks have them whose fused layers are apart, whichever way the files keep them.
 
     Parts of a fused tensor are read alone. What remains of a shape that does not fit goes to the last part.
     """
     for old, new in layout.stored:
         for name in [name for name in files.files if old in name]:
             files.rename(name, name.replace(old, new))
-    for index, block in enumerate(model.get_submodule(layout.blocks)):
+    for index, block in enumerate(blocks):
         prefix = f"{layout.blocks}.{index}."
         for path, names in layout.fused.items():
             ends = [0]

@@ -82,7 +82,7 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
     model = meta_model(config, trust, what)
     check_family(model, layout, what)
     take_model_apart(model, layout)
-    follow(tensors, layout, model)
+    follow(tensors, layout, model.get_submodule(layout.blocks))
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set() if untied or not _says_tied(config) else {f"{layout.head}.weight"}
     dtypes = HEADER_DTYPES if castable else STORED
