@@ -3,6 +3,7 @@
 # make test    everything from nothing: all tests
 # make test-fast   the tests that start no workflow and take no seconds each: a minute and a half on two cores
 # make test-faults   kills, full disks, broken input, at length: 25 kills, 10^5 broken files and configs; mounts as root
+# make test-triton   the GPU kernels of packed weights in Triton's interpreter, and compiled; 1 GB, no GPU
 # make test-processors   the numeric tests under each set of instructions that this processor can be held to
 # make test-slurm   the workflow on a SLURM of its own, from Debian's packages; as root
 # make smoke   the whole workflow on a tiny model, trained first
@@ -20,7 +21,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-processors test-slurm benchmark benchmark-large kernels crate docs lint audit clean
+.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-triton test-processors test-slurm check-gpu benchmark benchmark-large kernels crate docs lint audit clean
 .DEFAULT_GOAL := demo
 
 # Python compiles a module when it is first imported; compiling all of them here would take most of a minute. Where the
@@ -69,6 +70,12 @@ test-fast: $(READY)
 test-faults: $(READY)
 	OBR_KILLS=25 OBR_EXAMPLES=100000 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	$(BIN)/python -m pytest -s tests/workflow/test_faults.py tests/project/test_fuzz.py tests/models/test_untrusted_files.py tests/runtime/test_resume.py
+
+# Into a folder of its own, as PyTorch for CUDA brings a Triton of its choice.
+test-triton: $(READY)
+	$(INSTALL) --no-deps --require-hashes --target .venv/triton --upgrade -r requirements.triton.lock
+	PYTHONPATH="$(CURDIR)/.venv/triton" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest \
+	tests/kernels/test_gpu.py tests/checkpoints/test_packed_linear.py tests/benchmarks/test_triton_builds.py
 
 test-processors: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/helpers/instruction_sets.py

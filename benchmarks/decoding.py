@@ -128,14 +128,14 @@ def _subject(
 @torch.no_grad()
 def check(folder: Path) -> None:
     """Raise ObrError unless the packed layers of the first block multiply the checkpoint's codes exactly."""
-    packed, plain = PackedBlocks(folder, eight_bits(folder)), CheckpointBlocks(folder, device="cpu")
+    packed, plain = PackedBlocks(folder, eight_bits(folder), device="cpu"), CheckpointBlocks(folder, device="cpu")
     block, twin = packed.load(0), plain.load(0)
     for name in packed.layout.linears:
         layer, codes = block.get_submodule(name), unpack(twin.get_submodule(name).packed).codes
         x = torch.randn(3, codes.shape[1], generator=torch.Generator().manual_seed(0))
         rounded = packed_weight.quantize(x, layer.activations, layer.range)
         exact = (rounded.q[:, : codes.shape[1]].double() - rounded.zero[:, None]) @ codes.double().T
-        if not torch.equal(layer.kernel.integers(rounded).double(), exact):
+        if not torch.equal(layer.kernel.weight.integers(rounded).double(), exact):
             raise ObrError(f"{name} of {folder} is multiplied wrongly; nothing is timed.")
 
 
@@ -176,7 +176,7 @@ def load(folder: Path, kind: str):
         from obr import load_model
 
         return load_model(folder, torch.bfloat16, "cpu")
-    return load_checkpoint(folder, eight_bits(folder), torch.bfloat16, packed=True)
+    return load_checkpoint(folder, eight_bits(folder), torch.bfloat16, "cpu", packed=True)
 
 
 def eight_bits(folder: Path) -> Recipe:

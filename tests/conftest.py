@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("helpers")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 from helpers import tiny_model, workflow_runs  # noqa: E402
 from helpers.hub_server import hub, sharded_model  # noqa: E402, F401  fixtures

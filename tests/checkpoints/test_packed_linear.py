@@ -1,15 +1,21 @@
 """Packed layers compute what fake-quantised ones simulate, in every pattern, and whole models with them."""
 
+import importlib.util
+
 import pytest
 import torch
 
 import obr
+from obr.checkpoints import packed_kernels
 from obr.checkpoints.packed_linear import PackedLinear
 from obr.errors import ObrError
 from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
 
 pytestmark = pytest.mark.slow
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed; run make test-triton"
+)
 
 A8, A4 = {"bits": 8}, {"bits": 4, "clip_ratio": 0.9}
 RECIPES = {
@@ -98,7 +104,8 @@ def test_packed_model_keeps_no_dense_weight(tiny_folder, prompt, tmp_path):
         ({"method": "rtn", "bits": 8, "activations": A8}, {}, "Weights of 8 bits"),
         ({"method": "dense"}, {}, "Weights of 16 bits"),
         ({"method": "rtn", "activations": {"bits": 8, "group_size": 32}}, {}, "group_size 32"),
-        ({"method": "rtn", "activations": A8}, {"device": "cuda"}, "not on cuda"),
+        ({"method": "rtn", "group": 32, "activations": A8}, {}, "groups of 32 columns"),
+        ({"method": "rtn", "activations": A8}, {"device": "meta"}, "cpu and cuda, not on meta"),
     ],
 )
 def test_packing_refuses_settings_that_change_model(recipe, load, message, tiny_folder, prompt, tmp_path):
@@ -113,3 +120,44 @@ def test_another_recipe_may_ask_for_8_bit_activations(tiny_folder, prompt, tmp_p
     simulated, packed = obr.load(out, recipe, device="cpu"), obr.load(out, recipe, packed=True)
     assert packed.obr_recipe.setting == "W4A8KV16"
     assert obr.perplexity(packed, prompt) == pytest.approx(obr.perplexity(simulated, prompt), rel=2e-3)
+
+
+GPU_RECIPES = {
+    "unstructured A8": {"method": "magnitude", "activations": A8},
+    "2:4, weights alone": {"method": "magnitude", "pattern": "2:4"},
+    "3 bits, groups, weights alone": {"method": "rtn", "bits": 3, "group": 16},
+}
+
+
+@torch.no_grad()
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed; run make test-triton"
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device's own test runs instead")
+@pytest.mark.parametrize("name", GPU_RECIPES)
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_gpu_kernels_compute_the_simulated_layers(name, tokens, tiny_folder, prompt, tmp_path, monkeypatch):
+    """By Triton's interpreter, in the CPU kernels' place: one token, few, and unpacked rows."""
+    out = compressed(tiny_folder, tmp_path / "c", GPU_RECIPES[name], prompt, None)
+    simulated = obr.load(out, device="cpu")
+    monkeypatch.setitem(packed_kernels.KERNELS, "cpu", packed_kernels.GpuKernel)
+    packed = obr.load(out, device="cpu", packed=True)
+    for path in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        layer, twin = simulated.get_submodule(path), packed.get_submodule(path)
+        assert isinstance(twin, PackedLinear) and twin.kernel.bits_per_weight < 5
+        x = torch.randn(tokens, layer.weight.shape[1], generator=torch.Generator().manual_seed(tokens))
+        expected = layer(x)
+        torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: packed models were not run on one")
+@pytest.mark.parametrize("name", [*GPU_RECIPES, "unstructured", "paired 4:8"])
+def test_packed_models_on_a_gpu_are_those_simulated_there(name, tiny_folder, prompt, tmp_path):
+    out = compressed(tiny_folder, tmp_path / "c", {**GPU_RECIPES, **RECIPES}[name], prompt)
+    both = [obr.load(out, dtype=torch.float32, device="cuda", packed=packed) for packed in (False, True)]
+    logits = [model(prompt.cuda()).logits for model in both]
+    assert (logits[1] - logits[0]).norm() / logits[0].norm() < 2e-2
+    written = [model.generate(prompt[:, :8].cuda(), max_new_tokens=12, do_sample=False) for model in both]
+    assert (written[0] == written[1]).float().mean() > 0.9

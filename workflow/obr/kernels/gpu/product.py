@@ -30,14 +30,15 @@ def programs() -> ModuleType:
         from obr.kernels.gpu import programs as found
     except ImportError as error:
         raise ObrError(
-            f"Packed weights on a GPU need Triton ({error}); install the extra obr[triton], or load with packed=False."
+            f"Packed weights on a GPU need Triton ({error}); install obr[triton], or load with packed=False."
         ) from error
     return found
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Activations rounded to whole numbers: values * scale, values (t, n) int8, or int16 with a zero point; scale (t,)."""
+    """Activations rounded to whole numbers, values * scale. values: (t, n) int8, or int16 where a zero point was
+    taken off; scale: (t,)."""
 
     values: Tensor
     scale: Tensor
@@ -83,7 +84,9 @@ def quantize(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tokens:
     return Tokens(whole.to(kind), scale[:, 0])
 
 
-def multiply(weight: Weight, x: "Tensor | Tokens", bias: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+def multiply(
+    weight: Weight, x: "Tensor | Tokens", bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """The layer's output (t, r): x (t, n), floats of 16 or 32 bits or rounded tokens, by the weight's transpose.
 
     bias: (r,). dtype: of the output, by default that of floats, float32 for rounded tokens.
