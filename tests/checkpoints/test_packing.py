@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.layer_samples import layer
+from obr.checkpoints.device_unpacking import unpacked_weight
 from obr.checkpoints.packing import pack, pack_bits, unpack, unpack_bits
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
@@ -37,6 +38,25 @@ def test_packing_roundtrip_is_exact(rows, groups, bits, pattern, seed):
     assert torch.equal(back.weight, restored.weight) and torch.equal(back.codes, restored.codes)
     assert torch.equal(back.mask, restored.mask) and torch.equal(back.scale, restored.scale)
     assert back.bits == bits and str(back.pattern) == str(pattern)
+
+
+@given(
+    rows=st.integers(1, 6),
+    groups=st.integers(1, 4),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16]),
+    pattern=st.sampled_from([None, "2:4", "4:8", "8:16", "paired 4:8", "1:4"]),
+    group=st.sampled_from([None, 16]),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=60)
+def test_unpacking_on_a_device_equals_unpacking_on_the_host(rows, groups, bits, pattern, group, seed):
+    weight, hessian = layer(rows, 16 * groups, seed)
+    options = {"method": "wanda", "pattern": pattern} if group is None else {"method": "gptq", "group": group}
+    if bits == 16:
+        options.pop("group", None)
+    packed = pack(restore(weight, hessian, **options, bits=bits), torch.float16)
+    found = unpacked_weight(packed, torch.device("cpu"))
+    assert found.dtype == torch.float32 and torch.equal(found, unpack(packed).weight)
 
 
 @pytest.mark.parametrize("method", ["dense", "rtn", "sparsegpt_gptq", "obr_gptq"])
@@ -71,7 +91,11 @@ def test_packed_size_equals_formula(options, bits_per_weight):
     assert 8 * (packed.bytes - scales) / weight.numel() == pytest.approx(bits_per_weight)
 
 
-def test_contradictions_are_refused():
+UNPACKERS = (unpack, lambda packed: unpacked_weight(packed, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("unpack", UNPACKERS, ids=["host", "device"])
+def test_contradictions_are_refused(unpack):
     weight, hessian = layer(8, 64)
     packed = pack(restore(weight, hessian, "obr_gptq"), torch.float16)
     packed.tensors["codes"] = packed.tensors["codes"][:-9]
@@ -97,8 +121,9 @@ def test_narrow_layers_cost_little_more_than_their_codes(pattern, most):
     assert 8 * stored / sum(w.numel() for w in weights) <= most
 
 
+@pytest.mark.parametrize("unpack", UNPACKERS, ids=["host", "device"])
 @pytest.mark.parametrize("count", [1, 31, 64])
-def test_values_that_do_not_fill_their_places_are_refused(count):
+def test_values_that_do_not_fill_their_places_are_refused(count, unpack):
     restored = restore(*layer(8, 8), "wanda", sparsity=0.5, bits=16)
     packed = pack(restored, torch.float16)
     assert packed.tensors["values"].numel() == 32

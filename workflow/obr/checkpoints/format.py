@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from obr.checkpoints import referred
+from obr.checkpoints.device_unpacking import unpacked_weight
 from obr.checkpoints.files import (
     ENDS,
     check_files,
@@ -96,7 +97,7 @@ def _built(blocks: StreamedBlocks, index: int, header: dict, tensors: dict[str, 
     block = copy.deepcopy(blocks.skeleton[index])
     wrap_block(block, blocks.layout)
     try:
-        fill_block(block, blocks.layout, header, tensors, what, blocks.dtype)
+        fill_block(block, blocks, header, tensors, what)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         why = f"{type(error).__name__} {first_line(error)}"
         raise ObrError(f"{what} is not a block of this model ({why}); compress the model again.") from error
@@ -216,17 +217,17 @@ def _check_same_weights(given: Recipe, own: Recipe, directory: Path) -> None:
             )
 
 
-def fill_block(
-    block: nn.Module, layout: Layout, header: dict, tensors: dict[str, Tensor], what: str, dtype: torch.dtype
-) -> None:
-    """Fill a wrapped, empty block from the contents of its file, in `dtype`; online transforms stay in float32.
+def fill_block(block: nn.Module, blocks: StreamedBlocks, header: dict, tensors: dict[str, Tensor], what: str) -> None:
+    """Fill a wrapped, empty block from the contents of its file, in the dtype and on the device of `blocks`.
+
+    Online transforms stay in float32. On a GPU weights are unpacked there.
 
     Raises:
         ObrError: missing, unexpected or misshapen tensors.
     """
-    state = {}
+    state, dtype, device = {}, blocks.dtype, blocks.target
     exact = {name for name, _ in block.named_buffers()}
-    for name in layout.in_block(block).linears:
+    for name in blocks.layout.in_block(block).linears:
         about, linear = header["layers"][name], block.get_submodule(name)
         names = {part: f"{name}.{part}" for part in ("codes", "values", "scale", "mask")}
         parts = {part: tensors.pop(full) for part, full in names.items() if full in tensors}
@@ -234,7 +235,9 @@ def fill_block(
             raise ObrError(f"{what}: {name} is {about['shape']}, the model's is {list(linear.weight.shape)}.")
         linear.packed = Packed(about, parts)
         try:
-            state[f"{name}.weight"] = unpack(linear.packed).weight
+            on_host = device.type == "cpu"  # where numpy is quicker than torch
+            weight = unpack(linear.packed).weight if on_host else unpacked_weight(linear.packed, device)
+            state[f"{name}.weight"] = weight.to(dtype)
         except ObrError as error:
             raise ObrError(f"{what}, {name}: {error}") from error
         if linear.bias is None and f"{name}.bias" in tensors:  # a rotation has shifted what the layer reads

@@ -45,13 +45,7 @@ def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     Raises:
         ObrError: the stream is not of that length or type.
     """
-    if stream.dtype != np.uint8 or stream.ndim != 1:
-        raise ObrError(f"A packed stream is {stream.dtype} {stream.shape}, not a row of bytes; the file is broken.")
-    if stream.size != -(-count * bits // 8):
-        raise ObrError(
-            f"A packed stream has {stream.size} bytes, not those of {count} numbers of {bits} bits; "
-            "the file is broken."
-        )
+    check_stream(stream.size, str(stream.dtype), stream.shape, bits, count)
     if bits > 1 and 8 % bits == 0:
         numbers = np.empty((stream.size, 8 // bits), dtype=np.uint8)
         for place in range(0, 8, bits):
@@ -62,6 +56,16 @@ def unpack_bits(stream: np.ndarray, bits: int, count: int) -> np.ndarray:
     for place in range(1, bits):
         numbers |= flat[:, place].astype(numbers.dtype) << numbers.dtype.type(place)
     return numbers
+
+
+def check_stream(size: int, dtype: str, shape: tuple[int, ...], bits: int, count: int) -> None:
+    """Raise ObrError unless an array of this size, dtype and shape holds `count` numbers of `bits` bits."""
+    if dtype != "uint8" or len(shape) != 1:
+        raise ObrError(f"A packed stream is {dtype} {shape}, not a row of bytes; the file is broken.")
+    if size != -(-count * bits // 8):
+        raise ObrError(
+            f"A packed stream has {size} bytes, not those of {count} numbers of {bits} bits; the file is broken."
+        )
 
 
 def pack(restored: Restored, dtype: torch.dtype) -> Packed:
@@ -99,19 +103,19 @@ def unpack(packed: Packed) -> Restored:
     try:
         rows, columns = about["shape"]
         pattern = Pattern.parse(about["pattern"]) if about["pattern"] else None
-        _check_room(about, tensors, pattern)
+        check_room(about, tensors, pattern)
         mask = np.ones((rows, columns), dtype=bool)
         if about["masked"]:
             mask = _unpack_mask(tensors["mask"].numpy(), rows, columns, pattern)
         if about["bits"] == 16:
-            weight = torch.from_numpy(_placed(_finite(tensors["values"].float(), "values").numpy(), mask))
+            weight = torch.from_numpy(_placed(check_finite(tensors["values"].float(), "values").numpy(), mask))
             return Restored(weight, None, None, torch.from_numpy(mask), float("nan"), 16, pattern)
         stream = unpack_bits(tensors["codes"].numpy(), about["bits"], np.count_nonzero(mask))
         kept = (stream - np.uint8(2 ** (about["bits"] - 1))).view(np.int8)  # bytes wrap: 0 to 255 are -128 to 127
         codes = torch.from_numpy(_placed(kept, mask))
         group = about.get("group")
         scales = (rows, 1 if group is None else -(-columns // group))
-        scale = _finite(tensors["scale"].float() * 2 ** (about["bits"] - 1), "scales").reshape(scales)
+        scale = check_finite(tensors["scale"].float() * 2 ** (about["bits"] - 1), "scales").reshape(scales)
         scale = scale / 2 ** (about["bits"] - 1)  # a power of two: as it was
         weight = codes * Grid(scale, about["bits"], group).over(columns)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -131,7 +135,7 @@ def _placed(kept: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return values
 
 
-def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None) -> None:
+def check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None) -> None:
     """Raise ObrError before anything is allocated that the layer's own bytes do not call for, roughly."""
     rows, columns = about["shape"]
     if not all(type(n) is int and n > 0 for n in (rows, columns)) or about["bits"] not in WEIGHT_BITS:
@@ -153,7 +157,8 @@ def _check_room(about: dict, tensors: dict[str, Tensor], pattern: Pattern | None
         raise ObrError(f"A packed layer of {rows} x {columns} weights has {have} bytes for them; its file is broken.")
 
 
-def _finite(values: Tensor, what: str) -> Tensor:
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """The values. Raises ObrError at one that is not finite."""
     if not bool(values.isfinite().all()):
         raise ObrError(f"A packed layer has {what} that are not finite; its file is broken, compress again.")
     return values
@@ -162,14 +167,14 @@ def _finite(values: Tensor, what: str) -> Tensor:
 def _pack_mask(mask: np.ndarray, pattern: Pattern | None) -> np.ndarray:
     if pattern is None:
         return np.packbits(mask, bitorder="little")  # as pack_bits with one bit, but quicker
-    return pack_bits(_mask_table(pattern)[1][_group_words(mask, pattern)], pattern.index_bits)
+    return pack_bits(mask_table(pattern)[1][_group_words(mask, pattern)], pattern.index_bits)
 
 
 def _unpack_mask(stream: np.ndarray, rows: int, columns: int, pattern: Pattern | None) -> np.ndarray:
     if pattern is None:
         return unpack_bits(stream, 1, rows * columns).reshape(rows, columns).astype(bool)
     groups = rows * columns // pattern.group
-    words = _mask_table(pattern)[0]
+    words = mask_table(pattern)[0]
     numbers = unpack_bits(stream, pattern.index_bits, groups)
     if numbers.size and numbers.max() >= len(words):
         raise ObrError(f"A packed mask names a group that pattern {pattern} does not have; the file is broken.")
@@ -186,7 +191,7 @@ def _group_words(mask: np.ndarray, pattern: Pattern) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _mask_table(pattern: Pattern) -> tuple[np.ndarray, np.ndarray]:
+def mask_table(pattern: Pattern) -> tuple[np.ndarray, np.ndarray]:
     """(number -> word, word -> number) over all masks of a group."""
     kept, units = pattern.units
     words = np.array([sum(1 << i for i in c) for c in combinations(range(units), kept)], dtype=np.uint32)

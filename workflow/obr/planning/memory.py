@@ -88,9 +88,8 @@ def memory(
     elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it
         passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
         model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
-        if on_gpu:  # the next block is read meanwhile, and unpacked on the host
-            base += 3 * block / 1e9
-            model += block
+        if on_gpu:  # the next block is read meanwhile, and unpacked layer by layer
+            model += block + 8.0 * max(rows * columns for rows, columns in sizes.layers)
         else:
             model += block
     elif rule == "generate":
