@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import pwd
 import stat
 import subprocess
@@ -168,7 +169,7 @@ def test_a_path_below_no_home_does_not_exist(no_home):
 
 def test_a_gpus_lock_that_cannot_be_opened_is_named(scratch, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    (scratch / f"obr-gpu-{os.getuid()}-3.lock").mkdir()
+    (scratch / f"obr-gpu-{os.getuid()}-{platform.node()}-3.lock").mkdir()
     with pytest.raises(
         ObrError, match=r"-3.lock, which reserves GPU 3, cannot be opened \(.*\); delete it, or set TMPDIR"
     ):
