@@ -172,7 +172,7 @@ def test_packed_size_of_groups_equals_formula():
         ({"group": True}, "r.group is True, which is not a whole number"),
         (
             {"method": "obr_gptq"},
-            "group is 128, but method obr_gptq takes one scale a row; use method rtn or gptq, or",
+            "group is 128, but method obr_gptq takes one scale a row; use method rtn or gptq or",
         ),
         ({"method": "dense"}, "group is 128, but method dense takes one"),
         ({"bits": 16}, "group is 128, but weights of 16 bits have no scales; use fewer bits, or group: null"),

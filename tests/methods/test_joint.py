@@ -24,6 +24,7 @@ from obr.methods.layer_hessian import Hessian
 from obr.methods.refit_scales import refit
 from obr.methods.restore import restore, restore_together
 
+ORDERED = {"column_order": "hessian"}
 PATTERNS = [None, "2:4", "4:8", "8:16", "paired 4:8"]
 GOLDEN = ["small", "up_proj_512", "down_proj_1024", "o_proj_512_unrotated"]
 
@@ -208,7 +209,7 @@ def test_joint_without_compiler_gives_same_result(
     if method == "joint":
         options |= {"pattern": pattern, "sparsity": sparsity, "sweeps": 3}
         options |= {"scope": "row" if pattern else scope}
-    elif method == "gptq" and bits < 16:
+    if method in ("joint", "gptq") and bits < 16:
         options |= {"group": group}
     compiled = restore(weight, hessian, method, **options)
     with no_compiler():
@@ -219,7 +220,12 @@ def test_joint_without_compiler_gives_same_result(
 
 
 @needs_compiler
-@pytest.mark.parametrize("options", [{}, {"scope": "layer"}, {"pattern": "4:8"}, {"pattern": "paired 4:8"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scope": "layer"}, {"pattern": "4:8"}, {"pattern": "paired 4:8"}, {"group": 24}, {"sparsity": 0.0},
+     {"group": 16, "pattern": "paired 4:8"}],
+    ids=str,
+)  # fmt: skip
 def test_annealing_without_compiler_gives_same_result(options):
     weight, hessian = layer(5, 112, tokens=224)
     compiled = restore(weight, hessian, "joint", sweeps=14, **options)
@@ -229,8 +235,9 @@ def test_annealing_without_compiler_gives_same_result(options):
 
 
 @pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_gradient_is_kept_up_to_date(pattern, compiled, monkeypatch):
+def test_the_gradient_is_kept_up_to_date(pattern, group, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
     weight, hessian = layer(6, 144, tokens=288)
@@ -238,11 +245,12 @@ def test_the_gradient_is_kept_up_to_date(pattern, compiled, monkeypatch):
     weight[:, 5] = 0
     factors = Hessian(hessian)
     found = restore(weight, hessian, "wanda", pattern=pattern)
-    grid, support = Grid.fit(weight, 4), found.mask.clone()
-    descent = joint_annealing.CoordinateDescent.begin(weight, found.weight, factors.damped(), factors.dead, grid)
+    grid, support = Grid.fit(weight, 4, group=group), found.mask.clone()
+    values = grid.round(weight) * support
+    descent = joint_annealing.CoordinateDescent.begin(weight, values, factors.damped(), factors.dead, grid)
     parsed = Pattern.parse(pattern) if pattern else None
     assert descent.sweep([0.0] * 3, support=support, pattern=parsed) > 0
-    drift = (descent.codes - weight / grid.scale) @ factors.damped() - descent.gradient
+    drift = (descent.values() - weight) / grid.scale[:, :1] @ factors.damped() - descent.gradient
     assert drift.abs().max() < 1e-4 * descent.gradient.abs().max().clamp_min(hessian.diagonal().max())
     assert not descent.codes[~support].any() and not descent.codes[:, 5].any()
 
@@ -351,3 +359,50 @@ def test_impossible_settings_are_refused(options, sentence):
 def test_recipes_carry_the_options():
     recipe = Recipe.parse({"method": "joint", "scope": "layer", "sweeps": 50, "refit": True, "calibration": "c"})
     assert {"scope", "sweeps", "refit"} <= set(recipe.decisive()) and recipe.bits_per_weight == 3.0
+
+
+@pytest.mark.parametrize("options", [{}, {"group": 16}, {"group": 24, "sparsity": 0.5}], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_single_weight_of_a_dense_or_grouped_result_can_do_better(bits, options):
+    """Against every other code of every kept weight, one at a time, in float64."""
+    weight, hessian = layer(3, 48, tokens=96)
+    result = restore(weight, hessian, "joint", bits=bits, sweeps=20, **{"sparsity": 0.0, **options})
+    damped = Hessian(hessian).damped().double()
+    scale = Grid(result.scale, bits, result.group).over(48).double().expand_as(weight)
+    gradient = (result.weight.double() - weight.double()) @ damped
+    slack = 1e-6 * float(((weight.double() @ damped) * weight).sum())
+    for code in range(-(2 ** (bits - 1)), 2 ** (bits - 1)):
+        step = (code * scale - result.weight.double()) * result.mask
+        change = 2 * step * gradient + step.square() * damped.diagonal()
+        assert change.min() > -slack, code
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dense_joint_rounding_beats_gptq(bits, group):
+    weight, hessian = layer(24, 128, tokens=256)
+    joint, gptq = (
+        restore(weight, hessian, method, bits=bits, group=group, sparsity=0.0).relative_error
+        for method in ("joint", "gptq")
+    )
+    assert joint < gptq
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.9), (3, 0.9), (4, 0.95)])
+def test_dense_joint_rounding_of_a_real_layer_beats_gptq_in_both_orders(bits, most):
+    weight, hessian, _ = golden(FIXTURES / "up_proj_512.npz")[1:]
+    joint, *others = (
+        restore(weight, hessian, bits=bits, sparsity=0.0, **options).relative_error
+        for options in ({"method": "joint", "sweeps": 30}, {"method": "gptq"}, {"method": "gptq", **ORDERED})
+    )
+    assert joint < most * min(others)
+
+
+def test_groups_of_equal_scales_give_what_one_scale_a_row_gives():
+    weight, hessian = layer(6, 64)
+    weight = (1.5 * weight).clamp(-3, 3)
+    weight[:, ::16] = 3.0  # the largest of every group: the scales are 1, also in float16
+    options = {"clip": "minmax", "bits": 3, "sweeps": 20}
+    for sparsity in (0.0, 0.5):
+        one, groups = (restore(weight, hessian, "joint", sparsity=sparsity, group=g, **options) for g in (None, 16))
+        assert groups.scale.unique().tolist() == [1.0] and torch.equal(one.codes, groups.codes)

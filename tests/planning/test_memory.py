@@ -21,7 +21,10 @@ RECIPES = [
     ("obr_rtn", {"sparsity": 0.5}),
     ("obr_gptq", {"sparsity": 0.5}),
     ("obr_gptq", {"sparsity": 0.5, "column_order": "hessian"}),
+    ("sparsegpt_then_gptq", {"sparsity": 0.5}),
     ("joint", {"sparsity": 0.5, "sweeps": 1}),
+    ("joint", {"sparsity": 0.0, "sweeps": 1}),
+    ("joint", {"sparsity": 0.5, "sweeps": 1, "group": 128}),
 ]
 
 
@@ -42,7 +45,8 @@ def test_a_method_holds_as_much_as_plans_say(method, options, monkeypatch):
     monkeypatch.setitem(row_products.PART, "cpu", PART)
     weight, hessian = layer(ROWS, COLUMNS)
     counted = peak_bytes(lambda: restore(weight, hessian, method, bits=4, **options)) + 4 * COLUMNS**2
-    planned = memory.solver_bytes(method, ROWS, COLUMNS, PART, "column_order" in options)
+    solver = memory.solver_of(method, "group" in options)
+    planned = memory.solver_bytes(solver, ROWS, COLUMNS, PART, "column_order" in options)
     assert 0.75 * planned < counted < 1.03 * planned
 
 

@@ -63,9 +63,19 @@ METHODS = {
     "sparsegpt_gptq": Method(
         "SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True, ordered=True
     ),
+    "sparsegpt_then_gptq": Method(
+        "SparseGPT, then GPTQ",
+        "d",
+        "sparsegpt_then_gptq",
+        prunes=True,
+        grouped=True,
+        finds_mask=True,
+        rows_differ=True,
+        ordered=True,
+    ),
     "obr_rtn": Method("OBR (RTN)", "P", "obr_rtn", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
     "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
-    "joint": Method("Joint", "h", "prune_and_round", prunes=True, finds_mask=True),
+    "joint": Method("Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True),
     # What the authors of a checkpoint computed; it is read, not made.
     "released": Method("Released", "p", None, prunes=True, data_free=True),
 }

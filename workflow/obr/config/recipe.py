@@ -34,7 +34,7 @@ class Option:
         build_settings(cls, {"method": None, **entry}, what)  # refuses unknown keys
         check_choice(entry.get("method"), METHODS, f"{what}.method")
         recipe = Recipe.parse({"calibration": "given", **entry}, what)
-        if recipe.method == "released" or (recipe.method == "sparsegpt_gptq" and not recipe.pattern):
+        if recipe.method == "released" or (METHODS[recipe.method].rows_differ and not recipe.pattern):
             raise ObrError(f"{what}.method is {recipe.method!r}, whose sparsity is not the same in every layer.")
         return cls(recipe.method, recipe.bits, recipe.sparsity, recipe.pattern)
 
@@ -98,7 +98,8 @@ class Recipe:
     scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
     sweeps: of annealing, by the method "joint": more take longer and leave less error.
     row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
-    group: consecutive columns of a row that share a scale, stored in 16 bits (methods "rtn", "gptq"); None for all.
+    group: consecutive columns of a row that share a scale, stored in 16 bits (methods "rtn", "gptq", "joint",
+    "sparsegpt_then_gptq"); None for all.
     refit: after restoration each row's scale, or its groups' scales, become those with the least loss for its codes.
     allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).

@@ -53,6 +53,11 @@ class Grid:
         grid = cls(scale, bits)
         return grid._clip_search(weight) if clip == "mse" else grid
 
+    def of_other(self, weight: Tensor, clip: str) -> "Grid":
+        """The grid of other weights (r, n) of the same layer, whose columns are in this grid's order."""
+        given = weight if self.order is None else weight.index_select(1, self.order.argsort())
+        return replace(self.fit(given, self.bits, clip, self.group), order=self.order)
+
     @classmethod
     def stack(cls, grids: "list[Grid]") -> "Grid":
         """The grid of matrices stacked row on row, all of the same bits."""

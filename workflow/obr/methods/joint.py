@@ -8,13 +8,15 @@ as in QuantEase (arXiv 2309.01885).
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from obr.config.pattern import Pattern
 from obr.methods import native
+from obr.methods.column_order import solve_in_order
+from obr.methods.gptq import round_by_gptq
 from obr.methods.grid import Grid
 from obr.methods.joint_annealing import CoordinateDescent
 from obr.methods.layer import Layer, Solution
@@ -94,7 +96,8 @@ def prune_and_round(layer: Layer) -> Solution:
     restored (OBR, equation 9).
 
     The result is, each row for itself or each layer that has one budget, whichever has the least loss: the dense
-    rows pruned and rounded, what ADMM found and coordinate descent polished, or what annealing made of that.
+    rows pruned and rounded, what ADMM found and coordinate descent polished, or what annealing made of that. Where
+    nothing is pruned, also what GPTQ makes of the columns in the order of the Hessian's diagonal, and that polished.
     """
     weight, hessian, grid, recipe = layer.weight, layer.hessian, layer.grid, layer.recipe
     row_weights = (
@@ -102,6 +105,7 @@ def prune_and_round(layer: Layer) -> Solution:
     )
     parts = _slices(layer.sizes) if recipe.scope == "layer" and layer.pattern is None else None
     budget = Budget(weight.shape[1], recipe.sparsity, layer.pattern, parts, row_weights)
+    swept = _swept(layer) if budget.kept == budget.columns and grid.scale is not None else None
     damped, shrinkages = _factored(hessian)
     search = Grid.fit(weight, SEARCH_BITS, "minmax") if grid.scale is None else grid
     first, (values, support) = admm(weight, damped.diagonal(), shrinkages, search, budget)
@@ -115,10 +119,23 @@ def prune_and_round(layer: Layer) -> Solution:
         support = anneal(descent, weight, budget, recipe.sweeps, support)
         polish(descent, support)
         candidates.append(_candidate(weight, descent, support, hessian))
+    if swept is not None:
+        candidates.append((swept, support, _losses(weight - swept, hessian)))
+        descent = CoordinateDescent.begin(weight, swept, damped, hessian.dead, search)
+        polish(descent, support)
+        candidates.append(_candidate(weight, descent, support, hessian))
     best, mask = _best(candidates, budget)
     if grid.scale is None:
         best = restore_pruned(weight, hessian, mask)
     return Solution(best, mask, grid)
+
+
+def _swept(layer: Layer) -> Tensor:
+    """(r, n) by GPTQ, columns in the order of the Hessian's diagonal; the Hessian in that order is not kept."""
+    ordered = replace(layer, recipe=replace(layer.recipe, column_order="hessian"))
+    found = solve_in_order(round_by_gptq, ordered).weight
+    layer.hessian.forget_order()
+    return found
 
 
 def _slices(sizes: tuple[int, ...]) -> list[slice]:
@@ -157,7 +174,8 @@ def admm(
     target, first, previous = weight * root, None, None
     projected, dual = target.clone(), torch.zeros_like(target)
     support = torch.zeros_like(target, dtype=torch.bool)
-    step = _compiled_step if target.device.type == "cpu" and native.library() else _step
+    is_compiled = target.device.type == "cpu" and grid.group is None and native.library()
+    step = _compiled_step if is_compiled else _step
     for penalty, iterations in STAGES:
         if previous is not None:
             dual *= previous / penalty

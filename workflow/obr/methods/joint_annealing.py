@@ -37,7 +37,9 @@ class CoordinateDescent:
     """Rows of codes on their way down, in units of each row's scale.
 
     hessian: (n, n), damped. diagonal, inverse: (n,) of it and one over it, both 0 at dead columns. codes, gradient:
-    (r, n), float32; gradient is `(codes - weight / scale) @ hessian`, and kept up to date.
+    (r, n), float32; gradient is `(codes - weight / scale) @ hessian`, and kept up to date. With a scale for each
+    group of columns, unit (r, 1) is a row's first, ratio (r, n) the others in units of it, and the gradient
+    `(codes * ratio - weight / unit) @ hessian`.
     """
 
     hessian: Tensor
@@ -53,7 +55,7 @@ class CoordinateDescent:
         padded = -(-columns // LANES) * LANES
         codes, gradient = weight.new_zeros(rows, padded), weight.new_zeros(rows, padded)
         codes, gradient = codes[:, :columns], gradient[:, :columns]  # views, whose rows are whole lanes apart
-        torch.div(values, grid.scale, out=codes).round_()
+        torch.div(values, grid.over(columns), out=codes).round_()
         descent = cls(hessian.contiguous(), dead, grid, codes, gradient)
         descent.renew(weight)
         return descent
@@ -61,26 +63,33 @@ class CoordinateDescent:
     def __post_init__(self):
         self.diagonal = self.hessian.diagonal().masked_fill(self.dead, 0)
         self.inverse = self.hessian.diagonal().reciprocal().masked_fill(self.dead, 0)
+        self.unit, self.scale = self.grid.scale[:, :1], self.grid.over(self.codes.shape[1])
+        self.ratio = None if self.grid.group is None else self.scale / self.unit
 
     def values(self) -> Tensor:
         """(r, n) on the grid."""
-        return self.codes * self.grid.scale
+        return self.codes * self.scale
+
+    def _in_units(self) -> Tensor:
+        """(r, n) the values in units of each row's scale."""
+        return self.codes if self.ratio is None else self.codes * self.ratio
 
     def gains(self) -> Tensor:
         """What keeping each weight gains in loss, (r, n): of those kept as they are, of the others with their best
         code."""
-        optimum = self.codes - self.gradient * self.inverse
+        optimum = self.codes - self.gradient * (self.inverse if self.ratio is None else self.inverse / self.ratio)
         code = torch.where(self.codes != 0, self.codes, self._nearest(optimum))
-        return code * (2 * optimum - code) * self.diagonal * self.grid.scale.square()
+        return code * (2 * optimum - code) * self.diagonal * self.scale.square()
 
     def deviations(self, weight: Tensor) -> Tensor:
         """(r,) the error, in codes, that in every coordinate alone would add up to the row's loss."""
-        losses = (self.losses(weight) / self.grid.scale**2)[:, 0]
-        return (losses.clamp_min(0) / self.diagonal.sum().clamp_min(1e-30)).sqrt()
+        losses = (self.losses(weight) / self.unit**2)[:, 0]
+        diagonal = self.diagonal.sum() if self.ratio is None else self.ratio.square() @ self.diagonal
+        return (losses.clamp_min(0) / diagonal.clamp_min(1e-30)).sqrt()
 
     def renew(self, weight: Tensor) -> None:
         """Recompute the gradient towards `weight (r, n)`."""
-        self.gradient.copy_(product(self.codes - weight / self.grid.scale, self.hessian))
+        self.gradient.copy_(product(self._in_units() - weight / self.unit, self.hessian))
 
     @cached_property
     def rough(self) -> Tensor:
@@ -89,7 +98,7 @@ class CoordinateDescent:
 
     def losses(self, weight: Tensor) -> Tensor:
         """(r, 1) loss of each row with the damped Hessian, from the gradient."""
-        return ((self.codes - weight / self.grid.scale) * self.gradient).sum(1, keepdim=True) * self.grid.scale**2
+        return ((self._in_units() - weight / self.unit) * self.gradient).sum(1, keepdim=True) * self.unit**2
 
     def _nearest(self, optimum: Tensor) -> Tensor:
         return optimum.round().clamp_(self.grid.low, self.grid.high)
@@ -115,7 +124,7 @@ class CoordinateDescent:
         half the memory to read; `renew` takes the rounding out.
         """
         rows = len(self.codes)
-        prices = self.codes.new_zeros(rows) if prices is None else prices / self.grid.scale[:, 0].square()
+        prices = self.codes.new_zeros(rows) if prices is None else prices / self.unit[:, 0].square()
         spread = self.codes.new_ones(rows) if spread is None else spread
         deviations = self.codes.new_tensor(deviations)[:, None] * spread * TRIANGLE  # (sweeps, r)
         noise = triangular(len(deviations), self.codes.shape[1], seed).to(self.codes.device)
@@ -130,11 +139,13 @@ class CoordinateDescent:
         """Sweep with noise (sweeps, n) in multiples of `deviations (sweeps, r)`, in compiled loops."""
         rows, columns, stride = *self.codes.shape, self.codes.stride(0)
         noise, inverse = (functional.pad(x, (0, stride - columns)) for x in (noise, self.inverse))
+        ratio = None if self.ratio is None else functional.pad(self.ratio, (0, stride - columns), value=1.0)
         compiled = native.library()
         compiled.anneal.restype = ctypes.c_int64
         return compiled.anneal(
             compiler.pointer(hessian), ctypes.c_int(hessian.dtype == torch.bfloat16),
-            compiler.pointer(inverse), compiler.pointer(self.codes), compiler.pointer(self.gradient),
+            compiler.pointer(inverse), None if ratio is None else compiler.pointer(ratio),
+            compiler.pointer(self.codes), compiler.pointer(self.gradient),
             compiler.pointer(support) if support is not None else None, compiler.pointer(prices),
             ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(stride),
             ctypes.c_int(pattern.group if pattern else 0), ctypes.c_int(2 if pattern and pattern.paired else 1),
@@ -160,7 +171,8 @@ class CoordinateDescent:
             if self.codes.device.type == "cpu":
                 swept.carry(self.gradient, hessian[block])
             else:
-                self.gradient += (swept.codes - self.codes[:, block]) @ hessian[block]
+                changed = swept.codes - self.codes[:, block]
+                self.gradient += (changed if swept.ratio is None else changed * swept.ratio) @ hessian[block]
             self.codes[:, block] = swept.codes
             changes += sum(int(by.count_nonzero()) for _, _, by in swept.made)
         return changes
@@ -178,7 +190,8 @@ class _Block:
     """Columns of all rows while they are swept in PyTorch, with the operations of native.cpp in their order.
 
     hessian: (w, w) of the columns. inverse: (w,) one over its diagonal, 0 for dead columns. codes, gradient: (r, w).
-    made: the changes in turn, (rows (k,), the column of each, or of all of them, and by how much (k,)).
+    ratio: (r, w) or None, and own, the inverse over it: (r, w), or (w,). made: the changes in turn, (rows (k,), the
+    column of each, or of all of them, and by how much (k,), in units of the rows' scales).
     """
 
     hessian: Tensor
@@ -186,13 +199,17 @@ class _Block:
     grid: Grid
     codes: Tensor
     gradient: Tensor
+    ratio: Tensor | None
+    own: Tensor
     made: list[tuple[Tensor | slice, Tensor | int, Tensor]]
 
     @classmethod
     def of(cls, descent: CoordinateDescent, hessian: Tensor, block: slice) -> "_Block":
         """A copy of some columns of a descent."""
         codes, gradient = descent.codes[:, block].clone(), descent.gradient[:, block].clone()
-        return cls(hessian[block, block].contiguous(), descent.inverse[block], descent.grid, codes, gradient, [])
+        inverse, ratio = descent.inverse[block], None if descent.ratio is None else descent.ratio[:, block]
+        own = inverse if ratio is None else inverse / ratio
+        return cls(hessian[block, block].contiguous(), inverse, descent.grid, codes, gradient, ratio, own, [])
 
     def carry(self, gradient: Tensor, hessian: Tensor) -> None:
         """Add all changes to the whole gradient (r, n), in turn; hessian: (w, n) rows of the block's columns."""
@@ -206,9 +223,11 @@ class _Block:
 
     def round(self, column: int, noise: Tensor, support: Tensor | None, prices: Tensor) -> None:
         """Bring one column to its optimum and noise (r,), on `support (r,)` or where it gains its price (r,)."""
-        t = self.codes[:, column] - self.gradient[:, column] * self.inverse[column] + noise
+        t = self.codes[:, column] - self.gradient[:, column] * self.own[..., column] + noise
         to = self._nearest(t)
-        kept = support if support is not None else to * (to - 2 * t) + prices * self.inverse[column] < 0
+        prices = prices * self.inverse[column]
+        prices = prices if self.ratio is None else prices / self.ratio[:, column].square()
+        kept = support if support is not None else to * (to - 2 * t) + prices < 0
         to = to * (kept & (self.inverse[column] > 0))
         self._change(_ALL, column, to - self.codes[:, column])
 
@@ -219,7 +238,7 @@ class _Block:
         for start in range(0, pattern.group, unit):
             active, slopes = support[:, start].clone(), self.gradient[:, place].clone()
             for column in range(place.start + start, place.start + start + unit):
-                slopes -= self.codes[:, column, None] * self.hessian[column, place]
+                slopes -= self._in_units(self.codes[:, column], _ALL, column)[:, None] * self.hessian[column, place]
             codes, gains = self._best(place, slopes, noise, unit)
             free = ~support[:, ::unit]
             free[:, start // unit] = True
@@ -241,18 +260,20 @@ class _Block:
         beside that.
         """
         inverse, cross = self.inverse[place], self.hessian[place, place].diagonal(1)[::2]
+        own, ratio = self.own[..., place], 1.0 if self.ratio is None else self.ratio[:, place]
         codes, gains, dead = torch.zeros_like(slopes), torch.zeros_like(slopes[:, ::unit]), inverse == 0
         for k in range(unit):
             at = slice(k, None, unit)
-            slope = slopes[:, at] if k == 0 else slopes[:, at] + codes[:, ::2] * cross
-            optimum = noise[:, at] - slope * inverse[at]
+            slope = slopes[:, at] if k == 0 else slopes[:, at] + (codes * ratio)[:, ::2] * cross
+            optimum = noise[:, at] - slope * own[..., at]
             aim = optimum
             if unit == 2 and k == 0:
-                own, other = inverse[::2], inverse[1::2]
-                back = slopes[:, 1::2] * other * cross * own
-                aim = (optimum + back) / (1 - cross * own * cross * other)
+                one, other = inverse[::2], inverse[1::2]
+                back = slopes[:, 1::2] * other * cross * own[..., ::2]
+                aim = (optimum + back) / (1 - cross * one * cross * other)
             codes[:, at] = self._nearest(aim).masked_fill_(dead[at], 0)
-            gained = codes[:, at] * (2 * optimum - codes[:, at]) / inverse[at]
+            gained = codes[:, at] * (2 * optimum - codes[:, at])
+            gained = gained / inverse[at] if self.ratio is None else gained * ratio[:, at].square() / inverse[at]
             gains += gained.masked_fill_(dead[at], 0)
         return codes, gains
 
@@ -263,5 +284,10 @@ class _Block:
         """Change codes of some rows (k,) in each one's column (k,), or in one, by so much (k,); note it."""
         if by.any():
             self.codes[rows, column] += by
+            by = self._in_units(by, rows, column)
             self.gradient[rows] += by[:, None] * self.hessian[column]
             self.made.append((rows, column, by))
+
+    def _in_units(self, codes: Tensor, rows: "Tensor | slice", column: "Tensor | int") -> Tensor:
+        """Codes (k,) of some rows, each in its column (k,) or all in one, in units of the rows' scales."""
+        return codes if self.ratio is None else codes * self.ratio[rows, column]

@@ -127,6 +127,10 @@ class Hessian:
             self._ordered[unit][0].flags = self.flags
         return self._ordered[unit]
 
+    def forget_order(self) -> None:
+        """Free what `by_diagonal` keeps."""
+        self._ordered.clear()
+
     def loss(self, change: Tensor) -> float:
         """tr(D H Dᵀ) of `change (r, n)`, undamped H."""
         return float((change @ self.matrix).mul_(change).sum(dtype=torch.float64))

@@ -120,6 +120,7 @@ template <typename T>  // float or bfloat16
 struct Layer {
     const T* hessian;      // (columns, columns)
     const float* inverse;  // one over its diagonal, padded, 0 for dead columns
+    const float* ones;     // padded
     int64_t columns;
     int group, unit;  // of a pattern, 0 without one; 2 if it is paired, else 1
     float low, high;
@@ -130,12 +131,23 @@ template <typename T>
 struct Row {
     const Layer<T>& layer;
     float *codes, *gradient;
-    std::vector<float> price, z;
+    const float *ratio, *inverse;  // a column's scale in units of the row's, and the layer's inverse over it
+    std::vector<float> price, z, own;
     int64_t changes = 0;
 
+    // scales: of the row's columns in units of its first, padded; null where a row has one scale.
+    Row(const Layer<T>& of, float* row_codes, float* row_gradient, const float* scales, int64_t padded)
+        : layer(of), codes(row_codes), gradient(row_gradient), ratio(scales ? scales : of.ones), inverse(of.inverse),
+          price(padded, kNever), z(padded) {
+        if (!scales) return;
+        own.assign(of.inverse, of.inverse + padded);
+        for (int64_t k = 0; k < padded; ++k) own[k] /= scales[k];
+        inverse = own.data();
+    }
+
     void set(int64_t column, float to) {
-        const float by = to - codes[column];
-        if (by == 0.0f) return;
+        if (to == codes[column]) return;
+        const float by = (to - codes[column]) * ratio[column];
         const T* __restrict h = layer.hessian + column * layer.columns;
         float* __restrict g = gradient;
         for (int64_t k = 0; k < layer.columns; ++k) g[k] += by * widen(h[k]);
@@ -143,7 +155,7 @@ struct Row {
         ++changes;
     }
 
-    float optimum(int64_t column) const { return codes[column] - gradient[column] * layer.inverse[column]; }
+    float optimum(int64_t column) const { return codes[column] - gradient[column] * inverse[column]; }
 
     // The code nearest to t, or 0 where that gains less than the price of a kept weight.
     float choice(float t, float price) const {
@@ -179,7 +191,7 @@ struct Row {
             for (int from = 0; from < group; from += unit) {
                 if (!mask[first + from]) continue;
                 std::copy_n(gradient + first, group, g.begin());
-                for (int i = from; i < from + unit; ++i) add(g.data(), first, -codes[first + i], first + i);
+                for (int i = from; i < from + unit; ++i) add(g.data(), first, -codes[first + i] * ratio[first + i], first + i);
                 float most = -kNever;
                 int to = from;
                 for (int u = 0; u < group; u += unit) {
@@ -204,18 +216,18 @@ struct Row {
     // The gain of the best codes of the unit u of a group, which are written to `code`; g is the group's gradient.
     // The first of a pair goes to its optimum beside a free second, the second to its own beside that.
     float place(const float* g, int64_t first, int u, const float* z, float* code) const {
-        const float* inverse = layer.inverse + first;
+        const float *whole = layer.inverse + first, *part = inverse + first, *scale = ratio + first;
         const float cross = layer.unit == 1 ? 0.0f : widen(layer.hessian[(first + u) * layer.columns + first + u + 1]);
         float gain = 0.0f;
         for (int k = u; k < u + layer.unit; ++k) {
             code[k] = 0.0f;
-            if (inverse[k] == 0.0f) continue;
-            const float t = z[k] - (k > u ? g[k] + code[u] * cross : g[k]) * inverse[k];
+            if (whole[k] == 0.0f) continue;
+            const float t = z[k] - (k > u ? g[k] + code[u] * scale[u] * cross : g[k]) * part[k];
             float aim = t;
             if (k == u && layer.unit == 2)
-                aim = (t + g[u + 1] * inverse[u + 1] * cross * inverse[u]) / (1.0f - cross * inverse[u] * cross * inverse[u + 1]);
+                aim = (t + g[u + 1] * whole[u + 1] * cross * part[u]) / (1.0f - cross * whole[u] * cross * whole[u + 1]);
             code[k] = std::min(std::max(std::nearbyint(aim), layer.low), layer.high);
-            gain += code[k] * (2.0f * t - code[k]) / inverse[k];
+            gain += code[k] * (2.0f * t - code[k]) * (scale[k] * scale[k]) / whole[k];
         }
         return gain;
     }
@@ -227,18 +239,18 @@ struct Row {
 };
 
 template <typename T>
-int64_t anneal_rows(const T* hessian, const float* inverse, float* codes, float* gradient, uint8_t* support,
+int64_t anneal_rows(const T* hessian, const float* inverse, const float* ratios, float* codes, float* gradient, uint8_t* support,
                     const float* prices, int64_t rows, int64_t columns, int64_t padded, int group, int unit, float low,
                     float high, const float* noise, const float* deviations, int sweeps, int threads) {
-    const Layer<T> layer{hessian, inverse, columns, group, unit, low, high};
+    const std::vector<float> ones(padded, 1.0f);
+    const Layer<T> layer{hessian, inverse, ones.data(), columns, group, unit, low, high};
     std::atomic<int64_t> changes{0};
     by_rows(rows, threads, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
-            Row<T> row{layer, codes + r * padded, gradient + r * padded, std::vector<float>(padded, kNever),
-                       std::vector<float>(padded)};
+            Row<T> row(layer, codes + r * padded, gradient + r * padded, ratios ? ratios + r * padded : nullptr, padded);
             for (int64_t j = 0; j < columns && group == 0; ++j)
                 if (inverse[j] > 0.0f)
-                    row.price[j] = !support ? prices[r] * inverse[j] : support[r * columns + j] ? -kNever : kNever;
+                    row.price[j] = !support ? prices[r] * inverse[j] / (row.ratio[j] * row.ratio[j]) : support[r * columns + j] ? -kNever : kNever;
             for (int s = 0; s < sweeps; ++s) {
                 const float scale = deviations[s * rows + r];
                 group ? row.sweep_groups(noise + s * padded, scale, support + r * columns)
@@ -256,17 +268,18 @@ int64_t anneal_rows(const T* hessian, const float* inverse, float* codes, float*
 // rounded to a code, and kept if that gains more than its row's price; or if it is on the row's support, where one is
 // given; or, where there is a pattern, moved within its group, and the support with it.
 //
+// ratios (rows, padded) or null: each column's scale in units of the row's, in which gradients and prices are.
 // hessian (columns, columns), float or bfloat16, inverse (padded), codes and gradient (rows, padded), support (rows,
 // columns) or null, prices (rows), noise (sweeps, padded) in multiples of deviations (sweeps, rows), in codes. Returns
 // the number of changes.
-extern "C" int64_t anneal(const void* hessian, int bfloat, const float* inverse, float* codes, float* gradient,
+extern "C" int64_t anneal(const void* hessian, int bfloat, const float* inverse, const float* ratios, float* codes, float* gradient,
                           uint8_t* support, const float* prices, int64_t rows, int64_t columns, int64_t padded,
                           int group, int unit, float low, float high, const float* noise, const float* deviations,
                           int sweeps, int threads) {
     if (bfloat)
-        return anneal_rows(static_cast<const uint16_t*>(hessian), inverse, codes, gradient, support, prices, rows, columns,
+        return anneal_rows(static_cast<const uint16_t*>(hessian), inverse, ratios, codes, gradient, support, prices, rows, columns,
                            padded, group, unit, low, high, noise, deviations, sweeps, threads);
-    return anneal_rows(static_cast<const float*>(hessian), inverse, codes, gradient, support, prices, rows, columns,
+    return anneal_rows(static_cast<const float*>(hessian), inverse, ratios, codes, gradient, support, prices, rows, columns,
                        padded, group, unit, low, high, noise, deviations, sweeps, threads);
 }
 

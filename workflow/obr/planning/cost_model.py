@@ -12,6 +12,7 @@ from obr.planning.tensor_sizes import Sizes
 
 CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
 JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
+SWEEPS = {"sparsegpt_then_gptq": 2}  # over the columns, of methods that make more than one
 OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
 RELEASED_PASSES = 18.0  # over all weights, what verifying and keeping a released checkpoint takes
 STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
@@ -102,8 +103,8 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         elements += fits * weights * (CLIP_PASSES if recipe.clip == "mse" else 2)
     quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
     cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
-    if recipe.method in ("gptq", "sparsegpt_gptq"):
-        exact += 4 / 3 * cubic + quadratic
+    if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq"):
+        exact += 4 / 3 * cubic + quadratic * SWEEPS.get(recipe.method, 1)
     if recipe.method in ("obr_rtn", "obr_gptq"):
         steps = (recipe.sparsity > 0) + (recipe.bits < 16)
         exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
@@ -112,6 +113,7 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.method == "joint":
         exact += 8 / 3 * cubic + JOINT_PASSES * quadratic
         elements += weights * JOINT_SWEEP * recipe.sweeps
+        exact += (4 / 3 * cubic + quadratic) * (not recipe.sparsity)  # the sweep of GPTQ that it starts from, too
     if recipe.needs_hessian and recipe.hessian == "sequential":
         passed = replace(sizes, blocks=chosen[-1] + 1)  # blocks before the first chosen are run once
         products += GROUP_PASSES[recipe.hessian_scope] * sizes.forward(tokens, length) + passed.forward(
@@ -123,8 +125,9 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.asymmetry:  # the dense blocks run, too; drifts, and the steps to the targets
         products, grams, runs = 2 * products, 2 * grams, 2 * runs
         exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)
-    if recipe.method in ("gptq", "sparsegpt_gptq", "obr_gptq"):  # column by column, each some small kernels
-        runs += 0.1 * blocks * sum(columns for _, columns in sizes.layers)
+    if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq", "obr_gptq"):
+        # column by column, each some small kernels
+        runs += 0.1 * SWEEPS.get(recipe.method, 1) * blocks * sum(columns for _, columns in sizes.layers)
     return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
 
 

@@ -15,13 +15,17 @@ SOLVERS = {
     "gptq": [(3, 2.5, 0), (2, 6.5, 0)],
     "obr": [(3.5, 3.5, PART_ARRAYS), (2.5, 6.5, 0)],
     "joint": [(4.5, 2.5, 0), (3, 9, 0)],
+    "joint, groups": [(4.5, 2.5, 0), (3, 12, 0)],  # of columns, with scales of their own
     "rounding": [(1, 6.5, 0)],
 }
 
 
-def solver_of(method: str) -> str:
-    """The entry of SOLVERS for a recipe's method."""
-    kind = {"sparsegpt_gptq": "gptq", "obr_rtn": "obr", "obr_gptq": "obr"}.get(method, method)
+def solver_of(method: str, is_grouped: bool = False) -> str:
+    """The entry of SOLVERS for a recipe's method, with scales for groups of columns or without."""
+    method = "joint, groups" if is_grouped and method == "joint" else method
+    kind = {"sparsegpt_gptq": "gptq", "sparsegpt_then_gptq": "gptq", "obr_rtn": "obr", "obr_gptq": "obr"}.get(
+        method, method
+    )
     return kind if kind in SOLVERS else "rounding"
 
 
@@ -71,7 +75,9 @@ def memory(
     all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
     states = min(states_of(rule, sizes, tokens, on_gpu, recipe), STATES)
     if rule in ("compress", "sensitivity"):
-        method, is_rotated = (recipe.method, recipe.rotation != "none") if recipe else ("obr_gptq", True)
+        method, is_rotated = ("obr_gptq", True)
+        if recipe:
+            method, is_rotated = solver_of(recipe.method, bool(recipe.group)), recipe.rotation != "none"
         is_ordered = recipe is not None and recipe.column_order != "given"
         model, base = compressing(sizes, method, length, on_gpu, is_rotated, is_ordered), 0.9
         if recipe and recipe.hessian_scope == "block":  # those of the groups that are still to come
