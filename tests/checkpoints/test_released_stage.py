@@ -233,10 +233,10 @@ def test_released_checkpoint_refuses_recompute_packing_and_changes(tmp_path, tin
     taken = ("--model", tmp_path / "model", "--released", written(tmp_path, state), "--out", tmp_path / "out")
     ran("released", "--recipe", json.dumps(ENTRY), *taken)
     assert main.main(["verify", str(tmp_path / "out"), "--recompute", "1"]) == 1
-    assert "holds layers that others released; verify it without --recompute" in capsys.readouterr().err
+    assert "holds layers that others compressed; verify it without --recompute" in capsys.readouterr().err
     more = {"activations": {"bits": 8}, "keys": CACHE, "values": CACHE}
     refused(
-        lambda: obr.load(tmp_path / "out", {**ENTRY, **more}, packed=True), "Released weights are stored at 16 bits"
+        lambda: obr.load(tmp_path / "out", {**ENTRY, **more}, packed=True), "Weights that others compressed are read at 16 bits"
     )
     ran(
         "push",

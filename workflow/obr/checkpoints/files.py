@@ -22,7 +22,10 @@ def read_manifest(directory: Path) -> dict:
     """The manifest of a checkpoint. Raises ObrError if there is none, or of another format."""
     path = Path(directory) / MANIFEST
     if not path.exists():
-        raise ObrError(f"{directory} is no packed checkpoint: it has no {MANIFEST}; give a folder of obr compress.")
+        raise ObrError(
+            f"{directory} is neither a packed checkpoint, which has a {MANIFEST}, nor one that another program "
+            "quantised; give a folder of obr compress, or read a plain model with obr.load_model."
+        )
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ObrError(

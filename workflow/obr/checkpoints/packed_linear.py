@@ -5,6 +5,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from obr.checkpoints import format
+from obr.checkpoints.external import blocks as external
+from obr.checkpoints.external.folder import external_path
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packed_kernels import check_layer, check_recipe, kernels_of
 from obr.checkpoints.packing import unpack
@@ -84,13 +86,16 @@ def load(
 ):
     """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
 
-    recipe: overrides the checkpoint's settings for activations, keys and values.
+    directory: a packed checkpoint; or the folder or GGUF file of a model that GPTQ, AWQ, AutoRound,
+    compressed-tensors or llama.cpp quantised, whose weights are dequantised.
+    recipe: overrides the checkpoint's settings for activations, keys and values; of another program's checkpoint its
+    method is "external".
     packed: weights stay packed and are multiplied by the integers that activations are rounded to; the same model
         up to the rounding of floats, in less memory and time. On a CPU for activations of at most 8 bits and one
         scale a row; on a GPU, with Triton, for 16 bits and groups of columns, too.
 
     Raises:
-        ObrError: the folder is not a whole checkpoint of this format, or not one that `packed` can compute.
+        ObrError: the folder is not a whole checkpoint of a format that is read, or not one that `packed` can compute.
 
     Example:
         >>> model = obr.compress(obr.load_model("path/to/model"), None, {"method": "rtn"}, progress=False)
@@ -98,6 +103,12 @@ def load(
         >>> obr.load("rounded").config.hidden_size == model.config.hidden_size
         True
     """
+    if external_path(directory) is not None:
+        if packed:
+            raise ObrError(
+                f"{directory} is another program's checkpoint, which has no packed form; pass packed=False."
+            )
+        return external.load(directory, recipe, dtype, device)
     if not packed:
         return format.load(directory, recipe, dtype, device)
     blocks = PackedBlocks(Path(directory), Recipe.parse(recipe) if recipe is not None else None, dtype, device)

@@ -1,5 +1,8 @@
 """Weights that a checkpoint refers to: those of the model folder that it was made from, where they are the same.
 
+The checkpoint of a recipe `external` refers to the files of the program that made it, which are dequantised as they
+are read.
+
 The manifest's entry `weights` says where that folder lies, relative to the checkpoint's own, and which files it has:
 {"folder": path, "files": {name: {"bytes": size, "sketch": sha256 of pieces, "sha256": of the whole}}}.
 """
@@ -7,11 +10,13 @@ The manifest's entry `weights` says where that folder lies, relative to the chec
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from obr.checkpoints.external.folder import external_path, open_external
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.architectures import Layout
@@ -21,6 +26,7 @@ from obr.runtime.files import sha256_of
 from obr.runtime.provenance import model_hashes
 
 ENTRY = "weights"
+MADE = "made.json"  # beside another program's checkpoint: what its maker noted, such as seconds
 PIECES, PIECE = 256, 4096  # of a file, evenly spread, that its sketch covers: other weights differ in all of them
 
 
@@ -30,12 +36,16 @@ def is_referred(recipe: Recipe) -> bool:
 
 
 def reference(model: Path, directory: Path) -> dict:
-    """The entry of a manifest in `directory` for the weights of a model folder.
+    """The entry of a manifest in `directory` for the weights of a model folder or GGUF file.
 
     The sha256 of a file is the one that its download noted, or computed if there is none.
     """
     model, noted = Path(model), model_hashes(model) or {}
-    names = [*weight_files(model, str(model)), *([INDEX] if (model / INDEX).is_file() else [])]
+    if model.is_file():  # GGUF
+        model, names = model.parent, [model.name]
+    else:
+        others = [INDEX] if external_path(model) is None else [INDEX, "config.json"]
+        names = [*weight_files(model, str(model)), *(name for name in others if (model / name).is_file())]
     files = {
         name: {
             "bytes": (model / name).stat().st_size,
@@ -66,7 +76,8 @@ def folder_of(directory: Path, manifest: dict) -> Path:
 
 def bytes_of(manifest: dict) -> int:
     """Of the files that a checkpoint refers to."""
-    return sum(file["bytes"] for file in manifest.get(ENTRY, {"files": {}})["files"].values())
+    files = manifest.get(ENTRY, {"files": {}})["files"]
+    return sum(file["bytes"] for name, file in files.items() if name != "config.json")
 
 
 def check_referred(directory: Path, manifest: dict, whole: bool = False) -> None:
@@ -107,8 +118,10 @@ def read_tensors(
     skeleton: the blocks without memory, their fused layers apart. dtype: of the checkpoint.
     """
     block, prefix = skeleton[index], f"{layout.blocks}.{index}."
-    files, linears = TensorFiles(folder_of(directory, manifest)), layout.in_block(block).linears
+    linears, external = layout.in_block(block).linears, manifest["recipe"].get("method") == "external"
+    files = _external(directory, manifest) if external else TensorFiles(folder_of(directory, manifest))
     follow(files, layout, skeleton)
+    dtype = torch.float32 if external else dtype  # in which codes are multiplied by scales
     exact = {name for name, _ in block.named_buffers()}
     read = files.read({name: prefix + name for name in exact})
     read |= files.read({name: prefix + name for name in block.state_dict() if name not in exact}, dtype)
@@ -121,3 +134,16 @@ def read_tensors(
         else:
             tensors[name] = tensor
     return {"layers": layers, "transforms": {}}, tensors
+
+
+def _external(directory: Path, manifest: dict) -> TensorFiles:
+    """The tensors of another program's checkpoint, dequantised."""
+    folder, names = folder_of(directory, manifest), manifest[ENTRY]["files"]
+    path = next((folder / name for name in names if name.endswith(".gguf")), folder)
+    return _opened(path, tuple((folder / name).stat().st_mtime_ns for name in names))
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, _modified: tuple[int, ...]) -> TensorFiles:
+    """Opened once for all blocks of a checkpoint."""
+    return open_external(path).tensors

@@ -31,7 +31,7 @@ NEEDED = {
     "format": int, "recipe": dict, "blocks": int, "dtype": str, "bits_per_weight": dict, "file_bytes": int,
     "linear_weights": int, "linear_bytes": int, "sparsity": NUMBER, "zeros": NUMBER,
     "relative_error": (*NUMBER, type(None)), "flagged_layers": int, "calibration": (dict, type(None)),
-    "rotation": (dict, type(None)), "source": (dict, type(None)), "seconds": NUMBER, "device": str, "threads": int,
+    "rotation": (dict, type(None)), "source": (dict, type(None)), "seconds": (*NUMBER, type(None)), "device": str, "threads": int,
     "inputs": (dict, type(None)), "versions": dict, "files": dict,
 }  # fmt: skip
 THRESHOLDED = 0.01  # by which a layer's sparsity may miss, where thresholds are taken over parts of a layer
@@ -165,6 +165,8 @@ def _block(
 
 def _check_layer(packed: Packed, restored: Restored, recipe: Recipe, where: str) -> None:
     """Raise ObrError unless a layer has the bits, pattern, sparsity and levels of its recipe."""
+    if recipe.method == "external":  # another program's file, whose hash is checked
+        return None
     if recipe.method == "released":  # kept as its authors wrote it, at 16 bits
         return Verified().add(restored.weight, recipe, where)
     if (bits := packed.about["bits"]) != recipe.bits:
@@ -197,9 +199,11 @@ def _differing(report: LayerReport, packed: Packed, restored: Restored, recipe: 
     """(column, what layers.csv says, what is there) where they differ."""
     found = {
         "rows": restored.weight.shape[0], "columns": restored.weight.shape[1],
-        "zeros": float((restored.weight == 0).float().mean()), "packed_bytes": packed.bytes,
+        "zeros": float((restored.weight == 0).float().mean()),
     }  # fmt: skip
-    if recipe.method != "released":  # those are reported as their authors made them, not as they are stored
+    if recipe.method != "external":
+        found["packed_bytes"] = packed.bytes
+    if not recipe.adopted:  # those are reported as their authors made them, not as they are stored
         found |= {"bits": restored.bits, "pattern": str(restored.pattern or ""), "sparsity": restored.sparsity}
     stated = asdict(report)
     return next(((key, stated[key], value) for key, value in found.items() if not _same(stated[key], value)), None)
@@ -220,12 +224,15 @@ def _sums(directory: Path, manifest: dict, totals: Totals) -> Iterator[str]:
         "zeros": totals.zeros / totals.weights,
         "file_bytes": weight_bytes(directory, manifest),
     }
-    if manifest["recipe"].get("method") != "released":
+    method = manifest["recipe"].get("method")
+    if method not in ("released", "external"):
         found["sparsity"] = totals.pruned / totals.weights
+    if method == "external":  # stored as another program has it
+        del found["linear_bytes"]
     for key, value in found.items():
         if not _same(manifest[key], value):
             yield f"{directory}/manifest.json says {key} {manifest[key]}, the files have {value}; it was altered."
     stated = manifest["bits_per_weight"].get("file")
-    size = 8 * totals.bytes / totals.weights
+    size = 8 * (manifest["linear_bytes"] if method == "external" else totals.bytes) / totals.weights
     if not isinstance(stated, NUMBER) or not _same(stated, size):
         yield f"{directory}/manifest.json says {stated} bits a weight in the file, there are {size:.4f}; altered."

@@ -78,6 +78,7 @@ class Report:
     dtype: in which what has 16 bits is stored. computed_in: the dtype of the passes; None where nothing is computed.
     allocation: the options chosen layer by layer. output_gradients: mean squares of the outputs' gradients by layer,
     if rows are weighted by them; not in the manifest. released: what was verified of a checkpoint that others made.
+    external: format of another program's checkpoint and its own bits a weight. seconds: None where nobody noted them.
     processors: that computed, as `processor.about` has them, each with the numbers of its `blocks`.
     """
 
@@ -90,8 +91,9 @@ class Report:
     allocation: dict | None = None
     output_gradients: dict[str, Tensor] | None = None
     released: dict | None = None
+    external: dict | None = None
     layers: list[LayerReport] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float | None = 0.0
     device: str = "cpu"
     processors: list[dict] = field(default_factory=list)
 
@@ -116,7 +118,7 @@ class Writer:
     Args:
         directory: made if need be. dtype: of everything kept at 16 bits.
         run: what decides the blocks, as plain data, see `Unfinished`.
-        weights: folder of the model that the checkpoint refers to, instead of files of its blocks.
+        weights: model folder, or GGUF file, that the checkpoint refers to, instead of files of its blocks.
 
     Raises:
         ObrError: the unfinished blocks there are of another run; the folder holds files of something else.
@@ -208,14 +210,16 @@ class Writer:
         entry = {} if self.weights is None else {referred.ENTRY: referred.reference(self.weights, self.directory)}
         weights = sum(layer.rows * layer.columns for layer in layers)
         packed = sum(layer.packed_bytes for layer in layers)
-        theoretical = sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers)
+        theoretical = (report.external or {}).get("bits_per_weight") or (
+            sum(layer.rows * layer.columns * _recipe_of(layer, report).bits_per_weight for layer in layers) / weights
+        )
         return {
             "format": FORMAT,
             "recipe": report.recipe.to_dict(),
             "blocks": len(self.blocks),
             "dtype": dtypes.name_of(self.dtype),
             "computed_in": report.computed_in and dtypes.name_of(report.computed_in),
-            "bits_per_weight": {"theoretical": theoretical / weights, "file": 8 * packed / weights},
+            "bits_per_weight": {"theoretical": theoretical, "file": 8 * packed / weights},
             "file_bytes": weight_bytes(self.directory, entry),
             "linear_weights": weights,
             "linear_bytes": packed,
@@ -228,6 +232,7 @@ class Writer:
             "source": report.source,
             **({"allocation": report.allocation} if report.allocation is not None else {}),
             **({"released": report.released} if report.released is not None else {}),
+            **({"external": report.external} if report.external is not None else {}),
             **({"held_out_error": _mean([row.held_out_error for row in layers])} if report.recipe.held_out else {}),
             "seconds": report.seconds,
             "device": report.device,

@@ -201,7 +201,7 @@ OPTIONS = {
     "config": _path("config", "YAML or JSON file with the table or figure, and with its recipes and models"),
     "model": _path("model", "folder of a downloaded model"),
     "text": _path("text", "text file"),
-    "released": _path("released", "folder of a downloaded checkpoint of the authors"),
+    "released": _path("released", "folder of a downloaded checkpoint that others made"),
     "task": _path("task", "folder of a downloaded task"),
     "rotation": _path("rotation", "rotation file; default: no rotation"),
     "tokens": _path("tokens", "file of calibration windows"),

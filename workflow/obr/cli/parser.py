@@ -67,10 +67,10 @@ STAGES = {
         "Compress a model by a recipe.",
         "weights model rotation? tokens? hessians? gradients? allocation? out activations compute trust",
     ),
-    "download-released": (commands.download_released, "Fetch a checkpoint of the authors.", "settings out rerun"),
+    "download-released": (commands.download_released, "Fetch a checkpoint that others made.", "settings out rerun"),
     "released": (
         commands.released,
-        "Verify a checkpoint of the authors and convert it.",
+        "Verify a checkpoint that others made and convert it.",
         "weights model released out trust",
     ),
     "kernels": (commands.kernels, "Time matrix products on this device.", "settings out compute sizes"),

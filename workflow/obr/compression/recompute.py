@@ -67,8 +67,8 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     check_files(directory, manifest)
     recipe = Recipe.parse(manifest["recipe"])
     made_from = manifest.get("inputs")
-    if recipe.method == "released":
-        raise ObrError(f"{directory} holds layers that others released; verify it without --recompute.")
+    if recipe.adopted:
+        raise ObrError(f"{directory} holds layers that others compressed; verify it without --recompute.")
     if made_from is None:
         raise ObrError(
             f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory); they "

@@ -40,6 +40,7 @@ class Method:
     finds_mask: the function chooses the mask while it computes.
     rows_differ: without a pattern, rows of a layer differ in sparsity, so that layers are solved one by one.
     ordered: columns are treated one after the other, so that their order matters.
+    adopted: others computed the weights; a checkpoint of theirs is read.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Method:
     finds_mask: bool = False
     rows_differ: bool = False
     ordered: bool = False
+    adopted: bool = False
 
 
 METHODS = {
@@ -77,5 +79,7 @@ METHODS = {
     "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
     "joint": Method("Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True),
     # What the authors of a checkpoint computed; it is read, not made.
-    "released": Method("Released", "p", None, prunes=True, data_free=True),
+    "released": Method("Released", "p", None, prunes=True, data_free=True, adopted=True),
+    # What another program computed and stored in its own format.
+    "external": Method("External", "d", None, prunes=True, data_free=True, grouped=True, adopted=True),
 }

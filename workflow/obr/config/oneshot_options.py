@@ -23,7 +23,7 @@ FIELDS = (
     "method", "bits", "sparsity", "pattern", "group", "mask", "alpha", "column_order", "damp", "clip", "rotation",
     "seed", "calibration", "hessian",
 )  # fmt: skip
-OFFERED = tuple(name for name in METHODS if name not in ("dense", "released"))  # methods of --method
+OFFERED = tuple(name for name in METHODS if name != "dense" and not METHODS[name].adopted)  # methods of --method
 DEVICES = ("auto", "cpu", "cuda")
 OBR = ("obr_rtn", "obr_gptq")  # functions of methods that read alpha
 
@@ -120,9 +120,10 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
                         {**(entry.get(part) or {}), "bits": bits},
                         f"--{flag.replace('_', '-')}",
                     )
-    if entry.get("method") == "released":
+    if entry.get("method") in METHODS and METHODS[entry["method"]].adopted:
         raise ObrError(
-            "The recipe's method is 'released', which takes over a checkpoint that others made; run it by Snakemake."
+            f"The recipe's method is {entry['method']!r}, which takes over a checkpoint that others made; run it by "
+            "Snakemake."
         )
     if "calibration" not in entry:
         entry["calibration"], origins["calibration"] = BASE["calibration"], BASE_ORIGIN

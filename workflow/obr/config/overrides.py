@@ -71,9 +71,9 @@ def transpose(raw: dict) -> None:
 
 
 def _has_released(raw: dict, entry: dict) -> bool:
-    """Whether a row is a checkpoint of the paper's authors, which is of the original model."""
+    """Whether a row is a checkpoint that others made, which is of the original model."""
     keys = [row if isinstance(row, str) else row.get("recipe") for row in entry.get("rows", [])]
-    return any(raw["recipes"].get(key, {}).get("method") == "released" for key in keys)
+    return any(raw["recipes"].get(key, {}).get("method") in ("released", "external") for key in keys)
 
 
 def shrink(raw: dict) -> None:
@@ -90,7 +90,7 @@ def shrink(raw: dict) -> None:
             for key in keys:
                 entry[key] = min(entry.get(key) or QUICK[key], QUICK[key])
     for recipe in raw["recipes"].values():
-        if recipe.get("method", "dense") not in ("dense", "released"):
+        if recipe.get("method", "dense") not in ("dense", "released", "external"):
             recipe.setdefault("blocks", QUICK_BLOCKS)
     for rotation in raw["rotations"].values():
         learn = rotation.get("learn", {})

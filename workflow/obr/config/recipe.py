@@ -34,7 +34,7 @@ class Option:
         build_settings(cls, {"method": None, **entry}, what)  # refuses unknown keys
         check_choice(entry.get("method"), METHODS, f"{what}.method")
         recipe = Recipe.parse({"calibration": "given", **entry}, what)
-        if recipe.method == "released" or (METHODS[recipe.method].rows_differ and not recipe.pattern):
+        if recipe.adopted or (METHODS[recipe.method].rows_differ and not recipe.pattern):
             raise ObrError(f"{what}.method is {recipe.method!r}, whose sparsity is not the same in every layer.")
         return cls(recipe.method, recipe.bits, recipe.sparsity, recipe.pattern)
 
@@ -176,7 +176,11 @@ class Recipe:
         if isinstance(entry, Recipe):
             return entry
         entry = {k: v for k, v in entry.items() if v is not None}
-        entry.pop("source", None)  # of a released checkpoint; what it holds is checked when it is read
+        entry.pop("source", None)  # of an adopted checkpoint; what it holds is checked when it is read
+        if entry.get("method") == "external":
+            entry.setdefault(
+                "sparsity", 0.0
+            )  # zeros count as codes, unless the recipe says that weights were removed
         for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = build_settings(cls, entry, name)
@@ -201,7 +205,7 @@ class Recipe:
     def _allocated(self, name: str) -> "Recipe":
         """With its allocation checked, and the bits of the largest option."""
         allocation = Allocation.parse(self.allocation, f"{name}.allocation")
-        if self.method in ("dense", "released") or self.int8_down_proj:
+        if self.method == "dense" or self.adopted or self.int8_down_proj:
             odd = "int8_down_proj" if self.int8_down_proj else f"method {self.method}"
             raise ObrError(f"{name} has an allocation, which {odd} contradicts; drop one of them.")
         bits = max(option.bits for option in allocation.options)
@@ -231,6 +235,11 @@ class Recipe:
         return METHODS[self.method].prunes
 
     @property
+    def adopted(self) -> bool:
+        """Whether others computed the weights."""
+        return METHODS[self.method].adopted
+
+    @property
     def zeros(self) -> Pattern | None:
         """The pattern of the weights that are removed; None where it is free, or nothing is removed."""
         return Pattern.parse(self.pattern) if self.prunes and self.pattern else None
@@ -248,7 +257,7 @@ class Recipe:
 
     @property
     def needs_hessian(self) -> bool:
-        refits = self.refit and self.bits < 16 and self.method != "released"
+        refits = self.refit and self.bits < 16 and not self.adopted
         return not METHODS[self.method].data_free or refits or self.allocation is not None
 
     @property

@@ -1,7 +1,7 @@
 """The recipes of `config/recipes/*.tsv`: one line per checkpoint, one column per field, an empty cell for a default.
 
 Columns are fields of `Recipe`. Fields that are mappings have flat columns: `allocation_bits`, `allocation_options`,
-`allocation_scope`, and `source`, `source_repo`, `source_revision`. The columns `recipe` and `note` are the key and a
+`allocation_scope`, and `source`, `source_repo`, `source_revision`, `source_path`, `source_file`. The columns `recipe` and `note` are the key and a
 remark for readers.
 """
 
@@ -15,6 +15,7 @@ from obr.config.recipe import Allocation, Recipe
 from obr.errors import ObrError
 
 KEY, NOTE = "recipe", "note"
+SOURCES = ("source", "source_repo", "source_revision", "source_path", "source_file")
 
 
 def read_sheets(folder: Path) -> dict[str, dict]:
@@ -71,7 +72,7 @@ def _reader(column: str, sheet: Path) -> Callable:
     """What makes a cell of this column a value. Raises ObrError at an unknown column."""
     types = {name: _plain(hint) for name, hint in get_type_hints(Recipe).items()}
     types |= {f"allocation_{name}": _plain(hint) for name, hint in get_type_hints(Allocation).items()}
-    types |= dict.fromkeys(("activations", "allocation_options", "source", "source_repo", "source_revision"), str)
+    types |= dict.fromkeys(("activations", "allocation_options", *SOURCES), str)
     kind = types.get(column)
     if kind is None:
         known = ", ".join(sorted(name for name, found in types.items() if found))

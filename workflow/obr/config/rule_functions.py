@@ -63,9 +63,9 @@ class RuleFunctions:
         }  # fmt: skip
 
     def recipes(self, released: bool) -> str:
-        """A constraint: the recipes whose checkpoints the paper's authors made, or the others."""
+        """A constraint: the recipes whose checkpoints others made, or those of our own."""
         parsed = self.config.parsed.items()
-        return one_of(key for key, recipe in parsed if (recipe.method == "released") == released)
+        return one_of(key for key, recipe in parsed if recipe.adopted == released)
 
     def entries(self, section: str, key: str | None = None, has: bool = True) -> str:
         """A constraint: the entries of a section; with a key those that have it, or the others."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from obr.checkpoints import referred
+from obr.checkpoints.external.blocks import ExternalBlocks
+from obr.checkpoints.external.folder import external_path
 from obr.checkpoints.files import LAYERS, MANIFEST
 from obr.checkpoints.format import CheckpointBlocks
 from obr.config.recipe import Recipe
@@ -126,6 +128,8 @@ def opened(
     Raises:
         ObrError: the folder is neither, or `recipe` is given for a model that is not compressed.
     """
+    if external_path(folder) is not None:
+        return _opened_external(folder, recipe, dtype, device)
     if (folder / MANIFEST).exists() or not (folder / "config.json").exists():
         blocks: StreamedBlocks = CheckpointBlocks(folder, recipe, dtype, device)
         identity, settings = _identity(blocks.manifest), blocks.recipe.to_dict() | {"label": None}
@@ -135,14 +139,26 @@ def opened(
         blocks = StreamedBlocks(folder, None, dtype, device)
         files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
         identity, settings = _digest(model_hashes(folder) or {path.name: sha256_of(path) for path in files}), None
-    about = {
+    return blocks, _about(blocks, identity, settings, blocks.recipe.setting if settings else DENSE)
+
+
+def _opened_external(folder: Path, recipe: Recipe | None, dtype, device: str | None) -> tuple[StreamedBlocks, dict]:
+    """As `opened`, of a checkpoint that another program quantised."""
+    blocks = ExternalBlocks(folder, recipe, dtype, device)
+    place = blocks.path
+    files = [place] if place.is_file() else [place / "config.json", *sorted(place.glob("*.safetensors"))]
+    identity = _digest({path.name: sha256_of(path) for path in files})
+    return blocks, _about(blocks, identity, blocks.recipe.to_dict() | {"label": None}, blocks.recipe.setting)
+
+
+def _about(blocks: StreamedBlocks, identity: str, settings: dict | None, setting: str) -> dict:
+    return {
         "checkpoint": identity,
         "recipe": settings,
-        "setting": blocks.recipe.setting if settings else DENSE,
+        "setting": setting,
         "dtype": dtypes.name_of(blocks.dtype),
         "device": blocks.target.type,
     }
-    return blocks, about
 
 
 def _identity(manifest: dict) -> str:

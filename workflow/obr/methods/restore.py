@@ -57,7 +57,7 @@ def restore(
         weight: (r, n), rows are output channels.
         hessian: (n, n) undamped, `2/S Σ XᵀX` or any multiple of it; a `Hessian` to share its factors between
             calls (its damping then counts); None is enough for "dense", "rtn" and "magnitude".
-        method: a key of METHODS in `obr.config.methods`, but "released".
+        method: a key of METHODS in `obr.config.methods`, but "released" and "external".
         options: fields of `Recipe` (bits, sparsity, pattern, mask, alpha, …), and row_weights and harmonic of
             `restore_together`. mask may be the mask itself, (r, n) bool, True = kept.
 

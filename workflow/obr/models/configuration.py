@@ -22,6 +22,7 @@ CALLS = {
 }  # fmt: skip
 # Keys that say that the weights are stored in another format, whatever their value.
 QUANTISED = re.compile(r"quantization|quantisation|quantize|quant_|_quant$|compression|sparsity|^(awq|gptq|bnb|fp8)")
+FORMAT = "quantization_config"  # the key that names the format of quantised weights
 # Keys that transformers obeys and the streamed path could not, and what each does.
 NOT_SUPPORTED = {
     "per_layer_config": "gives blocks sizes of their own",
@@ -49,10 +50,11 @@ WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding
 TRUE_IS_USUAL = ("causal", "use_rope", "scale_attn_weights")
 
 
-def load_config(folder: Path, what: str, trust: bool = False, packed: bool = False):
+def load_config(folder: Path, what: str, trust: bool = False, packed: bool = False, quantised: bool = False):
     """The transformers configuration of a model folder, in which the model can be called as this package does.
 
     what: its name in messages. trust: the folder's own code may be run. packed: the folder is a packed checkpoint.
+    quantised: its `quantization_config` may name the format of another program.
 
     Raises:
         ObrError: config.json asks for code that is not trusted, says that the weights are quantised, holds values
@@ -62,7 +64,7 @@ def load_config(folder: Path, what: str, trust: bool = False, packed: bool = Fal
 
     raw = read_config(folder, what)
     kind, own_code = _model_type(raw, what, trust, CONFIG_MAPPING)
-    _check_storage(raw, what, packed)
+    _check_storage({key: value for key, value in raw.items() if not (quantised and key == FORMAT)}, what, packed)
     _check_numbers(raw, what)
     if not own_code:
         _check_keys(raw, kind, CONFIG_MAPPING[kind], what)
@@ -72,7 +74,7 @@ def load_config(folder: Path, what: str, trust: bool = False, packed: bool = Fal
             config.return_dict, config.output_hidden_states, config._output_attentions = True, False, False
             config._attn_implementation = None
         else:
-            absent = {key for key in ("auto_map", "quantization_config") if raw.get(key) is None}
+            absent = {key for key in ("auto_map", FORMAT) if raw.get(key) is None or (quantised and key == FORMAT)}
             plain = {key: value for key, value in raw.items() if key not in CALLS and key not in absent}
             config = CONFIG_MAPPING[kind].from_dict(plain, name_or_path=str(folder))
     except Exception as error:  # of a validator, or of the model's own code
@@ -109,13 +111,13 @@ def _check_storage(raw: dict, what: str, packed: bool) -> None:
         if not QUANTISED.search(key) or value is None or value is False:
             continue
         method = value.get("quant_method") if isinstance(value, dict) else value
-        if key == "quantization_config" and method == "obr":
+        if key == FORMAT and method == "obr":
             if packed:
                 continue
             raise ObrError(f"{what} is a packed checkpoint of this package, not a model: read it with obr.load.")
         raise ObrError(
             f"the model of {what} is quantised already ({method}), says {key} in config.json: "
-            "choose its full-precision original."
+            "choose its full-precision original; obr.load and obr evaluate read what other programs quantised."
         )
 
 

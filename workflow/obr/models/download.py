@@ -206,10 +206,7 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
             f"{first_line(error)}): choose another file, or a hub or path source."
         ) from error
     config = loaded.config
-    # GGUF keeps the norms' epsilon in single precision (9.9999997e-06); it was meant to one figure.
-    for key, value in list(vars(config).items()):
-        if key.endswith(("norm_eps", "norm_epsilon")) and isinstance(value, float):
-            setattr(config, key, float(f"{value:.0e}"))
+    round_epsilons(config)
     # transformers takes the loaded model for quantised and will not save it: a fresh one gets the weights.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -220,6 +217,13 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
     tokenizer.save_pretrained(folder)
     for name in weight_files(folder, gguf.name):
         shutil.copymode(folder / "config.json", folder / name)  # safetensors wrote it for its owner alone
+
+
+def round_epsilons(config) -> None:
+    """Round the epsilon of norms, in place: GGUF keeps in single precision (9.9999997e-06) what had one figure."""
+    for key, value in list(vars(config).items()):
+        if key.endswith(("norm_eps", "norm_epsilon")) and isinstance(value, float):
+            setattr(config, key, float(f"{value:.0e}"))
 
 
 # Settings of a GGUF model, below its architecture's name, that transformers reads or that tensors decide.
@@ -249,7 +253,15 @@ def _check_gguf(path: Path, loaded, report: dict) -> None:
         raise ObrError(
             f"{path.name} has the tensor {left[0]}, which transformers would leave out: choose another file."
         )
-    config = loaded.config
+    check_gguf_settings(path, loaded.config, reader)
+
+
+def check_gguf_settings(path: Path, config, reader) -> None:
+    """Raise ObrError at a setting of a GGUF file that the transformers configuration made of it leaves out.
+
+    reader: gguf's, of the file.
+    """
+    kind = reader.fields["general.architecture"].contents()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for key, field in reader.fields.items():
         setting, value = key.removeprefix(f"{kind}."), field.contents()

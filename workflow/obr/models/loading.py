@@ -18,10 +18,12 @@ def default_device() -> str:
 
 
 def load_tokenizer(directory: Path):
-    """The tokenizer of a model folder."""
-    trust = remote_code.trusted(directory)
+    """The tokenizer of a model folder, or of a GGUF file."""
+    trust, place = remote_code.trusted(directory), {"pretrained_model_name_or_path": directory}
+    if Path(directory).suffix == ".gguf" and Path(directory).is_file():
+        place = {"pretrained_model_name_or_path": Path(directory).parent, "gguf_file": Path(directory).name}
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=trust)
     except Exception as error:  # of any library that reads tokenizers
         refused = remote_code.refusal(directory, error)
         raise refused or ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error

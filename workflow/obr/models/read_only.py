@@ -3,24 +3,30 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from obr.errors import ObrError
-from obr.models.blocks import Blocks
-from obr.models.check.memory import check_model
+from obr.models.blocks import CALL, Blocks
+from obr.models.check.memory import check_model, quantised_by
 from obr.models.layers import ATTENTION
 
 
 class ReadOnlyBlocks(Blocks):
     """The decoder blocks of a model in memory as they are, for measuring inside `unchanged(model)`.
 
+    A model that transformers holds in another program's format is run on one token first: some formats are
+    dequantised by the model's first call, and its blocks are then called without it.
+
     Raises:
         ObrError: `check.memory.check_model` refuses the model, or its attention leaves out what it quantises.
     """
 
     def __init__(self, model: nn.Module):
-        check_model(model)
+        check_model(model, measured=True)
         self._hold(model)
+        if quantised_by(model):
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), **CALL)
         check_attention(model)
 
     def load(self, index: int) -> nn.Module:

@@ -5,7 +5,9 @@ tensors are those of `model.safetensors`. No other file is ever read, whatever l
 """
 
 import json
+import re
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 from safetensors import safe_open
@@ -158,6 +160,11 @@ class TensorFiles:
                     tensor = tensor.to(place)
                 tensors[key] = tensor
         return tensors
+
+    def bytes_of(self, name: str) -> int:
+        """Of a tensor in its file."""
+        shape, dtype = self.headers[name]
+        return prod(shape) * int(re.search(r"\d+|$", dtype)[0] or 8) // 8
 
     def equal(self, one: str, other: str, rows: int = 1024) -> bool:
         """Whether two stored matrices hold the same numbers; `rows` of each are in memory at a time."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from obr.checkpoints.external.stage import import_external
 from obr.checkpoints.format import save_block
 from obr.checkpoints.released.flatquant import FlatQuant
 from obr.checkpoints.released.reader import Reader
@@ -78,7 +79,7 @@ def _layout(state: StateDict, blocks: StreamedBlocks) -> str:
 def import_released(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
     """The stage: verify a released checkpoint and write it as a packed one; returns the manifest.
 
-    The weights are kept as they are, in the dtype of the file. `released` in the manifest has the layout and what was
+    A recipe of method `external` takes over another program's checkpoint, see `external.stage`. The weights are kept as they are, in the dtype of the file. `released` in the manifest has the layout and what was
     verified. An interrupted run continues with its first unfinished block.
 
     Args:
@@ -89,6 +90,8 @@ def import_released(model: Path, released: Path, recipe: Recipe, out: Path) -> d
         ObrError: missing or unexpected tensors, other shapes, weights that are not what the recipe says, or the
             blocks of an unfinished run of another one.
     """
+    if recipe.method == "external":
+        return import_external(model, released, recipe, out)
     about = read_json(Path(released) / "source.json")
     state = StateDict(Path(released) / about["folder"])
     blocks = StreamedBlocks(model, None, torch.float32, "cpu")
@@ -170,6 +173,12 @@ def _import_layer(block: nn.Module, name: str, index: int, recipe: Recipe, dtype
 
 def summary(manifest: dict) -> str:
     """What was verified, for the log."""
+    if "external" in manifest:
+        bits = manifest["bits_per_weight"]
+        return (
+            f"{manifest['external']['format']}, {bits['theoretical']:.2f} bits a weight, {bits['file']:.2f} in the file, "
+            f"{100 * manifest['zeros']:.2f} % zeros, {manifest['file_bytes'] / 1e6:,.1f} MB."
+        )
     found, recipe = manifest["released"], manifest["recipe"]
     alike = found["likeness"]
     compared = (

@@ -68,13 +68,22 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
     folder, what = Path(folder), what or str(folder)
     trust = remote_code.trusted(folder) if trust is None else trust
     config = load_config(folder, what, trust)
-    layout = layout_of(config)
     names = {entry.name for entry in os.scandir(folder)}
     check_names(names, what)
     tensors = TensorFiles(folder, what)
     stray = sorted(name for name in names if DISTRIBUTED.fullmatch(name))
     if stray:
         raise ObrError(f"{what} has {stray[0]}, which transformers reads instead of {tensors.entry}; remove one.")
+    return check_against(config, tensors, trust, castable)
+
+
+def check_against(config, tensors: TensorFiles, trust: bool = False, castable: bool = False) -> Checked:
+    """Compare tensors with the model that a configuration describes; the parameters are those of `check_folder`.
+
+    Raises:
+        ObrError: a tensor, a shape or a dtype is not accounted for.
+    """
+    layout, what = layout_of(config), tensors.what
     _check_blocks(tensors, layout, config, what)
     untied = _untied(config, tensors, layout)
     if untied:

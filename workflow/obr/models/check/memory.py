@@ -40,26 +40,42 @@ GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_b
 HARMLESS_HOOKS = ("install_output_capuring_hook.", "PreTrainedModel.enable_input_require_grads.")
 
 
-def check_model(model: nn.Module) -> Layout:
+def quantised_by(model: nn.Module) -> str | None:
+    """The format, of another program, in which transformers holds a model's weights; None for plain ones and ours."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    name = str(getattr(method, "value", method))
+    return None if name == "obr" else name
+
+
+def check_model(model: nn.Module, measured: bool = False) -> Layout:
     """The layout of a transformers model in memory, if it is no more and no less than its configuration describes.
 
     Linear layers may be this package's QuantLinear, with what belongs to it. The model is left as it is.
+    measured: the model is only run, so in place of the blocks' linear layers may stand what another program's format
+    has put there; transformers computes with it.
 
     Raises:
         ObrError: a step that has not finished; another class, module, parameter, buffer, attribute or hook; an
             offloaded, quantised or shared tensor.
     """
-    _check_class(model)
+    foreign = measured and quantised_by(model) is not None
+    _check_class(model, foreign)
     check_finished(model)
     layout = layout_of(model.config)
     check_sizes(model.config, "the model")
-    reference = meta_model(model.config) if _is_native(model) else _own_meta_model(model)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    reference = meta_model(config) if _is_native(model) else _own_meta_model(model)
     check_family(reference, layout, "the model")
-    with_buffers(reference, copy.deepcopy(model.config))
+    with_buffers(reference, config)
     wanted, ours = dict(reference.named_modules()), _places_of_ours(layout, model.config.num_hidden_layers)
     for name, module in model.named_modules():
-        if not any(name.startswith(f"{place}.") and place in ours for place in _parents(name)):
-            _check_module(name, module, wanted.pop(name, None), name in ours)
+        expected = wanted.pop(name, None)
+        if not (foreign and name in ours) and not any(place in ours for place in _parents(name)):
+            _check_module(name, module, expected, name in ours, calls=not foreign or bool(name))
     if wanted := [name for name in wanted if not any(place in ours for place in _parents(name))]:
         raise ObrError(
             f"The model has no module {wanted[0]} of its own, which its configuration describes: correct the "
@@ -67,7 +83,7 @@ def check_model(model: nn.Module) -> Layout:
         )
     if any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS):
         raise ObrError("torch has hooks that run for all modules; remove them (`handle.remove()`).")
-    _check_tensors(model, layout)
+    _check_tensors(model, layout, ours if foreign else set())
     return layout
 
 
@@ -77,8 +93,11 @@ def check_finished(model: nn.Module) -> None:
         raise ObrError(f"{step} has begun to change this model and did not finish; load the model again.")
 
 
-def _check_class(model) -> None:
-    """Raise ObrError unless the model is of the class that transformers has for its configuration."""
+def _check_class(model, foreign: bool) -> None:
+    """Raise ObrError unless the model is of the class that transformers has for its configuration.
+
+    foreign: it may be quantised by another program.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
     name = type(model).__name__
@@ -86,10 +105,8 @@ def _check_class(model) -> None:
         raise ObrError(f"The model is wrapped in {name}: {WRAPPERS[name]}.")
     if not isinstance(model, PreTrainedModel):
         raise ObrError(f"The model is a {spell(model)}, no model of transformers: {_remedy(model)}.")
-    if quantised := getattr(model.config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        if str(getattr(method, "value", method)) != "obr":
-            raise ObrError(f"The model is quantised already ({method}): choose its full-precision original.")
+    if not foreign and (method := quantised_by(model)):
+        raise ObrError(f"The model is quantised already ({method}): choose its full-precision original.")
     if not _is_native(model) and not (
         type(model).__module__.startswith("transformers_modules.") and remote_code.is_allowed()
     ):
@@ -128,8 +145,13 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
-def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be_ours: bool) -> None:
-    """Raise ObrError unless the module computes what the one that the configuration describes does."""
+def _check_module(
+    name: str, module: nn.Module, wanted: nn.Module | None, may_be_ours: bool, calls: bool = True
+) -> None:
+    """Raise ObrError unless the module computes what the one that the configuration describes does.
+
+    calls: no hook of it may run besides.
+    """
     where = name or "the model"
     if may_be_ours and type(module).__module__.startswith("obr."):
         _check_calls(where, module)
@@ -140,7 +162,8 @@ def _check_module(name: str, module: nn.Module, wanted: nn.Module | None, may_be
         raise ObrError(f"The model has the extra module {where} ({spell(module)}): {_remedy(module)}.")
     if type(module) is not type(wanted):
         raise ObrError(f"{where} is a {spell(module)}, not a {spell(wanted)}: {_remedy(module)}.")
-    _check_calls(where, module)
+    if calls:
+        _check_calls(where, module)
     for kind in ("_parameters", "_buffers"):
         found, expected = getattr(module, kind), getattr(wanted, kind)
         for key in sorted({*found, *expected}):
@@ -198,11 +221,16 @@ def _check_calls(where: str, module: nn.Module) -> None:
         raise ObrError(f"{where} is compiled: pass the model as it was before `compile`.")
 
 
-def _check_tensors(model: nn.Module, layout: Layout) -> None:
-    """Raise ObrError at a tensor that is no plain one of floating-point numbers in memory, or that is shared."""
+def _check_tensors(model: nn.Module, layout: Layout, free: set[str]) -> None:
+    """Raise ObrError at a tensor that is no plain one of floating-point numbers in memory, or that is shared.
+
+    free: names of modules whose tensors may be anything.
+    """
     owners: dict[int, str] = {}
     tie, devices = {f"{layout.head}.weight", f"{layout.embed}.weight"}, set()
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        if any(place in free for place in _parents(name)):
+            continue
         if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor) or tensor.layout is not torch.strided:
             raise ObrError(f"{name} is a {spell(tensor)}, no plain tensor: {FULL}.")
         if tensor.is_meta:

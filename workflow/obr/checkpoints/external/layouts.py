@@ -1,0 +1,105 @@
+"""What the layouts of quantised layers share: which tensors make up a layer, and the weight that they stand for."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from obr.config.quantizer import SIXTEEN_BITS, QuantizerSettings
+from obr.errors import ObrError
+from obr.models.tensor_files import TensorFiles
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a layer is stored.
+
+    bits: of a code. group: columns of a row that share a scale; None where a row has one. theory: bits a weight,
+    scales of whole rows left out.
+    """
+
+    bits: int
+    group: int | None
+    theory: float
+
+
+class Layout(ABC):
+    """One way of storing quantised linear layers.
+
+    Args:
+        files: the tensors of the folder. settings: the `quantization_config` of config.json.
+        shapes: {linear layer or embedding: [rows, columns]} of the model that config.json describes.
+    """
+
+    name = ""
+    # Ends of the names of tensors that a layer may have instead of `.weight`. The first one marks a quantised layer.
+    ends: tuple[str, ...] = ()
+    activations: QuantizerSettings = SIXTEEN_BITS  # as the format says that they are quantised
+    left_out: str | None = None  # what the format quantises besides, which is not simulated
+
+    def __init__(self, files: TensorFiles, settings: dict, shapes: dict[str, list[int]]):
+        self.files, self.settings, self.shapes = files, settings, shapes
+
+    def layers(self) -> dict[str, list[str]]:
+        """{quantised layer: names of its tensors}.
+
+        Raises:
+            ObrError: a quantised module that is no linear layer of the model.
+        """
+        found = {}
+        for name in self.files.headers:
+            module = next((name.removesuffix(f".{end}") for end in self.markers() if name.endswith(f".{end}")), None)
+            if module is None:
+                continue
+            if module not in self.shapes:
+                raise ObrError(
+                    f"{self.files.what} has {name}, but the model of its config.json has no linear layer {module}; "
+                    "choose a model of a known family."
+                )
+            found[module] = [f"{module}.{end}" for end in self.ends if f"{module}.{end}" in self.files.headers]
+        return found
+
+    def markers(self) -> tuple[str, ...]:
+        """Ends of the names of tensors by which a quantised layer is known."""
+        return self.ends[:1]
+
+    @abstractmethod
+    def stored(self, layer: str) -> Stored:
+        """How a layer is stored. Raises ObrError if its tensors do not fit each other."""
+
+    @abstractmethod
+    def weight(self, layer: str) -> Tensor:
+        """The weight (r, n) that a layer's tensors stand for, float32."""
+
+    def bytes_of(self, layer: str, ends: tuple[str, ...] | None = None) -> int:
+        """Bytes of a layer's tensors; ends: of these alone."""
+        names = [f"{layer}.{end}" for end in ends or self.ends]
+        return sum(self.files.bytes_of(name) for name in names if name in self.files.headers)
+
+    def read(self, layer: str, *ends: str) -> list[Tensor | None]:
+        """The tensors of a layer with these ends; None for one that is not there."""
+        names = {end: f"{layer}.{end}" for end in ends if f"{layer}.{end}" in self.files.headers}
+        found = self.files.read(names)
+        return [found.get(end) for end in ends]
+
+    def shape(self, layer: str, end: str) -> list[int]:
+        """Of a tensor that a layer must have. Raises ObrError if it has not."""
+        if f"{layer}.{end}" not in self.files.headers:
+            raise ObrError(f"{self.files.what} has no {layer}.{end}, so {self.name} does not say what the layer is.")
+        return self.files.headers[f"{layer}.{end}"][0]
+
+    def unfit(self, layer: str, why: str) -> ObrError:
+        """The sentence for tensors that contradict each other."""
+        return ObrError(f"{self.files.what}: {layer} is no layer of {self.name}: {why}; fetch the model again.")
+
+
+def spread(scale: Tensor, rows: int, columns: int, group: int | None, order: Tensor | None = None) -> Tensor:
+    """Scales or zero points (r or 1, groups) as (r, n) or what broadcasts to it.
+
+    group: columns that share one. order: (n,) the group of each column, instead of consecutive ones.
+    """
+    if scale.shape[1] == 1:
+        return scale
+    if order is not None:
+        return scale[:, order.long()]
+    return scale.repeat_interleave(group, dim=1)[:, :columns]
