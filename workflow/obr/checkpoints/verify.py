@@ -31,8 +31,8 @@ NEEDED = {
     "format": int, "recipe": dict, "blocks": int, "dtype": str, "bits_per_weight": dict, "file_bytes": int,
     "linear_weights": int, "linear_bytes": int, "sparsity": NUMBER, "zeros": NUMBER,
     "relative_error": (*NUMBER, type(None)), "flagged_layers": int, "calibration": (dict, type(None)),
-    "rotation": (dict, type(None)), "source": (dict, type(None)), "seconds": (*NUMBER, type(None)), "device": str, "threads": int,
-    "inputs": (dict, type(None)), "versions": dict, "files": dict,
+    "rotation": (dict, type(None)), "source": (dict, type(None)), "seconds": (*NUMBER, type(None)),
+    "device": str, "threads": int, "inputs": (dict, type(None)), "versions": dict, "files": dict,
 }  # fmt: skip
 THRESHOLDED = 0.01  # by which a layer's sparsity may miss, where thresholds are taken over parts of a layer
 

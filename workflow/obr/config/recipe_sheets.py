@@ -1,8 +1,8 @@
 """The recipes of `config/recipes/*.tsv`: one line per checkpoint, one column per field, an empty cell for a default.
 
 Columns are fields of `Recipe`. Fields that are mappings have flat columns: `allocation_bits`, `allocation_options`,
-`allocation_scope`, and `source`, `source_repo`, `source_revision`, `source_path`, `source_file`. The columns `recipe` and `note` are the key and a
-remark for readers.
+`allocation_scope`, and `source`, `source_repo`, `source_revision`, `source_path`, `source_file`. The columns `recipe`
+and `note` are the key and a remark for readers.
 """
 
 import csv

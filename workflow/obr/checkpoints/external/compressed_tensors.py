@@ -38,6 +38,8 @@ class CompressedTensors(Layout):
         ):
             if odd := sorted(found - set(known)):
                 raise ObrError(f"{files.what} has compressed-tensors' {kind} {odd[0]}; read are {', '.join(known)}.")
+        if settings.get("transform_config"):
+            raise ObrError(f"{files.what} has transforms at run time (transform_config), which are not read.")
         self.groups = list(groups)
         self.activations, self.left_out = _activations(self.groups, settings.get("kv_cache_scheme"))
 

@@ -72,7 +72,7 @@ class Gptq(Layout):
             words = (words.long() + ones).remainder(2**32)
             words = torch.where(words >= 2**31, words - 2**32, words).int()
         zeros = unpack_words(words, bits, rows)
-        return zeros + 1 if self.less_one and 32 % bits else zeros
+        return (zeros + 1) % 2**bits if self.less_one and 32 % bits else zeros
 
 
 class Awq(Gptq):

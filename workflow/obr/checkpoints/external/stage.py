@@ -1,4 +1,4 @@
-"""A checkpoint of another program taken over as a packed one, which refers to its files and stores none of its blocks."""
+"""A checkpoint of another program taken over as a packed one, which refers to its files for all blocks."""
 
 import math
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def import_external(model: Path, released: Path, recipe: Recipe, out: Path) -> d
         released: what `download_released` wrote.
 
     Raises:
-        ObrError: a format that is not read, another model than the base, or weights that are not what the recipe says.
+        ObrError: a format that is not read, another model than the base, or weights that the recipe misstates.
     """
     about = read_json(Path(released) / "source.json")
     blocks = ExternalBlocks(Path(released) / about["folder"], recipe, torch.float32, "cpu")
@@ -42,8 +42,9 @@ def import_external(model: Path, released: Path, recipe: Recipe, out: Path) -> d
     _check_recipe(recipe, blocks)
     report = Report(recipe, blocks.storage_dtype, source=about, device="cpu", seconds=None)
     run = fingerprint(
-        "checkpoints.external.stage", model, {}, device="cpu", recipe=recipe.decisive(), external=_sizes(blocks)
-    )
+        "checkpoints.external.stage", model, {}, device="cpu", dtype=str(blocks.storage_dtype),
+        recipe=recipe.decisive(), external=_sizes(blocks),
+    )  # fmt: skip
     writer = Writer(out, blocks, blocks.storage_dtype, run, weights=blocks.path)
     with Progress("external", len(blocks)) as shown:
         for index in range(len(blocks)):
@@ -98,8 +99,9 @@ def _rows(blocks: ExternalBlocks, index: int, recipe: Recipe) -> Iterator[LayerR
         if recipe.pattern:
             _check_pattern(weight, Pattern.parse(recipe.pattern), full)
         yield LayerReport(
-            block=index, layer=name, rows=weight.shape[0], columns=weight.shape[1], bits=stored.bits if stored else 16,
-            pattern=recipe.pattern or "", sparsity=zeros if recipe.sparsity else 0.0, zeros=zeros,
+            block=index, layer=name, rows=weight.shape[0], columns=weight.shape[1],
+            bits=stored.bits if stored else 16, pattern=recipe.pattern or "",
+            sparsity=zeros if recipe.sparsity else 0.0, zeros=zeros,
             relative_error=math.nan, damp=0.0, seconds=0.0, flags="",
             packed_bytes=files.layout.bytes_of(full) if stored else files.stored.bytes_of(f"{full}.weight"),
         )  # fmt: skip
@@ -119,13 +121,13 @@ def _check_zeros(report: Report, blocks: ExternalBlocks) -> None:
     zeros = sum(row.zeros * row.rows * row.columns for row in report.layers) / weights
     if zeros < report.recipe.sparsity - FEWER:
         raise ObrError(
-            f"{blocks.path} has {100 * zeros:.1f} % zeros, the recipe's sparsity is {report.recipe.sparsity}; correct "
-            "the recipe."
+            f"{blocks.path} has {100 * zeros:.1f} % zeros, the recipe's sparsity is {report.recipe.sparsity}; "
+            "correct the recipe."
         )
 
 
 def _theory(blocks: ExternalBlocks) -> float:
-    """Bits a weight of the blocks' linear layers, scales of whole rows left out; 16 for those that are not quantised."""
+    """Bits a weight of the blocks' linear layers, scales of whole rows left out; 16 for layers of floats."""
     bits = weights = 0.0
     for layer, (rows, columns) in blocks.files.layout.shapes.items():
         if layer.startswith(f"{blocks.layout.blocks}."):

@@ -79,8 +79,9 @@ def _layout(state: StateDict, blocks: StreamedBlocks) -> str:
 def import_released(model: Path, released: Path, recipe: Recipe, out: Path) -> dict:
     """The stage: verify a released checkpoint and write it as a packed one; returns the manifest.
 
-    A recipe of method `external` takes over another program's checkpoint, see `external.stage`. The weights are kept as they are, in the dtype of the file. `released` in the manifest has the layout and what was
-    verified. An interrupted run continues with its first unfinished block.
+    A recipe of method `external` takes over another program's checkpoint, see `external.stage`. The weights are kept
+    as they are, in the dtype of the file. `released` in the manifest has the layout and what was verified. An
+    interrupted run continues with its first unfinished block.
 
     Args:
         model: the folder of the base model: configuration, tokenizer, and layers to compare with.
@@ -176,8 +177,8 @@ def summary(manifest: dict) -> str:
     if "external" in manifest:
         bits = manifest["bits_per_weight"]
         return (
-            f"{manifest['external']['format']}, {bits['theoretical']:.2f} bits a weight, {bits['file']:.2f} in the file, "
-            f"{100 * manifest['zeros']:.2f} % zeros, {manifest['file_bytes'] / 1e6:,.1f} MB."
+            f"{manifest['external']['format']}, {bits['theoretical']:.2f} bits a weight, {bits['file']:.2f} in the "
+            f"file, {100 * manifest['zeros']:.2f} % zeros, {manifest['file_bytes'] / 1e6:,.1f} MB."
         )
     found, recipe = manifest["released"], manifest["recipe"]
     alike = found["likeness"]
