@@ -178,9 +178,7 @@ class Recipe:
         entry = {k: v for k, v in entry.items() if v is not None}
         entry.pop("source", None)  # of an adopted checkpoint; what it holds is checked when it is read
         if entry.get("method") == "external":
-            entry.setdefault(
-                "sparsity", 0.0
-            )  # zeros count as codes, unless the recipe says that weights were removed
+            entry.setdefault("sparsity", 0.0)  # zeros are codes, unless the recipe says that weights were removed
         for part in QUANTIZERS if "o_inputs" in entry else (q for q in QUANTIZERS if q != "o_inputs"):
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = build_settings(cls, entry, name)
