@@ -246,7 +246,7 @@ def test_perplexity_of_models_that_transformers_dequantises(form, model, windows
 
 
 def test_what_obr_load_is_not_given(model, tmp_path):
-    with pytest.raises(ObrError, match=r"neither a packed checkpoint.*nor one that another program quantised"):
+    with pytest.raises(ObrError, match=r"is no packed checkpoint.*plain model with obr\.load_model"):
         obr.load(model)
     external.write(model, tmp_path / "c", "awq")
     with pytest.raises(ObrError, match="no packed form"):

@@ -23,8 +23,8 @@ def read_manifest(directory: Path) -> dict:
     path = Path(directory) / MANIFEST
     if not path.exists():
         raise ObrError(
-            f"{directory} is neither a packed checkpoint, which has a {MANIFEST}, nor one that another program "
-            "quantised; give a folder of obr compress, or read a plain model with obr.load_model."
+            f"{directory} is no packed checkpoint: it has no {MANIFEST}; give a folder of obr compress, or read a "
+            "plain model with obr.load_model."
         )
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
