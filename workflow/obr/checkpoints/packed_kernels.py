@@ -82,9 +82,9 @@ def kernels_of(device_type: str) -> Callable[..., Kernel]:
 def check_recipe(recipe: Recipe, device_type: str) -> None:
     """Raise ObrError for a recipe whose layers no packed kernel of this device computes as it asks."""
     weight_only = kernels_of(device_type).weight_only
-    if recipe.method == "released":
+    if recipe.adopted:
         raise ObrError(
-            "Released weights are stored at 16 bits, which no packed kernel multiplies; pass packed=False."
+            "Weights that others compressed are read as floats, which no packed kernel multiplies; pass packed=False."
         )
     if recipe.bits > 4:
         raise ObrError(f"Weights of {recipe.bits} bits have no packed kernel; compress with 2 to 4, or packed=False.")

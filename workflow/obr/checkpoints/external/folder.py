@@ -16,6 +16,7 @@ from obr.models.architectures import layout_of
 from obr.models.check.folder import Checked, check_against, meta_model
 from obr.models.configuration import check_sizes, load_config
 from obr.models.download import check_gguf_settings, round_epsilons
+from obr.models.split import follow, take_model_apart
 from obr.models.tensor_files import STORED, TensorFiles
 
 # The `quant_method` of a config.json -> the layout of its tensors.
@@ -63,7 +64,7 @@ class Dequantised(TensorFiles):
     """
 
     def __init__(self, files: TensorFiles, layout: Layout):
-        self.stored, self.layout, self.layers = files, layout, layout.layers()
+        self.stored, self.layout, self.layers, self.places = files, layout, layout.layers(), {}
         self.directory, self.what, self.entry = files.directory, files.what, files.entry
         consumed = {name for names in self.layers.values() for name in names}
         self.files = {name: path for name, path in files.files.items() if name not in consumed}
@@ -122,8 +123,14 @@ def open_external(path: Path) -> Checked:
             "full-precision original, or an export of one of these."
         )
     config = load_config(path, what, trust, quantised=True)
-    model = meta_model(config, trust, what)
-    files = TensorFiles(path, what)
+    layout, model, files = layout_of(config), meta_model(config, trust, what), TensorFiles(path, what)
+    if layout.fused:
+        raise ObrError(
+            f"{what}: {config.model_type} models keep {min(layout.fused)} fused, which is not read from other "
+            "programs' formats; choose its full-precision original."
+        )
+    take_model_apart(model, layout)  # each expert has layers of its own, as files have them
+    follow(files, layout, model.get_submodule(layout.blocks))
     return check_against(config, Dequantised(files, LAYOUTS[method](files, settings, _linears(model))), trust, True)
 
 

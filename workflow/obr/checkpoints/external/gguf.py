@@ -38,6 +38,7 @@ class GgufFiles(TensorFiles):
         of_file = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
         stored = {tensor.name: tensor for tensor in self.reader.tensors}
         self.neighbours, self.tensors, self.headers, self.files = NEIGHBOURS[kind], {}, {}, {}
+        self.places: dict = {}
         for name in names:
             tensor = stored.pop(of_file.get_name(name, try_suffixes=(".weight", ".bias")), None)
             if tensor is not None:

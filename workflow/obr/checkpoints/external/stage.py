@@ -92,7 +92,7 @@ def _check_recipe(recipe: Recipe, blocks: ExternalBlocks) -> None:
 def _rows(blocks: ExternalBlocks, index: int, recipe: Recipe) -> Iterator[LayerReport]:
     """The layers of a block as layers.csv has them."""
     block, files = blocks.load(index), blocks.files
-    for name in blocks.layout.linears:
+    for name in blocks.layout.in_block(block).linears:
         full, weight = f"{blocks.layout.blocks}.{index}.{name}", block.get_submodule(name).weight
         zeros = float((weight == 0).float().mean())
         stored = files.layout.stored(full) if full in files.layers else None
