@@ -51,6 +51,15 @@ IN_PLACE = {
         f"obr evaluate {SMOKE}/models/tiny --texts $OBR_TINY/heldout.txt --seqlen 64 --out before.json",
         "it needs a text of the user: of the tiny model",
     ),
+    "obr evaluate compressed --texts held_out.txt --seqlen 512": (
+        f"obr evaluate {SMOKE}/compressed/tiny/obr_gptq_2_4 --texts $OBR_TINY/heldout.txt --seqlen 64 --out own.json",
+        "it needs a checkpoint of the user: of the tiny workflow",
+    ),
+    "obr evaluate compressed --texts held_out.txt --seqlen 512 --activations a4kv4 --out a4kv4.json": (
+        f"obr evaluate {SMOKE}/compressed/tiny/obr_gptq_2_4 --texts $OBR_TINY/heldout.txt --seqlen 64 "
+        "--activations a4kv4 --out a4kv4.json",
+        "it needs a checkpoint of the user: of the tiny workflow",
+    ),
     "snakemake --report report.html": (
         "command snakemake --configfile config.test.yaml --report report.html",
         "it needs results: of the tiny workflow",

@@ -12,7 +12,7 @@ EVALUATE = "Evaluate a model: perplexity on texts and accuracy on tasks, in one 
 EXAMPLE = """\
 examples:
   obr evaluate llama-2-7b-obr --texts wikitext2 --tasks piqa arc_easy
-  obr evaluate llama-2-7b-obr --texts notes.txt --seqlen 1024
+  obr evaluate llama-2-7b-obr --texts notes.txt --seqlen 1024 --activations a4kv4
   obr evaluate llama-2-7b-obr --task piqa rows.jsonl limit=100
 
 One file keeps all scores. A later command computes only the texts and tasks that the file lacks. The same command
@@ -28,17 +28,21 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--texts", nargs="+", default=[], metavar="NAME", help="FILE.txt, or texts of the config such as wikitext2")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of the config or of lm-eval, such as piqa")
     add(
-        "--text", nargs="+", action="append", default=[], metavar=("NAME", "FILE"),
-        help="one text file and its settings: seqlen=2048, tokens=30720, bos=window",
+        "--text", nargs="+", action="append", default=[], metavar=("NAME FILE", "KEY=VALUE"),
+        help="one text file with its own settings, such as seqlen=2048 tokens=30720 bos=window",
     )  # fmt: skip
     add(
-        "--task", nargs="+", action="append", default=[], metavar=("NAME", "PATH"),
-        help="one task, from a task folder or JSON lines, and its settings: limit=100, batch_tokens=2048, bos=true",
+        "--task", nargs="+", action="append", default=[], metavar=("NAME PATH", "KEY=VALUE"),
+        help="one task, from a task folder or a JSON-lines file, with its own settings, such as limit=100 bos=true",
     )  # fmt: skip
     add = parser.add_argument_group("settings").add_argument
+    add(
+        "--activations", metavar="SCHEME",
+        help="activation scheme of the config, such as a4kv4, in place of the checkpoint's own",
+    )  # fmt: skip
     add("--seqlen", type=int, metavar="T", help="tokens per window of --texts: 2048, or the config's")
     add("--tokens", type=int, metavar="N", help="tokens of each of --texts: all, or the config's")
-    add("--limit", type=int, metavar="N", help="number of rows of each of --tasks: all, or the config's")
+    add("--limit", type=int, metavar="N", help="number of examples of each of --tasks: all, or the config's")
     add(
         "--configfile",
         type=Path,
@@ -47,7 +51,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="config files; default: config.yaml",
     )
-    add("--code", default=None, help="digest of the code; scores of another code are computed again")
+    add("--code", default=None, help="hash of the code, set by the workflow; scores of other code are recomputed")
     for name in ("recipe", "activations", "compute", "trust"):
         OPTIONS[name](parser, False)
 
@@ -58,7 +62,6 @@ def evaluate(args: Namespace) -> None:
     device = claim(args.device)
     import torch
 
-    from obr.config.recipe import Recipe
     from obr.evaluation.stage import evaluate_stage
     from obr.models.hidden_states import MemoryBudget
 
@@ -69,12 +72,27 @@ def evaluate(args: Namespace) -> None:
         raise ObrError("nothing to evaluate on; give --texts or --tasks.")
     found = evaluate_stage(
         args.checkpoint, wanted, out,
-        recipe=Recipe.parse(args.recipe) if args.recipe else None, device=device, code=args.code,
+        recipe=_recipe(args), device=device, code=args.code,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         room=MemoryBudget(args.activations_memory, out.parent),
     )  # fmt: skip
     print("\n".join(line for one in wanted for line in _lines(one.name, found[one.kind][one.name])))
     print(f"scores: {out}")
+
+
+def _recipe(args: Namespace):
+    """The recipe with the activation settings that the command names; None for the checkpoint's own."""
+    from obr.checkpoints.files import read_manifest
+    from obr.config.config_files import load_config
+    from obr.config.recipe import Recipe
+    from obr.config.schemes import under_scheme
+
+    if args.recipe and args.activations:
+        raise ObrError("--recipe and --activations are both given; leave one of them out.")
+    if args.activations:
+        own = read_manifest(args.checkpoint)["recipe"]
+        return Recipe.parse(under_scheme(own, load_config(args.configfile).raw, args.activations, "--activations"))
+    return Recipe.parse(args.recipe) if args.recipe else None
 
 
 def _wanted(args: Namespace, out: Path) -> list:

@@ -42,7 +42,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
         "--alpha",
         type=float,
         metavar="A",
-        help="fraction of columns with compensated errors: 0.5 (default)",
+        help="fraction of columns that OBR rounds first and compensates in the others: 0.5 (default)",
     )
     add("--column-order", choices=ORDERS, help="order of quantisation: given (default), or by the Hessian's diagonal")
     add(
@@ -51,7 +51,11 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="damping, relative to the mean diagonal: 0.01 (default)",
     )
-    add("--clip", choices=("mse", "minmax", "learned"), help="how the scale of a row is chosen: mse (default)")
+    add(
+        "--clip",
+        choices=("mse", "minmax", "learned"),
+        help="range of a row: searched (mse, default), not clipped (minmax), learned with the rotation",
+    )
     add = parser.add_argument_group("activations (simulated)").add_argument
     add(
         "--activations",
@@ -62,7 +66,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-bits", type=int, metavar="B", help="bits of keys and values: 16 (default)")
     add = parser.add_argument_group("rotation").add_argument
     add("--rotation", metavar="NAME", help="quarot (default), none, FILE.safetensors or a rotation of the config")
-    add("--seed", type=int, metavar="N", help="random seed of rotation, calibration windows and masks: 0 (default)")
+    add("--seed", type=int, metavar="N", help="seed of rotation, calibration windows and random masks: 0 (default)")
     add = parser.add_argument_group("calibration").add_argument
     add(
         "--calibration", metavar="TEXT",
@@ -73,7 +77,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--hessian",
         choices=("sequential", "cached"),
-        help="sequential (default), or of the dense model: cached",
+        help="inputs from the compressed blocks before (sequential, default) or from the original model (cached)",
     )
     _recipe_and_run(parser)
 
@@ -92,7 +96,11 @@ def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
     add("--print-recipe", action="store_true", help="print the recipe with the origin of each value, and stop")
     add("--dry-run", action="store_true", help="print the steps, and stop")
     add = parser.add_argument_group("run").add_argument
-    add("--evaluate", metavar="TEXT", help="perplexity before and after on FILE.txt or a text of the config")
+    add(
+        "--evaluate",
+        metavar="TEXT",
+        help="perplexity before and after: FILE.txt, or a name of the config's perplexity or texts",
+    )
     add("--device", default="auto", choices=DEVICES, help="auto (default): a GPU if one is visible")
     add(
         "--dtype",
@@ -104,7 +112,7 @@ def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=4096,
         metavar="MB",
-        help="for hidden states: 4096 (default)",
+        help="memory for hidden states between blocks, the rest is in a temporary file: 4096 (default)",
     )
     add("--threads", type=int, default=None, metavar="N", help="CPU threads; default: all")
     add("--overwrite", action="store_true", help="replace an earlier checkpoint, or unfinished blocks of another run")

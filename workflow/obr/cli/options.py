@@ -151,7 +151,7 @@ class _Patterns(argparse.Action):
 
 
 def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu (default), or cuda")
     parser.add_argument(
         "--dtype", default=None, choices=("float32", "bfloat16", "float16"),
         help="dtype of the computation, in place of the recipe's; default: the recipe's, else float32 on a CPU "

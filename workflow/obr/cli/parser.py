@@ -20,7 +20,7 @@ from obr.cli.options import (
 )
 from obr.cli.stage_settings import StageParser
 
-DESCRIPTION = "Sparse and quantised language models: commands for people, and the stages of the workflow."
+DESCRIPTION = "Prune and quantise language models (Optimal Brain Restoration)."
 
 # Sub-command -> its function, its help, and the names of its options; "?" marks those that may be left out.
 STAGES = {
@@ -73,7 +73,7 @@ STAGES = {
         "Verify a checkpoint that others made and convert it.",
         "weights model released out trust",
     ),
-    "kernels": (commands.kernels, "Time matrix products on this device.", "settings out compute sizes"),
+    "kernels": (commands.kernels, "Benchmark matrix multiplications on this device.", "settings out compute sizes"),
     "table": (commands.table, "Make a table.", "name config results published out"),
     "figure": (commands.figure, "Draw a figure.", "name config results published out"),
 }

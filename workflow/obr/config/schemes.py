@@ -46,8 +46,12 @@ def checkpoint_entry(raw: dict, key: str) -> dict:
 
 def evaluated_entry(raw: dict, key: str, scheme: str) -> dict:
     """A recipe's entry as its checkpoint is evaluated under a scheme, whose fields replace those of the recipe."""
-    entry = {name: value for name, value in checkpoint_entry(raw, key).items() if name not in QUANTIZERS}
-    return entry | scheme_entry(raw, scheme, f"the activations of recipe {key}")
+    return under_scheme(checkpoint_entry(raw, key), raw, scheme, f"the activations of recipe {key}")
+
+
+def under_scheme(entry: dict, raw: dict, scheme: str, where: str) -> dict:
+    """The entry of a recipe with the fields of an activation scheme in place of its own quantisers."""
+    return {name: value for name, value in entry.items() if name not in QUANTIZERS} | scheme_entry(raw, scheme, where)
 
 
 def check_scheme(entry: dict, where: str) -> None:
