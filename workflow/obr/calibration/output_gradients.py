@@ -49,17 +49,17 @@ def squared_gradients(
     """
     room = room or MemoryBudget()
     share = replace(room, megabytes=room.megabytes / (len(blocks) + 1))
-    tokens = tokens.to(blocks.device)
     entering, arguments = _entering(blocks, tokens, share, progress)
-    slopes, loss = _loss_slopes(blocks, entering.pop(), tokens)
+    slopes, loss = _loss_slopes(blocks, entering.pop(), tokens.to(blocks.device))
     found: dict[str, Tensor] = {}
     with Progress("output gradients, backward", len(blocks), progress) as shown:
         for index in reversed(range(len(blocks))):
             sums = _backward(blocks.load(index), blocks.layout, entering.pop(), arguments[index], slopes)
             found |= {f"{index}.{name}": total / tokens.numel() for name, total in sums.items()}
             shown.block()
-    for name, values in found.items():
-        if not values.isfinite().all():
+    finite = torch.stack([values.isfinite().all() for values in found.values()]).tolist()
+    for name, is_finite in zip(found, finite, strict=True):
+        if not is_finite:
             raise ObrError(f"Layer {name} has gradients that are not finite; use dtype float32 or bfloat16.")
     return found, loss / tokens[:, 1:].numel()
 
@@ -80,15 +80,15 @@ def _entering(
 
 def _loss_slopes(blocks: Blocks, leaving: HiddenStates, tokens: Tensor) -> tuple[HiddenStates, float]:
     """(gradient of each window's summed loss by what leaves the last block, written over that; the sum of all)."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=tokens.device)  # no number yet: a GPU is waited for
     for window in range(len(leaving)):
         states = leaving[window].clone().requires_grad_()
         with torch.enable_grad():
             logits = blocks.logits(states)[0, :-1].float()
             loss = F.cross_entropy(logits, tokens[window, 1:], reduction="sum")
         leaving[window] = torch.autograd.grad(loss, states)[0]
-        total += float(loss.detach())
-    return leaving, total
+        total += loss.detach()
+    return leaving, float(total)
 
 
 def _backward(

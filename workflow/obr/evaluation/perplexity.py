@@ -83,8 +83,8 @@ class Windows:
 
     def finish(self, states: Iterator[Tensor]) -> float:
         """Raises ObrError if the model gives NaN."""
-        total = sum(_loss(self.blocks, out, window) for out, window in zip(states, self.windows, strict=True))
-        mean = total / len(self.windows)
+        losses = [_loss(self.blocks, out, window) for out, window in zip(states, self.windows, strict=True)]
+        mean = sum(torch.stack(losses).tolist()) / len(self.windows)
         if mean != mean:
             raise ObrError(
                 "The model gives NaN; it overflows in half precision (use dtype float32) or its weights are broken."
@@ -92,12 +92,12 @@ class Windows:
         return float(torch.tensor(mean, dtype=torch.float64).exp())
 
 
-def _loss(blocks: Blocks, states: Tensor, window: Tensor) -> float:
-    """Mean cross-entropy of a window's tokens (s,) after the first, from its last hidden states (1, s, d)."""
-    total = 0.0
+def _loss(blocks: Blocks, states: Tensor, window: Tensor) -> Tensor:
+    """Mean cross-entropy, float64, of a window's tokens (s,) but the first, from its last hidden states (1, s, d)."""
+    total = torch.zeros((), dtype=torch.float64, device=states.device)  # no number yet: a GPU is waited for
     targets = window[1:].to(states.device)
     for part, wanted in zip(states[:, :-1].split(TOKENS, dim=1), targets.split(TOKENS), strict=True):
-        total += float(F.cross_entropy(blocks.logits(part)[0].float(), wanted, reduction="sum"))
+        total += F.cross_entropy(blocks.logits(part)[0].float(), wanted, reduction="sum")
     return total / len(targets)
 
 

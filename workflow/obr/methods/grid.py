@@ -11,6 +11,7 @@ from obr.methods import native
 # The clip search of GPTQ: shrink factors 1.00, 0.99 … 0.21 and an exponent between L2 and L3.
 SHRINK_STEPS = 80
 ERROR_EXPONENT = 2.4
+_SHRINK = [1 - i / 100 for i in range(SHRINK_STEPS)]
 HALF_RANGE = (2.0**-24, 65504.0)  # the smallest and the largest that float16 holds
 CANDIDATE_MARGIN = 1.0001  # the compiled search finds errors to 1e-5: what comes as near as this is looked at exactly
 # Rows are searched in chunks: on a GPU such as keep it busy, on a CPU so small that PyTorch does not split them among
@@ -95,40 +96,42 @@ class Grid:
         if self.scale is None:
             return True
         parts = zip(weight.split(_CHECKED_ROWS), self.scale.split(_CHECKED_ROWS), strict=True)
-        return all(
-            torch.allclose(replace(self, scale=scale).round(part), part, rtol=1e-5, atol=0) for part, scale in parts
-        )
+        near = [
+            torch.isclose(replace(self, scale=scale).round(part), part, rtol=1e-5, atol=0).all()
+            for part, scale in parts
+        ]
+        return not near or bool(torch.stack(near).all())  # once for all: a GPU is waited for
 
     def _clip_search(self, weight: Tensor) -> "Grid":
         errors = native.clip_errors(weight, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)
-        if errors is None:
-            candidates = torch.ones(len(weight), SHRINK_STEPS, dtype=torch.bool, device=weight.device)
-        else:
-            candidates = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
-        scale = self.scale * _shrink(self.scale.device)[candidates.int().argmax(1, keepdim=True)]
-        open_rows = (candidates.sum(1) > 1).nonzero()[:, 0]
         width = -(-weight.shape[1] // _VECTORS) * _VECTORS
         chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // width)
-        for part in open_rows.split(chunk):
+        if errors is None:  # every step for every row: choosing rows would wait for a GPU
+            parts = [slice(first, first + chunk) for first in range(0, len(weight), chunk)]
+            candidates, scale = None, self.scale.clone()
+        else:
+            candidates = errors <= errors.amin(1, keepdim=True) * CANDIDATE_MARGIN
+            scale = self.scale * torch.tensor(_SHRINK)[candidates.int().argmax(1, keepdim=True)]
+            parts = (candidates.sum(1) > 1).nonzero()[:, 0].split(chunk)
+        for part in parts:
             rows = functional.pad(weight[part], (0, width - weight.shape[1]))  # zeros have no error
-            scale[part] = self._best_of(rows, self.scale[part], candidates[part])
+            scale[part] = self._best_of(rows, self.scale[part], None if candidates is None else candidates[part])
         return Grid(scale, self.bits)
 
-    def _best_of(self, rows: Tensor, full: Tensor, candidates: Tensor) -> Tensor:
-        """Of the shrunk scales marked in `candidates` (r, steps), each row's best, the first of equal ones."""
+    def _best_of(self, rows: Tensor, full: Tensor, candidates: Tensor | None) -> Tensor:
+        """Of the shrunk scales marked in `candidates` (r, steps), each row's best, the first of equal ones.
+
+        candidates: None for all steps in all rows.
+        """
         scale, best = full.clone(), torch.full_like(full, torch.inf)
-        for i in range(SHRINK_STEPS):
-            of = candidates[:, i].nonzero()[:, 0]
-            if not len(of):
+        for i, factor in enumerate(_SHRINK):
+            of = slice(None) if candidates is None else candidates[:, i].nonzero()[:, 0]
+            if candidates is not None and not len(of):
                 continue
-            trial, looked = full[of] * _shrink(full.device)[i], rows[of]
+            trial, looked = full[of] * factor, rows[of]
             error = (looked / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(looked)
             error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
             better = error < best[of]
             best[of] = torch.where(better, error, best[of])
             scale[of] = torch.where(better, trial, scale[of])
         return scale
-
-
-def _shrink(device: torch.device) -> Tensor:
-    return torch.tensor([1 - i / 100 for i in range(SHRINK_STEPS)], device=device)

@@ -113,8 +113,9 @@ class CoordinateDescent:
         spread: Tensor | None = None,
         rough: bool = False,
         seed: int = 0,
-    ) -> int:
-        """Sweep once for each of `deviations`, the noise's standard deviation in codes; returns the changes made.
+    ) -> "int | Tensor":
+        """Sweep once for each of `deviations`, the noise's standard deviation in codes; returns the changes made, on
+        a GPU as a tensor: whoever looks waits for it.
 
         Seven parameters: each kind of sweep has its own.
 
@@ -154,13 +155,17 @@ class CoordinateDescent:
             ctypes.c_int(torch.get_num_threads()),
         )  # fmt: skip
 
-    def _sweep(self, hessian: Tensor, noise: Tensor, prices: Tensor, support, pattern) -> int:
-        """One sweep in PyTorch, with noise (r, n): all rows in step, column by column or group by group."""
+    def _sweep(self, hessian: Tensor, noise: Tensor, prices: Tensor, support, pattern) -> "int | Tensor":
+        """One sweep in PyTorch, with noise (r, n): all rows in step, column by column or group by group.
+
+        Returns the changes made; on a GPU, which is not waited for, the codes that are others than before.
+        """
         step, changes = pattern.group if pattern else 1, 0
         width = max(step, BLOCK // step * step)
         for first in range(0, self.codes.shape[1], width):
             block = slice(first, first + width)
-            swept = _Block.of(self, hessian, block)
+            on_cpu = self.codes.device.type == "cpu"
+            swept = (_Block if on_cpu else _UnaskedBlock).of(self, hessian, block)
             for start in range(0, swept.codes.shape[1], step):
                 place = slice(start, start + step)
                 moves, own = noise[:, block][:, place], None if support is None else support[:, block][:, place]
@@ -168,13 +173,14 @@ class CoordinateDescent:
                     swept.round(start, moves[:, 0], None if own is None else own[:, 0], prices)
                 else:
                     swept.move(place, moves, own, pattern)
-            if self.codes.device.type == "cpu":
+            if on_cpu:
                 swept.carry(self.gradient, hessian[block])
+                changes += sum(int(by.count_nonzero()) for _, _, by in swept.made)
             else:
-                changed = swept.codes - self.codes[:, block]
-                self.gradient += (changed if swept.ratio is None else changed * swept.ratio) @ hessian[block]
+                moved = swept.codes - self.codes[:, block]
+                self.gradient += (moved if swept.ratio is None else moved * swept.ratio) @ hessian[block]
+                changes = changes + moved.count_nonzero()
             self.codes[:, block] = swept.codes
-            changes += sum(int(by.count_nonzero()) for _, _, by in swept.made)
         return changes
 
 
@@ -236,13 +242,7 @@ class _Block:
         or a free one. noise, support: (r, group); support follows."""
         unit = 2 if pattern.paired else 1
         for start in range(0, pattern.group, unit):
-            active, slopes = support[:, start].clone(), self.gradient[:, place].clone()
-            for column in range(place.start + start, place.start + start + unit):
-                slopes -= self._in_units(self.codes[:, column], _ALL, column)[:, None] * self.hessian[column, place]
-            codes, gains = self._best(place, slopes, noise, unit)
-            free = ~support[:, ::unit]
-            free[:, start // unit] = True
-            to = gains.masked_fill_(~free, -torch.inf).argmax(1) * unit  # of equal ones the first
+            active, codes, to = self._aims(place, noise, support, start, unit)
             stays, leaves = active & (to == start), (active & (to != start)).nonzero()[:, 0]
             to = to[leaves]
             for i in range(unit):
@@ -252,6 +252,19 @@ class _Block:
                 self._change(leaves, place.start + to + i, codes[leaves, to + i])  # where the code was 0
                 support[leaves, start + i] = False
                 support[leaves, to + i] = True
+
+    def _aims(
+        self, place: slice, noise: Tensor, support: Tensor, start: int, unit: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the unit at `start` in a group: where it is kept (r,), the best codes (r, group) of every unit in its
+        stead, and the place (r,) of the one that gains most."""
+        active, slopes = support[:, start].clone(), self.gradient[:, place].clone()
+        for column in range(place.start + start, place.start + start + unit):
+            slopes -= self._in_units(self.codes[:, column], _ALL, column)[:, None] * self.hessian[column, place]
+        codes, gains = self._best(place, slopes, noise, unit)
+        free = ~support[:, ::unit]
+        free[:, start // unit] = True
+        return active, codes, gains.masked_fill_(~free, -torch.inf).argmax(1) * unit  # of equal ones the first
 
     def _best(self, place: slice, slopes: Tensor, noise: Tensor, unit: int) -> tuple[Tensor, Tensor]:
         """Of each unit of a group the best codes (r, group), and what they gain (r, units).
@@ -291,3 +304,30 @@ class _Block:
     def _in_units(self, codes: Tensor, rows: "Tensor | slice", column: "Tensor | int") -> Tensor:
         """Codes (k,) of some rows, each in its column (k,) or all in one, in units of the rows' scales."""
         return codes if self.ratio is None else codes * self.ratio[rows, column]
+
+
+class _UnaskedBlock(_Block):
+    """The same on a GPU, which is never asked what it has found: all rows are changed, many of them by nothing."""
+
+    def _change(self, rows: "Tensor | slice", column: "Tensor | int", by: Tensor) -> None:
+        """Change codes of all rows in one column by so much (r,)."""
+        self.codes[:, column] += by
+        self.gradient += self._in_units(by, _ALL, column)[:, None] * self.hessian[column]
+
+    def move(self, place: slice, noise: Tensor, support: Tensor, pattern: Pattern) -> None:
+        unit = 2 if pattern.paired else 1
+        places = torch.arange(pattern.group, device=support.device)
+        for start in range(0, pattern.group, unit):
+            active, codes, to = self._aims(place, noise, support, start, unit)
+            leaves = active & (to != start)
+            for i in range(unit):
+                column = place.start + start + i
+                aim = codes[:, start + i] * ~leaves
+                self._change(_ALL, column, (aim - self.codes[:, column]) * active)
+                into, gone = (to + i)[:, None], leaves[:, None]
+                by, target = codes.gather(1, into) * gone, place.start + into  # where the code was 0
+                self.codes.scatter_add_(1, target, by)
+                by = by if self.ratio is None else by * self.ratio.gather(1, target)
+                self.gradient += by * self.hessian[target[:, 0]]
+                support &= ~(gone & (places == start + i))
+                support |= gone & (places == into)

@@ -95,6 +95,10 @@ def _keep_all_but(scores: Tensor, pruned: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = scores.topk(pruned, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
     mask = scores > threshold
+    if scores.device.type != "cpu":  # without asking how many rows are tied, for which a GPU would be waited for
+        tied = scores == threshold
+        left = pruned - (scores < threshold).sum(1, keepdim=True, dtype=torch.int32)
+        return mask | (tied & (tied.cumsum(1, dtype=torch.int32) > left))
     tied = (mask.sum(1) != scores.shape[1] - pruned).nonzero()[:, 0]
     if len(tied):  # more scores equal the threshold than may go
         order = scores[tied].sort(dim=1, stable=True).indices[:, :pruned]

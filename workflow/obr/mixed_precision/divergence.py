@@ -73,13 +73,13 @@ def _replaced(linear: nn.Module, weight: Tensor):
 
 
 def _compared(blocks: Blocks, dense: HiddenStates, others: dict[str, HiddenStates]) -> dict[str, float]:
-    sums = dict.fromkeys(others, 0.0)
+    sums = torch.zeros(len(others), dtype=torch.float64, device=blocks.device)  # numbers in the end: a GPU waits
     for window in range(len(dense)):
         wanted = _logits(blocks, dense[window])
         likely = F.log_softmax(wanted, -1)
-        for name, states in others.items():
-            sums[name] += float(_divergence(likely, _logits(blocks, states[window]).sub_(wanted)).mean())
-    return {name: total / len(dense) for name, total in sums.items()}
+        for number, states in enumerate(others.values()):
+            sums[number] += _divergence(likely, _logits(blocks, states[window]).sub_(wanted)).mean()
+    return {name: total / len(dense) for name, total in zip(others, sums.tolist(), strict=True)}
 
 
 def _divergence(likely: Tensor, change: Tensor) -> Tensor:

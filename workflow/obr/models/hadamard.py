@@ -39,9 +39,6 @@ class Kronecker(Constants):
         super().__init__()
         self.sizes = [f if isinstance(f, int) else f.shape[0] for f in factors]
         self.columns = torch.Size(self.sizes).numel()
-        # Whether the last factor may be left to the fast CUDA transform, where that is installed.
-        last = factors[-1]
-        self.fast = not isinstance(last, int) and not last.requires_grad and is_sylvester(last)
         self.precision: torch.dtype | None = torch.float32
         self.register_buffer("signs", signs)
         for i, factor in enumerate(factors):
@@ -82,6 +79,12 @@ class Kronecker(Constants):
         return work
 
     @cached_property
+    def fast(self) -> bool:
+        """Whether the last factor may be left to the fast CUDA transform, where that is installed."""
+        last = self.factors()[-1]
+        return last is not None and not last.requires_grad and is_sylvester(last)
+
+    @cached_property
     def _multiplied_in_half(self) -> list[bool]:
         """Of each factor: whether it is an H_K that is multiplied in the activations' dtype.
 
@@ -98,7 +101,13 @@ class Kronecker(Constants):
 
     def _fast_transform(self, x: Tensor):
         """The CUDA kernel, where it applies: it has no float64, in which weights are folded."""
-        return _cuda_hadamard() if self.fast and x.is_cuda and x.dtype != torch.float64 else None
+        fast = _cuda_hadamard() if x.is_cuda and x.dtype != torch.float64 else None
+        return fast if fast is not None and self.fast else None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its constants lie; None if it has none."""
+        return next((constant.device for constant in self.buffers()), None)
 
     def factors(self) -> list[Tensor | None]:
         """The factors, None for an identity."""
@@ -119,15 +128,17 @@ class Kronecker(Constants):
 
     def matrix(self) -> Tensor:
         """P (n, n) such that this is x -> x P, float64."""
-        first = next((f for f in self.factors() if f is not None), self.signs)
-        return self(torch.eye(self.columns, dtype=torch.float64, device=None if first is None else first.device))
+        return self(torch.eye(self.columns, dtype=torch.float64, device=self.device))
 
     def held_in(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Kronecker":
         """A copy whose factors and signs are of this dtype, on this device."""
         copied = partial(
             torch.Tensor.to, device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format
         )
-        return self._with(copied, None if self.signs is None else copied(self.signs))
+        held = self._with(copied, None if self.signs is None else copied(self.signs))
+        if "fast" in self.__dict__:  # found by looking at a factor, for which a GPU is waited for
+            held.__dict__["fast"] = self.fast
+        return held
 
     @classmethod
     def right(cls, factors: Sequence[Tensor | int]) -> "Kronecker":
@@ -149,11 +160,15 @@ class Kronecker(Constants):
 
 
 def inverse_transposed(matrix: Tensor) -> Tensor:
-    """P^-T (..., n, n) in float64. Raises ObrError if P has no inverse."""
-    try:
-        return torch.linalg.inv(matrix.double()).mT
-    except torch.linalg.LinAlgError as error:
-        raise ObrError(f"A transform of size {matrix.shape[-1]} has no inverse; its file is broken.") from error
+    """P^-T (..., n, n) in float64.
+
+    Raises:
+        ObrError: P has no inverse. A GPU is not waited for while a P is learned: what comes out is not finite then.
+    """
+    inverse, failed = torch.linalg.inv_ex(matrix.double())
+    if (matrix.device.type == "cpu" or not matrix.requires_grad) and bool(failed.any()):
+        raise ObrError(f"A transform of size {matrix.shape[-1]} has no inverse; its file is broken.")
+    return inverse.mT
 
 
 def _apply(x: Tensor, factor: Tensor, axis: int) -> Tensor:

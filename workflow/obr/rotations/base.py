@@ -206,7 +206,7 @@ def check_parameter(tensor: Tensor, parameter: Parameter, what: str) -> None:
         raise ObrError(f"{what} is a scale with zeros in it, which nothing undoes; the file is broken.")
     if parameter.must == "orthogonal":
         wide = tensor.double()
-        error = float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=wide.dtype)).abs().max())
+        error = float((wide.mT @ wide - torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)).abs().max())
         if error > ORTHOGONALITY:
             raise ObrError(f"{what} is not orthogonal (RᵀR is {error:.1e} off); the file is broken or no rotation.")
     if parameter.must == "invertible":
@@ -221,7 +221,7 @@ def _check_transform(transform: Kronecker, size: int, what: str) -> None:
             f"{what} has size {transform.columns}, but the model needs {size}; it was made for another model."
         )
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(4, size, generator=generator, dtype=torch.float64)
+    probe = torch.randn(4, size, generator=generator, dtype=torch.float64).to(transform.device)
     lengths = transform(probe).norm(dim=1) / probe.norm(dim=1)
     if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
         raise ObrError(

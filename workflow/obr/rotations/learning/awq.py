@@ -89,7 +89,7 @@ def ratio_errors(place: Place, group: str, mean: Tensor, samples: int) -> dict[f
     module, calls = _calls(place, group, min(samples, len(place.learned_from)))
     inspected, recipe = place.block.get_submodule(module), place.task.recipe
     names = {path: f"{path}.weight".removeprefix(f"{module}.") for path in place.layout.groups[group]}
-    found = {}
+    found: dict[float, Tensor] = {}
     with products(place.task):
         wanted = [_first(inspected(*args, **kwargs)) for args, kwargs in calls]
         for step in range(STEPS):
@@ -97,8 +97,8 @@ def ratio_errors(place: Place, group: str, mean: Tensor, samples: int) -> dict[f
             new = {names[path]: rounded(w * scale, recipe) / scale for path, w in place.weights(group).items()}
             outputs = (_first(functional_call(inspected, new, args, kwargs)) for args, kwargs in calls)
             errors = [(out - want).float().square().mean() for out, want in zip(outputs, wanted, strict=True)]
-            found[step / STEPS] = float(sum(errors)) / len(calls)
-    return found
+            found[step / STEPS] = sum(errors)
+    return {ratio: error / len(calls) for ratio, error in zip(found, torch.stack([*found.values()]).tolist())}
 
 
 def _first(out) -> Tensor:

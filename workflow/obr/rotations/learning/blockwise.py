@@ -88,7 +88,8 @@ class Place:
     @torch.no_grad()
     def look(self, rotation: Rotation, step: int, loss: float | None = None) -> dict:
         """A line of the curve, with the mean loss over the held-out windows."""
-        total = sum(float(self.loss(rotation, [window])) for window in self.held_out)
+        losses = [self.loss(rotation, [window]) for window in self.held_out]
+        total = sum(torch.stack(losses).tolist())  # at once: a GPU is waited for
         row = {"block": self.index, "step": step, "loss": loss, "held_out": total / len(self.held_out)}
         row = {name: value for name, value in row.items() if value is not None}
         self.task.report(row)

@@ -174,7 +174,8 @@ class Network:
         backward: bool,
     ) -> float:  # fmt: skip
         """The mean loss; its gradient by the last hidden states takes their place. Six parameters and the states."""
-        total, device = 0.0, self.source.device
+        device = self.source.device
+        total = torch.zeros((), dtype=torch.float64, device=device)  # no number yet: a GPU is waited for
         batches = zip(windows.split(self.at_once), places.split(self.at_once), strict=True)
         for number, (part, where) in enumerate(batches):
             aims, share = objective.aims(part, where).to(device), len(part) / len(windows)
@@ -187,23 +188,24 @@ class Network:
                 total += share * self.head_loss(states, aims, objective.criterion, backward, share)
             if backward:
                 last[number] = leaf.grad
-        return total
+        return float(total)
 
     def head_loss(
         self, states: Tensor, aims: Tensor, criterion: Criterion, backward: bool = False, share: float = 1.0
-    ) -> float:
-        """Mean loss over tokens whose last hidden states are (t, d); aims (t, …): what belongs to each.
+    ) -> Tensor:
+        """Mean loss, float64, over tokens whose last hidden states are (t, d); aims (t, …): what belongs to each.
 
         backward: pass gradients of `share` times the loss on too; those of the logits exist for TOKENS tokens at a
         time.
         """
-        leaf, total = states.detach().requires_grad_(backward), 0.0
+        leaf = states.detach().requires_grad_(backward)
+        total = torch.zeros((), dtype=torch.float64, device=states.device)
         for part, aim in zip(leaf.split(TOKENS), aims.split(TOKENS), strict=True):
             with torch.set_grad_enabled(backward):
                 loss = criterion(self.logits(part), aim) / len(states)
             if backward:
                 (share * loss).backward()
-            total += float(loss.detach())
+            total += loss.detach()
         if backward:
             states.backward(leaf.grad)
         return total

@@ -63,9 +63,9 @@ class RotatedBlock:
         changes = self.rotation.changes(self.index)  # with a graph of its own, which one backward pass uses up
         for group in fold.READS_RESIDUAL:
             turn = _Turned(self.quantise, changes, group)
-            for path in layout.groups[group]:
+            for path in layout.groups.get(group, ()):  # not every family has each
                 block.get_submodule(path).quantize = turn
-        writers = [block.get_submodule(p) for g in fold.WRITES_RESIDUAL for p in layout.groups[g]]
+        writers = [block.get_submodule(p) for g in fold.WRITES_RESIDUAL for p in layout.groups.get(g, ())]
         hooks = [writer.register_forward_hook(lambda _, __, out: changes.residual(out)) for writer in writers]
         try:
             return self._run(states, arguments)
