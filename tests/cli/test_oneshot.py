@@ -404,3 +404,14 @@ def test_the_help_has_commands_for_people_first(capsys):
     assert names[:9] == [*BY_HAND] and names[0] == "quantize"
     assert shown.index("\ncommands:") < shown.index("\nworkflow stages (called by Snakemake")
     assert set(names) == set(parser()._subparsers._group_actions[0].choices)
+
+
+def test_a_revision_is_that_of_a_hub_repository(tmp_path, tiny_folder):
+    def source(model: str, **options) -> dict:
+        return resolve(OneShot(model, tmp_path / "out", calibration=str(tiny_folder / "train.txt"), **options)).entry
+
+    assert source("owner/name")["source"]["revision"] == "main"
+    assert source("owner/name", revision="abc123")["source"]["revision"] == "abc123"
+    for model, options in ((str(tiny_folder / "model"), {}), ("smollm2-135m", {"configfile": [DEMO]})):
+        with pytest.raises(ObrError, match="--revision abc123 would change nothing"):
+            source(model, revision="abc123", **options)

@@ -25,6 +25,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, hub id such as owner/name, or a name of the config's models")
+    add("--revision", metavar="COMMIT", help="of a hub repository: main (default), or a commit or tag")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint, new or empty")
     add = parser.add_argument_group("compression").add_argument
     add("--method", choices=OFFERED, metavar="NAME", help=f"obr_gptq (default), or one of {', '.join(OFFERED)}")

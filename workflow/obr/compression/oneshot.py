@@ -73,10 +73,10 @@ class Quantized:
 
 
 def quantize(
-    model: str | Path, out: str | Path, *, method: str | None = None, bits: int | None = None,
-    sparsity: float | None = None, pattern: str | None = None, group: int | None = None, mask: str | None = None,
-    alpha: float | None = None, column_order: str | None = None, damp: float | None = None, clip: str | None = None,
-    activations: str | None = None, activation_bits: int | None = None, kv_bits: int | None = None,
+    model: str | Path, out: str | Path, *, revision: str | None = None, method: str | None = None,
+    bits: int | None = None, sparsity: float | None = None, pattern: str | None = None, group: int | None = None,
+    mask: str | None = None, alpha: float | None = None, column_order: str | None = None, damp: float | None = None,
+    clip: str | None = None, activations: str | None = None, activation_bits: int | None = None, kv_bits: int | None = None,
     rotation: str | Path | None = None, seed: int | None = None, calibration: str | Path | None = None,
     samples: int | None = None, seqlen: int | None = None, hessian: str | None = None,
     recipe: "str | Path | dict | Recipe | None" = None, evaluate: str | Path | None = None,
@@ -93,6 +93,7 @@ def quantize(
 
     Args:
         model: a folder of safetensors, a hub repository "owner/name", or a name of the config's models.
+        revision: a commit or tag of the hub repository; by default the newest commit, which source.json records.
         out: folder of the packed checkpoint, new or empty; the files it is made from lie in the folder `<out>.work`.
         method, bits, sparsity, pattern, group, mask, alpha, column_order, damp, clip, hessian: fields of
             `obr.Recipe`, by default obr_gptq at 4 bits and sparsity 0.5, with sequential Hessians.

@@ -106,6 +106,12 @@ def _resolve_model(job: Job) -> None:
     """A folder, a name of the config's models, or a repository of the hub."""
     name, options = str(job.options.model), job.options
     folder = Path(name).expanduser()
+    on_hub = HUB_NAME.fullmatch(name) and not (options.configfile and name in options.config.raw["models"])
+    if options.revision is not None and (folder.exists() or not on_hub):
+        raise ObrError(
+            f"--revision {options.revision} would change nothing, since {name} is no repository of the hub; "
+            "leave it out."
+        )
     if folder.is_dir():
         read_config(folder)
         job.model, job.entry = _plain(folder.resolve().name), {"source": {"source": "path", "path": str(folder)}}
@@ -116,9 +122,9 @@ def _resolve_model(job: Job) -> None:
         raise ObrError(
             f"{name} is a file; give the folder of a model in safetensors, or a hub id such as owner/name."
         )
-    if HUB_NAME.fullmatch(name) and not (options.configfile and name in options.config.raw["models"]):
+    if on_hub:
         job.model = _plain(name.split("/")[1])
-        job.entry = {"source": {"source": "hub", "repo": name, "revision": "main"}}
+        job.entry = {"source": {"source": "hub", "repo": name, "revision": options.revision or "main"}}
         return
     models = options.config.raw["models"]
     if name not in models:

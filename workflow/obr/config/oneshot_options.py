@@ -34,6 +34,7 @@ class OneShot:
 
     model: str
     out: Path
+    revision: str | None = None
     method: str | None = None
     bits: int | None = None
     sparsity: float | None = None
