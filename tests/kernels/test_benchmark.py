@@ -32,11 +32,13 @@ def test_benchmark_has_line_with_status_per_kernel(tmp_path):
     assert set(times["shape"]) == {"tiny", "3x128x32"}
     ok = times["status"] == "ok"
     assert set(times[ok]["kernel"]) >= {"fp32", "bf16", "fp16", "int8", "int4 weight"}
-    packed = [name for name in products.KERNELS if name.startswith("packed int4")]
+    packed = list(products.PACKED)
     assert len(packed) == 6 and set(times[ok]["kernel"]) >= set(packed)
     assert times[~ok]["status"].str.startswith(("not available: ", "skipped: ", "failed, ")).all()
     assert times[~ok]["median_ms"].isna().all()
     assert (times[~ok]["kernel"].str.endswith("2:4")).any()
+    others = times[times["kernel"].isin(["fp8 2:4", "nvfp4", "nvfp4 paired 4:8", "packed int4 50 %, 16-bit"])]
+    assert len(others) == 8 and others["status"].str.contains("on CUDA devices only").all()
     cutlass = times[times["kernel"].isin(["int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)", "fp16 (CUTLASS)"])]
     assert len(cutlass) == 6 and set(cutlass["status"]) == {
         "not available: INT4 tensor cores are on CUDA devices only"
@@ -65,7 +67,7 @@ def test_benchmark_line_numbers_follow_from_time(tmp_path):
 
 
 def test_packed_products_are_exact_and_small(tmp_path):
-    names = [name for name in products.KERNELS if name.startswith("packed int4")]
+    names = list(products.PACKED)
     times = run(tmp_path, [{"tokens": 2, "columns": 1024, "rows": 256}], kernels=names).set_index("kernel")
     assert (times["checked"] < 1e-6).all()
     bits = {name: times.loc[f"packed int4{name}", "bits_per_weight"] for name in ("", " 50 %", " 4:8", " paired 4:8")}
@@ -109,10 +111,12 @@ def test_skipped_kernel_states_missing_shape_or_device(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sizes_are_known_without_a_gpu(tmp_path):
     """Of the paper's weight as it prints them: 32, 8 and 5 MiB, half the operations in pairs of 4:8; no time."""
-    entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}]}
+    names = ["fp16", "int8 2:4", "int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)", "nvfp4", "packed int4", "packed int4 50 %"]
+    entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}], "kernels": names}
     benchmark.sizes(entry, tmp_path / "cuda.csv")
     lines = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
-    assert not any(name.startswith("packed") for name in lines.index)
+    assert lines.loc[names[-2:], "bits_per_weight"].tolist() == pytest.approx([4, 3], abs=0.04)
+    assert lines.loc["nvfp4", "bits_per_weight"] == 4.5  # with a scale of 8 bits for 16 values
     assert set(lines["status"]) == {"not available: there is no CUDA device"}
     assert lines[["median_ms", "tops_dense"]].isna().all(axis=None)
     names = ["fp16", "int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)"]
@@ -234,5 +238,6 @@ def test_kernels_run_on_cuda(tmp_path):
     times = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
     assert (times.loc[["fp32", "fp16", "bf16", "int8"], "status"] == "ok").all()
     assert not times["status"].str.startswith("refused").any()
+    assert (times.loc[times.index.str.startswith("packed"), "status"] == "ok").all()
     sparse = times[times.index.str.endswith("2:4") & (times["status"] == "ok")]
     assert sparse["tops_executed"].to_list() == (sparse["tops_dense"] / 2).to_list()

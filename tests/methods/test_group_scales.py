@@ -13,6 +13,7 @@ from helpers.layer_samples import layer
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import pack, unpack
 from obr.checkpoints.verify import verify_checkpoint
+from obr.config.methods import METHODS
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.export import dispatch
@@ -20,6 +21,7 @@ from obr.methods.gptq import gptq_sweep
 from obr.methods.grid import Grid
 from obr.methods.layer import Layer, Solution
 from obr.methods.layer_hessian import Hessian
+from obr.methods.obr import SWEPT_TOLERANCE, TOLERANCE, restore_pruned
 from obr.methods.refit_scales import refit
 from obr.methods.restore import recipe_of_layers, restore, restore_together
 from obr.planning import cost_model, tensor_sizes
@@ -87,6 +89,50 @@ def test_narrower_groups_leave_less_error():
     for method in ("rtn", "gptq"):
         errors = [restore(weight, matrix, method, bits=3, group=g).relative_error for g in (16, 64, None)]
         assert errors == sorted(errors), method
+
+
+@pytest.mark.parametrize("order", ["given", "hessian"])
+@pytest.mark.parametrize("group", [7, 16, 32])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "obr_rtn", "obr_gptq"])
+def test_pruned_layers_have_scales_of_groups(method, group, order):
+    """In pairs of 4:8, as NVFP4's sparse tensor cores take them; OBR's scales are of the weights it has restored."""
+    weight, matrix = layer(12, 160)
+    weight[:, ::40] *= 6
+    options = {"bits": 4, "pattern": "paired 4:8", "mask": "magnitude"}
+    if METHODS[method].ordered:
+        options["column_order"] = order
+    found = restore(weight, matrix, method, group=group, **options)
+    dense = weight
+    if method.startswith("obr"):
+        tolerance = SWEPT_TOLERANCE if method == "obr_gptq" else TOLERANCE
+        dense = restore_pruned(weight, Hessian(matrix), found.mask, tolerance)
+    if order == "given" or not method.startswith("obr"):  # else solved in another order, to the solver's tolerance
+        assert torch.equal(found.scale, Grid.fit(dense, 4, "mse", group).scale)
+    assert torch.equal(found.weight, found.codes * Grid(found.scale, 4, group).over(160))
+    assert (found.weight[~found.mask] == 0).all() and found.group == group
+    assert (found.mask.unflatten(1, (-1, 4, 2)).any(3).sum(2) == 2).all()
+    assert found.relative_error < restore(weight, matrix, method, **options).relative_error
+    if method.startswith("obr"):
+        for alpha in (0.0, 1.0):
+            assert torch.equal(
+                restore(weight, matrix, method, group=group, alpha=alpha, **options).scale, found.scale
+            )
+
+
+@pytest.mark.parametrize("method", ["obr_rtn", "obr_gptq"])
+def test_groups_of_equal_scales_change_nothing(method, monkeypatch):
+    """With the scale of the row for each of its groups, the codes are those of one scale a row."""
+    weight, matrix = layer(8, 96)
+    row = Grid.fit(weight, 4).scale.half().float()
+    fit = Grid.fit.__func__
+
+    def alike(cls, weight, bits, clip="mse", group=None):
+        return Grid(row if group is None else row.expand(-1, 6).contiguous(), bits, group)
+
+    monkeypatch.setattr(Grid, "fit", classmethod(alike))
+    grouped, plain = (restore(weight, matrix, method, group=group) for group in (16, None))
+    monkeypatch.setattr(Grid, "fit", classmethod(fit))
+    assert (grouped.codes == plain.codes).float().mean() > 0.999
 
 
 def test_layers_of_one_input_have_their_own_groups():
@@ -171,8 +217,8 @@ def test_packed_size_of_groups_equals_formula():
         ({"group": 12.5}, "r.group is 12.5, which is not a whole number"),
         ({"group": True}, "r.group is True, which is not a whole number"),
         (
-            {"method": "obr_gptq"},
-            "group is 128, but method obr_gptq takes one scale a row; use method rtn or gptq or",
+            {"method": "sparsegpt_gptq"},
+            "group is 128, but method sparsegpt_gptq takes one scale a row; use method rtn or gptq or magnitude or",
         ),
         ({"method": "dense"}, "group is 128, but method dense takes one"),
         ({"bits": 16}, "group is 128, but weights of 16 bits have no scales; use fewer bits, or group: null"),

@@ -36,7 +36,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
         "--group",
         type=int,
         metavar="G",
-        help="columns that share a scale, such as 128 (rtn, gptq, joint, sparsegpt_then_gptq)",
+        help="columns that share a scale, such as 128; not for sparsegpt_gptq",
     )
     add("--mask", choices=tuple(MASKS), metavar="NAME", help=f"wanda (default), or one of {', '.join(MASKS)}")
     add(

@@ -60,8 +60,10 @@ METHODS = {
     "dense": Method("Dense", "*", None, data_free=True),
     "rtn": Method("RTN", "o", "round_to_nearest", data_free=True, grouped=True),
     "gptq": Method("GPTQ", "s", "round_by_gptq", grouped=True, ordered=True),
-    "magnitude": Method("Magnitude", "v", "round_to_nearest", prunes=True, data_free=True, masks=("magnitude",)),
-    "wanda": Method("Wanda", "^", "round_to_nearest", prunes=True, masks=("wanda", "wanda_harmonic")),
+    "magnitude": Method(
+        "Magnitude", "v", "round_to_nearest", prunes=True, data_free=True, grouped=True, masks=("magnitude",)
+    ),
+    "wanda": Method("Wanda", "^", "round_to_nearest", prunes=True, grouped=True, masks=("wanda", "wanda_harmonic")),
     "sparsegpt_gptq": Method(
         "SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True, ordered=True
     ),
@@ -75,8 +77,12 @@ METHODS = {
         rows_differ=True,
         ordered=True,
     ),
-    "obr_rtn": Method("OBR (RTN)", "P", "obr_rtn", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
-    "obr_gptq": Method("OBR (GPTQ)", "X", "obr_gptq", prunes=True, masks=("wanda", *ANY_MASK), ordered=True),
+    "obr_rtn": Method(
+        "OBR (RTN)", "P", "obr_rtn", prunes=True, grouped=True, masks=("wanda", *ANY_MASK), ordered=True
+    ),
+    "obr_gptq": Method(
+        "OBR (GPTQ)", "X", "obr_gptq", prunes=True, grouped=True, masks=("wanda", *ANY_MASK), ordered=True
+    ),
     "joint": Method("Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True),
     # What the authors of a checkpoint computed; it is read, not made.
     "released": Method("Released", "p", None, prunes=True, data_free=True, adopted=True),

@@ -98,8 +98,8 @@ class Recipe:
     scope: which weights of the method "joint" share a budget: those of a "row" or of a whole "layer".
     sweeps: of annealing, by the method "joint": more take longer and leave less error.
     row_weights: how rows that share a budget (scope "layer") count: alike ("none") or by their outputs' "gradient".
-    group: consecutive columns of a row that share a scale, stored in 16 bits (methods "rtn", "gptq", "joint",
-    "sparsegpt_then_gptq"); None for all.
+    group: consecutive columns of a row that share a scale, stored in 16 bits; None for all. Not for the method
+    "sparsegpt_gptq".
     refit: after restoration each row's scale, or its groups' scales, become those with the least loss for its codes.
     allocation: method, bits, sparsity and pattern are chosen for each layer; those of the recipe are then no layer's.
     alpha: fraction of the columns whose rounding error the remaining columns absorb (OBR).

@@ -108,20 +108,21 @@ def sizes(entry: dict, out: Path) -> None:
     import pandas as pd
 
     lines, laid_out = [], {}
-    names = [name for name in _kernel_names(entry) if not name.startswith("packed")]  # those are a CPU's
+    names = _kernel_names(entry)
     for shape in _shapes(entry):
         for name in names:
             weight = (shape["rows"], shape["columns"])
-            if (name, weight) not in laid_out:
-                laid_out[name, weight] = _bytes(name, weight)
-            lines.append({**shape, "kernel": name, "status": NOT_RUN, **_extent(*laid_out[name, weight], shape)})
+            key = LAYOUTS.get(name, name), weight  # two kernels may share a layout
+            if key not in laid_out:
+                laid_out[key] = _bytes(name, weight)
+            lines.append({**shape, "kernel": name, "status": NOT_RUN, **_extent(*laid_out[key], shape)})
     write_text(pd.DataFrame(lines, columns=list(COLUMNS)).to_csv(index=False), out)
 
 
 def _bytes(kernel: str, shape: tuple[int, int]) -> tuple[int | None, float]:
     """(bytes of a weight (r, n), share of the multiplications); None where only the device's libraries lay it out."""
     if kernel not in LAYOUTS:
-        return None, 0.5 if kernel.endswith("2:4") else 1.0
+        return None, 0.5 if kernel.endswith(("2:4", "4:8")) else 1.0
     stored, executed = LAYOUTS[kernel](torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     return sum(part.nbytes for part in stored), executed
 

@@ -1,9 +1,9 @@
 """Matrix products of this device, PyTorch's and this package's, each with its operands in place.
 
 PyTorch has no INT4 x INT4 product and no unstructured sparse one; what it has is taken as it is: dense products,
-INT8, FP8, INT4 weights with 16-bit activations, and 2:4 sparsity. `int4` multiplies packed 4-bit weights, in every
-pattern that a compression makes, by 8-bit activations, on the CPU only; `cuda` 4-bit weights by 4-bit activations on
-tensor cores, dense and in pairs of 4:8, which is all that these take.
+INT8, FP8, NVFP4, INT4 weights with 16-bit activations, and 2:4 sparsity. `int4` on a CPU and `gpu` on CUDA multiply
+packed 4-bit weights, in every pattern that a compression makes, by 8-bit activations, and `gpu` by 16-bit ones;
+`cuda` 4-bit weights by 4-bit activations on tensor cores, dense and in pairs of 4:8, which is all that these take.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from obr.config.pattern import Pattern
 from obr.config.quantizer import QuantizerSettings
+from obr.kernels import fp4
 from obr.kernels.cuda import library, operands
+from obr.kernels.gpu import layout, product
 from obr.kernels.int4 import packed_weight
 from obr.methods.grid import Grid
 from obr.methods.masks import mask_from_scores
@@ -148,30 +150,87 @@ def _sparse_int8(x: Tensor, weight: Tensor) -> Case:
     )
 
 
-def _packed(pattern: str | None) -> Callable[[Tensor, Tensor], Case]:
-    """4-bit codes in a pattern, "50 %" for none, by activations rounded to 8 bits a token as part of the product."""
+def _sparse_fp8(x: Tensor, weight: Tensor) -> Case:
+    """FP8 2:4 by cuSPARSELt's own call, as `_sparse_int8`; scales of one."""
+    _need_cuda(x)
+    if not torch.backends.cusparselt.is_available():
+        raise Lacking("this build of PyTorch has no cuSPARSELt")
+    if torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise Lacking("FP8 products need CUDA compute capability 8.9 or later")
+    x, weight = x.to(torch.float8_e4m3fn), _two_of_four(weight).to(torch.float8_e4m3fn)
+    packed = torch._cslt_compress(weight)
+    return Case(
+        lambda: torch._cslt_sparse_mm(packed, x.t(), out_dtype=torch.bfloat16).t(), x, weight, (packed,), executed=0.5
+    )
+
+
+def _nvfp4(x: Tensor, weight: Tensor) -> Case:
+    """Both operands in FP4 (E2M1), a scale in FP8 for each 16 columns."""
+    _need_fp4(x)
+    if x.shape[1] % 32:
+        raise Lacking(f"FP4 products need columns in multiples of 32, not {x.shape[1]}")
+    left, right = fp4.quantize(x), fp4.quantize(weight)
+    return Case(lambda: fp4.multiply(left, right), left.exact, right.exact, right.stored)
+
+
+def _sparse_nvfp4(x: Tensor, weight: Tensor) -> Case:
+    _need_fp4(x)
+    raise Lacking("PyTorch has no sparse product of FP4; cuSPARSELt has one for pairs of 4:8")
+
+
+def _need_fp4(x: Tensor) -> None:
+    if not x.is_cuda:
+        raise Lacking("PyTorch has FP4 products on CUDA devices only")
+    if torch.cuda.get_device_capability(x.device) < (10, 0):
+        raise Lacking("FP4 products need CUDA compute capability 10.0 or later")
+
+
+def _packed(pattern: str | None, weight_only: bool = False) -> Callable[[Tensor, Tensor], Case]:
+    """4-bit codes in a pattern, "50 %" for none, by activations rounded to 8 bits a token as part of the product.
+
+    weight_only: by activations of 16 bits.
+    """
     parsed = None if pattern in (None, "50 %") else Pattern.parse(pattern)
 
     def kernel(x: Tensor, weight: Tensor) -> Case:
-        if x.is_cuda:
-            raise Lacking("packed 4-bit products are on the CPU only")
-        grid = Grid.fit(weight, 4, clip="minmax")
-        codes, mask = grid.codes(weight), None
-        if pattern is not None:
-            mask = mask_from_scores(weight.abs(), 0.5, parsed)
-            codes *= mask
-        packed, settings = packed_weight.Weight.pack(codes, grid.scale, mask, parsed), QuantizerSettings(bits=8)
-        rounded = packed_weight.quantize(x, settings)
-        exact = (rounded.q[:, : x.shape[1]].double() - rounded.zero[:, None]) * rounded.scale[:, None]
-        return Case(
-            lambda: packed.multiply(packed_weight.quantize(x, settings)),
-            exact,
-            codes * grid.scale.double(),
-            tuple(getattr(packed, part) for part in packed_weight.PARTS),
-            executed=1.0 if mask is None else 0.5,
-        )
+        if weight_only and not x.is_cuda:
+            raise Lacking("packed 4-bit weights meet 16-bit activations on CUDA devices only")
+        codes, scale, mask = _codes(weight, pattern)
+        prepare = _on_gpu if x.is_cuda else _on_cpu
+        run, x, stored = prepare(x.bfloat16() if weight_only else x, codes, scale, mask, parsed)
+        return Case(run, x, codes * scale.double(), stored, executed=1.0 if mask is None else 0.5)
 
     return kernel
+
+
+def _codes(weight: Tensor, pattern: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of 4 bits (r, n), scales (r, 1) and mask of a weight, half of it pruned by magnitude unless dense."""
+    grid = Grid.fit(weight, 4, clip="minmax")
+    codes = grid.codes(weight)
+    if pattern is None:
+        return codes, grid.scale, None
+    mask = mask_from_scores(weight.abs(), 0.5, None if pattern == "50 %" else Pattern.parse(pattern))
+    return codes * mask, grid.scale, mask
+
+
+def _on_cpu(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, pattern: Pattern | None) -> tuple:
+    """(product, the activations that it multiplies, stored tensors), activations rounded to 8 bits."""
+    packed, settings = packed_weight.Weight.pack(codes, scale, mask, pattern), QuantizerSettings(bits=8)
+    rounded = packed_weight.quantize(x, settings)
+    exact = (rounded.q[:, : x.shape[1]].double() - rounded.zero[:, None]) * rounded.scale[:, None]
+    stored = tuple(getattr(packed, part) for part in packed_weight.PARTS)
+    return lambda: packed.multiply(packed_weight.quantize(x, settings)), exact, stored
+
+
+def _on_gpu(x: Tensor, codes: Tensor, scale: Tensor, mask: Tensor | None, pattern: Pattern | None) -> tuple:
+    """As `_on_cpu`, in Triton; 16-bit activations are not rounded."""
+    packed, settings = layout.Weight.pack(codes, scale, mask, pattern), QuantizerSettings(bits=8)
+    product.programs()
+    stored = tuple(getattr(packed, part) for part in layout.PARTS)
+    if x.dtype == torch.bfloat16:
+        return lambda: product.multiply(packed, x), x, stored
+    exact = product.quantize(x, settings).floats.double()
+    return lambda: product.multiply(packed, product.quantize(x, settings)), exact, stored
 
 
 def _need_tensor_cores(x: Tensor) -> str:
@@ -223,6 +282,12 @@ def _half_by_cutlass(x: Tensor, weight: Tensor) -> Case:
     return Case(lambda: library.half(weight, filled).t()[: len(x)], x, weight, (weight,))
 
 
+# Packed weights by name, and their patterns.
+PACKED = {
+    "packed int4": None,
+    **{f"packed int4 {pattern}": pattern for pattern in ("50 %", "8:16", "4:8", "2:4", "paired 4:8")},
+}
+
 # By name: (x (t, n), weight (r, n), both float32 on the device) -> Case.
 KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "fp32": _dense(torch.float32),
@@ -234,15 +299,14 @@ KERNELS: dict[str, Callable[[Tensor, Tensor], Case]] = {
     "fp16 2:4": _sparse(torch.float16),
     "bf16 2:4": _sparse(torch.bfloat16),
     "int8 2:4": _sparse_int8,
+    "fp8 2:4": _sparse_fp8,
+    "nvfp4": _nvfp4,
+    "nvfp4 paired 4:8": _sparse_nvfp4,
     "fp16 (CUTLASS)": _half_by_cutlass,
     "int4 (CUTLASS)": _tensor_cores(sparse=False),
     "int4 paired 4:8 (CUTLASS)": _tensor_cores(sparse=True),
-    "packed int4": _packed(None),
-    "packed int4 50 %": _packed("50 %"),
-    "packed int4 8:16": _packed("8:16"),
-    "packed int4 4:8": _packed("4:8"),
-    "packed int4 2:4": _packed("2:4"),
-    "packed int4 paired 4:8": _packed("paired 4:8"),
+    **{name: _packed(pattern) for name, pattern in PACKED.items()},
+    **{f"{name}, 16-bit": _packed(pattern, weight_only=True) for name, pattern in PACKED.items()},
 }
 
 # Weights of a GPU's kernels whose layout does not take a GPU to make: float32 -> (stored, share executed).
@@ -255,4 +319,19 @@ LAYOUTS: dict[str, Callable[[Tensor], tuple[tuple[Tensor, ...], float]]] = {
     "fp8": lambda weight: ((weight.to(torch.float8_e4m3fn),), 1.0),
     "int4 (CUTLASS)": lambda weight: (_operand(weight, sparse=False)[1].stored, 1.0),
     "int4 paired 4:8 (CUTLASS)": lambda weight: (_operand(weight, sparse=True)[1].stored, 0.5),
+    "nvfp4": lambda weight: (fp4.quantize(weight).stored, 1.0),
 }
+
+
+def _laid_out(pattern: str | None) -> Callable[[Tensor], tuple[tuple[Tensor, ...], float]]:
+    def stored(weight: Tensor) -> tuple[tuple[Tensor, ...], float]:
+        codes, scale, mask = _codes(weight, pattern)
+        parsed = None if pattern in (None, "50 %") else Pattern.parse(pattern)
+        packed = layout.Weight.pack(codes, scale, mask, parsed)
+        return tuple(getattr(packed, part) for part in layout.PARTS), 1.0 if mask is None else 0.5
+
+    return stored
+
+
+for _name, _pattern in PACKED.items():
+    LAYOUTS[_name] = LAYOUTS[f"{_name}, 16-bit"] = _laid_out(_pattern)

@@ -21,14 +21,15 @@ def gptq_sweep(
     Pruned columns are rounded to zero and their error is carried too (SparseGPT).
     choose: replaces the mask every `choose_every` columns: (current weights (r, w), first column) -> (r, w).
     The scale of a group of columns is found when its first column is reached, from its weights as they are then;
-    where the columns are in another order than the groups, the grid's scales stay. Groups need `start` 0.
+    where the grid names the order of its columns, its scales stay. Others with groups need `start` 0.
 
     Returns weights (r, n - start) on the grid, the mask (r, n), and the grid with the scales as found. The first
     block of 128 starts at the cut, so no column is lost.
     """
     weight, hessian, mask, grid = layer.weight, layer.hessian, layer.mask, layer.grid
     width = weight.shape[1] - start
-    fixed = _in_parts(grid.over(width).T) if grid.group is not None and grid.order is not None else None
+    static = grid.group is not None and grid.order is not None
+    fixed = _in_parts(grid.over(weight.shape[1]).T[start:]) if static else None
     group = grid.group if fixed is None else None  # whose scales are found on the way
     if group is not None:
         grid = replace(grid, scale=grid.scale.clone())  # filled on the way

@@ -77,8 +77,15 @@ class Grid:
         """The scales of a row's columns: (r, columns), or (r, 1) where a row has one."""
         if self.group is None:
             return self.scale
-        order = torch.arange(columns, device=self.scale.device) if self.order is None else self.order
+        order = torch.arange(columns, device=self.scale.device) if self.order is None else self.order[:columns]
         return self.scale[:, order // self.group]
+
+    def from_column(self, first: int, columns: int) -> "Grid":
+        """The grid of the columns from `first` on, of rows of so many `columns`; scales are those of all groups."""
+        if self.group is None:
+            return self
+        order = torch.arange(columns, device=self.scale.device) if self.order is None else self.order
+        return replace(self, order=order[first:])
 
     def codes(self, weight: Tensor) -> Tensor:
         """Nearest integers (r, n), int8."""

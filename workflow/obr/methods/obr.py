@@ -7,6 +7,7 @@ from torch import Tensor
 
 from obr.methods.conjugate_gradient import TOLERANCE, images_on_support
 from obr.methods.gptq import gptq_sweep
+from obr.methods.grid import Grid
 from obr.methods.layer import Layer, Solution
 from obr.methods.layer_hessian import Hessian
 from obr.methods.row_products import product
@@ -48,18 +49,32 @@ def restore_rounded(
 
 def obr_rtn(layer: Layer) -> Solution:
     """OBR with rounding to nearest: restore for the pruning, then for the rounding left of the cut."""
-    hessian, mask, grid, cut = layer.hessian, layer.mask, layer.grid, layer.cut
+    hessian, mask, cut = layer.hessian, layer.mask, layer.cut
     weight = restore_pruned(layer.weight, hessian, mask)
+    grid = _grid_of(layer, weight)
     left = grid.round(weight[:, :cut]) * mask[:, :cut]
     right = restore_rounded(weight, left, hessian, mask)
-    return Solution(torch.cat([left, grid.round(right)], dim=1) * mask, mask, grid)
+    right = grid.from_column(cut, mask.shape[1]).round(right)
+    return Solution(torch.cat([left, right], dim=1) * mask, mask, grid)
 
 
 def obr_gptq(layer: Layer) -> Solution:
     """OBR with a GPTQ sweep right of the cut."""
-    hessian, mask, grid, cut = layer.hessian, layer.mask, layer.grid, layer.cut
+    hessian, mask, cut = layer.hessian, layer.mask, layer.cut
     weight = restore_pruned(layer.weight, hessian, mask, SWEPT_TOLERANCE)
+    grid = _grid_of(layer, weight)
     left = grid.round(weight[:, :cut]) * mask[:, :cut]
     right = restore_rounded(weight, left, hessian, mask, SWEPT_TOLERANCE)
-    swept = gptq_sweep(replace(layer, weight=torch.cat([left, right], dim=1)), start=cut)
-    return replace(swept, weight=torch.cat([left, swept.weight], dim=1))
+    static = grid.from_column(0, mask.shape[1])
+    swept = gptq_sweep(replace(layer, weight=torch.cat([left, right], dim=1), grid=static), start=cut)
+    return Solution(torch.cat([left, swept.weight], dim=1), swept.mask, grid)
+
+
+def _grid_of(layer: Layer, weight: Tensor) -> Grid:
+    """The layer's own grid; where groups of columns have scales, that of `weight (r, n)`, restored for the pruning:
+    what a group absorbs may exceed the range of its dense weights."""
+    grid = layer.grid
+    if grid.group is None:
+        return grid
+    columns = weight if grid.order is None else weight[:, grid.order.argsort()]
+    return replace(Grid.fit(columns, grid.bits, layer.recipe.clip, grid.group), order=grid.order)
