@@ -111,7 +111,15 @@ def test_skipped_kernel_states_missing_shape_or_device(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sizes_are_known_without_a_gpu(tmp_path):
     """Of the paper's weight as it prints them: 32, 8 and 5 MiB, half the operations in pairs of 4:8; no time."""
-    names = ["fp16", "int8 2:4", "int4 (CUTLASS)", "int4 paired 4:8 (CUTLASS)", "nvfp4", "packed int4", "packed int4 50 %"]
+    names = [
+        "fp16",
+        "int8 2:4",
+        "int4 (CUTLASS)",
+        "int4 paired 4:8 (CUTLASS)",
+        "nvfp4",
+        "packed int4",
+        "packed int4 50 %",
+    ]
     entry = {"shapes": [{"name": "paper", "tokens": 65536, "columns": 4096, "rows": 4096}], "kernels": names}
     benchmark.sizes(entry, tmp_path / "cuda.csv")
     lines = pd.read_csv(tmp_path / "cuda.csv").set_index("kernel")
