@@ -219,7 +219,7 @@ def broken(tmp_path) -> dict[str, Path]:
         (["--bits", "9"], "recipe.bits is 9"),
         (["--pattern", "4"], "Pattern '4'"),
         (["--pattern", "7:14"], "does not divide"),
-        (["--group", "128"], "recipe.group is 128"),
+        (["--method", "sparsegpt_gptq", "--group", "128"], "recipe.group is 128"),
         (["--method", "gptq", "--sparsity", "0.5"], "--sparsity 0.5 would change nothing"),
         (["--method", "joint", "--alpha", "0.5"], "--alpha 0.5 would change nothing"),
         (["--method", "wanda", "--mask", "random"], "takes the mask wanda or wanda_harmonic"),
