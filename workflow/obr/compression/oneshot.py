@@ -78,10 +78,10 @@ def quantize(
     mask: str | None = None, alpha: float | None = None, column_order: str | None = None, damp: float | None = None,
     clip: str | None = None, activations: str | None = None, activation_bits: int | None = None,
     kv_bits: int | None = None, rotation: str | Path | None = None, seed: int | None = None,
-    calibration: str | Path | None = None, samples: int | None = None, seqlen: int | None = None, hessian: str | None = None,
-    recipe: "str | Path | dict | Recipe | None" = None, evaluate: str | Path | None = None,
-    configfile: "str | Path | Sequence[str | Path]" = (), device: str = "auto", dtype: str | None = None,
-    activations_memory: float = 4096, overwrite: bool = False,
+    calibration: str | Path | None = None, samples: int | None = None, seqlen: int | None = None,
+    hessian: str | None = None, recipe: "str | Path | dict | Recipe | None" = None,
+    evaluate: str | Path | None = None, configfile: "str | Path | Sequence[str | Path]" = (), device: str = "auto",
+    dtype: str | None = None, activations_memory: float = 4096, overwrite: bool = False,
 ) -> Quantized:  # fmt: skip
     """Compress a model, one block in memory at a time; the parameters are the options of the command `obr quantize`.
 
