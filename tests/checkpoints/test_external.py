@@ -245,7 +245,7 @@ def test_perplexity_of_models_that_transformers_dequantises(form, model, windows
         obr.compress(theirs, tokens, {"method": "rtn"}, progress=False)
 
 
-def test_what_obr_load_is_not_given(model, tmp_path):
+def test_folders_of_other_programs_are_refused_by_obr_load(model, tmp_path):
     with pytest.raises(ObrError, match=r"is no packed checkpoint.*plain model with obr\.load_model"):
         obr.load(model)
     external.write(model, tmp_path / "c", "awq")

@@ -177,7 +177,8 @@ def test_the_kernels_of_the_demo_take_less_than_a_minute_on_any_processor(tmp_pa
         def kernel(x, weight):
             if name == "fp8":
                 return products.KERNELS[name](x, weight)
-            if name.endswith(("2:4", "(CUTLASS)")) and not name.startswith("packed"):
+            sparse = name.endswith("2:4") and not name.startswith("packed")
+            if sparse or name.endswith(("(CUTLASS)", "16-bit")) or name.startswith("nvfp4"):
                 raise products.Lacking("a GPU's")
             clock.now += 0.2  # to lay the weight out
             takes = slow.get(name, 0.005) if x.shape[0] > 1 else 0.005

@@ -57,6 +57,11 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
         choices=("mse", "minmax", "learned"),
         help="range of a row: searched (mse, default), not clipped (minmax), learned with the rotation",
     )
+    _activations_and_data(parser)
+    _recipe_and_run(parser)
+
+
+def _activations_and_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("activations (simulated)").add_argument
     add(
         "--activations",
@@ -80,7 +85,6 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
         choices=("sequential", "cached"),
         help="inputs from the compressed blocks before (sequential, default) or from the original model (cached)",
     )
-    _recipe_and_run(parser)
 
 
 def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
