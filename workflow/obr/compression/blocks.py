@@ -106,19 +106,21 @@ def compress_group(
         factors = Hessian(moments.hessian, report.recipe.damp, name, moments.harmonic)
     linears: dict[str, QuantLinear] = {name: block.get_submodule(name) for name in layout.groups[group]}
     wanted = {name: linear.weight for name, linear in linears.items()}
+    shares: dict[str, dict[str, float]] = {}
     if collected is not None and collected.drift is not None:
-        share = report.recipe.asymmetry
-        wanted = {
-            name: asymmetric.shifted(weight, collected.drift, factors, share) for name, weight in wanted.items()
-        }
+        for name, weight in wanted.items():
+            wanted[name], shares[name] = asymmetric.aimed(weight, collected, factors, report.recipe)
     restored: dict[str, Restored] = {}
     for recipe, names in _treated_alike(report, layout, group, index).items():
         weights = _row_weights(report, index, names) if recipe.needs_gradients else None
         restored |= _restore(recipe, {name: wanted[name] for name in names}, factors, weights, index)
     unseen = None
     if collected is not None and collected.held_out is not None:
-        unseen = Hessian(collected.held_out, name=f"block {index} {group}, held out")
+        unseen = Hessian(collected.held_out.moments.hessian, name=f"block {index} {group}, held out")
     held_out = {name: relative_error(wanted[name].float(), restored[name].weight, unseen) for name in linears}
+    if report.recipe.target_shrinkage != "none":
+        for name in linears:
+            restored[name].flags.extend(f"{step} {share:.2f}" for step, share in shares.get(name, {}).items())
     for name, linear in linears.items():
         store(linear, restored[name], report.dtype)
     seconds = time.monotonic() - started

@@ -11,7 +11,7 @@ from obr.calibration.asymmetric import GroupStatistics
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.blocks import Blocks, run_in_place
-from obr.models.hidden_states import MemoryBudget
+from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.models.layers import set_quantizers
 from obr.runtime.resume import block_file
 
@@ -20,8 +20,8 @@ class HessianSource:
     """Where the Hessians of a compression come from: passes through the blocks done so far, or files.
 
     tokens: (b, s) for passes. cached: folder of Hessians of the dense model. room: for the hidden states. A recipe
-    with asymmetry has the dense blocks run beside the compressed ones, on hidden states of their own; held-out
-    windows pass through the compressed blocks alone.
+    whose targets are outputs of the dense model has the dense blocks run beside the compressed ones, on hidden states
+    of their own; held-out windows pass through the compressed blocks alone, unless they decide about targets.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class HessianSource:
         self.blocks, self.recipe, self.cached, self.chosen = blocks, recipe, cached, recipe.chosen(len(blocks))
         self.quantised = recipe if recipe.hessian_inputs == "quantised" else None
         self.hidden, self.arguments = None, None
-        self.dense, self.dense_hidden, self.held_out = None, None, None
+        self.dense, self.dense_hidden, self.held_out, self.dense_held_out = None, None, None, None
         self.gathered: dict[str, GroupStatistics] = {}  # of the groups of a block that are still to come
         if tokens is not None and recipe.needs_hessian:
             room, count = room or MemoryBudget(), len(tokens) - recipe.held_out
@@ -43,11 +43,16 @@ class HessianSource:
                 raise ObrError(
                     f"held_out is {recipe.held_out}, but there are {len(tokens)} calibration windows; hold out fewer."
                 )
-            room = replace(room, megabytes=room.megabytes / (1 + bool(recipe.asymmetry) + bool(recipe.held_out)))
-            if recipe.asymmetry:
+            _check_stream(blocks, recipe)
+            is_judged = recipe.target_shrinkage == "held_out"
+            copies = 1 + recipe.needs_dense + bool(recipe.held_out) + is_judged
+            room = replace(room, megabytes=room.megabytes / copies)
+            if recipe.needs_dense:
                 self.dense_hidden, _ = blocks.embed(tokens[:count], room)
             if recipe.held_out:
                 self.held_out, _ = blocks.embed(tokens[count:], room)
+            if is_judged:
+                self.dense_held_out, _ = blocks.embed(tokens[count:], room)
             self.hidden, self.arguments = blocks.embed(tokens[:count], room)
 
     def prepared(self, index: int, block: nn.Module) -> nn.Module:
@@ -83,17 +88,22 @@ class HessianSource:
 
     def _gathered(self, block: nn.Module, index: int, groups: list[str]) -> dict[str, GroupStatistics]:
         """Of the inputs of some groups, from one pass through a block as it is."""
-        layout, arguments = self.blocks.layout, self.arguments[index]
-        if self.dense_hidden is not None:
-            found = asymmetric.collect(block, self.dense, layout, self.hidden, self.dense_hidden, arguments, groups)
-        else:
-            moments = collect_hessians.collect(block, layout, self.hidden, arguments, groups, whole=False)
-            found = {group: GroupStatistics(moments[group]) for group in groups}
+        found = self._of_windows(block, index, groups, self.hidden, self.dense_hidden)
         if self.held_out is not None:
-            held_out = collect_hessians.collect(block, layout, self.held_out, arguments, groups, whole=False)
+            held_out = self._of_windows(block, index, groups, self.held_out, self.dense_held_out)
             for group in groups:
-                found[group].held_out = held_out[group].hessian
+                found[group].held_out = held_out[group]
         return found
+
+    def _of_windows(
+        self, block: nn.Module, index: int, groups: list[str], hidden: HiddenStates, dense: HiddenStates | None
+    ) -> dict[str, GroupStatistics]:
+        """Of the windows with these hidden states, beside those of the dense model if there are such."""
+        layout, arguments = self.blocks.layout, self.arguments[index]
+        if dense is not None:
+            return asymmetric.collect(block, self.dense, layout, hidden, dense, arguments, groups)
+        moments = collect_hessians.collect(block, layout, hidden, arguments, groups, whole=False)
+        return {group: GroupStatistics(moments[group]) for group in groups}
 
     def advances(self, index: int) -> bool:
         """Whether a later block needs what this one puts out."""
@@ -107,4 +117,16 @@ class HessianSource:
                 run_in_place(self.dense, self.dense_hidden, self.arguments[index])
             if self.held_out is not None:
                 run_in_place(block, self.held_out, self.arguments[index])
+            if self.dense_held_out is not None:
+                run_in_place(self.dense, self.dense_held_out, self.arguments[index])
         self.dense = None
+
+
+def _check_stream(blocks: Blocks, recipe: Recipe) -> None:
+    """Raise ObrError if layers are to make up for the residual stream, but add to it otherwise than as they are."""
+    factor = getattr(blocks.model.config, "residual_multiplier", 1.0)
+    if recipe.residual and factor != 1.0:
+        raise ObrError(
+            f"residual is {recipe.residual}, but this model's layers are multiplied by {factor} before they are "
+            "added to the residual stream; use residual 0."
+        )

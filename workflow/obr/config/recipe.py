@@ -122,6 +122,10 @@ class Recipe:
     hessian: "sequential" (inputs from the already compressed blocks) or "cached" (of the dense model).
     asymmetry: share, 0 to 1, of the step from a layer's weights to those whose outputs, from inputs out of compressed
     blocks, are nearest the dense model's; 0 aims at the outputs of the dense weights (sequential only).
+    residual: share, 0 to 1, of the step by which o_proj and down_proj make up for what the residual stream has lost
+    before them (sequential only).
+    target_shrinkage: "none", or "held_out": the steps of asymmetry and residual are shortened, layer by layer, to
+    what leaves the least error on the held-out windows.
     held_out: the last so many calibration windows enter no Hessian; layers' errors on them are reported, too
     (sequential only).
     blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
@@ -153,6 +157,8 @@ class Recipe:
     hessian_scope: str = "group"
     hessian_inputs: str = "plain"
     asymmetry: float = 0.0
+    residual: float = 0.0
+    target_shrinkage: str = "none"
     held_out: int = 0
     online: str = "float32"
     dtype: str | None = None
@@ -196,6 +202,7 @@ class Recipe:
             recipe = recipe._allocated(name)
         checks.check_group(recipe, name)
         checks.check_order(recipe, name)
+        checks.check_target(recipe, name)
         checks.check_ranges(recipe, name)
         checks.check_passes(recipe, name)
         return recipe
@@ -262,6 +269,11 @@ class Recipe:
     def options(self) -> tuple[Option, ...]:
         """Of its allocation; none without one."""
         return self.allocation.options if self.allocation is not None else ()
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether outputs of the dense model are targets, so that it runs beside the compressed one."""
+        return bool(self.asymmetry or self.residual)
 
     @property
     def needs_gradients(self) -> bool:

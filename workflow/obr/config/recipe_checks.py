@@ -16,6 +16,7 @@ WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 ROW_WEIGHTS = ("none", "gradient")
 ORDERS = ("given", "hessian")  # of columns
+SHRINKAGES = ("none", "held_out")  # of the steps to targets
 HESSIAN_SCOPES = ("group", "block")  # of layers whose Hessians are collected at a time
 DTYPES = ("float32", "float16", "bfloat16")  # of a computation
 
@@ -52,7 +53,13 @@ def check_choices(recipe: Recipe, name: str) -> None:
 
 def check_ranges(recipe: Recipe, name: str) -> None:
     """Raise ObrError at a number out of range, or blocks that are no slice, and where calibration data is missing."""
-    for field, low, high in (("sparsity", 0, 0.95), ("alpha", 0, 1), ("damp", 0, 1), ("asymmetry", 0, 1)):
+    for field, low, high in (
+        ("sparsity", 0, 0.95),
+        ("alpha", 0, 1),
+        ("damp", 0, 1),
+        ("asymmetry", 0, 1),
+        ("residual", 0, 1),
+    ):
         value = getattr(recipe, field)
         if not low <= value <= high:
             raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
@@ -70,11 +77,25 @@ def check_passes(recipe: Recipe, name: str) -> None:
         "cached Hessians know the dense model's inputs alone; use hessian: sequential": recipe.hessian == "cached",
         f"method {recipe.method} reads no activations; use another method": not recipe.needs_hessian,
     }
-    for field, default in (("asymmetry", 0), ("held_out", 0), ("hessian_scope", "group")):
+    for field, default in (("asymmetry", 0), ("residual", 0), ("held_out", 0), ("hessian_scope", "group")):
         for reason, clashing in why.items():
             value = getattr(recipe, field)
             if value != default and clashing:
                 raise ObrError(f"{name}.{field} is {value}, but {reason}, or {field} {default}.")
+
+
+def check_target(recipe: Recipe, name: str) -> None:
+    """Raise ObrError for a shrinkage of targets that nothing decides, or that finds no step to shorten."""
+    check_choice(recipe.target_shrinkage, SHRINKAGES, f"{name}.target_shrinkage")
+    lacking = {
+        "there are no held-out windows; give held_out": not recipe.held_out,
+        "no step is taken; give asymmetry or residual": not recipe.needs_dense,
+    }
+    for reason, clashing in lacking.items():
+        if recipe.target_shrinkage != "none" and clashing:
+            raise ObrError(
+                f"{name}.target_shrinkage is {recipe.target_shrinkage!r}, but {reason}, or target_shrinkage none."
+            )
 
 
 def check_order(recipe: Recipe, name: str) -> None:

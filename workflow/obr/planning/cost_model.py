@@ -122,7 +122,7 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         grams = sizes.hessians(tokens)
     groups = GROUPS if recipe.hessian_scope == "group" else 1
     runs = (groups + 1) * blocks * tokens / length if products else 0.0
-    if recipe.asymmetry:  # the dense blocks run, too; drifts, and the steps to the targets
+    if recipe.needs_dense:  # the dense blocks run, too; drifts, and the steps to the targets
         products, grams, runs = 2 * products, 2 * grams, 2 * runs
         exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)
     if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq", "obr_gptq"):

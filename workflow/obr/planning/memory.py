@@ -59,7 +59,12 @@ def compressing(
 def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe | None = None) -> float:
     """Bytes of the hidden states of so many tokens; what is more than STATES lies in a file while the job runs."""
     copies = {"generate": 0, "released": 0, "gradients": sizes.blocks + 2}.get(rule, 1)
-    return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies * (2 if recipe and recipe.asymmetry else 1)
+    return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies * _copies(recipe)
+
+
+def _copies(recipe: Recipe | None) -> int:
+    """Models that the calibration windows pass through; with held-out windows that judge, no window more."""
+    return 2 if recipe and recipe.needs_dense else 1
 
 
 def memory(
@@ -67,7 +72,8 @@ def memory(
 ) -> tuple[float, float]:
     """(host, GPU) peak of a job in GB.
 
-    recipe: of a compression. With asymmetry dense blocks run beside compressed ones, on states of their own. Learning
+    recipe: of a compression. With targets out of the dense model its blocks run beside the compressed ones, on states
+    of their own. Learning
     through the whole model has a formula of its own, in `learning_cost`; block by block takes what compressing takes.
     """
     element = 2 if on_gpu else 4
@@ -81,8 +87,8 @@ def memory(
         is_ordered = recipe is not None and recipe.column_order != "given"
         model, base = compressing(sizes, method, length, on_gpu, is_rotated, is_ordered), 0.9
         if recipe and recipe.hessian_scope == "block":  # those of the groups that are still to come
-            model += (all_hessians - 4.0 * min(sizes.inputs) ** 2) * (2 if recipe.asymmetry else 1)
-        if recipe and recipe.asymmetry:
+            model += (all_hessians - 4.0 * min(sizes.inputs) ** 2) * (1 + recipe.needs_dense)
+        if recipe and recipe.needs_dense:
             model += block + 4.0 * max(sizes.inputs) ** 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
         graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
