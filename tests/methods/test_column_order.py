@@ -37,12 +37,13 @@ def test_order_equals_a_layer_permuted_outside(method, sparsity):
     assert not torch.equal(inside.weight, restore(weight, hessian, method, sparsity=sparsity).weight)
 
 
+@pytest.mark.parametrize("clip", ["mse", "hessian"])
 @pytest.mark.parametrize("group", [None, 16, 24])
-def test_codes_equal_those_of_a_naive_loop(group):
+def test_codes_equal_those_of_a_naive_loop(group, clip):
     """Column by column in float64: round, and move the columns that are left to where the loss is least."""
     weight, hessian = uneven(columns=160)
-    result = restore(weight, hessian, "gptq", bits=3, group=group, **ORDERED)
-    scale = Grid.fit(weight, 3, "mse", group).over(160).double().expand_as(weight)
+    result = restore(weight, hessian, "gptq", bits=3, group=group, clip=clip, **ORDERED)
+    scale = Grid.fit(weight, 3, clip, group, hessian.diagonal()).over(160).double().expand_as(weight)
     work, left = weight.double(), largest_first(hessian).tolist()
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(160, dtype=torch.float64)
     while left:
@@ -52,6 +53,18 @@ def test_codes_equal_those_of_a_naive_loop(group):
         if left:
             work[:, left] += torch.outer(error, torch.linalg.solve(damped[left][:, left], damped[left, column]))
     assert ((work / scale).round() == result.codes).float().mean() > 0.995
+
+
+@pytest.mark.parametrize("order", ["given", "hessian"])
+@pytest.mark.parametrize("group", [None, 24])
+def test_scales_of_a_second_sweep_weigh_the_pruned_columns_in_their_own_order(group, order):
+    weight, hessian = uneven()
+    options = {"column_order": order, "clip": "hessian"}
+    result = restore(weight, hessian, "sparsegpt_then_gptq", group=group, **options)
+    pruned = restore(weight, hessian, "sparsegpt_gptq", bits=16, **options).weight
+    expected = Grid.fit(pruned, 4, "hessian", group, hessian.diagonal()).scale
+    same = torch.isclose(result.scale, expected, rtol=1e-3).float().mean()
+    assert same == 1.0 if order == "hessian" or group is None else same > 0.3  # later groups are fitted on the way
 
 
 def test_scales_of_groups_are_those_of_the_dense_columns():

@@ -41,6 +41,30 @@ def test_the_clip_search_equals_a_plain_one():
     assert (found < Grid.fit(weight, 4, "minmax").scale).any()
 
 
+@pytest.mark.parametrize("group", [None, 100])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_search_by_the_hessian_weighs_columns_by_its_diagonal(bits, group):
+    """Against every shrink factor in float64, row by row and group by group."""
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(7, 300, generator=generator)
+    importance = torch.rand(300, generator=generator).mul_(6).exp_()
+    found = Grid.fit(weight, bits, "hessian", group, importance).scale.double()
+    largest = 2 ** (bits - 1) - 1
+    pieces = zip(weight.split(group or 300, 1), importance.split(group or 300), found.unbind(1), strict=True)
+    for part, its, scales in pieces:
+        trials = [part.double().abs().amax(1) / largest * (1 - i / 100) for i in range(80)]
+        errors = [
+            (
+                (trial[:, None] * (part / trial[:, None]).round().clamp(-largest - 1, largest) - part).square() * its
+            ).sum(1)
+            for trial in trials
+        ]
+        best = torch.stack(trials).gather(0, torch.stack(errors).argmin(0)[None])[0]
+        assert torch.allclose(scales, best, rtol=1e-3 if group else 1e-5)
+    plain = Grid.fit(weight, bits, "mse", group, importance).scale
+    assert torch.equal(plain, Grid.fit(weight, bits, "mse", group).scale) and not torch.equal(plain, found.float())
+
+
 def test_off_grid_values_are_noticed():
     weight = torch.randn(3, 8)
     grid = Grid.fit(weight, 4)
@@ -76,10 +100,12 @@ def test_the_compiled_clip_search_finds_the_same_scales(monkeypatch):
     weight[:10] *= (torch.rand(10, 700, generator=generator) > 0.99) * 20 + 1  # rows with outliers
     weight[10:12] = weight[10:12].round()  # many equal errors
     weight[12] = 0
-    compiled = {bits: Grid.fit(weight, bits).scale for bits in (2, 3, 4, 8)}
+    importance = torch.rand(700, generator=generator).mul_(6).exp_()
+    kinds = [(bits, clip) for bits in (2, 3, 4, 8) for clip in ("mse", "hessian")]
+    compiled = {kind: Grid.fit(weight, *kind, None, importance).scale for kind in kinds}
     monkeypatch.setattr(native, "library", lambda: None)
-    for bits, scale in compiled.items():
-        assert torch.equal(scale, Grid.fit(weight, bits).scale)
+    for kind, scale in compiled.items():
+        assert torch.equal(scale, Grid.fit(weight, *kind, None, importance).scale), kind
 
 
 def test_missing_compiler_gives_warning(monkeypatch, tmp_path):

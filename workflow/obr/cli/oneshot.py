@@ -8,7 +8,7 @@ from pathlib import Path
 
 from obr.config.methods import MASKS
 from obr.config.oneshot_options import DEVICES, OFFERED
-from obr.config.recipe_checks import DTYPES, ORDERS
+from obr.config.recipe_checks import CLIPS, DTYPES, ORDERS
 
 QUANTIZE = "Compress a model in one command: a folder or hub id in, a packed checkpoint out."
 RECIPES = "List the recipes of the config, or show all values of one."
@@ -54,8 +54,8 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--clip",
-        choices=("mse", "minmax", "learned"),
-        help="range of a row: searched (mse, default), not clipped (minmax), learned with the rotation",
+        choices=CLIPS,
+        help="range of a row: searched (mse, default; hessian), not clipped (minmax), learned with the rotation",
     )
     _activations_and_data(parser)
     _recipe_and_run(parser)

@@ -107,7 +107,8 @@ class Recipe:
     Hessian down ("hessian", GPTQ's act-order). Stored weights are in the given order. With groups of columns their
     scales are then found before rounding.
     damp: added to the Hessian's diagonal, in units of its mean.
-    clip: "minmax" or "mse" (search for the scale with the least |error|^2.4 on the dense row).
+    clip: "minmax", "mse" (search for the scale with the least |error|^2.4 on the dense row), or "hessian" (the least
+    squared error, each column weighted by its diagonal element of the Hessian).
     "learned": minmax of weights within the bounds that the rotation has learned.
     hessian_scope: when the Hessians of a layer's inputs are collected: behind the compressed layers of its "block"
     too, "group" by group (the paper's code), or for a whole "block" before any of its layers changes (llm-compressor;
@@ -262,8 +263,8 @@ class Recipe:
 
     @property
     def needs_hessian(self) -> bool:
-        refits = self.refit and self.bits < 16 and not self.adopted
-        return not METHODS[self.method].data_free or refits or self.allocation is not None
+        scales = (self.refit or self.clip == "hessian") and self.bits < 16 and not self.adopted
+        return not METHODS[self.method].data_free or scales or self.allocation is not None
 
     @property
     def options(self) -> tuple[Option, ...]:

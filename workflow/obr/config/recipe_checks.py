@@ -16,6 +16,7 @@ WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 SCOPES = ("row", "layer")  # within which the zeros of a layer are placed
 ROW_WEIGHTS = ("none", "gradient")
 ORDERS = ("given", "hessian")  # of columns
+CLIPS = ("minmax", "mse", "hessian", "learned")  # how a scale is found
 SHRINKAGES = ("none", "held_out")  # of the steps to targets
 HESSIAN_SCOPES = ("group", "block")  # of layers whose Hessians are collected at a time
 DTYPES = ("float32", "float16", "bfloat16")  # of a computation
@@ -39,7 +40,7 @@ def check_choices(recipe: Recipe, name: str) -> None:
         )
     if not 0 <= recipe.sweeps <= 100_000:
         raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
-    check_choice(recipe.clip, ("minmax", "mse", "learned"), f"{name}.clip")
+    check_choice(recipe.clip, CLIPS, f"{name}.clip")
     check_choice(recipe.hessian, ("sequential", "cached"), f"{name}.hessian")
     check_choice(recipe.hessian_scope, HESSIAN_SCOPES, f"{name}.hessian_scope")
     check_choice(recipe.hessian_inputs, ("plain", "quantised"), f"{name}.hessian_inputs")

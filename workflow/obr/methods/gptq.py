@@ -47,7 +47,7 @@ def gptq_sweep(
         errors = torch.empty_like(block)
         for i in range(last - first):
             if group is not None and first + i and (first + i) % group == 0:
-                scale = _next_group(grid, first + i, work[:, :rows], errors[:i, :rows], scale, layer.recipe.clip)
+                scale = _next_group(layer, grid, first + i, work[:, :rows], errors[:i, :rows], scale)
             if choose is not None and (first + i) % choose_every == 0:
                 span = slice(first + i, min(first + i + choose_every, last))
                 kept[span, :rows] = choose(work[span, :rows].T * scale, start + first + i).T.to(kept.dtype)
@@ -89,12 +89,13 @@ def _blocks(width: int, group: int) -> Iterator[tuple[int, int]]:
         yield from ((first, min(first + BLOCK, end)) for first in range(begin, end, BLOCK))
 
 
-def _next_group(grid: Grid, column: int, work: Tensor, errors: Tensor, scale: Tensor, clip: str) -> Tensor:
+def _next_group(layer: Layer, grid: Grid, column: int, work: Tensor, errors: Tensor, scale: Tensor) -> Tensor:
     """Fit the scales (r, 1) of the group that begins at this column of `work (n, r)`, and put all that is still to be
     rounded or carried on in their units, from those of `scale (r, 1)`."""
     number = column // grid.group
     current = work[column : column + grid.group].T * scale
-    fitted = Grid.fit(current, grid.bits, clip, grid.group).scale
+    importance = layer.hessian.diagonal[column : column + grid.group]
+    fitted = Grid.fit(current, grid.bits, layer.recipe.clip, grid.group, importance).scale
     grid.scale[:, number : number + 1] = fitted
     for part in (work[column:], errors):
         part.mul_((scale / fitted).T)

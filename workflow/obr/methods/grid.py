@@ -38,26 +38,41 @@ class Grid:
     order: Tensor | None = None
 
     @classmethod
-    def fit(cls, weight: Tensor, bits: int, clip: str = "mse", group: int | None = None) -> "Grid":
-        """The grid of `weight (r, n)`: scale = max|w| / (2^(b-1) - 1), shrunk row by row if clip is "mse".
+    def fit(
+        cls,
+        weight: Tensor,
+        bits: int,
+        clip: str = "mse",
+        group: int | None = None,
+        importance: Tensor | None = None,
+    ) -> "Grid":
+        """The grid of `weight (r, n)`: scale = max|w| / (2^(b-1) - 1), shrunk row by row by a search: if clip is
+        "mse", for the least Σ|Q(w) - w|^2.4; if it is "hessian", for the least Σ importance |Q(w) - w|².
 
+        importance: (n,), a column's diagonal element of the Hessian; needed and read for "hessian" alone.
         With groups each is fitted as a row is, and its scale rounded to float16, as it is stored.
         """
+        importance = importance if clip == "hessian" else None
         if bits == 16:
             return cls(None, 16)
         if group is not None:
-            scale = torch.cat([cls.fit(part, bits, clip).scale for part in weight.split(group, dim=1)], dim=1)
+            counts = [None] * -(-weight.shape[1] // group) if importance is None else importance.split(group)
+            parts = zip(weight.split(group, dim=1), counts, strict=True)
+            scale = torch.cat([cls.fit(part, bits, clip, None, its).scale for part, its in parts], dim=1)
             return cls(scale.clamp(*HALF_RANGE).half().float(), bits, group)
         largest = 2 ** (bits - 1) - 1
         scale = weight.abs().amax(1, keepdim=True) / largest
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a row of zeros: any scale will do
         grid = cls(scale, bits)
-        return grid._clip_search(weight) if clip == "mse" else grid
+        return grid._clip_search(weight, importance) if clip in ("mse", "hessian") else grid
 
-    def of_other(self, weight: Tensor, clip: str) -> "Grid":
-        """The grid of other weights (r, n) of the same layer, whose columns are in this grid's order."""
-        given = weight if self.order is None else weight.index_select(1, self.order.argsort())
-        return replace(self.fit(given, self.bits, clip, self.group), order=self.order)
+    def of_other(self, weight: Tensor, clip: str, importance: Tensor) -> "Grid":
+        """The grid of other weights (r, n) of the same layer, whose columns are in this grid's order; importance:
+        (n,) as for `fit`, in that order, too."""
+        if self.order is not None:
+            back = self.order.argsort()
+            weight, importance = weight.index_select(1, back), importance[back]
+        return replace(self.fit(weight, self.bits, clip, self.group, importance), order=self.order)
 
     @classmethod
     def stack(cls, grids: "list[Grid]") -> "Grid":
@@ -109,9 +124,11 @@ class Grid:
         ]
         return not near or bool(torch.stack(near).all())  # once for all: a GPU is waited for
 
-    def _clip_search(self, weight: Tensor) -> "Grid":
-        errors = native.clip_errors(weight, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)
+    def _clip_search(self, weight: Tensor, importance: Tensor | None) -> "Grid":
+        errors = native.clip_errors(weight, importance, self.scale, SHRINK_STEPS, self.low, self.high, ERROR_EXPONENT)
         width = -(-weight.shape[1] // _VECTORS) * _VECTORS
+        if importance is not None:
+            importance = functional.pad(importance, (0, width - len(importance)))
         chunk = max(1, _SEARCH_ELEMENTS.get(weight.device.type, 1 << 25) // width)
         if errors is None:  # every step for every row: choosing rows would wait for a GPU
             parts = [slice(first, first + chunk) for first in range(0, len(weight), chunk)]
@@ -122,10 +139,11 @@ class Grid:
             parts = (candidates.sum(1) > 1).nonzero()[:, 0].split(chunk)
         for part in parts:
             rows = functional.pad(weight[part], (0, width - weight.shape[1]))  # zeros have no error
-            scale[part] = self._best_of(rows, self.scale[part], None if candidates is None else candidates[part])
+            chosen = None if candidates is None else candidates[part]
+            scale[part] = self._best_of(rows, importance, self.scale[part], chosen)
         return Grid(scale, self.bits)
 
-    def _best_of(self, rows: Tensor, full: Tensor, candidates: Tensor | None) -> Tensor:
+    def _best_of(self, rows: Tensor, importance: Tensor | None, full: Tensor, candidates: Tensor | None) -> Tensor:
         """Of the shrunk scales marked in `candidates` (r, steps), each row's best, the first of equal ones.
 
         candidates: None for all steps in all rows.
@@ -137,7 +155,8 @@ class Grid:
                 continue
             trial, looked = full[of] * factor, rows[of]
             error = (looked / trial).round_().clamp_(self.low, self.high).mul_(trial).sub_(looked)
-            error = error.abs_().pow_(ERROR_EXPONENT).sum(1, keepdim=True)
+            error = error.abs_().pow_(ERROR_EXPONENT) if importance is None else error.square_().mul_(importance)
+            error = error.sum(1, keepdim=True)
             better = error < best[of]
             best[of] = torch.where(better, error, best[of])
             scale[of] = torch.where(better, trial, scale[of])

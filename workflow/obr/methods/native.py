@@ -28,19 +28,31 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def clip_errors(weight: Tensor, scale: Tensor, steps: int, low: int, high: int, exponent: float) -> Tensor | None:
+def clip_errors(
+    weight: Tensor,
+    importance: Tensor | None,
+    scale: Tensor,
+    steps: int,
+    low: int,
+    high: int,
+    exponent: float,
+) -> Tensor | None:
     """Σ|Q(w) - w|^exponent of each row for its scale shrunk by 0, 1, 2 … per cent: (r, steps), good to 1e-5.
 
+    Seven parameters, those of the compiled loop.
+
     Errors more than one per cent above the row's best may be any such number. weight: (r, n). scale: (r, 1).
+    importance: (n,), each column's squared error is multiplied by it, whatever the exponent; None for alike.
     None where the compiled loops are not to be had or not for this device.
     """
     compiled = library() if weight.device.type == "cpu" else None
     if compiled is None:
         return None
     weight, scale = weight.float().contiguous(), scale.float().contiguous()
+    importance = None if importance is None else importance.float().contiguous()
     errors = torch.empty(len(weight), steps)
     compiled.clip_errors(
-        pointer(weight), pointer(scale),
+        pointer(weight), None if importance is None else pointer(importance), pointer(scale),
         ctypes.c_int64(weight.shape[0]), ctypes.c_int64(weight.shape[1]), ctypes.c_int(steps),
         ctypes.c_float(low), ctypes.c_float(high), ctypes.c_float(exponent), ctypes.c_int(torch.get_num_threads()),
         pointer(errors),

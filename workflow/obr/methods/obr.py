@@ -76,5 +76,4 @@ def _grid_of(layer: Layer, weight: Tensor) -> Grid:
     grid = layer.grid
     if grid.group is None:
         return grid
-    columns = weight if grid.order is None else weight[:, grid.order.argsort()]
-    return replace(Grid.fit(columns, grid.bits, layer.recipe.clip, grid.group), order=grid.order)
+    return grid.of_other(weight, layer.recipe.clip, layer.hessian.diagonal)

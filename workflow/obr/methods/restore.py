@@ -130,7 +130,8 @@ def restore_together(
             work[:, hessian.dead] = 0  # an input that is always zero; the grid is still that of the dense row
     layers = {}
     for name, work in works.items():
-        grid = Grid.fit(dense[name], recipe.bits, recipe.clip, recipe.group)
+        importance = hessian.diagonal if hessian is not None else None
+        grid = Grid.fit(dense[name], recipe.bits, recipe.clip, recipe.group, importance)
         own = replace(recipe, seed=seeds[name]) if seeds else recipe
         layers[name] = Layer(work, hessian, _choose_mask(work, hessian, own, mask), grid, recipe, (len(work),))
     works = None  # held by the layers alone

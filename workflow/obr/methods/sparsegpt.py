@@ -36,5 +36,5 @@ def sparsegpt_then_gptq(layer: Layer) -> Solution:
     weights that have absorbed all of the pruning.
     """
     pruned = sparsegpt_gptq(replace(layer, grid=Grid(None, 16)))
-    grid = layer.grid.of_other(pruned.weight, layer.recipe.clip)
+    grid = layer.grid.of_other(pruned.weight, layer.recipe.clip, layer.hessian.diagonal)
     return gptq_sweep(replace(layer, weight=pruned.weight, mask=pruned.mask, grid=grid))

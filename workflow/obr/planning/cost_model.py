@@ -100,7 +100,7 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     products, grams, exact, elements = 0.0, 0.0, 0.0, STORED_PASSES * weights
     if recipe.bits < 16 and recipe.method != "dense":
         fits = 2 if recipe.group and recipe.method == "gptq" else 1  # of all groups at once, then on the way
-        elements += fits * weights * (CLIP_PASSES if recipe.clip == "mse" else 2)
+        elements += fits * weights * (CLIP_PASSES if recipe.clip in ("mse", "hessian") else 2)
     quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
     cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
     if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq"):
