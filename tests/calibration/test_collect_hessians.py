@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from obr.calibration import collect_hessians
+from obr.calibration.moments import TILE
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
@@ -34,7 +35,7 @@ def files_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("columns", [5, collect_hessians.TILE, collect_hessians.TILE + 300])
+@pytest.mark.parametrize("columns", [5, TILE, TILE + 300])
 def test_sums_and_triangles_are_whole(columns, tmp_path):
     generator = torch.Generator().manual_seed(columns)
     inputs = [torch.randn(1, 7, columns, generator=generator) for _ in range(3)]

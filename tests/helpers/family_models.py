@@ -4,6 +4,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -11,11 +13,15 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -97,6 +103,27 @@ FAMILIES = {
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, use_qk_norm=True
     ),
 }  # fmt: skip
+_HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+_LATENT = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {
+    "mixtral": MixtralConfig(**_HEADS, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(**_HEADS, intermediate_size=32, num_experts=8, num_experts_per_tok=2),
+    "qwen2_moe, shared": Qwen2MoeConfig(
+        **_HEADS, intermediate_size=96, moe_intermediate_size=32, shared_expert_intermediate_size=48, num_experts=6,
+        num_experts_per_tok=2,
+    ),
+    "qwen3_moe, a dense block": Qwen3MoeConfig(
+        **_HEADS, head_dim=32, intermediate_size=96, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2,
+        mlp_only_layers=[0], norm_topk_prob=True,
+    ),
+    "deepseek_v3": DeepseekV3Config(**_LATENT, q_lora_rank=20, n_group=2, topk_group=1),
+    "deepseek_v2": DeepseekV2Config(**_LATENT, q_lora_rank=None, topk_method="greedy"),
+}  # fmt: skip
 
 
 def random_model(config, dtype=torch.float64):
@@ -125,6 +152,8 @@ def exact_model(config):
     """A random model that computes in float64 throughout; transformers' own norms and softmax are float32."""
     model = random_model(config)
     model.set_attn_implementation(ATTENTION)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the usual one has no float64
     offset = layout_of(model.config).norm_offset
     for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
         if not hasattr(norm.forward, "exact"):

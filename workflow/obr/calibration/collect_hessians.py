@@ -9,7 +9,7 @@ for the mask "wanda_harmonic".
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from obr.calibration.expert_inputs import ExpertInputs, is_of_expert
+from obr.calibration.moments import Accumulator, Captured, Moments, mirror
 from obr.data import token_windows
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.models import dtypes
@@ -29,51 +31,6 @@ from obr.runtime.files import atomic_write, write_json
 from obr.runtime.progress import Progress
 from obr.runtime.provenance import fingerprint, model_hashes
 from obr.runtime.resume import Unfinished
-
-TILE = 1024  # columns of the tiles in which symmetric matrices are summed and mirrored
-ROWS = 64  # tokens whose squares are summed at a time: they stay in the processor's cache
-
-
-@dataclass
-class Moments:
-    """Second moments of the inputs of a group of layers: hessian (n, n), and harmonic (n,), None if not known.
-
-    tokens: those that the router sends to the expert that the layers are of; None for other layers.
-    """
-
-    hessian: Tensor
-    harmonic: Tensor | None = None
-    tokens: int | None = None
-
-
-class Accumulator:
-    """Sums the second moments of a layer's inputs (…, n), called with each of S sequences in their order."""
-
-    def __init__(self, columns: int, sequences: int, device: torch.device):
-        self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self.harmonic = torch.zeros(columns, dtype=torch.float32, device=device)
-        self.factor, self.seen = 2 / sequences, 0
-
-    def __call__(self, x: Tensor) -> None:
-        """Add one sequence's inputs x (..., n), tile by tile on and above the diagonal."""
-        self.add(x.reshape(-1, x.shape[-1]).float())
-
-    def add(self, x: Tensor) -> None:
-        """The same for inputs (t, n) in float32."""
-        for start in range(0, x.shape[1], TILE):
-            rows = slice(start, start + TILE)
-            self.upper[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=self.factor)
-        self.seen += 1
-        for part in x.split(ROWS):
-            self.harmonic += part.square().sum(0) / self.seen
-
-    def moments(self) -> Moments:
-        """The sums so far; those of all S sequences are the Hessian 2/S Σ XᵀX and the harmonic norms."""
-        return Moments(_mirror(self.upper), self.harmonic)
-
-
-class Captured(Exception):
-    """Ends a block's forward pass once the wanted inputs are in."""
 
 
 def collect(
@@ -144,8 +101,10 @@ def dense_hessians(
     """
     if finished == len(blocks):
         return
+    room, last = room or MemoryBudget(), len(blocks) - 1
+    if blocks.layout.experts:  # what enters the experts of a block, beside what enters it
+        room = replace(room, megabytes=room.megabytes / 2)
     hidden, arguments = blocks.embed(tokens, room)
-    groups, last = list(blocks.layout.groups), len(blocks) - 1
     with Progress("Hessians", len(blocks), progress) as shown:
         for index in range(len(blocks)):
             block = blocks.load(index)
@@ -153,7 +112,13 @@ def dense_hessians(
                 run_in_place(block, hidden, arguments[index])
                 shown.resume()
             else:
-                yield index, collect(block, blocks.layout, hidden, arguments[index], groups, whole=index < last)
+                layout, found = blocks.layout_at(index), {}
+                if layout.experts:
+                    inputs = ExpertInputs(block, layout, hidden, arguments[index], room)
+                    found = {group: inputs.collect(group) for group in layout.groups if is_of_expert(group)}
+                groups = [group for group in layout.groups if group not in found]
+                found |= collect(block, layout, hidden, arguments[index], groups, whole=index < last)
+                yield index, found
                 shown.block()
             block = None  # before the next is loaded
 
@@ -219,7 +184,9 @@ def save(moments: dict[str, Moments], path: Path) -> None:
             tensors[_harmonic(group)] = found.harmonic.cpu()
     with atomic_write(path) as partial:
         sizes = {group: len(found.hessian) for group, found in moments.items()}
-        save_file(tensors, partial, metadata={"sizes": json.dumps(sizes)})
+        tokens = {group: found.tokens for group, found in moments.items() if found.tokens is not None}
+        routed = {"tokens": json.dumps(tokens)} if tokens else {}
+        save_file(tensors, partial, metadata={"sizes": json.dumps(sizes)} | routed)
 
 
 def _harmonic(group: str) -> str:
@@ -239,10 +206,12 @@ def load(
     try:
         with safe_open(path, framework="pt") as file:
             sizes, names = json.loads(file.metadata()["sizes"]), set(file.keys())
+            tokens = json.loads(file.metadata().get("tokens", "{}"))
             for group in groups or sizes:
                 n, norms = sizes[group], _harmonic(group)
                 triangle = _read(file, group, n * (n + 1) // 2, device)
-                found[group] = Moments(triangle, _read(file, norms, n, device) if norms in names else None)
+                norms = _read(file, norms, n, device) if norms in names else None
+                found[group] = Moments(triangle, norms, tokens.get(group))
     except BROKEN_FILE as error:
         why = first_line(error)
         raise ObrError(f"{path} is not a whole Hessian file ({why}); delete and rebuild it.") from error
@@ -271,14 +240,4 @@ def _triangle(n: int, device: torch.device | str) -> Tensor:
 
 def _symmetric(triangle: Tensor, n: int) -> Tensor:
     matrix = torch.zeros(n, n, dtype=triangle.dtype, device=triangle.device)
-    return _mirror(matrix.masked_scatter_(_triangle(n, triangle.device), triangle))
-
-
-def _mirror(matrix: Tensor) -> Tensor:
-    """Copy what is above the diagonal of (n, n) below it, in place."""
-    for start in range(0, len(matrix), TILE):
-        stop = min(start + TILE, len(matrix))
-        corner = matrix[start:stop, start:stop]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-    return matrix
+    return mirror(matrix.masked_scatter_(_triangle(n, triangle.device), triangle))

@@ -96,7 +96,7 @@ def _backward(
 ) -> dict[str, Tensor]:
     """{layer: (r,)}: sums over tokens of the squared output gradients; `slopes` move to what enters the block."""
     sums, hooks = {}, []
-    for name in layout.linears:
+    for name in layout.in_block(block).linears:
         linear = block.get_submodule(name)
         sums[name] = torch.zeros(len(linear.weight), dtype=torch.float32, device=linear.weight.device)
         hooks.append(linear.register_forward_hook(partial(_watch, sums[name])))

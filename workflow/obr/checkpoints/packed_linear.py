@@ -119,7 +119,7 @@ def load(
 
 
 def _pack_linears(block: nn.Module, layout: Layout) -> None:
-    for name in layout.linears:
+    for name in layout.in_block(block).linears:
         linear = block.get_submodule(name)
         if linear.packed.about["bits"] <= 4:
             block.set_submodule(name, PackedLinear(linear, name))

@@ -33,6 +33,7 @@ def check_block_as_compressed(
     recipe: of the compression. quantised: whether the recipe's quantisers are on in this block. dtype: in which norms
     and biases are stored. where: name of the block in messages.
     """
+    layout = layout.in_block(block)
     for name in layout.linears:
         linear = block.get_submodule(name)
         if linear.packed is None:

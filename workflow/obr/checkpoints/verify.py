@@ -103,8 +103,9 @@ def _contents(directory: Path, manifest: dict) -> Iterator[str]:
             rows = {key: row for key, row in rows.items() if key[0] != index}
             totals = None
             continue
-        expected = _expected(blocks.recipe, manifest, index, blocks.layout)
-        yield from _block(block, blocks.layout, index, expected, rows, totals)
+        layout = blocks.layout_at(index)
+        expected = _expected(blocks.recipe, manifest, index, layout)
+        yield from _block(block, layout, index, expected, rows, totals)
     if rows:
         (index, name), *_ = rows
         yield f"{directory}/layers.csv has a line for block {index} {name}, which no file holds; it was altered."
@@ -127,10 +128,9 @@ def _expected(recipe: Recipe, manifest: dict, index: int, layout: Layout) -> dic
 
 def _rows(path: Path) -> dict[tuple[int, str], LayerReport]:
     """layers.csv by block and layer."""
-    kinds = {name: field.type for name, field in LayerReport.__dataclass_fields__.items()}
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            reports = [LayerReport(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+            reports = [LayerReport.read(row) for row in csv.DictReader(file)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ObrError(f"{path} is not a table of layers ({error}); compress the model again.") from error
     return {(report.block, report.layer): report for report in reports}
@@ -145,7 +145,7 @@ def _block(
     for name in layout.linears:
         packed: Packed = block.get_submodule(name).packed
         restored, where, recipe = unpack(packed), f"block {index} {name}", recipes[name]
-        eight = recipe.int8_down_proj and name in layout.groups["down"] and recipe.bits < 8
+        eight = recipe.int8_down_proj and name in layout.of_kind("down") and recipe.bits < 8
         try:
             _check_layer(packed, restored, replace(recipe, bits=8) if eight else recipe, where)
         except ObrError as error:

@@ -55,6 +55,9 @@ class LayerReport:
     packed_bytes: int
     flags: str
     held_out_error: float = float("nan")
+    tokens: int | None = (
+        None  # of the calibration, that the router sent to the layer's expert; a column of such models
+    )
 
     @property
     def compressed(self) -> bool:
@@ -68,7 +71,13 @@ class LayerReport:
     @classmethod
     def of(cls, noted: dict) -> "LayerReport":
         """What `noted` made a dictionary of."""
-        return cls(**{key: float("nan") if value is None else value for key, value in noted.items()})
+        return cls(**{k: float("nan") if v is None and k != "tokens" else v for k, v in noted.items()})
+
+    @classmethod
+    def read(cls, row: dict[str, str]) -> "LayerReport":
+        """A line of layers.csv. Raises ValueError, KeyError or TypeError at one that is none."""
+        tokens, kinds = row.pop("tokens", ""), {name: field.type for name, field in cls.__dataclass_fields__.items()}
+        return cls(**{key: kinds[key](value) for key, value in row.items()}, tokens=int(tokens) if tokens else None)
 
 
 @dataclass
@@ -189,7 +198,9 @@ class Writer:
             atomic_write(self.directory / "layers.csv") as partial,
             open(partial, "w", encoding="utf-8", newline="") as file,
         ):
-            writer = csv.DictWriter(file, LayerReport.__dataclass_fields__)
+            routed = any(layer.tokens is not None for layer in report.layers)
+            columns = [name for name in LayerReport.__dataclass_fields__ if routed or name != "tokens"]
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in report.layers)
         manifest = self._manifest(report) | {"files": self._hashes()}
@@ -284,7 +295,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
     check_before_saving(model)
     directory, report, blocks = Path(directory), model.obr_report, ReadOnlyBlocks(model)
     layout, dtype = blocks.layout, report.dtype
-    if len(report.layers) != len(blocks) * len(layout.linears):
+    if len(report.layers) != sum(len(blocks.layout_at(index).linears) for index in range(len(blocks))):
         raise ObrError(f"The model has {len(blocks)} blocks, other than when it was compressed; compress it again.")
     for part in (layout.embed, layout.final_norm, layout.head):
         check_stored(model.get_submodule(part).weight, dtype, f"{part}.weight")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from obr.calibration import asymmetric, output_gradients
 from obr.calibration.asymmetric import GroupStatistics
+from obr.calibration.expert_inputs import shared_flags
 from obr.checkpoints.format import round_ends, round_rest
 from obr.checkpoints.writer import LayerReport, Report, Writer, store
 from obr.compression.hessian_source import HessianSource
@@ -19,7 +20,7 @@ from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import Restored, relative_error, restore_together
 from obr.mixed_precision import allocate
-from obr.models.architectures import Layout
+from obr.models.architectures import Layout, kind_of
 from obr.models.blocks import Blocks
 from obr.models.hidden_states import MemoryBudget
 from obr.models.layers import QuantLinear
@@ -57,7 +58,7 @@ def compress_blocks(
             if finished is None:
                 begun = time.monotonic()
                 block = statistics.prepared(index, blocks.load(index))
-                rows = _compress_block(block, index, blocks.layout, statistics, report, shown)
+                rows = _compress_block(block, index, blocks.layout_at(index), statistics, report, shown)
                 report.made_by(here, index)
                 if writer is not None:
                     writer.block(index, block, rows, time.monotonic() - begun, here)
@@ -104,6 +105,7 @@ def compress_group(
     if collected is not None:
         moments, name = collected.moments, f"block {index} {group}"
         factors = Hessian(moments.hessian, report.recipe.damp, name, moments.harmonic)
+        factors.flags += shared_flags(moments)
     linears: dict[str, QuantLinear] = {name: block.get_submodule(name) for name in layout.groups[group]}
     wanted = {name: linear.weight for name, linear in linears.items()}
     shares: dict[str, dict[str, float]] = {}
@@ -125,10 +127,12 @@ def compress_group(
         store(linear, restored[name], report.dtype)
     seconds = time.monotonic() - started
     weights = sum(linear.weight.numel() for linear in linears.values())
-    return [
+    tokens = collected.moments.tokens if collected is not None else None
+    rows = [
         _row(index, name, linear, restored[name], seconds * linear.weight.numel() / weights, held_out[name])
         for name, linear in linears.items()
     ]
+    return [replace(row, tokens=tokens) for row in rows]
 
 
 def _row_weights(report: Report, index: int, names: list[str]) -> dict[str, Tensor]:
@@ -177,7 +181,7 @@ def _row(
 def _treated_alike(report: Report, layout: Layout, group: str, index: int) -> dict[Recipe, list[str]]:
     """The layers of a group by the recipe that each has."""
     names, recipe = layout.groups[group], report.recipe
-    if recipe.int8_down_proj and group == "down" and recipe.bits < 8:
+    if recipe.int8_down_proj and kind_of(group) == "down" and recipe.bits < 8:
         recipe = replace(recipe, bits=8)
     if recipe.allocation is None:
         return {recipe: list(names)}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from obr.calibration import asymmetric, collect_hessians
 from obr.calibration.asymmetric import GroupStatistics
+from obr.calibration.expert_inputs import ExpertInputs, expert_of, is_of_expert
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.blocks import Blocks, run_in_place
@@ -37,6 +38,8 @@ class HessianSource:
         self.hidden, self.arguments = None, None
         self.dense, self.dense_hidden, self.held_out, self.dense_held_out = None, None, None, None
         self.gathered: dict[str, GroupStatistics] = {}  # of the groups of a block that are still to come
+        self.routed: list[ExpertInputs] = []  # of a block's experts: of calibration windows, and of held-out ones
+        check_experts(blocks, recipe)
         if tokens is not None and recipe.needs_hessian:
             room, count = room or MemoryBudget(), len(tokens) - recipe.held_out
             if count < 1:
@@ -46,7 +49,8 @@ class HessianSource:
             _check_stream(blocks, recipe)
             is_judged = recipe.target_shrinkage == "held_out"
             copies = 1 + recipe.needs_dense + bool(recipe.held_out) + is_judged
-            room = replace(room, megabytes=room.megabytes / copies)
+            copies *= 2 if blocks.layout.experts else 1  # what enters the experts of a block, beside what enters it
+            room = self.room = replace(room, megabytes=room.megabytes / copies)
             if recipe.needs_dense:
                 self.dense_hidden, _ = blocks.embed(tokens[:count], room)
             if recipe.held_out:
@@ -57,6 +61,7 @@ class HessianSource:
 
     def prepared(self, index: int, block: nn.Module) -> nn.Module:
         """A block that is to be compressed, its activations quantised if that is what the Hessians are to see."""
+        self.routed = []
         if self.dense_hidden is not None and index <= self.chosen[-1]:
             self.dense = copy.deepcopy(block)
         return self._quantised(index, block)
@@ -75,16 +80,30 @@ class HessianSource:
     def begin(self, block: nn.Module, index: int) -> None:
         """Collect what is wanted of a whole block before any of its layers changes."""
         if self.hidden is not None and self.recipe.hessian_scope == "block" and index in self.chosen:
-            self.gathered = self._gathered(block, index, list(self.blocks.layout.groups))
+            self.gathered = self._gathered(block, index, list(self.blocks.layout_at(index).groups))
 
     def collected(self, block: nn.Module, index: int, group: str) -> GroupStatistics | None:
         """Of a group's inputs; None where there are neither tokens nor files."""
+        if self.hidden is not None and is_of_expert(group):
+            return self._of_expert(block, index, group)
         if self.hidden is not None:
             return self.gathered.pop(group, None) or self._gathered(block, index, [group])[group]
         if self.cached is not None:
             path, harmonic = self.cached / block_file(index), self.recipe.needs_harmonic
             return GroupStatistics(collect_hessians.load(path, self.blocks.device, [group], harmonic)[group])
         return None
+
+    def _of_expert(self, block: nn.Module, index: int, group: str) -> GroupStatistics:
+        """Of what a group of an expert's layers reads. The states that enter the experts are found once a block."""
+        if not self.routed:
+            windows = [self.hidden] + ([] if self.held_out is None else [self.held_out])
+            arguments, layout = self.arguments[index], self.blocks.layout_at(index)
+            self.routed = [ExpertInputs(block, layout, hidden, arguments, self.room) for hidden in windows]
+        found, *held_out = self.routed
+        statistics = GroupStatistics(found.collect(group))
+        if held_out and held_out[0].tokens(expert_of(group)):
+            statistics.held_out = GroupStatistics(held_out[0].collect(group, share=False))
+        return statistics
 
     def _gathered(self, block: nn.Module, index: int, groups: list[str]) -> dict[str, GroupStatistics]:
         """Of the inputs of some groups, from one pass through a block as it is."""
@@ -99,7 +118,7 @@ class HessianSource:
         self, block: nn.Module, index: int, groups: list[str], hidden: HiddenStates, dense: HiddenStates | None
     ) -> dict[str, GroupStatistics]:
         """Of the windows with these hidden states, beside those of the dense model if there are such."""
-        layout, arguments = self.blocks.layout, self.arguments[index]
+        layout, arguments = self.blocks.layout_at(index), self.arguments[index]
         if dense is not None:
             return asymmetric.collect(block, self.dense, layout, hidden, dense, arguments, groups)
         moments = collect_hessians.collect(block, layout, hidden, arguments, groups, whole=False)
@@ -119,14 +138,42 @@ class HessianSource:
                 run_in_place(block, self.held_out, self.arguments[index])
             if self.dense_held_out is not None:
                 run_in_place(self.dense, self.dense_held_out, self.arguments[index])
-        self.dense = None
+        self.dense, self.routed = None, []
 
 
 def _check_stream(blocks: Blocks, recipe: Recipe) -> None:
     """Raise ObrError if layers are to make up for the residual stream, but add to it otherwise than as they are."""
     factor = getattr(blocks.model.config, "residual_multiplier", 1.0)
+    if recipe.residual and not blocks.layout.adds_plainly:
+        raise ObrError(
+            f"residual is {recipe.residual}, but layers of {blocks.config.model_type} models are not added to the "
+            "residual stream one after the other as they are; use residual 0."
+        )
     if recipe.residual and factor != 1.0:
         raise ObrError(
             f"residual is {recipe.residual}, but this model's layers are multiplied by {factor} before they are "
             "added to the residual stream; use residual 0."
+        )
+
+
+def check_experts(blocks: Blocks, recipe: Recipe) -> None:
+    """Raise ObrError at settings that experts, whose tokens the router chooses, have no meaning for."""
+    if not blocks.layout.experts:
+        return
+    family = blocks.config.model_type
+    for name in ("asymmetry", "residual"):
+        if getattr(recipe, name):
+            raise ObrError(
+                f"{name} is {getattr(recipe, name)}, but experts of {family} models get other tokens in the compressed "
+                f"model than in the dense one; set {name} to 0."
+            )
+    if recipe.hessian_scope == "block" and recipe.needs_hessian and recipe.hessian == "sequential":
+        raise ObrError(
+            f"hessian_scope is block, but the Hessians of all experts of a {family} block do not fit at once; "
+            "set hessian_scope to group."
+        )
+    if recipe.allocation is not None:
+        raise ObrError(
+            f"Allocations measure each layer's loss, which is not done for the experts of {family} models; "
+            "leave allocation out."
         )

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from obr.calibration import collect_hessians, output_gradients
 from obr.checkpoints.writer import Report
 from obr.compression.blocks import compress_blocks
+from obr.compression.hessian_source import check_experts
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.mixed_precision import allocate, sensitivity
@@ -62,6 +63,7 @@ def compress(model: nn.Module, tokens: Tensor | None, recipe: "Recipe | dict", *
         raise ObrError(f"Method {recipe.method} reads calibration windows; give tokens (b, s).")
     chosen = recipe.chosen(len(blocks))
     quantizer_settings(blocks.load(chosen[0]), blocks.layout, recipe)  # what does not fit is refused before a change
+    check_experts(blocks, recipe)
     _measure(blocks, tokens, report, progress)
     with changing(model, "obr.compress"):
         compress_blocks(blocks, tokens, None, report, progress=progress)

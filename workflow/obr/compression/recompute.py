@@ -86,7 +86,7 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     if places.gradients:
         report.output_gradients, _ = output_gradients.load(places.gradients, blocks.target)
     round_ends(blocks.model, blocks.layout, report.dtype)
-    layers = [(index, name) for index in recipe.chosen(len(blocks)) for name in blocks.layout.linears]
+    layers = [(index, name) for index in recipe.chosen(len(blocks)) for name in blocks.layout_at(index).linears]
     chosen = random.Random("obr verify").sample(layers, min(count, len(layers)))
     statistics = HessianSource(blocks, recipe, windows, places.hessians)
     makers = _makers(directory, manifest)
@@ -150,8 +150,7 @@ def _repeated(
     makers: dict[int, dict],
 ) -> list[Repeated]:
     """makers: the processor of each block. One parameter for each part of a recomputation."""
-    layout, found = blocks.layout, []
-    wanted = {(index, layout.group_of(name)) for index, name in chosen}
+    found, wanted = [], {(index, blocks.layout_at(index).group_of(name)) for index, name in chosen}
     last = max(index for index, _ in wanted)
     with Progress("recomputing", last + 1) as shown:
         for index in range(last + 1) if statistics.hidden is not None else sorted({i for i, _ in wanted}):
@@ -160,6 +159,7 @@ def _repeated(
                 processor.require_products(makers[index]["products"] if index in makers else None)
                 again_by = processor.description(blocks.target.type)
                 block = statistics.prepared(index, blocks.load(index))
+                layout = blocks.layout_at(index)
                 round_rest(block, layout, report.dtype)
                 statistics.begin(block, index)
                 for group, names in layout.groups.items():

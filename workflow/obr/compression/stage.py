@@ -8,6 +8,7 @@ from obr.calibration import output_gradients
 from obr.checkpoints.referred import is_referred
 from obr.checkpoints.writer import Report, Writer
 from obr.compression.blocks import compress_blocks
+from obr.compression.hessian_source import check_experts
 from obr.config.model_sizes import read_config
 from obr.config.recipe import Recipe
 from obr.config.workflow import check_widths
@@ -55,6 +56,7 @@ def compress_stage(
     check_widths(read_config(model), patterns, model.name)
     recipe, dtype = dtypes.settled(recipe, dtype)
     blocks = apply.open_blocks(model, rotation, dtype, device)
+    check_experts(blocks, recipe)
     report = Report(recipe, blocks.storage_dtype, blocks.dtype, device=str(blocks.target))
     report.source = read_json(model / "source.json") if (model / "source.json").exists() else None
     if recipe.clip == "learned":

@@ -57,6 +57,11 @@ def predicted_losses(
     Raises:
         ObrError: a layer has no gradients, or cannot be restored.
     """
+    if blocks.layout.experts:
+        raise ObrError(
+            f"Losses of single layers are not measured for {blocks.config.model_type} models, whose experts each see "
+            "some of the tokens; leave allocation out of the recipe."
+        )
     chosen = references(options)
     for index, matrices in hessians:
         block, layers, weights_then = blocks.load(index), [], {}

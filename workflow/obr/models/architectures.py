@@ -152,6 +152,26 @@ _ATTENTION = {
     "o": ("self_attn.o_proj",),
 }
 _GEMMA_NORMS = {"qkv": "input_layernorm", "up_gate": "pre_feedforward_layernorm"}
+_EXPERTS = Layout(
+    experts="mlp.experts", readers={"up_gate": ("mlp.gate",)}, rotations=ORTHOGONAL,
+    unrotated="the inner channels of its experts are their own, for which these kinds have no parameters",
+)  # fmt: skip
+_SHARED = {
+    "shared.up_gate": ("mlp.shared_experts.up_proj", "mlp.shared_experts.gate_proj"),
+    "shared.down": ("mlp.shared_experts.down_proj",),
+}
+_MLP = {"up_gate": ("mlp.up_proj", "mlp.gate_proj"), "down": ("mlp.down_proj",)}
+# Multi-head latent attention: queries from a latent vector of their own in larger models.
+_LATENT = replace(
+    _EXPERTS,
+    groups={
+        "latent": ("self_attn.q_a_proj", "self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"),
+        "query_up": ("self_attn.q_b_proj",), "latent_up": ("self_attn.kv_b_proj",), "o": ("self_attn.o_proj",),
+        **_MLP, **_SHARED,
+    },
+    norms={"latent": "input_layernorm", "up_gate": "post_attention_layernorm"}, latent=True, head_dim="v_head_dim",
+    widths=lambda c: (c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts, c.intermediate_size),
+)  # fmt: skip
 _AFTER = Layout(norms={}, rotations=(), unrotated=AFTER_LAYERS)
 
 # model_type of the configuration -> layout. All are decoders with RMSNorm or LayerNorm, and gated MLPs.
@@ -191,6 +211,28 @@ FAMILIES: dict[str, Layout] = {
         norms={"qkv": "input_layernorm", "up_gate": "input_layernorm"}, rotations=(), logit_factor="logit_scale",
         unrotated="its norms subtract the mean, and attention and MLP read the same norm",
     ),
+    "mixtral": replace(
+        _EXPERTS,
+        stored=(
+            (".block_sparse_moe.", ".mlp."), (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."),
+        ),
+    ),
+    "olmoe": replace(_EXPERTS, ruled_out_by=("clip_qkv",)),
+    "qwen2_moe": replace(
+        _EXPERTS,
+        groups={
+            **_ATTENTION, **_MLP, "shared.up_gate": ("mlp.shared_expert.up_proj", "mlp.shared_expert.gate_proj"),
+            "shared.down": ("mlp.shared_expert.down_proj",),
+        },
+        readers={"up_gate": ("mlp.gate", "mlp.shared_expert_gate")},
+        widths=lambda c: (c.moe_intermediate_size, c.shared_expert_intermediate_size, c.intermediate_size),
+    ),
+    "qwen3_moe": replace(
+        _EXPERTS, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm",
+        widths=lambda c: (c.moe_intermediate_size, c.intermediate_size),
+    ),
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
 }  # fmt: skip
 
 # model_type -> why its models are not read.

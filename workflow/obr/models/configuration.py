@@ -128,7 +128,8 @@ def _check_keys(raw: dict, kind: str, family: type, what: str) -> None:
             raise ObrError(f"{key} in config.json of {what} {does}, which is not supported: choose another model.")
     if not isinstance(raw.get("is_causal"), (bool, type(None))):
         raise ObrError(f"is_causal in config.json of {what} is {raw['is_causal']!r}; it must be true or false.")
-    declared = getattr(family, "__dataclass_fields__", {})
+    names = getattr(family, "attribute_map", {})
+    declared = {*getattr(family, "__dataclass_fields__", {}), *names, *names.values()}
     for key, value in raw.items():
         computes = COMPUTES.search(key) and not HARMLESS.search(key) and key not in CALLS
         if computes and key not in declared and not _is_neutral(key, value, raw, family):
@@ -165,7 +166,16 @@ def _is_neutral(key: str, value, raw: dict, family: type) -> bool:
         return raw.get("use_sliding_window") is False
     if key == "use_sliding_window":
         return value is True
-    return not value or (value == 1 and value is not True)
+    return not value or (value == 1 and value is not True) or _is_derived(key, value, raw, family)
+
+
+def _is_derived(key: str, value, raw: dict, family: type) -> bool:
+    """Whether transformers gives a key this value without being told, as it derives `qk_head_dim` from other sizes."""
+    try:
+        given = {name: part for name, part in raw.items() if name != key and name not in CALLS}
+        return getattr(family.from_dict(given), key, None) == value
+    except Exception:  # of a validator: `load_config` meets it, too
+        return False
 
 
 def check_sizes(config, what: str) -> None:

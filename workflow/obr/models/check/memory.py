@@ -174,8 +174,10 @@ def _check_module(
         if parameter is not None:
             _check_shape(f"{where}.{key}", parameter, wanted._parameters[key])
     for key, buffer in module._buffers.items():
-        if buffer is not None:
+        if buffer is not None and key in wanted._non_persistent_buffers_set:
             _check_buffer(f"{where}.{key}", buffer, wanted._buffers[key], module)
+        elif buffer is not None:  # files keep it
+            _check_shape(f"{where}.{key}", buffer, wanted._buffers[key])
     for key, value in vars(wanted).items():
         plain = key[0] != "_" and key not in CHANGING and isinstance(value, (bool, int, float, str, type(None)))
         if plain and vars(module).get(key, value) != value:

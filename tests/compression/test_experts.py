@@ -1,0 +1,172 @@
+"""Mixtures of experts: a Hessian for each expert from the tokens that the router sends to it, and what follows."""
+
+import csv
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import obr
+from helpers.family_models import EXPERTS, TOKENS, change, exact_model, random_model
+from obr.calibration.expert_inputs import ExpertInputs
+from obr.checkpoints.format import CheckpointBlocks
+from obr.checkpoints.verify import verify_checkpoint
+from obr.compression.hessian_source import HessianSource
+from obr.config.methods import METHODS
+from obr.config.recipe import Recipe
+from obr.errors import ObrError
+from obr.models import split
+from obr.models.architectures import FAMILIES, Dimensions
+from obr.models.blocks import Blocks, StreamedBlocks, run_block
+from obr.models.layers import wrap_block
+from obr.rotations import fold, registry
+
+SPARSE = "qwen3_moe, a dense block"
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("kind", ["quarot", "spinquant", "flatquant"])
+def test_logits_do_not_change(family, kind):
+    routed_in_float32 = family.startswith("deepseek")
+    found = change(exact_model(EXPERTS[family]), lambda m: obr.rotate(m, kind, seed=7))
+    assert found < (1e-6 if routed_in_float32 else 1e-11)
+    assert change(random_model(EXPERTS[family], torch.float32), lambda m: obr.rotate(m, kind, seed=7)) < 1e-3
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("is_fused", [False, True], ids=["module lists", "fused tensors"])
+def test_streamed_blocks_compute_the_same(family, is_fused, tmp_path):
+    """Files have the experts one by one, as the hub's do, or in the fused tensors of transformers."""
+    model = random_model(EXPERTS[family], torch.float32)
+    model.save_pretrained(tmp_path, save_original_format=not is_fused)
+    names = split.TensorFiles(tmp_path).files
+    assert any(name.endswith(".gate_up_proj") for name in names) == is_fused
+    plain = model(TOKENS).logits
+    for rotation in (None, registry.draw("quarot", Dimensions.of(model.config), 3)):
+        blocks = StreamedBlocks(tmp_path, rotation, dtype=torch.float32, device="cpu")
+        hidden, arguments = blocks.embed(TOKENS)
+        for index in range(len(blocks)):
+            block = blocks.load(index)
+            hidden = [run_block(block, states, arguments[index]) for states in hidden]
+        logits = blocks.logits(torch.cat(list(hidden)))
+        assert torch.allclose(logits, plain, atol=1e-3 * float(plain.abs().max()))
+
+
+def test_a_router_that_is_not_folded_shows(monkeypatch):
+    monkeypatch.setattr(fold, "fold_readers", lambda *_, **__: {})
+    assert change(exact_model(EXPERTS["mixtral"]), lambda m: obr.rotate(m, "quarot")) > 1e-3
+
+
+def routed(model, index: int):
+    """(expert inputs of a block, what each window's experts read: states, numbers, weights)."""
+    blocks = Blocks(model)
+    hidden, arguments = blocks.embed(TOKENS)
+    for before in range(index):
+        block = blocks.load(before)
+        for window, states in enumerate(hidden):
+            hidden[window] = run_block(block, states, arguments[before])
+    block, layout = blocks.load(index), blocks.layout_at(index)
+    seen = []
+    block.get_submodule(layout.experts).observer = lambda *found: seen.append([x.clone() for x in found])
+    for states in hidden:
+        run_block(block, states, arguments[index])
+    return ExpertInputs(block, layout, hidden, arguments[index]), seen
+
+
+def test_hessians_are_of_each_experts_tokens_weighted_as_routed():
+    inputs, seen = routed(random_model(EXPERTS[SPARSE], torch.float32), 1)
+    total, down = {e: 0.0 for e in range(8)}, {e: 0.0 for e in range(8)}
+    for states, numbers, weights in seen:
+        for x, chosen, g in zip(states, numbers, weights, strict=True):
+            for e, factor in zip(chosen.tolist(), g, strict=True):
+                expert = inputs.block.mlp.experts.get_submodule(str(e))
+                h = expert.act_fn(expert.gate_proj(x)) * expert.up_proj(x)
+                total[e] = total[e] + factor**2 * x.outer(x) * 2 / len(seen)
+                down[e] = down[e] + factor**2 * h.outer(h) * 2 / len(seen)
+    counts = [inputs.tokens(e) for e in range(8)]
+    assert sum(counts) == 2 * TOKENS.numel()
+    for e in (number for number in range(8) if counts[number]):
+        for group, wanted in ((f"experts.{e}.up_gate", total[e]), (f"experts.{e}.down", down[e])):
+            found = inputs.collect(group, share=False)
+            assert found.tokens == counts[e]
+            assert torch.allclose(found.hessian, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_experts_with_few_tokens_share_by_the_written_rule():
+    """H = m (t/n A + (1 - t/n) B): A of its own tokens, B of all tokens of the block, m its squared weights."""
+    inputs, seen = routed(random_model(EXPERTS[SPARSE], torch.float32), 1)
+    states = torch.cat([found[0] for found in seen])
+    everything = states.T @ states * 2 / len(seen) / len(states)
+    numbers, weights = (torch.cat([found[i] for found in seen]) for i in (1, 2))
+    for e in range(8):
+        own, shared, t = (
+            inputs.collect(f"experts.{e}.up_gate", share=False).hessian,
+            inputs.collect(f"experts.{e}.up_gate"),
+            inputs.tokens(e),
+        )
+        mass = float(weights[numbers == e].square().sum()) if t else 1.0
+        wanted = t / 64 * own + (1 - t / 64) * mass * everything
+        assert t < 64 and shared.tokens == t
+        assert torch.allclose(shared.hessian, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "released"])
+def test_every_method_compresses_experts_and_the_checkpoint_is_whole(method, tmp_path):
+    model = random_model(EXPERTS[SPARSE], torch.float32)
+    obr.rotate(model, "quarot", seed=1)
+    recipe = {"method": method, **({"sweeps": 2} if method == "joint" else {})}
+    obr.compress(model, TOKENS, recipe, progress=False)
+    manifest = obr.save(model, tmp_path)
+    assert verify_checkpoint(tmp_path) == []
+    assert torch.equal(obr.load(tmp_path, device="cpu")(TOKENS).logits, model(TOKENS).logits)
+    with open(tmp_path / "layers.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7 + 4 + 8 * 3
+    of_experts = [row for row in rows if ".experts." in row["layer"]]
+    if METHODS[method].data_free:
+        assert "tokens" not in rows[0]
+        return
+    assert sum(int(row["tokens"]) for row in of_experts if row["layer"].endswith("up_proj")) == 2 * TOKENS.numel()
+    assert all(row["tokens"] == "" for row in rows if row not in of_experts)
+    few = [row for row in of_experts if int(row["tokens"]) < int(row["columns"])]
+    assert few and all(f"{row['tokens']} tokens for {row['columns']} columns" in row["flags"] for row in few)
+    assert not any("tokens for" in row["flags"] for row in rows if row not in few)
+    assert manifest["flagged_layers"] >= len(few)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_every_family_goes_from_folder_to_checkpoint_and_back(family, tmp_path):
+    """Streamed, with quantised activations; the router stays at 16 bits, and transformers reads what is written."""
+    from obr.compression.stage import compress_stage
+    from obr.data.token_windows import write_tokens
+
+    model = random_model(EXPERTS[family], torch.float32).half().float()
+    model.save_pretrained(tmp_path / "model")
+    write_tokens(TOKENS, {"nsamples": 2, "seqlen": 20, "tokens": 40}, tmp_path / "tokens.safetensors")
+    recipe = Recipe.parse({"method": "obr_gptq", "calibration": "c", "activations": {"bits": 8}})
+    compress_stage(tmp_path / "model", recipe, tmp_path / "packed", tokens=tmp_path / "tokens.safetensors", device="cpu")
+    assert verify_checkpoint(tmp_path / "packed") == []
+    loaded = obr.load(tmp_path / "packed", device="cpu")
+    blocks = CheckpointBlocks(tmp_path / "packed", dtype=torch.float32, device="cpu")
+    hidden, arguments = blocks.embed(TOKENS)
+    for index in range(len(blocks)):
+        hidden = [run_block(blocks.load(index), states, arguments[index]) for states in hidden]
+    logits = loaded(TOKENS).logits
+    assert torch.allclose(blocks.logits(torch.cat(list(hidden))), logits, atol=1e-4 * float(logits.abs().max()))
+    router = loaded.model.layers[1].mlp.gate
+    assert torch.equal(router.weight, model.model.layers[1].mlp.gate.weight.half().float())
+    assert not isinstance(router, nn.Linear) and "mlp.gate" not in FAMILIES["mixtral"].linears
+
+
+def test_settings_without_meaning_for_experts_are_refused():
+    def refused(recipe, match, family=SPARSE):
+        with pytest.raises(ObrError, match=match):
+            obr.compress(random_model(EXPERTS[family], torch.float32), TOKENS, recipe, progress=False)
+
+    refused({"method": "gptq", "asymmetry": 0.5}, "experts of qwen3_moe models get other tokens")
+    refused({"method": "gptq", "hessian_scope": "block"}, "set hessian_scope to group")
+    low = {"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 4}}
+    refused(low, "caches a latent vector", "deepseek_v3")
+    options = [{"method": "gptq", "bits": 4}, {"method": "gptq", "bits": 3}]
+    refused({"method": "gptq", "allocation": {"bits": 3.5, "options": options}}, "leave allocation out")
