@@ -5,23 +5,27 @@ import csv
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import obr
 from helpers.family_models import EXPERTS, TOKENS, change, exact_model, random_model
+from helpers.live_bytes import peak_bytes
+from obr.calibration.collect_hessians import hessian_stage
 from obr.calibration.expert_inputs import ExpertInputs
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.verify import verify_checkpoint
-from obr.compression.hessian_source import HessianSource
+from obr.compression.stage import compress_stage
 from obr.config.methods import METHODS
 from obr.config.recipe import Recipe
+from obr.data.token_windows import write_tokens
 from obr.errors import ObrError
 from obr.models import split
 from obr.models.architectures import FAMILIES, Dimensions
 from obr.models.blocks import Blocks, StreamedBlocks, run_block
-from obr.models.layers import wrap_block
-from obr.rotations import fold, registry
+from obr.planning import memory, tensor_sizes
+from obr.rotations import fold, obtain, registry
 
+PACKED = 0.75  # bytes a weight, of codes beside the weights, and of a file as it is written
 SPARSE = "qwen3_moe, a dense block"
 
 
@@ -76,7 +80,7 @@ def routed(model, index: int):
 
 def test_hessians_are_of_each_experts_tokens_weighted_as_routed():
     inputs, seen = routed(random_model(EXPERTS[SPARSE], torch.float32), 1)
-    total, down = {e: 0.0 for e in range(8)}, {e: 0.0 for e in range(8)}
+    total, down = dict.fromkeys(range(8), 0.0), dict.fromkeys(range(8), 0.0)
     for states, numbers, weights in seen:
         for x, chosen, g in zip(states, numbers, weights, strict=True):
             for e, factor in zip(chosen.tolist(), g, strict=True):
@@ -138,14 +142,12 @@ def test_every_method_compresses_experts_and_the_checkpoint_is_whole(method, tmp
 @pytest.mark.parametrize("family", EXPERTS)
 def test_every_family_goes_from_folder_to_checkpoint_and_back(family, tmp_path):
     """Streamed, with quantised activations; the router stays at 16 bits, and transformers reads what is written."""
-    from obr.compression.stage import compress_stage
-    from obr.data.token_windows import write_tokens
-
     model = random_model(EXPERTS[family], torch.float32).half().float()
     model.save_pretrained(tmp_path / "model")
     write_tokens(TOKENS, {"nsamples": 2, "seqlen": 20, "tokens": 40}, tmp_path / "tokens.safetensors")
     recipe = Recipe.parse({"method": "obr_gptq", "calibration": "c", "activations": {"bits": 8}})
-    compress_stage(tmp_path / "model", recipe, tmp_path / "packed", tokens=tmp_path / "tokens.safetensors", device="cpu")
+    tokens = tmp_path / "tokens.safetensors"
+    compress_stage(tmp_path / "model", recipe, tmp_path / "packed", tokens=tokens, device="cpu")
     assert verify_checkpoint(tmp_path / "packed") == []
     loaded = obr.load(tmp_path / "packed", device="cpu")
     blocks = CheckpointBlocks(tmp_path / "packed", dtype=torch.float32, device="cpu")
@@ -170,3 +172,53 @@ def test_settings_without_meaning_for_experts_are_refused():
     refused(low, "caches a latent vector", "deepseek_v3")
     options = [{"method": "gptq", "bits": 4}, {"method": "gptq", "bits": 3}]
     refused({"method": "gptq", "allocation": {"bits": 3.5, "options": options}}, "leave allocation out")
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Folder of a model with 64 experts in its one block, its rotation, and tokens to calibrate on."""
+    folder = tmp_path_factory.mktemp("many")
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=128, hidden_size=128, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=64, num_experts_per_tok=4, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).half()  # converted as it is read: what is not stays mapped
+    model.save_pretrained(folder / "model", max_shard_size="500KB")  # the profiler counts a whole file as it is open
+    obtain.make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
+    tokens = torch.randint(1, 128, (16, 64), generator=torch.Generator().manual_seed(0))
+    write_tokens(tokens, {"nsamples": 16, "seqlen": 64, "tokens": 1024}, folder / "tokens.safetensors")
+    return folder
+
+
+def compressed(folder, out, **options):
+    recipe = Recipe.parse({"method": "gptq", "calibration": "c", "rotation": "quarot", **options})
+    files = {"rotation": folder / "rotation.safetensors", "tokens": folder / "tokens.safetensors"}
+    return compress_stage(folder / "model", recipe, out, device="cpu", **files)
+
+
+@pytest.mark.slow
+def test_a_block_of_64_experts_takes_what_plans_say(many, tmp_path):
+    """A block, and one expert's Hessian and solve at a time, not the Hessians of all 64."""
+    peak = peak_bytes(lambda: compressed(many, tmp_path / "packed"))
+    sizes = tensor_sizes.sizes_in(many / "model")
+    states = 2 * 4.0 * 16 * 64 * 128  # what enters the block, and its experts
+    hessians = 4.0 * sum(n**2 for n in sizes.inputs)
+    planned = memory.compressing(sizes, "gptq", 64, on_gpu=False) + states + PACKED * sizes.block
+    assert sizes.inputs.count(64) == 64 and hessians > 5e6
+    assert 0.7 * planned < peak < min(planned, 4.0 * sizes.block + hessians)
+
+
+@pytest.mark.slow
+def test_cached_hessians_give_the_experts_tokens_and_flags(many, tmp_path):
+    hessian_stage(many / "model", many / "rotation.safetensors", many / "tokens.safetensors", tmp_path / "h")
+    recipe = Recipe.parse({"method": "gptq", "calibration": "c", "rotation": "quarot", "hessian": "cached"})
+    compress_stage(
+        many / "model", recipe, tmp_path / "packed", rotation=many / "rotation.safetensors", hessians=tmp_path / "h",
+        device="cpu",
+    )  # fmt: skip
+    with open(tmp_path / "packed/layers.csv", encoding="utf-8") as file:
+        of_experts = [row for row in csv.DictReader(file) if row["layer"].endswith("up_proj")]
+    assert sum(int(row["tokens"]) for row in of_experts) == 4 * 1024
+    assert any("Hessian shared" in row["flags"] for row in of_experts)
+    assert verify_checkpoint(tmp_path / "packed") == []

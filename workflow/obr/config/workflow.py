@@ -250,13 +250,8 @@ def check_widths(config: dict, patterns: dict[str, str | None], model: str) -> N
     config: the contents of a transformers config.json; sizes that cannot be are refused too.
     """
     sizes = sizes_of(config, model, ("hidden_size", "intermediate_size", "num_attention_heads"))
-    widths = {
-        "q, k, v, up and gate": sizes.hidden,
-        "o_proj": sizes.heads * sizes.head_dim,
-        "down_proj": sizes.intermediate,
-    }
     for recipe, pattern in patterns.items():
-        for layer, width in widths.items() if pattern else ():
+        for layer, width in sizes.widths().items() if pattern else ():
             Pattern.parse(pattern).check_width(width, f"{layer} of {model} (recipe {recipe})")
 
 

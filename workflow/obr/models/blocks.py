@@ -263,6 +263,7 @@ class StreamedBlocks(Blocks):
         tensors = self.files.read({n: full for n, full in names.items() if n not in buffers}, self.target, dtype)
         tensors |= self.files.read({n: full for n, full in names.items() if n in buffers}, self.target)
         block.load_state_dict(tensors, assign=True)
+        del tensors  # a rotation then replaces the weights one after the other
         block.requires_grad_(False)
         wrap_block(block, self.layout)
         if self.rotation is not None:

@@ -170,7 +170,7 @@ def _is_neutral(key: str, value, raw: dict, family: type) -> bool:
 
 
 def _is_derived(key: str, value, raw: dict, family: type) -> bool:
-    """Whether transformers gives a key this value without being told, as it derives `qk_head_dim` from other sizes."""
+    """Whether transformers gives a key this value unasked, as it derives `qk_head_dim` from other sizes."""
     try:
         given = {name: part for name, part in raw.items() if name != key and name not in CALLS}
         return getattr(family.from_dict(given), key, None) == value

@@ -168,7 +168,7 @@ def sensitivity(sizes: Sizes, options: list[Option], tokens: int = DIVERGENCE_TO
 
 def perplexity(sizes: Sizes, tokens: int, length: int) -> Work:
     """A perplexity; every token passes through the quantisers of each layer."""
-    elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.intermediate)
+    elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.passing)
     products = sizes.forward(tokens, length) + sizes.logits(tokens)
     runs = sizes.blocks * tokens / length
     return Work(products, 0, 0, elements, 2.0 * sizes.block * sizes.blocks, runs, 5.5)
@@ -191,7 +191,7 @@ def zero_shot_tokens(task: str, limit: int | None) -> tuple[int, int, int]:
 def zero_shot(sizes: Sizes, task: str, limit: int | None, batch_tokens: int) -> Work:
     """A zero-shot task; every token passes through the quantisers of each layer."""
     tokens, scored, length = zero_shot_tokens(task, limit)
-    elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.intermediate)
+    elements = float(tokens * sizes.blocks) * (4 * sizes.hidden + 2 * sizes.passing)
     products = sizes.forward(tokens, length) + sizes.logits(scored)
     runs = sizes.blocks * tokens / batch_tokens
     return Work(products, 0, 0, elements, 2.0 * (sizes.block * sizes.blocks + sizes.ends), runs, 10)

@@ -46,10 +46,10 @@ def compressing(
     folded, in float32 and one layer in float64; as it runs; and as its groups are restored."""
     element = 2 if on_gpu else 4
     largest = max(rows * columns for rows, columns in sizes.layers)
-    d, f, q, k = sizes.hidden, sizes.intermediate, sizes.queries, sizes.keys
-    loaded = (8.0 * sizes.block + 24.0 * largest) if is_rotated else element * sizes.block
+    d, f = sizes.hidden, sizes.passing
+    loaded = (4.0 * sizes.block + 24.0 * largest) if is_rotated else element * sizes.block
     running = element * sizes.block + 4.0 * max(sizes.inputs) ** 2 + element * length * (8 * d + 3 * f)
-    groups = ((q + 2 * k, d), (d, q), (2 * f, d), (d, f))
+    groups = {(sum(rows for rows, _ in group), group[0][1]) for group in sizes.groups}
     solving = element * sizes.block + max(
         solver_bytes(method, rows, columns, is_ordered=is_ordered) for rows, columns in groups
     )
@@ -91,14 +91,14 @@ def memory(
         if recipe and recipe.needs_dense:
             model += block + 4.0 * max(sizes.inputs) ** 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
-        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.intermediate + 3 * sizes.vocabulary)
+        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing + 3 * sizes.vocabulary)
         model, base = ends + 2 * block + graph, 0.8
     elif rule == "hessian":
         model, base = ends + 2 * block + all_hessians, 0.8
     elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
         model, base = 1.5 * ends + 3 * block, 0.9
     elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it
-        passing = element * length * (8 * sizes.hidden + 3 * sizes.intermediate)
+        passing = element * length * (8 * sizes.hidden + 3 * sizes.passing)
         model, base = (2 + element / 2) * sizes.ends + block + passing + 3 * LOGITS, 1.2
         if on_gpu:  # the next block is read meanwhile, and unpacked layer by layer
             model += block + 8.0 * max(rows * columns for rows, columns in sizes.layers)
