@@ -156,6 +156,8 @@ def test_every_family_goes_from_folder_to_checkpoint_and_back(family, tmp_path):
         hidden = [run_block(blocks.load(index), states, arguments[index]) for states in hidden]
     logits = loaded(TOKENS).logits
     assert torch.allclose(blocks.logits(torch.cat(list(hidden))), logits, atol=1e-4 * float(logits.abs().max()))
+    packed = obr.load(tmp_path / "packed", device="cpu", packed=True)(TOKENS).logits
+    assert torch.allclose(packed, logits, atol=1e-3 * float(logits.abs().max()))
     router = loaded.model.layers[1].mlp.gate
     assert torch.equal(router.weight, model.model.layers[1].mlp.gate.weight.half().float())
     assert not isinstance(router, nn.Linear) and "mlp.gate" not in FAMILIES["mixtral"].linears

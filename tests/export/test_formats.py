@@ -1,14 +1,18 @@
 """Exported checkpoints are what our own reader reads: in transformers, by the gguf package, and in llama.cpp."""
 
+import json
+import re
+
 import gguf
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import obr
-from helpers.family_models import FAMILIES
+from helpers.family_models import EXPERTS, FAMILIES
 from obr.cli.main import main
 from obr.errors import ObrError
 from obr.export import gguf as gguf_export
@@ -16,6 +20,7 @@ from obr.export.dispatch import export
 from obr.models.architectures import Dimensions
 from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
+from obr.models.tensor_files import TensorFiles
 from obr.rotations import registry
 
 pytestmark = pytest.mark.slow
@@ -156,6 +161,30 @@ def test_compressed_tensors_of_further_families_keep_logits(name, prompt, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     found = model(prompt).logits[0]
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_compressed_tensors_of_experts_have_the_names_of_the_models_files(name, prompt, tmp_path):
+    """As llm-compressor writes them and vLLM reads them: each expert's layers apart, the router left alone."""
+    checkpoint = random_model(EXPERTS[name], tmp_path / "c", prompt)
+    options = {**EXPERTS[name].to_dict(), "vocab_size": 512, "num_hidden_layers": 2}
+    options.pop("layer_types", None)
+    AutoModelForCausalLM.from_config(type(EXPERTS[name])(**options)).save_pretrained(tmp_path / "plain")
+    export(checkpoint, "compressed-tensors", tmp_path / "packed")
+    files, names = TensorFiles(tmp_path / "packed"), set(TensorFiles(tmp_path / "plain").files)
+    assert {re.sub("_(packed|scale|shape)$", "", tensor) for tensor in files.files} == names
+    settings = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    router = "model.layers.1.block_sparse_moe.gate" if name == "mixtral" else "model.layers.1.mlp.gate"
+    assert {"lm_head", router} <= set(settings["ignore"]) and f"{router}.weight" in files.files
+    assert settings["config_groups"]["group_0"]["targets"] == ["Linear"]
+    last = {"mixtral": "w2"}.get(name, "down_proj")
+    expert = f"{router.removesuffix('gate')}experts.3.{last}"
+    parts = files.read({part: f"{expert}.weight_{part}" for part in ("packed", "scale", "shape")})
+    codes = unpack_from_int32(parts["packed"], 4, torch.Size(parts["shape"].tolist()))
+    ours = obr.load(checkpoint, device="cpu").model.layers[1].mlp.experts.get_submodule("3").down_proj.weight
+    assert torch.equal(codes * parts["scale"], ours)
+    with pytest.raises(ObrError, match="are not exported to GGUF"):
+        export(checkpoint, "gguf", tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from helpers.released_checkpoints import FlatModel, written
 from helpers.workflow_runs import digests
@@ -20,7 +20,8 @@ BLOCKS = 6
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Folder with a random model of six blocks, its rotation, tokens to calibrate on, and a released checkpoint."""
+    """Folder with random models of six blocks, one of them with experts, their rotations, tokens to calibrate on, and
+    a released checkpoint."""
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -31,6 +32,12 @@ def inputs(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "model")
     written(folder, FlatModel(model).state_dict())
     make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")
+    config = OlmoeConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=32, num_hidden_layers=BLOCKS, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    OlmoeForCausalLM(config).save_pretrained(folder / "experts")
+    make({"kind": "quarot", "seed": 0}, folder / "experts", folder / "experts.safetensors")
     tokens = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
     return folder
@@ -47,14 +54,15 @@ def kills_of(kind: str, out: Path, times: list[float], draw: random.Random) -> I
     yield {"renames": draw.randint(2, 7)}  # the first is the note of whose run it is
     unmoved = BLOCKS - len(list(out.glob("block_*.safetensors")))
     yield {"moves": draw.randint(min(2, unmoved + 1), unmoved + 1), "folder": str(out)}
-    if kind in ("sequential", "released"):
+    if kind in ("sequential", "experts", "released"):
         yield {"removals": draw.randint(1, BLOCKS + 1), "folder": str(out) + ".unfinished"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hessian", "cached", "sequential", "released"])
+@pytest.mark.parametrize("kind", ["hessian", "cached", "sequential", "experts", "released"])
 def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command, tmp_path):
-    common = ["--model", inputs / "model", "--rotation", inputs / "rotation.safetensors"]
+    names = ("experts", "experts.safetensors") if kind == "experts" else ("model", "rotation.safetensors")
+    common = ["--model", inputs / names[0], "--rotation", inputs / names[1]]
     tokens = ["--tokens", inputs / "tokens.safetensors"]
     if kind == "cached":
         assert obr_command(["hessian", *common, *tokens], tmp_path / "h")[0] == 0
@@ -65,7 +73,8 @@ def test_killed_runs_go_on_and_end_with_the_same_bytes(kind, inputs, obr_command
         entry = {"method": "released", "sparsity": 0.5, "rotation": "flatquant"}
         stage = ["released", "--recipe", json.dumps(entry), *common[:2], "--released", inputs / "released"]
     else:
-        entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random", "hessian": kind}
+        entry = {"method": "obr_gptq", "rotation": "quarot", "calibration": "random"}
+        entry["hessian"] = "cached" if kind == "cached" else "sequential"
         stage = ["compress", "--recipe", json.dumps(entry), *common, *tokens]
 
     status, times = obr_command(stage, tmp_path / "undisturbed")
