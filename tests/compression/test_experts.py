@@ -115,7 +115,7 @@ def test_experts_with_few_tokens_share_by_the_written_rule():
         assert torch.allclose(shared.hessian, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "released"])
+@pytest.mark.parametrize("method", [name for name, about in METHODS.items() if not about.adopted])
 def test_every_method_compresses_experts_and_the_checkpoint_is_whole(method, tmp_path):
     model = random_model(EXPERTS[SPARSE], torch.float32)
     obr.rotate(model, "quarot", seed=1)

@@ -15,6 +15,7 @@ from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import Packed, unpack
 from obr.checkpoints.released.verified import Verified
 from obr.checkpoints.writer import LayerReport
+from obr.config.methods import METHODS
 from obr.config.pattern import Pattern
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
@@ -176,7 +177,7 @@ def _check_layer(packed: Packed, restored: Restored, recipe: Recipe, where: str)
     pattern = Pattern.parse(recipe.pattern) if recipe.pattern else None
     if packed.about["pattern"] != (str(pattern) if pattern else None):
         raise ObrError(f"{where} has pattern {packed.about['pattern']}, the recipe says {pattern}.")
-    if recipe.method == "sparsegpt_gptq" and pattern is None:
+    if METHODS[recipe.method].rows_differ and pattern is None:
         if abs(restored.sparsity - recipe.sparsity) > THRESHOLDED:
             raise ObrError(f"{where} has sparsity {restored.sparsity:.4f}, the recipe says {recipe.sparsity}.")
     else:
