@@ -79,6 +79,18 @@ def test_a_learned_rotation_that_a_family_does_not_take_is_left_out(tmp_path):
     assert (tmp_path / "r.csv").read_text() == "step,loss\n"
 
 
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "glm4", "cohere"])
+def test_layers_whose_outputs_are_normalised_do_not_pay_back_what_the_stream_lacks(family):
+    def compressed(**options):
+        model = random_model(FAMILIES[family], torch.float32)
+        return obr.compress(model, TOKENS, {"method": "gptq", **options}, progress=False)
+
+    with pytest.raises(obr.ObrError, match="are not added to the residual stream one after the other"):
+        compressed(residual=0.5)
+    errors = {layer.layer: layer.relative_error for layer in compressed(asymmetry=0.5).obr_report.layers}
+    assert max(errors.values()) < 0.5
+
+
 class MineConfig(LlamaConfig):
     model_type = "mine"
 

@@ -59,7 +59,7 @@ def collect(
         weight = block.get_submodule(layout.groups[group][0]).weight  # the others of a group read the same input
         totals[group] = Accumulator(weight.shape[1], len(hidden), weight.device)
         drifts[group] = torch.zeros_like(totals[group].upper)
-        if group in ADDS_TO_STREAM:
+        if group in ADDS_TO_STREAM and layout.adds_plainly:
             lacking[group] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
     for states, dense_states in zip(hidden, dense_hidden, strict=True):
         seen, streams = _pass(block, layout, groups, states, arguments)
@@ -78,8 +78,9 @@ def _pass(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(inputs (t, n) of each group, residual stream (t, d) to which each group adds that does) of one window."""
     streams, entering = {"o": states}, []
-    norm = block.get_submodule(layout.norms["up_gate"])  # reads the stream behind the attention
-    hook = norm.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0]))
+    norm = layout.norms.get("up_gate")  # reads the stream behind the attention
+    module = block if norm is None else block.get_submodule(norm)
+    hook = module.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0]))
     try:
         found = inputs_of_each(block, [layout.groups[group][0] for group in groups], states, arguments)
     finally:

@@ -49,6 +49,7 @@ class Layout:
     rotations: kinds that the family takes. unrotated: why it does not take the others. ruled_out_by: settings with
     which the family takes none.
     needs_bos: the family's models need a beginning-of-sequence (BOS) token in front of their input.
+    adds_plainly: attention, then the MLP add what they put out to the residual stream, as it is.
     latent: attention caches a latent vector in place of keys and values. head_dim: the setting with the width of a
     head's output. partial_rotary: RoPE may turn a part of a head's channels.
     logit_divisor, logit_factor, logit_softcap: settings that scale logits, and that bound them by tanh.
@@ -83,6 +84,7 @@ class Layout:
     rotations: tuple[str, ...] = EVERY
     unrotated: str = ""
     ruled_out_by: tuple[str, ...] = ()
+    adds_plainly: bool = True
     latent: bool = False
     head_dim: str = "head_dim"
     partial_rotary: bool = False
@@ -172,7 +174,7 @@ _LATENT = replace(
     norms={"latent": "input_layernorm", "up_gate": "post_attention_layernorm"}, latent=True, head_dim="v_head_dim",
     widths=lambda c: (c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts, c.intermediate_size),
 )  # fmt: skip
-_AFTER = Layout(norms={}, rotations=(), unrotated=AFTER_LAYERS)
+_AFTER = Layout(norms={}, rotations=(), unrotated=AFTER_LAYERS, adds_plainly=False)
 
 # model_type of the configuration -> layout. All are decoders with RMSNorm or LayerNorm, and gated MLPs.
 FAMILIES: dict[str, Layout] = {
@@ -185,11 +187,11 @@ FAMILIES: dict[str, Layout] = {
     "smollm3": Layout(),
     "gemma2": Layout(
         norms=_GEMMA_NORMS, norm_offset=1.0, needs_bos=True, rotations=UNTURNED, unrotated=AFTER_LAYERS,
-        logit_softcap="final_logit_softcapping",
+        adds_plainly=False, logit_softcap="final_logit_softcapping",
     ),
     "gemma3_text": Layout(
         norms=_GEMMA_NORMS, norm_offset=1.0, needs_bos=True, rotations=UNTURNED, unrotated=AFTER_LAYERS,
-        query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", logit_softcap="final_logit_softcapping",
+        adds_plainly=False, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", logit_softcap="final_logit_softcapping",
     ),
     "phi3": Layout(
         groups={
@@ -205,10 +207,11 @@ FAMILIES: dict[str, Layout] = {
     "glm4": Layout(
         groups={**_ATTENTION, **_FUSED_MLP}, fused={"mlp.gate_up_proj": ("gate_proj", "up_proj")},
         rotations=("flatquant",), unrotated=f"{AFTER_LAYERS}, and RoPE turns neighbouring channels",
-        partial_rotary=True,
+        partial_rotary=True, adds_plainly=False,
     ),
     "cohere": Layout(
         norms={"qkv": "input_layernorm", "up_gate": "input_layernorm"}, rotations=(), logit_factor="logit_scale",
+        adds_plainly=False,
         unrotated="its norms subtract the mean, and attention and MLP read the same norm",
     ),
     "mixtral": replace(
