@@ -164,8 +164,8 @@ def check_experts(blocks: Blocks, recipe: Recipe) -> None:
     for name in ("asymmetry", "residual"):
         if getattr(recipe, name):
             raise ObrError(
-                f"{name} is {getattr(recipe, name)}, but experts of {family} models get other tokens in the compressed "
-                f"model than in the dense one; set {name} to 0."
+                f"{name} is {getattr(recipe, name)}, but experts of {family} models get other tokens in the "
+                f"compressed model than in the dense one; set {name} to 0."
             )
     if recipe.hessian_scope == "block" and recipe.needs_hessian and recipe.hessian == "sequential":
         raise ObrError(

@@ -191,7 +191,8 @@ FAMILIES: dict[str, Layout] = {
     ),
     "gemma3_text": Layout(
         norms=_GEMMA_NORMS, norm_offset=1.0, needs_bos=True, rotations=UNTURNED, unrotated=AFTER_LAYERS,
-        adds_plainly=False, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", logit_softcap="final_logit_softcapping",
+        adds_plainly=False, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm",
+        logit_softcap="final_logit_softcapping",
     ),
     "phi3": Layout(
         groups={
