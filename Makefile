@@ -7,6 +7,7 @@
 # make test-processors   the numeric tests under each set of instructions that this processor can be held to
 # make test-slurm   the workflow on a SLURM of its own, from Debian's packages; as root
 # make smoke   the whole workflow on a tiny model, trained first
+# make check-gpu   what one GPU shows in ten minutes: kernels, times, memory, the workflow beside the CPU's numbers
 # make benchmark   speed and memory, after the demo, on an otherwise idle machine; under an hour on two cores
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
 # make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
@@ -85,6 +86,10 @@ test-slurm: $(READY)
 	-command -v slurmctld >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
 	slurmctld slurmd slurm-client munge
 	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/workflow/test_slurm.py
+
+# CHECK="--budget 300 --only products large" and the like; --dry-run says what would be done.
+check-gpu: $(READY)
+	$(BIN)/python benchmarks/check_gpu.py $(CHECK)
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -25,16 +25,19 @@ REAL = {"piqa": "piqa_validation", "arc_easy": "arc_easy_test", "winogrande": "w
 NATS = 1e-3  # between two log-likelihoods of an answer
 
 
-def measure(model: Path, tasks: list[Path], limit: int, batches: tuple[int, ...], repeats: int) -> list[dict]:
-    """Rows (evaluation, seconds, tokens that it reads, ratio to the streamed one).
+def measure(
+    model: Path, tasks: list[Path], limit: int, batches: tuple[int, ...], repeats: int, device: str = "cpu"
+) -> list[dict]:
+    """Rows (evaluation, seconds, tokens that it reads, ratio to the streamed one), in float32 on the device.
 
     tasks: folders of tasks; none for made-up questions. limit: rows of each. batches: of lm-eval's model.
     """
     requests = [r for task in tasks for r in _requests(model, task, limit)] if tasks else _made(limit)
-    whole, tokenizer = load_model(model, device="cpu"), load_tokenizer(model)
+    whole, tokenizer = load_model(model, device=device), load_tokenizer(model)
     length = whole.config.max_position_embeddings
+    blocks = partial(StreamedBlocks, model, dtype=torch.float32, device=device)
     functions: dict[str, Callable] = {
-        "streamed": lambda: streamed_log_likelihoods(StreamedBlocks(model, device="cpu"), requests, length),
+        "streamed": lambda: streamed_log_likelihoods(blocks(), requests, length),
         "in memory": lambda: log_likelihoods(whole, requests, length, 8),
     }
     for batch in batches:

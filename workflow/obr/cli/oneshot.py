@@ -32,12 +32,7 @@ def quantize_options(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, metavar="B", help="bits per weight: 4 (default), 2 to 8, or 16 for pruning alone")
     add("--sparsity", type=float, metavar="S", help="fraction of zeros: 0.5 (default)")
     add("--pattern", metavar="N:M", help="instead of --sparsity: 2:4, 4:8, 8:16, 'paired 4:8'")
-    add(
-        "--group",
-        type=int,
-        metavar="G",
-        help="columns that share a scale, such as 128; not for sparsegpt_gptq",
-    )
+    add("--group", type=int, metavar="G", help="columns that share a scale, such as 128; not for sparsegpt_gptq")
     add("--mask", choices=tuple(MASKS), metavar="NAME", help=f"wanda (default), or one of {', '.join(MASKS)}")
     add(
         "--alpha",
