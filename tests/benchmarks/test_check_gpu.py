@@ -1,4 +1,4 @@
-"""The check on a GPU, in its form for a CPU: it keeps its budget, what it has found, and says what it did not reach."""
+"""The check on a GPU, in its form for a CPU: it keeps its budget and what it has found, and names what is missing."""
 
 import csv
 import importlib
