@@ -209,25 +209,24 @@ def _markdown(path: Path) -> list[dict[str, str]]:
 
 
 def _beside(s: Settings, here: list[dict], there: list[dict]) -> str:
-    """One row a row of both tables and their perplexities. Raises Failed where these are too far apart."""
-    worst = 0.0
+    """One row a row of both tables, in their order. Raises Failed where perplexities are too far apart or missing."""
+    shares = []
     for one, other in zip_longest(here, there, fillvalue={}):
         found, expected = (_perplexity(row) for row in (one, other))
-        apart = abs(found / expected - 1) if found and expected else float("nan")
-        worst = max(worst, apart) if apart == apart else worst
-        name = next(iter(one.values()), "") or next(iter(other.values()), "")
+        apart = abs(found / expected - 1) if found and expected else None
+        shares.append(apart)
+        name = " ".join(one.get(key) or "" for key in ("label", "setting"))
         s.keep({"row": name, "device": found, "cpu": expected, "apart": apart, "all": json.dumps(one)})
-    text = f"{len(here)} rows, perplexities at most {100 * worst:.2f} % apart from the CPU's."
-    if len(here) != len(there) or worst > APART:
-        raise Failed(text)
-    return text
+    missing, worst = shares.count(None), max((share for share in shares if share is not None), default=0.0)
+    text = f"{len(shares) - missing} perplexities, at most {100 * worst:.2f} % apart from the CPU's"
+    if missing or not shares or worst > APART:
+        raise Failed(f"{text}; {missing} rows have none on one side.")
+    return f"{text}."
 
 
 def _perplexity(row: dict) -> float | None:
-    for name, value in row.items():
-        if name and (name.startswith(("perplexity", "ppl")) or name in ("heldout", "sotu")):
-            try:
-                return float(str(value).split(" ")[0].replace(",", ""))
-            except ValueError:
-                continue
+    """That of a row of a table's CSV file, or of the documentation's table."""
+    for name in ("heldout_ours", "sotu_ours", "perplexity"):
+        if row.get(name):
+            return float(row[name].replace(",", ""))
     return None

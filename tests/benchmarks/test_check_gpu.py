@@ -101,9 +101,20 @@ def test_tables_are_compared_row_by_row(models, tmp_path):
     assert len(reference) == 14 and reference[0]["method"] == "dense"
     assert [models._perplexity(row) for row in reference[:3]] == [18.80, 51.54, 20.46]
     settings = models.Settings("demo", tmp_path, "cpu", 60, True)
-    assert "14 rows, perplexities at most 0.00 % apart" in models._beside(settings, reference, reference)
+    assert "14 perplexities, at most 0.00 % apart" in models._beside(settings, reference, reference)
     changed = [{**row, "perplexity": "99"} if row["method"] == "GPTQ" else row for row in reference]
-    with pytest.raises(models.Failed, match="14 rows"):
+    with pytest.raises(models.Failed, match="14 perplexities, at most 383"):
         models._beside(settings, changed, reference)
-    with pytest.raises(models.Failed, match="13 rows"):
-        models._beside(settings, reference[1:], reference)
+    with pytest.raises(models.Failed, match="1 rows have none on one side"):
+        models._beside(settings, reference[:-1], reference)
+    with pytest.raises(models.Failed, match="0 perplexities"):
+        models._beside(settings, [{"other": "1"}], [{"other": "1"}])
+    own = models._rows(table_file(tmp_path))
+    assert models._perplexity(own[0]) == 46.1
+
+
+def table_file(folder: Path) -> Path:
+    """A table's CSV file as the workflow writes it, in short."""
+    path = folder / "table.csv"
+    path.write_text("model,label,setting,heldout_paper,heldout_ours\ntiny,dense,W16A16KV16,,46.1\n")
+    return path

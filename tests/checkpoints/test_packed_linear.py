@@ -9,6 +9,9 @@ import obr
 from obr.checkpoints import packed_kernels
 from obr.checkpoints.packed_linear import PackedLinear
 from obr.errors import ObrError
+from obr.evaluation.stage import Wanted, evaluate_stage
+from obr.kernels.gpu import layout
+from obr.methods.restore import restore
 from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
 
@@ -129,10 +132,29 @@ GPU_RECIPES = {
 }
 
 
+def test_evaluation_multiplies_packed_weights_and_keeps_the_scores_apart(tiny_folder, prompt, tmp_path):
+    out, scores = compressed(tiny_folder, tmp_path / "c", RECIPES["unstructured"], prompt), tmp_path / "scores.json"
+    load_tokenizer(tiny_folder / "model").save_pretrained(out)
+    wanted = [Wanted("perplexity", "text", tiny_folder / "heldout.txt", {"seqlen": 64, "tokens": 256})]
+    plain = evaluate_stage(out, wanted, scores, device="cpu")
+    packed = evaluate_stage(out, wanted, scores, device="cpu", packed=True)
+    assert packed["computed"] == ["perplexity.text"] and packed["device"] == "cpu, packed weights"
+    values = [found["perplexity"]["text"]["value"] for found in (plain, packed)]
+    assert values[0] != values[1] == pytest.approx(values[0], rel=2e-3)
+    with pytest.raises(ObrError, match="no checkpoint of this package"):
+        evaluate_stage(tiny_folder / "model", wanted, scores, device="cpu", packed=True)
+
+
+@needs_triton
+def test_scales_of_gpu_kernels_keep_their_bits_whatever_the_dtype_of_the_model():
+    restored = restore(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), None, "rtn")
+    kernel = packed_kernels.GpuKernel(restored, "cpu")
+    assert torch.equal(kernel.bfloat16().weight.scale, restored.scale)
+    assert not kernel.state_dict() and {name for name, _ in kernel.named_buffers()} == set(layout.PARTS)
+
+
 @torch.no_grad()
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed; run make test-triton"
-)
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device's own test runs instead")
 @pytest.mark.parametrize("name", GPU_RECIPES)
 @pytest.mark.parametrize("tokens", [1, 5, 20])

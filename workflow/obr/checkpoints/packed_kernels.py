@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
@@ -12,6 +13,7 @@ from obr.kernels.gpu import layout, product
 from obr.kernels.int4 import packed_weight
 from obr.methods.restore import Restored
 
+SAME_SIZE = {torch.float32: torch.int32, torch.float16: torch.int16}
 SHOWN = ("rows", "columns", "layout", "bits_per_weight", "bytes")
 
 
@@ -47,21 +49,37 @@ class CpuKernel:
         return self.weight.multiply(packed_weight.quantize(x, settings, bounds), bias).to(x.dtype)
 
 
-class GpuKernel:
-    """Weights of 2 to 4 bits by activations of at most 8 bits or of 16, in Triton."""
+class GpuKernel(nn.Module):
+    """Weights of 2 to 4 bits by activations of at most 8 bits or of 16, in Triton.
+
+    Its tensors are buffers, which move with the model and are known to the streams that read blocks ahead. Scales lie
+    in them as whole numbers, so that no change of a model's dtype rounds them.
+    """
 
     weight_only = True
 
     def __init__(self, restored: Restored, device):
+        super().__init__()
         product.programs()  # without Triton this fails here, not at the first token
-        codes, mask = restored.codes.to(device), restored.mask.to(device)
-        self.weight = layout.Weight.pack(
-            codes, restored.scale, mask, restored.pattern, restored.bits, restored.group
+        weight = layout.Weight.pack(
+            restored.codes.to(device), restored.scale, restored.mask.to(device), restored.pattern, restored.bits,
+            restored.group,
         )  # fmt: skip
         for part in SHOWN:
-            setattr(self, part, getattr(self.weight, part))
+            setattr(self, part, getattr(weight, part))
+        self.about = {name: getattr(weight, name) for name in ("layout", "bits", "rows", "columns", "group")}
+        for part in layout.PARTS:
+            tensor = getattr(weight, part)
+            if tensor.is_floating_point():
+                tensor = tensor.view(SAME_SIZE[tensor.dtype])
+            self.register_buffer(part, tensor, persistent=False)
 
-    def __call__(self, x: Tensor, settings: QuantizerSettings, bounds, bias: Tensor | None) -> Tensor:
+    @property
+    def weight(self) -> layout.Weight:
+        scale = self.scale.view(torch.float32 if self.about["group"] is None else torch.float16)
+        return layout.Weight(**self.about, codes=self.codes, starts=self.starts, masks=self.masks, scale=scale)
+
+    def forward(self, x: Tensor, settings: QuantizerSettings, bounds, bias: Tensor | None) -> Tensor:
         tokens = x if settings.bits == 16 else product.quantize(x, settings, bounds)
         return product.multiply(self.weight, tokens, bias, x.dtype)
 

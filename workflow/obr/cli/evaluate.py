@@ -51,6 +51,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="config files; default: config.yaml",
     )
+    add("--packed", action="store_true", help="multiply packed weights instead of unpacked ones (fewer bytes)")
     add("--code", default=None, help="hash of the code, set by the workflow; scores of other code are recomputed")
     for name in ("recipe", "activations", "compute", "trust"):
         OPTIONS[name](parser, False)
@@ -72,7 +73,7 @@ def evaluate(args: Namespace) -> None:
         raise ObrError("nothing to evaluate on; give --texts or --tasks.")
     found = evaluate_stage(
         args.checkpoint, wanted, out,
-        recipe=_recipe(args), device=device, code=args.code,
+        recipe=_recipe(args), device=device, code=args.code, packed=args.packed,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         room=MemoryBudget(args.activations_memory, out.parent),
     )  # fmt: skip

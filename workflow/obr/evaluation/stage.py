@@ -16,6 +16,7 @@ from obr.checkpoints.external.blocks import ExternalBlocks
 from obr.checkpoints.external.folder import external_path
 from obr.checkpoints.files import LAYERS, MANIFEST
 from obr.checkpoints.format import CheckpointBlocks
+from obr.checkpoints.packed_linear import PackedBlocks
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.evaluation.block_pass import run
@@ -82,6 +83,7 @@ def evaluate_stage(
     device: str | None = None,
     room: MemoryBudget | None = None,
     code: str | None = None,
+    packed: bool = False,
 ) -> dict:
     """The stage: scores of a checkpoint on texts and tasks, in the file `out`; returns what the file holds.
 
@@ -94,13 +96,14 @@ def evaluate_stage(
         dtype: of the computation, before the recipe's own.
         room: for the hidden states of all texts and prompts.
         code: digest of the code; scores of another code are computed again.
+        packed: multiply packed weights, as `obr.load(..., packed=True)` does.
 
     Raises:
         ObrError: as `perplexity` and `zero_shot`, two scores of one name, or a folder that is not a whole checkpoint.
     """
     if len({w.label for w in wanted}) != len(wanted):
         raise ObrError("two scores have the same name; give each text and task a name of its own.")
-    blocks, about = opened(Path(checkpoint), recipe, dtype, device)
+    blocks, about = opened(Path(checkpoint), recipe, dtype, device, packed)
     keys = {w.label: w.key(code) for w in wanted}
     scores = _known(out, about)
     for kind in KINDS:
@@ -121,17 +124,24 @@ def evaluate_stage(
 
 
 def opened(
-    folder: Path, recipe: Recipe | None = None, dtype=None, device: str | None = None
+    folder: Path, recipe: Recipe | None = None, dtype=None, device: str | None = None, packed: bool = False
 ) -> tuple[StreamedBlocks, dict]:
     """The blocks of a packed checkpoint, or of a model as it came, and what identifies them in an artefact.
 
+    packed: weights are multiplied as they are packed.
+
     Raises:
-        ObrError: the folder is neither, or `recipe` is given for a model that is not compressed.
+        ObrError: the folder is neither, `recipe` is given for a model that is not compressed, or `packed` for what
+            has no packed kernel.
     """
+    is_ours = (folder / MANIFEST).exists() or not (folder / "config.json").exists()
+    if packed and (external_path(folder) is not None or not is_ours):
+        raise ObrError(f"{folder} is no checkpoint of this package, so its weights are not packed; leave out packed.")
     if external_path(folder) is not None:
         return _opened_external(folder, recipe, dtype, device)
-    if (folder / MANIFEST).exists() or not (folder / "config.json").exists():
-        blocks: StreamedBlocks = CheckpointBlocks(folder, recipe, dtype, device)
+    if is_ours:
+        kind = PackedBlocks if packed else CheckpointBlocks
+        blocks: StreamedBlocks = kind(folder, recipe, dtype, device)
         identity, settings = _identity(blocks.manifest), blocks.recipe.to_dict() | {"label": None}
     elif recipe is not None:
         raise ObrError(f"{folder} is a model that is not compressed, so no recipe applies to it; leave it out.")
@@ -157,7 +167,7 @@ def _about(blocks: StreamedBlocks, identity: str, settings: dict | None, setting
         "recipe": settings,
         "setting": setting,
         "dtype": dtypes.name_of(blocks.dtype),
-        "device": blocks.target.type,
+        "device": blocks.target.type + (", packed weights" if isinstance(blocks, PackedBlocks) else ""),
     }
 
 
