@@ -45,6 +45,8 @@ def test_a_key_says_what_the_fields_say(config, key):
         "sotu": recipe.calibration == "sotu",
         **{mask: recipe.chosen_mask == mask for mask in ("magnitude", "sparsegpt", "random")},
         f"heldout{recipe.held_out}": recipe.held_out > 0,
+        "shrunk": recipe.target_shrinkage == "held_out",
+        "tuned": (recipe.hessian_scope, recipe.clip) == ("block", "hessian"),
     }.items():
         assert (variant in variants) == there, (key, variant)
     assert [name for name in variants if name.startswith("asym")] == [asymmetry] * bool(asymmetry), key
