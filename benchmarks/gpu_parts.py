@@ -80,7 +80,7 @@ def device(s: Settings) -> str:
             "multiprocessors": about.multi_processor_count, "l2_mb": about.L2_cache_size / 2**20,
             "cusparselt": torch.backends.cusparselt.is_available(),
         }  # fmt: skip
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, encoding="utf-8", check=False).stdout
         print(smi)
     for name, value in facts.items():
         s.keep({"name": name, "value": value})
