@@ -50,7 +50,11 @@ def train_model(tokens: torch.Tensor, steps: int = 250, batch: int = 16) -> Llam
         num_key_value_heads=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    return train(LlamaForCausalLM(config), tokens, steps, batch)
+
+
+def train(model, tokens: torch.Tensor, steps: int, batch: int):
+    """Train a random causal language model on windows of the tokens; returns it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
