@@ -102,8 +102,8 @@ def dense_hessians(
     if finished == len(blocks):
         return
     room, last = room or MemoryBudget(), len(blocks) - 1
-    if blocks.layout.experts:  # what enters the experts of a block, beside what enters it
-        room = replace(room, megabytes=room.megabytes / 2)
+    if blocks.layout.experts:  # beside what enters a block, what enters its experts, twice
+        room = replace(room, megabytes=room.megabytes / 3)
     hidden, arguments = blocks.embed(tokens, room)
     with Progress("Hessians", len(blocks), progress) as shown:
         for index in range(len(blocks)):

@@ -11,6 +11,7 @@ expert reads them, and m the sum of its squared routing weights (1 if it has no 
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ def shared_flags(moments: Moments) -> list[str]:
 class ExpertInputs:
     """What the experts of a block read on b windows, found in one pass that ends at the experts.
 
-    hidden: b inputs (1, s, d) of the block. room: for the states that enter the experts.
+    hidden: b inputs (1, s, d) of the block. room: for the states that enter the experts, and once more in memory for
+    the tokens of as many experts in turn as fit.
     """
 
     def __init__(
@@ -57,7 +59,10 @@ class ExpertInputs:
         self.block, self.layout = block, layout.in_block(block)
         self.states = HiddenStates(len(hidden), hidden.shape, hidden.dtype, hidden.device, room)
         self.chosen: list[tuple[Tensor, Tensor]] = []  # (t, k) numbers of experts and routing weights, by window
+        self.gathered: dict[int, list[tuple[Tensor, Tensor]]] = {}  # see `_tokens_of`
+        self.bytes = (room or MemoryBudget()).megabytes * 1e6
         experts: Experts = block.get_submodule(self.layout.experts)
+        self.count = experts.num_experts
         experts.observer = self._take
         try:
             for states in hidden:
@@ -73,19 +78,41 @@ class ExpertInputs:
 
     def tokens(self, number: int) -> int:
         """How many tokens an expert gets."""
-        return sum(int((numbers == number).sum()) for numbers, _ in self.chosen)
+        return self._counts[number]
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        numbers = torch.cat([numbers.flatten() for numbers, _ in self.chosen])
+        return torch.bincount(numbers, minlength=self.count).tolist()
+
+    def _tokens_of(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        """Of an expert's tokens (states (t, d), routing weights (t,)) by window, on the host.
+
+        One pass over the windows gathers those of this and the next experts, as many as fit.
+        """
+        if number not in self.gathered:
+            taken, chosen = 0.0, []
+            for other in range(number, self.count):
+                taken += self._counts[other] * self.states.shape[-1] * self.states.dtype.itemsize
+                if chosen and taken > self.bytes:
+                    break
+                chosen.append(other)
+            self.gathered = {other: [] for other in chosen}
+            for states, (numbers, weights) in zip(self.states, self.chosen, strict=True):
+                for other in chosen:
+                    rows, place = torch.where(numbers == other)
+                    self.gathered[other].append((states[0, rows].cpu(), weights[rows, place].float().cpu()))
+        return self.gathered[number]
 
     def collect(self, group: str, share: bool = True) -> Moments:
         """Moments of a group of one expert's layers. share: with the block's, if columns are more than tokens."""
         number = expert_of(group)
         columns = self.block.get_submodule(self.layout.groups[group][0]).weight.shape[1]
         own = Accumulator(columns, len(self.states), self.states.device)
-        mass = 0.0
-        for states, (numbers, weights) in zip(self.states, self.chosen, strict=True):
-            rows, place = torch.where(numbers == number)
-            factors = weights[rows, place].float()
+        mass, device = 0.0, self.states.device
+        for states, factors in self._tokens_of(number):
             mass += float(factors.square().sum())
-            own.add(self._inputs(group, number, states[0, rows]) * factors[:, None])
+            own.add(self._inputs(group, number, states.to(device)) * factors.to(device)[:, None])
         found, tokens = own.moments(), self.tokens(number)
         if tokens < columns and share:
             part = tokens / columns if mass else 0.0

@@ -49,7 +49,7 @@ class HessianSource:
             _check_stream(blocks, recipe)
             is_judged = recipe.target_shrinkage == "held_out"
             copies = 1 + recipe.needs_dense + bool(recipe.held_out) + is_judged
-            copies *= 2 if blocks.layout.experts else 1  # what enters the experts of a block, beside what enters it
+            copies *= 3 if blocks.layout.experts else 1  # beside what enters a block, what enters its experts, twice
             room = self.room = replace(room, megabytes=room.megabytes / copies)
             if recipe.needs_dense:
                 self.dense_hidden, _ = blocks.embed(tokens[:count], room)

@@ -59,6 +59,8 @@ def compressing(
 def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe | None = None) -> float:
     """Bytes of the hidden states of so many tokens; what is more than STATES lies in a file while the job runs."""
     copies = {"generate": 0, "released": 0, "gradients": sizes.blocks + 2}.get(rule, 1)
+    if sizes.experts and rule in ("compress", "hessian"):  # beside what enters a block, what enters its experts
+        copies += 1 + sizes.experts.chosen
     return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies * _copies(recipe)
 
 

@@ -28,10 +28,11 @@ def make(entry: dict, model: Path, out: Path) -> None:
     dimensions = Dimensions.of(config_of(model))
     if entry["kind"] == "file":
         name = entry.get("format", "obr")
-        path = _fetch(entry["source"], model.name, name)
+        rotation = instead_of(name, dimensions) if name != "obr" else None
+        path = _fetch(entry["source"], model.name, name) if rotation is None else None
         if name == "obr":
             rotation = load(path, dimensions)
-        elif (rotation := instead_of(name, dimensions)) is None:
+        elif path is not None:
             rotation = published_files.read(name, path, dimensions, model, entry)
             rotation.options["sha256"] = sha256_of(path)
     else:
