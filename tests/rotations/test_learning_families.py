@@ -51,7 +51,7 @@ def learned(model, kind: str, folder):
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_what_was_learned_changes_nothing_at_16_bits(family, kind, tmp_path):
+def test_learned_rotations_change_nothing_at_16_bits(family, kind, tmp_path):
     model = random_model(FAMILIES[family], torch.float32)
     rotation = learned(model, kind, tmp_path)
     assert rotation.kind != "none" and (tmp_path / "r.csv").read_text().count("\n") > 2
