@@ -61,7 +61,7 @@ def test_parts_write_their_files_and_the_summary_names_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_budget_does_not_reach_is_named(tmp_path):
+def test_parts_beyond_the_budget_are_named(tmp_path):
     """Importing PyTorch takes more than the second by which the budget exceeds the least time of a part."""
     run = check(tmp_path, "--only", "device", "memory", "--budget", "6")
     assert run.returncode == 1

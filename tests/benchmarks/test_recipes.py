@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 
 
 @pytest.mark.slow
-def test_each_recipe_is_measured_once_and_as_the_library_does(tiny_folder, tmp_path):
+def test_recipes_are_measured_once_and_as_the_library_does(tiny_folder, tmp_path):
     out = tmp_path / "runs.csv"
     command = [
         sys.executable, ROOT / "benchmarks" / "recipes.py", "--model", tiny_folder / "model", "--out", out,

@@ -199,7 +199,7 @@ def recipe_of(**options) -> Recipe:
     return Recipe.parse({**RECIPE, **options})
 
 
-def test_both_whole_steps_are_the_least_squares_of_the_dense_stream():
+def test_whole_steps_are_the_least_squares_of_the_dense_stream():
     generator = torch.Generator().manual_seed(3)
     x, seen = inputs(generator)
     weight, lost = streams(generator, x, seen)

@@ -126,7 +126,7 @@ def test_groups_of_equal_scales_change_nothing(method, monkeypatch):
     row = Grid.fit(weight, 4).scale.half().float()
     fit = Grid.fit.__func__
 
-    def alike(cls, weight, bits, clip="mse", group=None):
+    def alike(cls, weight, bits, clip="mse", group=None, *_, **__):
         return Grid(row if group is None else row.expand(-1, 6).contiguous(), bits, group)
 
     monkeypatch.setattr(Grid, "fit", classmethod(alike))
