@@ -41,7 +41,7 @@ def weight_of(pattern: str, bits: int, group: int | None) -> Weight:
     elif pattern != "dense":
         parsed = Pattern.parse(pattern)
         mask = (torch.arange(256) % parsed.group < parsed.kept).expand(16, -1)
-    return Weight.pack(codes, torch.ones(16, 256 // group if group else 1), mask, parsed, bits, group)
+    return Weight.pack(codes, torch.ones(16, -(-256 // group) if group else 1), mask, parsed, bits, group)
 
 
 def build(kernel: str, weight: Weight, tokens: torch.dtype, architecture: int) -> dict[str, int]:
@@ -82,15 +82,17 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def builds(kernels: list[str], patterns: list[str], architectures: list[int]) -> pd.DataFrame:
-    """One line a kernel, pattern, type of tokens and architecture: 4 bits, one scale a row."""
+def builds(
+    kernels: list[str], patterns: list[str], architectures: list[int], bits: int = 4, group: int | None = None
+) -> pd.DataFrame:
+    """One line a kernel, pattern, type of tokens and architecture."""
     lines = []
     for kernel, pattern, (name, tokens), architecture in combinations(
         kernels, patterns, TOKENS.items(), architectures
     ):
         if kernel == "unpack_rows" and name == "8-bit":
             continue
-        found = build(kernel, weight_of(pattern, 4, None), tokens, architecture)
+        found = build(kernel, weight_of(pattern, bits, group), tokens, architecture)
         lines.append({"kernel": kernel, "pattern": pattern, "activations": name, "sm": architecture, **found})
         print(lines[-1], flush=True)
     return pd.DataFrame(lines)
@@ -102,8 +104,11 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=list(product.BLOCKS), choices=list(product.BLOCKS))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS)
     parser.add_argument("--sm", nargs="+", type=int, default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4))
+    parser.add_argument("--group", type=int, metavar="G", help="columns that share a scale; default: all of a row")
     args = parser.parse_args()
-    write_text(builds(args.kernels, args.patterns, args.sm).to_csv(index=False), args.out)
+    found = builds(args.kernels, args.patterns, args.sm, args.bits, args.group)
+    write_text(found.to_csv(index=False), args.out)
 
 
 if __name__ == "__main__":

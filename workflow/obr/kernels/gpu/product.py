@@ -163,7 +163,7 @@ def _sizes(weight: Weight) -> list[int]:
 
 
 def _launch(kernel: str, rows: int, arguments: list, constants: dict[str, Any], device: torch.device) -> None:
-    grid = (-(-rows // constants["R"]),)
+    grid, constants = (-(-rows // constants["R"]),), {**constants, "enable_fp_fusion": True}
     function = getattr(programs(), kernel)
     if device.type != "cuda":
         function[grid](*arguments, **constants)  # Triton's interpreter
