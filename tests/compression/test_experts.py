@@ -235,3 +235,25 @@ def test_cached_hessians_give_the_experts_tokens_and_flags(many, tmp_path):
     assert sum(int(row["tokens"]) for row in of_experts) == 4 * 1024
     assert any("Hessian shared" in row["flags"] for row in of_experts)
     assert verify_checkpoint(tmp_path / "packed") == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("is_fused", [False, True], ids=["module lists", "fused tensors"])
+def test_dense_checkpoints_refer_to_the_models_experts(family, is_fused, tmp_path):
+    model = random_model(EXPERTS[family], torch.float32)
+    model.save_pretrained(tmp_path / "model", save_original_format=not is_fused)
+    compress_stage(tmp_path / "model", Recipe.parse({"method": "dense"}), tmp_path / "packed", device="cpu")
+    assert (
+        not list((tmp_path / "packed").glob("block_*.safetensors")) and verify_checkpoint(tmp_path / "packed") == []
+    )
+    logits = obr.load(tmp_path / "packed", device="cpu")(TOKENS).logits
+    wanted = model(TOKENS).logits
+    assert torch.allclose(logits, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_transformers_reads_packed_experts(tmp_path):
+    model = random_model(EXPERTS["mixtral"], torch.float32)
+    obr.save(obr.compress(model, None, {"method": "rtn", "bits": 8}, progress=False), tmp_path)
+    obr.register_with_transformers()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(read(TOKENS).logits, obr.load(tmp_path, device="cpu")(TOKENS).logits)
