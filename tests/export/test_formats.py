@@ -163,6 +163,7 @@ def test_compressed_tensors_of_further_families_keep_logits(name, prompt, tmp_pa
     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", EXPERTS)
 def test_compressed_tensors_of_experts_have_the_names_of_the_models_files(name, prompt, tmp_path):
     """As llm-compressor writes them and vLLM reads them: each expert's layers apart, the router left alone."""
@@ -183,6 +184,9 @@ def test_compressed_tensors_of_experts_have_the_names_of_the_models_files(name, 
     codes = unpack_from_int32(parts["packed"], 4, torch.Size(parts["shape"].tolist()))
     ours = obr.load(checkpoint, device="cpu").model.layers[1].mlp.experts.get_submodule("3").down_proj.weight
     assert torch.equal(codes * parts["scale"], ours)
+    expected = obr.load(checkpoint, device="cpu")(prompt).logits
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)(prompt).logits
+    assert torch.allclose(read, expected, atol=1e-3 * float(expected.abs().max()))
     with pytest.raises(ObrError, match="are not exported to GGUF"):
         export(checkpoint, "gguf", tmp_path / "model.gguf")
 
