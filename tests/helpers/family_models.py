@@ -3,13 +3,17 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
     DeepseekV2Config,
     DeepseekV3Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
+    GlmConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -22,6 +26,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -101,6 +106,29 @@ FAMILIES = {
     ),
     "cohere": CohereConfig(
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, use_qk_norm=True
+    ),
+}  # fmt: skip
+# Near relatives of families above, which fewer tests run over.
+RELATIVES = {
+    "glm": GlmConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        pad_token_id=0,
+    ),
+    "seed_oss": SeedOssConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    ),
+    "exaone4": Exaone4Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2,
+    ),
+    "cohere2": Cohere2Config(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"], num_hidden_layers=2,
+    ),
+    "glm4_moe": Glm4MoeConfig(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_attention_heads=4, num_key_value_heads=2,
+        n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, head_dim=16,
+        use_qk_norm=True, pad_token_id=0,
     ),
 }  # fmt: skip
 _HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
 
 import obr
-from helpers.family_models import FAMILIES, TOKENS, random_model
+from helpers.family_models import FAMILIES, RELATIVES, TOKENS, random_model
+from obr.checkpoints.verify import verify_checkpoint
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
 from obr.models import architectures
@@ -15,7 +16,7 @@ from obr.models.architectures import Layout
 from obr.models.blocks import StreamedBlocks, run_block
 from obr.models.split import FusedLinear
 from obr.report.table_notes import Evidence, _rotation_notes
-from obr.rotations import obtain
+from obr.rotations import obtain, registry
 from obr.rotations.learning.registry import learn_rotation
 
 
@@ -91,6 +92,25 @@ def test_layers_whose_outputs_are_normalised_do_not_pay_back_what_the_stream_lac
     assert max(errors.values()) < 0.5
 
 
+@pytest.mark.parametrize("family", RELATIVES)
+def test_relatives_of_families_are_streamed_rotated_and_read_again(family, tmp_path):
+    model = random_model(RELATIVES[family], torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    before = model(TOKENS).logits
+    near = 1e-3 * float(before.abs().max())
+    dimensions = architectures.Dimensions.of(model.config)
+    for kind in ("quarot", "flatquant"):
+        rotation = registry.draw(kind, dimensions, 3)
+        assert (rotation.kind == kind) == (kind in architectures.FAMILIES[model.config.model_type].rotations)
+        assert torch.allclose(streamed_logits(tmp_path / "model", rotation=rotation), before, atol=near)
+    obr.rotate(model, "quarot", seed=3)
+    assert torch.allclose(model(TOKENS).logits, before, atol=near)
+    obr.compress(model, TOKENS, {"method": "obr_gptq"}, progress=False)
+    obr.save(model, tmp_path / "packed")
+    assert verify_checkpoint(tmp_path / "packed") == []
+    assert torch.equal(obr.load(tmp_path / "packed", device="cpu")(TOKENS).logits, model(TOKENS).logits)
+
+
 class MineConfig(LlamaConfig):
     model_type = "mine"
 
@@ -103,8 +123,6 @@ def test_a_family_is_added_by_one_entry(tmp_path, monkeypatch):
     """At run time, with nothing but the entry: rotated, compressed, saved, verified and read again."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto import configuration_auto, modeling_auto
-
-    from obr.checkpoints.verify import verify_checkpoint
 
     AutoConfig.register("mine", MineConfig)
     AutoModelForCausalLM.register(MineConfig, MineForCausalLM)

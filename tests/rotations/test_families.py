@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, Exaone4Config, Gemma3Config, StableLmConfig
+from transformers import AutoConfig, AutoTokenizer, Gemma3Config, StableLmConfig
 
 import obr
 from helpers.family_models import FAMILIES, TOKENS, change, exact_model, random_model
@@ -69,7 +69,6 @@ def test_streamed_blocks_compute_the_same(family, tmp_path):
     [
         (Gemma3Config(), "'gemma3' is not supported: it reads images beside text"),
         (StableLmConfig(), "'stablelm' is not supported: its norms subtract the mean and have biases"),
-        (Exaone4Config(), "'exaone4' is not supported: some of its blocks have no RoPE"),
     ],
 )
 def test_families_that_are_not_read_are_refused_with_the_reason(config, reason):

@@ -20,6 +20,8 @@ HEAD_DIMS = {
     "gemma2": 256,
     "gemma3_text": 256,
     "glm4": 128,
+    "glm": 128,
+    "seed_oss": 128,
 }  # of families whose head_dim has a default of its own
 
 
