@@ -196,7 +196,8 @@ def test_compressed_tensors_of_experts_have_the_names_of_the_models_files(name, 
     [
         ("quarot", {"method": "rtn"}, "gguf", "computed at run time for every token"),
         ("quarot", {"method": "rtn"}, "compressed-tensors", "computed at run time for every token"),
-        (None, {"method": "rtn", "activations": {"bits": 8}}, "compressed-tensors", "quantises activations"),
+        (None, {"method": "rtn", "activations": {"bits": 4}}, "compressed-tensors", "quantises activations"),
+        (None, {"method": "rtn", "activations": {"bits": 8}}, "gguf", "quantises activations"),
         (None, {"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 4}}, "gguf", "keys and values"),
         (None, {"method": "rtn"}, "onnx", "'onnx' is unknown; choose from compressed-tensors, gguf"),
     ],
@@ -209,6 +210,46 @@ def test_recipes_beyond_format_are_refused(rotation, recipe, form, message, tiny
     with pytest.raises(ObrError, match=message):
         export(tmp_path / "c", form, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_of_8_bits_a_token_are_exported(bits, tiny_folder, prompt, tmp_path):
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    recipe = {"method": "rtn", "bits": bits, "activations": {"bits": 8}}
+    obr.save(obr.compress(model, prompt, recipe, progress=False), tmp_path / "c")
+    assert "in bytes" in export(tmp_path / "c", "compressed-tensors", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = settings["config_groups"].values()
+    assert settings["format"] == "int-quantized" and group["weights"]["num_bits"] == bits
+    assert (group["input_activations"]["strategy"], group["input_activations"]["dynamic"]) == ("token", True)
+    ours, back = obr.load(tmp_path / "c", device="cpu"), obr.load(tmp_path / "out", device="cpu")
+    assert back.obr_recipe.setting == f"W{bits}A8KV16"
+    assert torch.equal(back(prompt).logits, ours(prompt).logits)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    expected = ours(prompt).logits
+    plain = obr.load(tmp_path / "c", {"method": "rtn", "bits": bits}, device="cpu")(prompt).logits
+    # compressed-tensors divides by half of 255, this package by 127: inputs differ by steps of 8 bits.
+    assert (theirs(prompt).logits - expected).norm() < 1.5 * (plain - expected).norm()
+
+
+@pytest.mark.parametrize("recipe", [{"method": "rtn"}, {"method": "magnitude"}, {"method": "rtn", "bits": 3}])
+def test_configurations_say_nothing_that_readers_refuse(recipe, tiny_folder, prompt, tmp_path):
+    """vLLM refuses a configuration of sparsity, and keys that it does not know."""
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    obr.save(obr.compress(model, prompt, recipe, progress=False), tmp_path / "c")
+    export(tmp_path / "c", "compressed-tensors", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert set(settings) <= {
+        "quant_method", "format", "config_groups", "ignore", "quantization_status", "version",
+    }  # fmt: skip
+    assert "sparsity" not in json.dumps(settings)
+
+
+def test_gguf_says_what_becomes_of_other_widths(checkpoints, tmp_path):
+    said = export(checkpoints["3 bits, first block"], "gguf", tmp_path / "model.gguf")
+    assert "7 layers of 3 bits take 4.5 bits a weight, since GGUF has no such codes" in said
+    assert "since GGUF" not in export(checkpoints["unstructured"], "gguf", tmp_path / "other.gguf")
 
 
 @torch.no_grad()

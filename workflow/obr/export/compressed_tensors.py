@@ -1,6 +1,7 @@
 """compressed-tensors' layout "pack-quantized": a folder that transformers and vLLM read.
 
-b-bit codes lie in 32-bit words, a scale a row, embeddings and norms at 16 bits.
+b-bit codes lie in 32-bit words, a scale a row, embeddings and norms at 16 bits. With activations of 8 bits the layout
+is "int-quantized", in which a code takes a byte: vLLM reads no other there.
 """
 
 import json
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ def write(source: ExportSource, out: Path) -> str:
     )
     with atomic_folder(out) as folder:
         for file, tensors in _files(source, bits):
+            tensors = _in_bytes(tensors, bits) if source.inputs else tensors
             save_file(tensors, folder / file, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, file)
             written += sum(tensor.nbytes for tensor in tensors.values())
@@ -42,7 +44,18 @@ def write(source: ExportSource, out: Path) -> str:
         write_json(both_spellings(config), folder / "config.json")
         copy_side_files(source.folder, folder)
         replace_folder(folder, out)
-    return f"{out}: {len(bits)} layers packed for compressed-tensors, {written / 1e6:.1f} MB in all."
+    how = "stored in bytes, their inputs at 8 bits," if source.inputs else "packed"
+    return f"{out}: {len(bits)} layers {how} for compressed-tensors, {written / 1e6:.1f} MB in all."
+
+
+def _in_bytes(tensors: dict[str, Tensor], bits: dict[str, int]) -> dict[str, Tensor]:
+    """The same codes in the layout "int-quantized": a byte each."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_shape")}
+    for name in [name for name in found if name.endswith(".weight_packed")]:
+        layer, shape = name.removesuffix(".weight_packed"), tensors[name.replace("_packed", "_shape")]
+        codes = unpack_from_int32(found.pop(name), bits[layer], torch.Size(shape.tolist()))
+        found[f"{layer}.weight"] = codes.contiguous()
+    return found
 
 
 def both_spellings(config: dict) -> dict:
@@ -142,11 +155,18 @@ def _settings(source: ExportSource, bits: dict[str, int]) -> dict:
     for number, width in enumerate(sorted(set(bits.values()))):
         scheme = QuantizationArgs(num_bits=width, type="int", symmetric=True, strategy="channel", dynamic=False)
         targets = ["Linear"] if plain else [name for name, b in bits.items() if b == width]
-        groups[f"group_{number}"] = QuantizationScheme(targets=targets, weights=scheme)
+        groups[f"group_{number}"] = QuantizationScheme(
+            targets=targets, weights=scheme, input_activations=_inputs(source)
+        )
     paths = ((f"{own.blocks}.{i}", names) for i, own in enumerate(blocks) for names in own.readers.values())
     readers = [f"{block}.{name}" for block, names in paths for name in names]
     ignored = [source.layout.head, *(_stored(name, source.layout) for name in readers)]
-    config = QuantizationConfig(
-        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=ignored
-    )
+    form = "int-quantized" if source.inputs else "pack-quantized"
+    config = QuantizationConfig(config_groups=groups, format=form, quantization_status="compressed", ignore=ignored)
     return json.loads(config.model_dump_json(exclude_none=True))
+
+
+def _inputs(source: ExportSource) -> QuantizationArgs | None:
+    if source.inputs is None:
+        return None
+    return QuantizationArgs(num_bits=8, type="int", symmetric=source.inputs.symmetric, strategy="token", dynamic=True)

@@ -22,7 +22,8 @@ def export(checkpoint: str | Path, form: str, out: str | Path, weights_only: boo
     """Write a packed checkpoint in another layout; returns a sentence on what was written.
 
     form: "compressed-tensors", a folder for transformers and vLLM, or "gguf", a file for llama.cpp.
-    weights_only: leave out that activations and KV cache are quantised, which is refused otherwise.
+    weights_only: leave out that activations and KV cache are quantised, which is refused otherwise. Activations of 8
+    bits with one scale a token need not be left out of "compressed-tensors".
 
     Raises:
         ObrError: an unknown format, or a checkpoint that it cannot carry; the sentence says what of it.
@@ -38,10 +39,19 @@ def export(checkpoint: str | Path, form: str, out: str | Path, weights_only: boo
             "compress with group: null."
         )
     quantised = [what for what in QUANTIZERS if (settings := getattr(recipe, what)) and settings.bits < 16]
-    if quantised and not weights_only:
+    inputs = None if weights_only or form != "compressed-tensors" else _per_token(recipe)
+    if quantised and not weights_only and not (inputs and quantised == ["activations"]):
         raise ObrError(
             f"The recipe quantises {' and '.join(quantised)} ({recipe.setting}), which {form} cannot say as it is "
             "done here; with --weights-only the weights alone are exported."
         )
     plain = replace(recipe, **dict.fromkeys(QUANTIZERS, QuantizerSettings()) | {"o_inputs": None})
-    return import_module(f"obr.export.{FORMATS[form]}").write(ExportSource(Path(checkpoint), plain, form), Path(out))
+    source = ExportSource(Path(checkpoint), plain, form, inputs)
+    return import_module(f"obr.export.{FORMATS[form]}").write(source, Path(out))
+
+
+def _per_token(recipe: Recipe) -> QuantizerSettings | None:
+    """The quantiser of activations, if other programs have it: 8 bits, one scale a token, the whole range."""
+    settings = recipe.activations
+    plain = settings.bits == 8 and settings.group_size is None and settings.clip_ratio == 1.0
+    return settings if plain and recipe.bits < 16 and recipe.o_inputs is None else None

@@ -45,17 +45,27 @@ def write(source: ExportSource, out: Path) -> str:
     with atomic_write(out) as partial:
         file = _File(source, partial)
         spoken = file.write()
+    widened = [
+        f"{count} layers of {bits} bits take {4.5 if bits < 4 else 8.5} bits a weight, since GGUF has no such codes"
+        for bits, count in sorted(file.widened.items())
+    ]
     return (
         f"{out}: {file.kinds[Kind.Q4_0]} layers as Q4_0 and {file.kinds[Kind.Q8_0]} as Q8_0, scales rounded by at "
-        f"most {file.rounding:.1e} of themselves, {spoken}, {out.stat().st_size / 1e6:.1f} MB in all."
+        f"most {file.rounding:.1e} of themselves, {', '.join([*widened, spoken])}, "
+        f"{out.stat().st_size / 1e6:.1f} MB in all."
     )
 
 
 class _File:
-    """A GGUF file as it is filled. kinds: how many linear layers of each; rounding: largest of a scale, relative."""
+    """A GGUF file as it is filled.
+
+    kinds: how many linear layers of each. widened: {bits: layers} of those that GGUF has no codes of this width for.
+    rounding: largest of a scale, relative.
+    """
 
     def __init__(self, source: ExportSource, path: Path):
         self.source, self.config, self.kinds, self.rounding = source, source.config, Counter(), 0.0
+        self.widened: Counter = Counter()
         architecture, self.neighbours = ARCHITECTURES[source.config.model_type]
         self.names = gguf.get_tensor_name_map(architecture, len(source.blocks))
         # Tensors lie in a temporary file until all are known: their list comes first.
@@ -102,6 +112,8 @@ class _File:
         if not lost < 0.5:
             raise ObrError(f"{prefix}{name} has scales that float16 cannot hold, so neither can GGUF.")
         self.kinds[kind] += 1
+        if restored.bits not in (4, 8):
+            self.widened[restored.bits] += 1
         self.rounding = max(self.rounding, float(lost))
         pack = q4_0 if kind is Kind.Q4_0 else q8_0
         try:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from obr.checkpoints.format import CheckpointBlocks
+from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models import online_transforms
@@ -15,11 +16,12 @@ from obr.models import online_transforms
 class ExportSource:
     """A checkpoint whose blocks are read one at a time, and refused if `form` cannot carry them.
 
-    blocks: of the checkpoint, in float32. form: for messages.
+    blocks: of the checkpoint, in float32. form: for messages. inputs: how the inputs of layers are quantised, if the
+    format says so.
     """
 
-    def __init__(self, checkpoint: Path, recipe: Recipe, form: str):
-        self.folder, self.form = checkpoint, form
+    def __init__(self, checkpoint: Path, recipe: Recipe, form: str, inputs: QuantizerSettings | None = None):
+        self.folder, self.form, self.inputs = checkpoint, form, inputs
         self.blocks = CheckpointBlocks(checkpoint, recipe, torch.float32, "cpu")
         self.layout, self.config = self.blocks.layout, self.blocks.config
 
