@@ -46,6 +46,7 @@ def llmcompressor(model: Path, windows, out: Path, options) -> None:
 
 def gptqmodel(model: Path, windows, out: Path, options) -> None:
     """GPTQ as GPTQModel has it, columns in their own order unless told otherwise."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it starts one, and then asks for two
     from gptqmodel import GPTQModel, QuantizeConfig
 
     settings = QuantizeConfig(bits=options.bits, group_size=options.group or -1, desc_act=options.ordered)
@@ -66,7 +67,7 @@ def autoround(model: Path, windows, out: Path, options) -> None:
     rounding = AutoRound(
         loaded, tokenizer, bits=options.bits, group_size=options.group or -1, sym=True, iters=options.iters,
         nsamples=len(windows), seqlen=windows.shape[1], batch_size=4, device_map="cpu",
-        dataset=[{"input_ids": row, "attention_mask": row * 0 + 1} for row in windows],
+        dataset=[{"input_ids": row[None], "attention_mask": row[None] * 0 + 1} for row in windows],
     )  # fmt: skip
     rounding.quantize_and_save(str(out), format=options.form)
 

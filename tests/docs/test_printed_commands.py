@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers import external_checkpoints
 from helpers.configs import merged
+from helpers.gguf_files import write_gguf
 from helpers.paths import ROOT
 from helpers.workflow_runs import SMOKE, environment
 from obr.config.workflow import Config
@@ -79,6 +81,7 @@ OWN = {
 DATA = ("text/wiki.valid.raw", "text/wiki.test.raw", "tasks/piqa_validation.jsonl", "tasks/arc_easy_test.jsonl")
 DATA += ("tasks/winogrande_xl_validation.jsonl",)
 COPIED = ("workflow", "config", "profiles")
+EXTERNAL = {"Llama-2-7B-GPTQ": "gptq 4, ordered", "Llama-3-8B-FP8": "floats, channel"}  # as other programs write them
 SHELL = """
 snakemake() {
   command snakemake --strict-dag-evaluation cyclic-graph functions periodic-wildcards --dry-run "$@"
@@ -124,6 +127,9 @@ def project(tiny_folder, tmp_path_factory) -> Path:
     for name in DATA:
         (copy / "folder/data" / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / "folder/data" / name).touch()
+    for name, case in EXTERNAL.items():
+        external_checkpoints.write(tiny_folder / "model", copy / name, case)
+    write_gguf(copy / "model.Q8_0.gguf")
     (copy / ".venv").mkdir()
     (copy / ".venv/bin").symlink_to(Path(sys.executable).parent)
     (copy / ".venv/.ready").touch()
@@ -210,6 +216,7 @@ def test_the_examples_of_the_library_run(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/model").symlink_to(tiny_folder / "model")
     (tmp_path / "text.txt").symlink_to(tiny_folder / "train.txt")
+    external_checkpoints.write(tiny_folder / "model", tmp_path / "Llama-2-7B-AWQ", "awq")
     found["text"] = (tiny_folder / "train.txt").read_text(encoding="utf-8")
     found["stream"] = torch.arange(5000) % 500  # the tokens of a text
     first = "docs/how-to/use-the-library.md"  # whose names the others use
