@@ -12,6 +12,8 @@
 # make benchmark-large   memory and time of a model of Llama-2-7B's shape: 31 GB of disk
 # make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
 # make crate   an RO-Crate of the demo: results/demo/ro-crate-metadata.json with each job, its command, code and files
+# make check-readers   do vLLM, llama.cpp and transformers 4 compute what is exported? After the demo; 2 GB of packages
+# make peers   llm-compressor, GPTQModel and AutoRound beside ours, in a table; after the demo; an hour on two cores
 # make docs    the documentation site, into site/; without a network
 # make lint    ruff, snakefmt, snakemake --lint
 # make audit   known vulnerabilities of what the lock files install, asked of osv.dev
@@ -22,7 +24,7 @@ BIN := .venv/bin
 SNAKEMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake
 READY := .venv/.ready
 
-.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-triton test-processors test-slurm check-gpu benchmark benchmark-large kernels crate docs lint audit clean
+.PHONY: plan demo demo-wikitext smoke test test-fast test-faults test-triton test-processors test-slurm check-gpu benchmark benchmark-large kernels crate check-readers peers docs lint audit clean
 .DEFAULT_GOAL := demo
 
 # Python compiles a module when it is first imported; compiling all of them here would take most of a minute. Where the
@@ -111,6 +113,27 @@ crate: $(READY)
 	--reporter fairscape --report-fairscape-path $(CRATE) --report-fairscape-name "OBR pipeline" \
 	--report-fairscape-license https://spdx.org/licenses/Apache-2.0
 	@echo "RO-Crate: $(CRATE)"
+
+# Other programs, each in an environment of its own: their dependencies are not the project's.
+READERS := vllm llamacpp transformers4
+PEERS := llmcompressor gptqmodel autoround
+
+.readers/%/.ready: envs/readers/%.txt
+	$(PYTHON) -m venv .readers/$*
+	.readers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	@touch $@
+
+.peers/%/.ready: envs/peers/%.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
+	@touch $@
+
+check-readers: $(READY) $(READERS:%=.readers/%/.ready)
+	$(BIN)/python benchmarks/readers/check.py
+
+peers: $(READY) $(PEERS:%=.peers/%/.ready)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/peers/run.py
+	@cat results/peers/tables/peers.md
 
 # Broken links, anchors and pages are errors; with --quiet, mkdocs would overlook them.
 docs: $(READY)

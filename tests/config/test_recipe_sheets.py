@@ -69,7 +69,7 @@ def test_every_recipe_of_the_sheets_is_of_use():
     """In some table or figure of the experiments, the demo among them."""
     everything = load_config().raw | {"experiments": []}
     used = set()
-    for names in (["paper", *STUDIES], ["demo"]):
+    for names in (["paper", *STUDIES], ["demo"], ["peers"]):
         raw = merged(experiments=names)
         for entry in [*raw["tables"].values(), *raw["figures"].values()]:
             used |= {row if isinstance(row, str) else row.get("recipe") for row in entry.get("rows", [])}

@@ -1,0 +1,145 @@
+"""Do other programs compute what was exported? Token by token, with log-probabilities.
+
+    python benchmarks/readers/check.py [--model FOLDER] [--readers vllm llamacpp transformers4 transformers5]
+
+`make check-readers` installs the readers, each in an environment of its own, and runs this. A model is compressed in
+several ways and exported. Each reader continues three prompts by 32 greedy tokens. This package then computes the
+same tokens from its own checkpoint, in float32. OUT/readers.md gets two figures: of how many tokens the choice is the
+same, and the largest difference of a log-probability. The exit status is 1 where a reader differs by more than its
+bound in LARGEST.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import obr
+from obr.export.dispatch import export
+from obr.models.architectures import Dimensions
+from obr.models.loading import load_tokenizer
+from obr.rotations import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+ASK = ROOT / "benchmarks/readers/ask.py"
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a young engineer who",
+    "In 1941 the President of the United States told Congress that",
+)
+TOKENS = 32
+CASES = {
+    "dense, 4 bits": {"method": "rtn"},
+    "30 % zeros, rotated, 4 bits": {"method": "magnitude", "sparsity": 0.3, "rotation": "quarot_fused"},
+    "dense, 3 bits": {"method": "rtn", "bits": 3},
+    "dense, 8 bits, activations of 8 bits": {"method": "rtn", "bits": 8, "activations": {"bits": 8}},
+}
+# Reader -> its format, the dtype of the computation, and the largest difference of a log-probability. llama.cpp
+# rounds activations to 8 bits, in blocks of 32.
+LARGEST = {
+    "transformers5": ("compressed-tensors", "float32", 1e-4),
+    "transformers4": ("compressed-tensors", "float32", 1e-4),
+    "vllm": ("compressed-tensors", "float16", 0.1),
+    "llamacpp": ("gguf", "float32", 1.0),
+}
+# What a reader has no kernel for, as docs/how-to/export.md says.
+CANNOT = {("vllm", "dense, 3 bits")}
+INT8 = "dense, 8 bits, activations of 8 bits"  # no format of llama.cpp; compressed-tensors rounds otherwise
+CANNOT |= {("llamacpp", INT8), ("transformers4", INT8), ("transformers5", INT8)}
+
+
+def prepare(model: Path, out: Path, case: str) -> Path:
+    """The checkpoint of a case, with its exports beside it."""
+    folder, recipe = out / case.replace(" ", "-").replace(",", "").replace("%", "percent"), dict(CASES[case])
+    if not folder.exists():
+        loaded, tokenizer = obr.load_model(model, device="cpu"), load_tokenizer(model)
+        if "rotation" in recipe:
+            obr.rotate(loaded, registry.draw("quarot", Dimensions.of(loaded.config), fused=True))
+        tokens = torch.tensor([tokenizer(PROMPTS[0])["input_ids"]])
+        obr.save(obr.compress(loaded, tokens, recipe, progress=False), folder, tokenizer)
+    for form, place in places(folder).items():
+        if not place.exists() and not (form == "gguf" and "activations" in recipe):
+            print(export(folder, form, place), flush=True)
+    return folder
+
+
+def places(folder: Path) -> dict[str, Path]:
+    return {"compressed-tensors": folder.with_suffix(".ct"), "gguf": folder.with_suffix(".gguf")}
+
+
+def ask(reader: str, folder: Path, prompts: Path, environments: Path) -> dict | str:
+    """What a reader answers, or the last line of what it said instead."""
+    form, dtype, _ = LARGEST[reader]
+    out = folder.with_suffix(f".{reader}.json")
+    python = sys.executable if reader == "transformers5" else environments / reader / "bin/python"
+    command = [python, ASK, reader.rstrip("45"), places(folder)[form], prompts, out, "--dtype", dtype]
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if not out.exists():
+        done = subprocess.run(list(map(str, command)), env=plain, text=True, capture_output=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            return lines[-1][:200] if lines else f"exit status {done.returncode}"
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def compare(model, prompts: list[list[int]], answer: dict) -> tuple[int, int, float]:
+    """(tokens that this package would choose, tokens in all, largest difference of a log-probability)."""
+    same = total = 0
+    largest = 0.0
+    for prompt, tokens, logprobs in zip(prompts, answer["tokens"], answer["logprobs"], strict=True):
+        logits = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        ours, chosen = logits.double().log_softmax(-1), torch.tensor(tokens)
+        same += int((ours.argmax(-1) == chosen).sum())
+        total += len(tokens)
+        difference = ours.gather(1, chosen[:, None])[:, 0] - torch.tensor(logprobs, dtype=torch.float64)
+        largest = max(largest, float(difference.abs().max()))
+    return same, total, largest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "results/demo/models/smollm2-135m")
+    parser.add_argument("--readers", nargs="+", default=list(LARGEST), choices=LARGEST)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--environments", type=Path, default=ROOT / ".readers")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/readers")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    tokenizer, asked = load_tokenizer(options.model), options.out / "prompts.json"
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    asked.write_text(json.dumps({"prompts": prompts, "tokens": TOKENS}), encoding="utf-8")
+    lines, failed = (
+        ["| checkpoint | reader | dtype | same tokens | log-probability |", "| --- | --- | --- | --: | --: |"],
+        0,
+    )
+    for case in options.cases:
+        folder = prepare(options.model, options.out, case)
+        model = obr.load(folder, device="cpu")
+        for reader in options.readers:
+            if (reader, case) in CANNOT:
+                continue
+            _, dtype, bound = LARGEST[reader]
+            answer = ask(reader, folder, asked, options.environments)
+            if isinstance(answer, str):
+                lines.append(f"| {case} | {reader} | {dtype} | {answer} | |")
+                failed += 1
+            else:
+                same, total, largest = compare(model, prompts, answer)
+                lines.append(
+                    f"| {case} | {reader} {answer['version']} | {dtype} | {same} of {total} | {largest:.1e} |"
+                )
+                failed += largest > bound
+            print(lines[-1], flush=True)
+    lines += ["", f"On {platform.processor() or platform.machine()}, {os.cpu_count()} cores."]
+    (options.out / "readers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
