@@ -2,9 +2,9 @@
 
     python benchmarks/peers/run.py [--only gptqmodel-w4 ...]      (make peers)
 
-Each program quantises in its own environment, .peers/NAME, from the calibration windows that ours read. Its checkpoint
-lies in results/peers/external/ROW and is evaluated by the same stages. results/peers/tables/peers.md has the scores
-and bits, results/peers/tables/cost.md seconds and peak memory. What is there already is not made again.
+Each program quantises in its own environment, .peers/NAME, from the calibration windows that ours read. Its
+checkpoint lies in results/peers/external/ROW and is evaluated by the same stages. results/peers/tables/peers.md has
+the scores and bits, results/peers/tables/cost.md seconds and peak memory. What is there already is not made again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results/peers"
-MODEL, CALIBRATION = "smollm2-135m", "sotu"
+MODEL, WINDOWS = "smollm2-135m", "results/peers/calibration/sotu/smollm2-135m.safetensors"
 CONFIG = "config/experiments/peers.yaml"
 # Folder in results/peers/external -> program and settings; the recipes of config/recipes/peers.tsv name the folders.
 ROWS = {
@@ -43,9 +43,8 @@ def make(row: str) -> None:
     out = RESULTS / "external" / row
     if (out / "made.json").is_file():
         return
-    windows = RESULTS / "calibration" / CALIBRATION / f"{MODEL}.safetensors"
     command = [ROOT / ".peers" / program / "bin/python", ROOT / "benchmarks/peers/make.py", program]
-    command += [RESULTS / "models" / MODEL, windows, out, *settings]
+    command += [RESULTS / "models" / MODEL, ROOT / WINDOWS, out, *settings]
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(list(map(str, command)), env=plain, check=True)
 
@@ -68,9 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(ROWS), choices=ROWS, help="rows to make; default: all")
     options = parser.parse_args()
-    snakemake(
-        f"results/peers/models/{MODEL}/source.json", f"results/peers/calibration/{CALIBRATION}/{MODEL}.safetensors"
-    )
+    snakemake(f"results/peers/models/{MODEL}/source.json", WINDOWS)
     for row in options.only:
         make(row)
     snakemake()
