@@ -73,13 +73,15 @@ def _greedy(model, prompts: list[list[int]], count: int):
     import torch
 
     for prompt in prompts:
-        tokens, logprobs = list(prompt), []
+        tokens, logprobs, cache = [], [], None
         for _ in range(count):
             with torch.no_grad():
-                scores = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].double().log_softmax(0)
+                new = torch.tensor([tokens[-1:] or prompt])
+                out = model(new, past_key_values=cache, use_cache=True)
+            scores, cache = out.logits[0, -1].double().log_softmax(0), out.past_key_values
             tokens.append(int(scores.argmax()))
             logprobs.append(float(scores.max()))
-        yield tokens[len(prompt) :], logprobs
+        yield tokens, logprobs
 
 
 def _dtype(name: str) -> dict:
