@@ -9,7 +9,7 @@ def unpack_words(words: Tensor, bits: int, count: int, whole: bool = False) -> T
     """(r, count) unsigned integers, uint8, of packed rows (r, w), int32.
 
     A row is one stream of bits, the lowest first. whole: no integer lies across two words, so that a word of
-    3-bit integers has two bits to spare, as compressed-tensors before version 0.15 packed them.
+    3-bit integers has two bits to spare, as compressed-tensors up to version 0.17 packed them.
     """
     rows = np.ascontiguousarray(words.numpy()).astype("<i4", copy=False)
     if whole and 32 % bits:
