@@ -209,6 +209,7 @@ def measure_sensitivity(
             shown.resume()
         for index, layers, weights in predicted_losses(blocks, cached, slopes, options, about["seqlen"]):
             unfinished.keep(index, partial(_write, weights, blocks.storage_dtype), {"layers": layers})
+            weights.clear()  # before the next block's are made
             shown.block()
     layers = [layer for index in measured for layer in unfinished.note(index)["layers"]]
     windows = measurement_windows(windows)

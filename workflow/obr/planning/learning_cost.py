@@ -15,6 +15,9 @@ FOLDED, STREAMED_FOLDS = 6, 6
 # Products of all weights with a rotation of the residual stream in such a step: forward, twice on the way back, and
 # the two gradients.
 RESIDUAL_FOLDS = 5
+# Copies of a block in float32 that learning block by block holds: of scales that are searched; of transforms that are
+# learned, with the graph of the folded and rounded weights; the same with clips. SAMPLES: windows a search keeps.
+SEARCHED, FOLDED_GRAPH, CLIPPED_GRAPH, SAMPLES = 3.0, 5.2, 7.2, 16
 # Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
 LEARNING = {
     "spinquant": {"steps": 100, "batch": 8},
@@ -90,21 +93,43 @@ def _imitates(kind: str, learn: dict) -> bool:
 
 
 def states_of(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> float:
-    """Bytes of hidden states: what enters each block in a step, and what leaves the 16-bit model for every window."""
+    """Bytes of hidden states: what enters each block in a step, and what leaves the 16-bit model for every window.
+
+    Block by block: what enters and leaves the block, and for OmniQuant what enters the quantised one.
+    """
+    if not is_streamed(kind):
+        return 4.0 * (3 if kind == "omniquant" else 2) * windows * length * sizes.hidden
     batch = learn.get("batch", LEARNING[kind]["batch"])
     kept = batch * (sizes.blocks + 1) + (windows if _imitates(kind, learn) else 0)
     return 4.0 * kept * length * sizes.hidden
 
 
-def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_gpu: bool) -> tuple[float, float]:
-    """(host, GPU) peak in GB of learning through the whole model.
+def _in_a_block(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> float:
+    """Bytes that learning block by block holds besides the ends: copies of a block, and what windows leave in it."""
+    if kind not in ("flatquant", "omniquant"):
+        return 4.0 * (SEARCHED * sizes.block + min(SAMPLES, windows) * length * (2 * sizes.hidden + sizes.passing))
+    quantised = learn.get("quantise", {})
+    copies = CLIPPED_GRAPH if quantised.get("clip") == "learned" else FOLDED_GRAPH
+    flowing = any(quantised.get(part, {}).get("bits", 16) < 16 for part in ("activations", "keys", "values"))
+    width = 30 * sizes.hidden + 9 * sizes.passing if flowing else 15 * sizes.hidden + 5 * sizes.passing
+    return 4.0 * (copies * sizes.block + learn["batch"] * length * width)
 
-    A block in float32, its folded weights, and their gradients; in 16 bits once more where products do.
-    Beside them the graph of the tokens that pass at a time, or of one layer's fold; or, before the way back, the head
-    as it is used and some logits. The rotation with its gradient and what its step takes. Hidden states lie on the
-    host.
+
+def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_gpu: bool) -> tuple[float, float]:
+    """(host, GPU) peak in GB of learning.
+
+    Through the whole model: a block in float32, its folded weights, and their gradients; in 16 bits once more where
+    products do. Beside them the graph of the tokens that pass at a time, or of one layer's fold; or, before the way
+    back, the head as it is used and some logits. The rotation with its gradient and what its step takes.
+    Hidden states lie on the host.
     """
     learn = {**LEARNING[kind], **learn}
+    states = min(states_of(sizes, kind, learn, windows, length), STATES)
+    if not is_streamed(kind):
+        model = 2.0 * sizes.ends + _in_a_block(sizes, kind, learn, windows, length)
+        if on_gpu:
+            return 2.4 + (states + 2 * sizes.block) / 1e9, model / 1e9
+        return 0.9 + (model + states) / 1e9, 0.0
     rounds, tokens = learn.get("quantise", {}).get("bits", 16) < 16, _at_once(learn, length) * length
     flowing = kind == "ostquant" or learn.get("gradients") == "flowing"
     half = 2 if learn.get("dtype") in ("bfloat16", "float16") else 0
@@ -115,7 +140,6 @@ def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_g
     head = (half or 4) * sizes.ends / 2 * (1 + imitates) + 4.0 * min(LOGITS, tokens) * sizes.vocabulary * 6
     passing = max(weights * sizes.block + max(4.0 * tokens * width, fold), 4.0 * sizes.block + head)
     model = 2.0 * sizes.ends + passing + 4 * 6.0 * sizes.hidden**2
-    states = min(states_of(sizes, kind, learn, windows, length), STATES)
     if on_gpu:
         return 2.4 + (states + 2 * sizes.block) / 1e9, model / 1e9
     return 0.5 + (model + states) / 1e9, 0.0

@@ -16,6 +16,9 @@ SOLVERS = {
     "obr": [(3.5, 3.5, PART_ARRAYS), (2.5, 6.5, 0)],
     "joint": [(4.5, 2.5, 0), (3, 9, 0)],
     "joint, groups": [(4.5, 2.5, 0), (3, 12, 0)],  # of columns, with scales of their own
+    # Not compiled: masks and rounded values exist beside all else.
+    "joint on a GPU": [(4.5, 2.5, 0), (3, 13, 0)],
+    "joint, groups on a GPU": [(4.5, 2.5, 0), (3, 16, 0)],
     "rounding": [(1, 6.5, 0)],
 }
 
@@ -39,15 +42,21 @@ def solver_bytes(method: str, rows: int, columns: int, part_rows: int = PART_ROW
     return most + 4.0 * (square + weights / 4) * is_ordered
 
 
+def folding(sizes: Sizes) -> float:
+    """Bytes of a block as it is read and a rotation folded into it: in float32, one layer of it in float64, four
+    times while it is turned."""
+    return 4.0 * sizes.block + 32.0 * max(rows * columns for rows, columns in sizes.layers)
+
+
 def compressing(
     sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated: bool = True, is_ordered: bool = False
 ) -> float:
     """Bytes on the device that compresses, but for hidden states: the ends and, in turn, a block as it is read and
     folded, in float32 and one layer in float64; as it runs; and as its groups are restored."""
     element = 2 if on_gpu else 4
-    largest = max(rows * columns for rows, columns in sizes.layers)
     d, f = sizes.hidden, sizes.passing
-    loaded = (4.0 * sizes.block + 24.0 * largest) if is_rotated else element * sizes.block
+    loaded = folding(sizes) if is_rotated else element * sizes.block
+    method = f"{method} on a GPU" if on_gpu and method.startswith("joint") else method
     running = element * sizes.block + 4.0 * max(sizes.inputs) ** 2 + element * length * (8 * d + 3 * f)
     groups = {(sum(rows for rows, _ in group), group[0][1]) for group in sizes.groups}
     solving = element * sizes.block + max(
@@ -75,14 +84,16 @@ def memory(
     """(host, GPU) peak of a job in GB.
 
     recipe: of a compression. With targets out of the dense model its blocks run beside the compressed ones, on states
-    of their own. Learning
-    through the whole model has a formula of its own, in `learning_cost`; block by block takes what compressing takes.
+    of their own. Learning has a formula in `learning_cost`.
     """
     element = 2 if on_gpu else 4
     ends, block = element * sizes.ends, element * sizes.block
     all_hessians = 4.0 * sum(n**2 for n in sizes.inputs)
     states = min(states_of(rule, sizes, tokens, on_gpu, recipe), STATES)
-    if rule in ("compress", "sensitivity"):
+    if rule == "sensitivity":  # all Hessians of a block, and its layers at two references in float32
+        largest = max(compressing(sizes, method, length, on_gpu) for method in ("gptq", "joint"))
+        model, base = largest + all_hessians - 4.0 * max(sizes.inputs) ** 2 + 8.0 * sizes.block, 0.9
+    elif rule == "compress":
         method, is_rotated = ("obr_gptq", True)
         if recipe:
             method, is_rotated = solver_of(recipe.method, bool(recipe.group)), recipe.rotation != "none"
@@ -94,9 +105,9 @@ def memory(
             model += block + 4.0 * max(sizes.inputs) ** 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
         graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing + 3 * sizes.vocabulary)
-        model, base = ends + 2 * block + graph, 0.8
+        model, base = ends + max(folding(sizes), 2 * block + graph), 0.8
     elif rule == "hessian":
-        model, base = ends + 2 * block + all_hessians, 0.8
+        model, base = ends + max(folding(sizes), 2 * block + all_hessians), 0.8
     elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
         model, base = 1.5 * ends + 3 * block, 0.9
     elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it

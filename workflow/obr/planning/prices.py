@@ -123,10 +123,9 @@ class Prices:
             tokens, length = self.calibration(entry["learn"]["calibration"])
             windows, kind = tokens // length, entry["kind"]
             work, like = learning_cost.learning(sizes, kind, entry["learn"], windows, length), "compress"
-            if learning_cost.is_streamed(kind):
-                on_gpu = self.device == "cuda"
-                held = learning_cost.memory(sizes, kind, entry["learn"], windows, length, on_gpu)
-                learned = learning_cost.states_of(sizes, kind, entry["learn"], windows, length)
+            on_gpu = self.device == "cuda"
+            held = learning_cost.memory(sizes, kind, entry["learn"], windows, length, on_gpu)
+            learned = learning_cost.states_of(sizes, kind, entry["learn"], windows, length)
         else:
             texts, tasks = self._scores(job)
             work = cost_model.evaluation(sizes, texts, tasks)
