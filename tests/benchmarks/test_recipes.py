@@ -41,3 +41,20 @@ def test_recipes_are_measured_once_and_as_the_library_does(tiny_folder, tmp_path
     entry = {"method": "gptq", "bits": 3, "column_order": "hessian", "held_out": 1}
     obr.compress(model, tokens, entry, progress=False)
     assert gptq["perplexity"] == pytest.approx(obr.perplexity(model, windows), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_layer_errors_are_those_of_the_library(tiny_folder, tmp_path):
+    out = tmp_path / "layers.csv"
+    command = [
+        sys.executable, ROOT / "benchmarks" / "layer_errors.py", "--model", tiny_folder / "model", "--out", out,
+        "--calibration", tiny_folder / "train.txt", "--blocks", "0", "1", "--windows", "4", "--seqlen", "64",
+        "--every", "2", "--recipe", "method=rtn bits=4", "--recipe", "method=gptq bits=4 column_order=hessian",
+    ]  # fmt: skip
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    frame = pd.read_csv(out)
+    assert len(frame) == 2 * 2 * 4 and frame["relative_error"].between(0, 1).all()
+    errors = frame.pivot(index=["block", "input"], columns="recipe", values="relative_error")
+    rtn, gptq = sorted(errors, reverse=True)
+    assert (errors[gptq] < errors[rtn]).all()
