@@ -201,7 +201,7 @@ def families_page() -> str:
     for name, layout in sorted(FAMILIES.items()):
         kinds = ", ".join(layout.rotations) or "none"
         if layout.unrotated:
-            kinds += f"; not the others, since {layout.unrotated}"
+            kinds += f"{'; not the others' if layout.rotations else ''}, since {layout.unrotated}"
         blocks = "mixture of experts" if layout.experts else "fused layers" if layout.fused else "dense"
         keys = "no: a latent vector is cached" if layout.latent else "yes"
         exports = "compressed-tensors" + (", GGUF" if name in ARCHITECTURES else "")
@@ -212,7 +212,8 @@ def families_page() -> str:
         [
             "# Model families\n\nThis page is generated from the entries of `FAMILIES`. "
             "[Add a model family](../how-to/add-a-model-family.md) describes an entry. "
-            "Every family is compressed by every method, streamed or in memory, saved, verified and evaluated. "
+            "Every family is compressed by every method, streamed or in memory, saved, verified and evaluated; "
+            "[experts](../explanation/experts.md#what-is-refused) rule some settings out. "
             "Where a recipe asks for a rotation that a family does not take, the model stays unrotated. The manifest "
             "and the notes below a table say so.\n",
             _table(header, rows),

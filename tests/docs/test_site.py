@@ -14,6 +14,7 @@ import yaml
 
 from helpers.paths import ROOT
 from obr.cli.parser import BY_HAND, STAGES
+from obr.models.architectures import FAMILIES, REFUSED
 
 DENSE = 26.98  # perplexity of the dense model in docs/results/joint.md
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -110,11 +111,13 @@ def test_pages_load_nothing_from_other_hosts(pages):
 
 
 @pytest.mark.slow
-def test_generated_pages_name_every_command_key_and_recipe(site, pages):
+def test_generated_pages_name_every_command_key_family_and_recipe(site, pages):
     commands = pages[site / "reference/cli.html"].ids
     assert {f"obr-{name}" for name in [*BY_HAND, *STAGES]} <= commands
     schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
     assert set(schema["properties"]) <= pages[site / "reference/config.html"].ids
+    families = (site / "reference/families.html").read_text(encoding="utf-8")
+    assert all(f"<code>{name}</code>" in families for name in (*FAMILIES, *REFUSED))
     text = (site / "reference/recipes.html").read_text(encoding="utf-8")
     for sheet in (ROOT / "config/recipes").glob("*.tsv"):
         with sheet.open(encoding="utf-8", newline="") as file:
