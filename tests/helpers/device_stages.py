@@ -76,7 +76,7 @@ RECIPES = {
     "rtn groups": {"method": "rtn", "group": 32},
     "magnitude": {"method": "magnitude"},
     "wanda": {"method": "wanda", **CACHED},
-    "wanda_harmonic 2:4": {"method": "wanda", "mask": "wanda_harmonic", "pattern": "2:4", **CACHED},
+    "wanda harmonic 2:4": {"method": "wanda", "mask": "wanda_harmonic", "pattern": "2:4", **CACHED},
     "gptq": {"method": "gptq", **CACHED, "refit": True},
     "gptq groups": {"method": "gptq", **CACHED, "group": 32, "refit": True},
     "sparsegpt_gptq": {"method": "sparsegpt_gptq", **CACHED},

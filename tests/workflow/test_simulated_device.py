@@ -36,7 +36,7 @@ LIMITS = {
     "hessian": (25, 32), "gradients": (40, 26), "sensitivity": (410, 400), "evaluate": (75, 45),
     "verify": (80, 125), "generate": (15, 30), "in memory": (400, 510),
     "compress dense": (20, 45), "compress rtn": (20, 85), "compress rtn groups": (20, 95),
-    "compress magnitude": (20, 85), "compress wanda": (30, 115), "compress wanda_harmonic 2:4": (30, 115),
+    "compress magnitude": (20, 85), "compress wanda": (30, 115), "compress wanda harmonic 2:4": (30, 115),
     "compress gptq": (30, 125), "compress gptq groups": (30, 135), "compress sparsegpt_gptq": (30, 120),
     "compress sparsegpt_gptq 2:4": (30, 125), "compress obr_rtn": (30, 195), "compress obr_gptq": (70, 220),
     "compress obr_gptq random": (35, 200), "compress obr_gptq asymmetric": (95, 240),
