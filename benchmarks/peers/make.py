@@ -70,6 +70,10 @@ def autoround(model: Path, windows, out: Path, options) -> None:
         dataset=[{"input_ids": row[None], "attention_mask": row[None] * 0 + 1} for row in windows],
     )  # fmt: skip
     rounding.quantize_and_save(str(out), format=options.form)
+    for folder in [path for path in out.iterdir() if path.is_dir()]:  # it makes one of its own, named by its settings
+        for path in folder.iterdir():
+            path.rename(out / path.name)
+        folder.rmdir()
 
 
 def main() -> None:
