@@ -80,7 +80,7 @@ def ask(reader: str, folder: Path, prompts: Path, environments: Path) -> dict | 
     command = [python, ASK, reader.rstrip("45"), places(folder)[form], prompts, out, "--dtype", dtype]
     plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if not out.exists():
-        done = subprocess.run(list(map(str, command)), env=plain, text=True, capture_output=True)
+        done = subprocess.run(list(map(str, command)), env=plain, encoding="utf-8", capture_output=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             return lines[-1][:200] if lines else f"exit status {done.returncode}"

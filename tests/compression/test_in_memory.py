@@ -269,7 +269,6 @@ SPOILED = {
     "another width": (set_module(UP, lambda _: nn.Linear(96, 200, bias=False)),
                       r"up_proj\.weight is 200 x 96, by the model's configuration it should be 192 x 96"),
     "devices": (lambda m: setattr(m, "hf_device_map", {"model": 0, "lm_head": "cpu"}), "lies on several devices"),
-    "quantised": (lambda m: setattr(m.config, "quantization_config", {"quant_method": "gptq"}), r"already \(gptq\)"),
 }  # fmt: skip
 
 
@@ -288,6 +287,16 @@ def test_foreign_layers_and_attributes_are_refused(spoil, sentence, model, windo
             way()
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert model.config._attn_implementation == "sdpa" and model.config.tie_word_embeddings
+
+
+def test_dequantised_models_are_measured_but_not_changed(model, windows):
+    """transformers leaves the format of the files in the configuration of what it has dequantised."""
+    expected = obr.perplexity(model, windows)
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert obr.perplexity(model, windows) == expected
+    for change in (lambda: obr.rotate(model, "quarot"), lambda: obr.compress(model, None, RTN, progress=False)):
+        with pytest.raises(ObrError, match=r"already \(gptq\)"):
+            change()
 
 
 def test_wrappers_and_other_classes_are_refused(model, plain, windows):

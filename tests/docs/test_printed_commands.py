@@ -26,6 +26,7 @@ INLINE = ("obr errata", "obr --help")  # commands in the README's sentences
 CONFIGS = ("snakemake --cores all --configfile tests/config.yaml",)  # that no printed command names
 # Commands that are not run, by how they begin, and why.
 LEFT_OUT = {
+    "python benchmarks/": "each takes minutes; the tests of benchmarks run them on the tiny model",
     "pip install": "the tests install nothing",
     "snakemake --cores all --default-storage-provider s3": "its plugin is no part of the project, nor is a bucket",
     "snakemake --executor kubernetes": "its plugin is no part of the project, nor is a cluster",

@@ -19,7 +19,7 @@ from obr.report import published, table, table_rows
 from obr.report.figures import draw
 
 # Tables that the paper does not have.
-NOT_QUOTING = ("hessians", "rotations", "rotation_seeds")
+NOT_QUOTING = ("hardware", "hessians", "rotations", "rotation_seeds")
 NOT_QUOTING += ("joint", "joint_a4", "joint_rotations", "joint_seeds", "joint_statistics", "joint_zero_shot")
 SIX = published.PAPER_TASKS
 LAYERS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]

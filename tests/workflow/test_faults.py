@@ -370,7 +370,10 @@ def test_memory_and_gpus_that_are_taken_away_are_told(fail, sentence, inputs, mo
 def test_a_gpu_that_is_not_there_is_told(inputs, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main.main([*stage("hessian", inputs, tmp_path / "out"), "--device", "cuda"]) == 1
-    assert "device is 'cuda' but no NVIDIA GPU is visible; use --config device=cpu." in capsys.readouterr().err
+    assert (
+        "device is 'cuda' but CUDA_VISIBLE_DEVICES is '', which names no GPU; use --config device=cpu."
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(not KILLS, reason="two processes of two threads each: use make test-faults, or set OBR_KILLS")

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from obr.config.rotations import DRAWN
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -15,7 +17,7 @@ PARTS = {
     "latent": ("query_latent", "latent"), "query_up": ("query_up",), "latent_up": ("latent_up",),
 }  # fmt: skip
 KIND_OF = {part: kind for kind, parts in PARTS.items() for part in parts}
-EVERY = ("quarot", "spinquant", "flatquant", "ostquant", "scaling")  # kinds of rotations
+EVERY = DRAWN  # kinds of rotations; a new kind is taken by the families that do not list theirs
 ORTHOGONAL = ("quarot", "spinquant")
 
 
