@@ -206,14 +206,14 @@ def test_whole_steps_are_the_least_squares_of_the_dense_stream():
     best = torch.linalg.lstsq(seen, x @ weight.T + lost).solution.T
     found = statistics(x, seen, lost)
     hessian = Hessian(found.moments.hessian, damp=0.0)
-    target, shares = asymmetric.aimed(weight, found, hessian, recipe_of(asymmetry=1.0, residual=1.0))
+    target, shares = asymmetric.target_weight(weight, found, hessian, recipe_of(asymmetry=1.0, residual=1.0))
     assert torch.allclose(target.double(), best, rtol=1e-3, atol=1e-3)
     assert shares == {"asymmetry": 1.0, "residual": 1.0}
-    alone, _ = asymmetric.aimed(weight, found, hessian, recipe_of(residual=1.0))
+    alone, _ = asymmetric.target_weight(weight, found, hessian, recipe_of(residual=1.0))
     expected = weight + torch.linalg.lstsq(seen, lost).solution.T
     assert torch.allclose(alone.double(), expected, rtol=1e-3, atol=1e-3)
     found.lacking = None  # of a layer that does not add to the stream
-    assert torch.equal(asymmetric.aimed(weight, found, hessian, recipe_of(residual=1.0))[0], weight.float())
+    assert torch.equal(asymmetric.target_weight(weight, found, hessian, recipe_of(residual=1.0))[0], weight.float())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -228,7 +228,9 @@ def test_shrunk_steps_leave_the_least_error_on_held_out_windows(residual, seed):
     found = statistics(x[:cut], seen[:cut], lost[:cut], unseen)
     hessian, options = Hessian(found.moments.hessian, 0.01), {"asymmetry": 1.0, "residual": residual}
     whole = [
-        asymmetric.aimed(weight, found, hessian, recipe_of(**{n: v}))[0] - weight for n, v in options.items() if v
+        asymmetric.target_weight(weight, found, hessian, recipe_of(**{n: v}))[0] - weight
+        for n, v in options.items()
+        if v
     ]
     goal = x[cut:] @ weight.T + (lost[cut:] if residual else 0)
 
@@ -237,7 +239,7 @@ def test_shrunk_steps_leave_the_least_error_on_held_out_windows(residual, seed):
         return float((seen[cut:] @ moved.T - goal).square().sum())
 
     judged = recipe_of(**options, target_shrinkage="held_out", held_out=2)
-    target, shares = asymmetric.aimed(weight, found, hessian, judged)
+    target, shares = asymmetric.target_weight(weight, found, hessian, judged)
     factors = list(shares.values())
     assert all(0 <= f <= 1 for f in factors) and len(factors) == len(whole)
     grid = itertools.product(*[[i / 20 for i in range(21)]] * len(whole))

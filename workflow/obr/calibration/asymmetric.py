@@ -101,7 +101,7 @@ def shifted(weight: Tensor, drift: Tensor, hessian: Hessian, share: float) -> Te
     return weight + share * product(product(weight, drift), hessian.inverse)
 
 
-def aimed(
+def target_weight(
     weight: Tensor, statistics: GroupStatistics, hessian: Hessian, recipe: Recipe
 ) -> tuple[Tensor, dict[str, float]]:
     """(target (r, n) of a layer with `weight (r, n)`, the shares of the recipe's steps that it took).

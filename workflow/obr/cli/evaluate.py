@@ -43,14 +43,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     add("--seqlen", type=int, metavar="T", help="tokens per window of --texts: 2048, or the config's")
     add("--tokens", type=int, metavar="N", help="tokens of each of --texts: all, or the config's")
     add("--limit", type=int, metavar="N", help="number of examples of each of --tasks: all, or the config's")
-    add(
-        "--configfile",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="config files; default: config.yaml",
-    )
+    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="config files; default: config.yaml")
     add("--packed", action="store_true", help="multiply packed weights instead of unpacked ones (fewer bytes)")
     add("--code", default=None, help="hash of the code, set by the workflow; scores of other code are recomputed")
     for name in ("recipe", "activations", "compute", "trust"):

@@ -85,14 +85,7 @@ def _activations_and_data(parser: argparse.ArgumentParser) -> None:
 def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("recipe").add_argument
     add("--recipe", metavar="NAME", help="FILE.yaml or a recipe of the config; the options above change it")
-    add(
-        "--configfile",
-        type=Path,
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="config files; default: config.yaml",
-    )
+    add("--configfile", type=Path, nargs="+", default=(), metavar="FILE", help="config files; default: config.yaml")
     add("--print-recipe", action="store_true", help="print the recipe with the origin of each value, and stop")
     add("--dry-run", action="store_true", help="print the steps, and stop")
     add = parser.add_argument_group("run").add_argument

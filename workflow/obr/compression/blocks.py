@@ -111,7 +111,7 @@ def compress_group(
     shares: dict[str, dict[str, float]] = {}
     if collected is not None and collected.drift is not None:
         for name, weight in wanted.items():
-            wanted[name], shares[name] = asymmetric.aimed(weight, collected, factors, report.recipe)
+            wanted[name], shares[name] = asymmetric.target_weight(weight, collected, factors, report.recipe)
     restored: dict[str, Restored] = {}
     for recipe, names in _treated_alike(report, layout, group, index).items():
         weights = _row_weights(report, index, names) if recipe.needs_gradients else None

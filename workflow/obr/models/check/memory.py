@@ -61,8 +61,8 @@ def check_model(model: nn.Module, measured: bool = False) -> Layout:
         ObrError: a step that has not finished; another class, module, parameter, buffer, attribute or hook; an
             offloaded, quantised or shared tensor.
     """
-    foreign = measured and quantised_by(model) is not None
-    _check_class(model, foreign)
+    is_external = measured and quantised_by(model) is not None
+    _check_class(model, is_external)
     check_finished(model)
     layout = layout_of(model.config)
     check_sizes(model.config, "the model")
@@ -74,8 +74,8 @@ def check_model(model: nn.Module, measured: bool = False) -> Layout:
     wanted, ours = dict(reference.named_modules()), _places_of_ours(layout, model.config.num_hidden_layers)
     for name, module in model.named_modules():
         expected = wanted.pop(name, None)
-        if not (foreign and name in ours) and not any(place in ours for place in _parents(name)):
-            _check_module(name, module, expected, name in ours, calls=not foreign or bool(name))
+        if not (is_external and name in ours) and not any(place in ours for place in _parents(name)):
+            _check_module(name, module, expected, name in ours, calls=not is_external or bool(name))
     if wanted := [name for name in wanted if not any(place in ours for place in _parents(name))]:
         raise ObrError(
             f"The model has no module {wanted[0]} of its own, which its configuration describes: correct the "
@@ -83,7 +83,7 @@ def check_model(model: nn.Module, measured: bool = False) -> Layout:
         )
     if any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS):
         raise ObrError("torch has hooks that run for all modules; remove them (`handle.remove()`).")
-    _check_tensors(model, layout, ours if foreign else set())
+    _check_tensors(model, layout, ours if is_external else set())
     return layout
 
 
@@ -93,10 +93,10 @@ def check_finished(model: nn.Module) -> None:
         raise ObrError(f"{step} has begun to change this model and did not finish; load the model again.")
 
 
-def _check_class(model, foreign: bool) -> None:
+def _check_class(model, is_external: bool) -> None:
     """Raise ObrError unless the model is of the class that transformers has for its configuration.
 
-    foreign: it may be quantised by another program.
+    is_external: it may be quantised by another program.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
@@ -105,7 +105,7 @@ def _check_class(model, foreign: bool) -> None:
         raise ObrError(f"The model is wrapped in {name}: {WRAPPERS[name]}.")
     if not isinstance(model, PreTrainedModel):
         raise ObrError(f"The model is a {spell(model)}, no model of transformers: {_remedy(model)}.")
-    if not foreign and (method := quantised_by(model)):
+    if not is_external and (method := quantised_by(model)):
         raise ObrError(f"The model is quantised already ({method}): choose its full-precision original.")
     if not _is_native(model) and not (
         type(model).__module__.startswith("transformers_modules.") and remote_code.is_allowed()
