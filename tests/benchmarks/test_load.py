@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.paths import ROOT
+from helpers.random_llama import random_llama
 from obr.checkpoints.format import CheckpointBlocks
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
@@ -51,12 +51,9 @@ def test_planning_costs_as_much_for_every_further_recipe(load, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("load")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    random_llama(
+        3, vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1
+    ).save_pretrained(folder / "model")
     compress_stage(folder / "model", Recipe.parse({"method": "magnitude"}), folder / "c", device="cpu")
     return folder / "c"
 

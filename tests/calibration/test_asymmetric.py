@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.random_llama import random_llama
 from obr.calibration import asymmetric
 from obr.calibration.collect_hessians import Moments
 from obr.compression.recompute import Places, repeat
@@ -23,12 +23,7 @@ RECIPE = {"method": "gptq", "bits": 3, "calibration": "c"}
 
 
 def model_of(blocks: int = 3):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=blocks, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return random_llama(blocks, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.paths import ROOT
+from helpers.random_llama import random_llama
 from helpers.workflow_runs import with_hashes
 from obr.calibration.collect_hessians import hessian_stage
 from obr.checkpoints.verify import verify_checkpoint
@@ -31,13 +31,8 @@ MODEL, RECIPE = "m", {"method": "obr_gptq", "rotation": "quarot", "calibration":
 def results(tmp_path_factory) -> Path:
     """A results folder with a random model of three blocks, compressed with cached and sequential Hessians."""
     folder = tmp_path_factory.mktemp("results")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
     model, rotation = folder / "models" / MODEL, folder / "rotations/quarot" / f"{MODEL}.safetensors"
-    LlamaForCausalLM(config).save_pretrained(model)
+    random_llama(3).save_pretrained(model)
     rotation.parent.mkdir(parents=True)
     make({"kind": "quarot", "seed": 0}, model, rotation)
     tokens = folder / "calibration/c" / f"{MODEL}.safetensors"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.random_llama import random_llama
 from obr.calibration.collect_hessians import inputs_of
 from obr.compression.recompute import Places, repeat
 from obr.compression.stage import compress_stage
@@ -19,12 +19,7 @@ BLOCK = {"hessian_scope": "block"}
 
 
 def model_of():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return random_llama(initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.random_llama import random_llama
 from obr.checkpoints.verify import verify_checkpoint
 from obr.compression.recompute import Places, repeat
 from obr.compression.stage import compress_stage
@@ -16,12 +16,7 @@ from obr.config.recipe import Recipe
 def files(tmp_path_factory):
     """Folder with a random model and tokens."""
     folder = tmp_path_factory.mktemp("files")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    random_llama(initializer_range=0.1).save_pretrained(folder / "model")
     tokens = torch.randint(0, 128, (8, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, folder / "tokens.safetensors", metadata={"calibration": "{}"})
     return folder

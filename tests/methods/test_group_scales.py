@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
 from helpers.layer_samples import layer
+from helpers.random_llama import random_llama
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import pack, unpack
 from obr.checkpoints.verify import verify_checkpoint
@@ -241,12 +241,7 @@ def test_files_with_other_groups_are_refused(group):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random model at 3 bits in groups of 48, the last of a row ragged; its second block at 16 bits."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(source := tmp_path_factory.mktemp("model"))
+    random_llama().save_pretrained(source := tmp_path_factory.mktemp("model"))
     model = obr.load_model(source, device="cpu")
     tokens = torch.randint(0, 128, (8, 64), generator=torch.Generator().manual_seed(0))
     recipe = {"method": "gptq", "bits": 3, "group": 48, "blocks": "0:1", "activations": {"bits": 8}}

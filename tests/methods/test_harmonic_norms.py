@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.random_llama import random_llama
 from obr.calibration import collect_hessians
 from obr.checkpoints.verify import verify_checkpoint
 from obr.compression import blocks as compression
@@ -24,12 +24,7 @@ RECIPE = {"method": "wanda", "mask": "wanda_harmonic", "bits": 16, "calibration"
 
 
 def model_of():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return random_llama(initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")

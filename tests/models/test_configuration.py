@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import obr
 from helpers.family_models import FAMILIES, TOKENS, random_model
 from helpers.paths import ROOT
+from helpers.random_llama import random_llama
 from helpers.workflow_runs import CONFIG, snakemake
 from obr.cli.main import main
 from obr.config.model_sizes import read_config, sizes_of
@@ -234,12 +235,9 @@ def bounded(seconds: int):
 @pytest.mark.slow
 def test_config_values_of_any_type_raise_no_traceback(tmp_path):
     """What a download accepts, a streamed stage computes, or says in a sentence that it cannot."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    random_llama(
+        1, vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1
+    ).save_pretrained(tmp_path / "plain")
     more = ("rope_scaling", "layer_types", "quantization_config", "auto_map", "attn_implementation", "is_causal")
     tokens, refused, accepted = torch.arange(16).view(2, 8), 0, 0
     for key in [*json.loads((tmp_path / "plain/config.json").read_text()), *more]:

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import obr
 from helpers.configs import replaced
 from helpers.gguf_files import write_gguf
 from helpers.layer_samples import layer
+from helpers.random_llama import random_llama
 from helpers.workflow_runs import CONFIG, SMOKE, snakemake
 from obr.calibration import collect_hessians
 from obr.cli import main
@@ -43,12 +44,9 @@ VOCABULARY = 64
 def model(tmp_path_factory) -> Path:
     """A folder with a random model of two blocks."""
     folder = tmp_path_factory.mktemp("hostile") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    random_llama(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1
+    ).save_pretrained(folder)
     return folder
 
 

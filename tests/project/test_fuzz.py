@@ -22,10 +22,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.layer_samples import layer
 from helpers.paths import ROOT
+from helpers.random_llama import random_llama
 from obr.checkpoints.format import load_block, save_block
 from obr.checkpoints.packing import Packed, pack, unpack
 from obr.checkpoints.writer import store
@@ -184,12 +184,9 @@ def test_broken_packed_layers_are_refused_or_read(seed):
 def blocks(tmp_path_factory) -> StreamedBlocks:
     """A random model of one block, with a block file beside it."""
     folder = tmp_path_factory.mktemp("fuzz") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    random_llama(
+        1, vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1
+    ).save_pretrained(folder)
     blocks = StreamedBlocks(folder, device="cpu")
     block = blocks.load(0)
     for name in blocks.layout.linears:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
+from helpers.random_llama import random_llama
 from helpers.released_checkpoints import FlatModel, written
 from helpers.workflow_runs import digests
 from obr.rotations.obtain import make
@@ -23,12 +24,7 @@ def inputs(tmp_path_factory) -> Path:
     """Folder with random models of six blocks, one of them with experts, their rotations, tokens to calibrate on, and
     a released checkpoint."""
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = random_llama(BLOCKS)
     model.save_pretrained(folder / "model")
     written(folder, FlatModel(model).state_dict())
     make({"kind": "quarot", "seed": 0}, folder / "model", folder / "rotation.safetensors")

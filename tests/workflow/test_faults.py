@@ -20,8 +20,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.random_llama import random_llama
 from helpers.workflow_runs import CONFIG, SMOKE, command, digests, environment, snakemake
 from obr.checkpoints.verify import verify_checkpoint
 from obr.cli import main
@@ -211,12 +211,7 @@ def disk(tmp_path):
 def inputs(tmp_path_factory) -> Path:
     """A random model, its rotation, tokens and Hessians."""
     folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    random_llama(3).save_pretrained(folder / "model")
     make({"kind": "quarot"}, folder / "model", folder / "rotation")
     tokens = torch.randint(0, 128, (16, 64), generator=torch.Generator().manual_seed(0))
     save_file({"tokens": tokens}, folder / "tokens", metadata={"calibration": "{}"})
