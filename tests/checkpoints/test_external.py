@@ -124,9 +124,38 @@ BROKEN = {
     "codes": ("gptq 4, ordered", f"{Q}.qweight", lambda t: t[:7].clone(), "codes of 7 x 96 words"),
     "zeros": ("awq", f"{Q}.qzeros", lambda t: t[:, :3].clone(), "zero points of"),
     "group": ("gptq 4, ordered", f"{Q}.g_idx", lambda t: t + 9, "columns of group 11 of 3"),
+    "order": ("gptq 4, ordered", f"{Q}.g_idx", lambda t: None, "an order of their own, but no g_idx"),
+    "order, zeros": ("gptq 4, ordered", f"{Q}.g_idx", torch.zeros_like, "an order of their own, but no g_idx"),
+    "order, packed": ("packed 3, groups in order", f"{Q}.weight_g_idx", lambda t: None, "but no g_idx"),
+    "order, in part": (
+        "packed 3, groups in order", f"{Q}.weight_g_idx", lambda t: t.index_fill(0, torch.tensor([3]), -1),
+        "columns without a group",
+    ),
     "gone": ("gptq 4, ordered", f"{Q}.scales", lambda t: None, "has no .*q_proj.scales"),
     "mask": ("2:4", f"{Q}.bitmask", lambda t: t | 1, "places for .* values"),
 }  # fmt: skip
+UNORDERED = {"zeros": ("auto-round, gptq", "g_idx", 0), "minus one": ("packed 3, groups", "weight_g_idx", -1)}
+
+
+@pytest.mark.parametrize("form", UNORDERED)
+def test_orders_that_are_not_filled_in_are_consecutive_groups(form, model, tmp_path):
+    case, name, value = UNORDERED[form]
+    meant = external.write(model, tmp_path / "c", case)
+    external.change(tmp_path / "c", f"{Q}.{name}", lambda t: torch.full((96,), value, dtype=torch.int32))
+    loaded = obr.load(tmp_path / "c", device="cpu")
+    assert torch.equal(loaded.get_parameter(f"{Q}.weight"), meant[f"{Q}.weight"])
+
+
+def test_groups_that_name_a_layer_closest_describe_it(model, tmp_path):
+    meant = external.write(model, tmp_path / "c", "packed 3, groups")
+    path = tmp_path / "c" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = groups["group_0"] | {"targets": [r"re:.*_proj$"]}
+    groups["group_0"] = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    loaded = obr.load(tmp_path / "c", device="cpu")
+    assert torch.equal(loaded.get_parameter(f"{Q}.weight"), meant[f"{Q}.weight"])
 
 
 @pytest.mark.parametrize("reason", BROKEN)

@@ -184,6 +184,9 @@ CASES = {
         awq(48), {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "group_size": 48}, 4, 48,
     ),
     "packed 4": (packed(4), scheme("pack-quantized"), 4, None),
+    "packed 3, groups": (
+        packed(3, 32), scheme("pack-quantized", num_bits=3, strategy="group", group_size=32), 3, 32,
+    ),
     "packed 3, groups in order": (
         packed(3, 32, ordered=True),
         scheme("pack-quantized", num_bits=3, strategy="group", group_size=32, actorder="group"), 3, 32,
@@ -235,5 +238,5 @@ def change(folder: Path, name: str, to: Callable[[Tensor], Tensor | None]) -> No
     """Change a tensor of a folder, or leave it out."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
-    tensor = to(tensors.pop(name))
+    tensor = to(tensors.pop(name, None))
     save_file(tensors if tensor is None else tensors | {name: tensor}, path, metadata={"format": "pt"})

@@ -101,6 +101,7 @@ class CompressedTensors(Layout):
         if scale.numel() == 1:
             return scale.reshape(1, 1)
         scale = scale.reshape(len(scale), -1)
+        order = self.order_of(layer, order, scale.shape[1], scheme.get("actorder") in ("group", True))
         if scheme.get("strategy") == "block":
             tall, wide = scheme["block_structure"]
             return scale.repeat_interleave(tall, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
@@ -114,25 +115,30 @@ class CompressedTensors(Layout):
         Raises:
             ObrError: no group of the configuration names the layer, or weights of a type that is not read.
         """
+        closest = {}  # {how closely a target names the layer: weights of its group}
         for group in self.groups:
-            if any(_matches(target, layer) for target in group.get("targets") or []):
-                weights = group.get("weights") or {}
-                integers = weights.get("type", "int") == "int" and weights.get("num_bits") in range(2, 9)
-                floats = weights.get("type") == "float" and weights.get("num_bits") == 8
-                if not (integers or floats):
-                    kind = f"{weights.get('type')} of {weights.get('num_bits')} bits"
-                    raise ObrError(f"{self.files.what}: weights of {layer} are {kind}, which are not read.")
-                return weights
-        if f"{layer}.compressed" in self.files.headers:
-            return None
-        raise self.unfit(layer, "no group of quantization_config names it")
+            for target in group.get("targets") or []:
+                closest.setdefault(_closeness(target, layer), group.get("weights") or {})
+        closest.pop(0, None)
+        if not closest:
+            if f"{layer}.compressed" in self.files.headers:
+                return None
+            raise self.unfit(layer, "no group of quantization_config names it")
+        weights = closest[max(closest)]
+        integers = weights.get("type", "int") == "int" and weights.get("num_bits") in range(2, 9)
+        floats = weights.get("type") == "float" and weights.get("num_bits") == 8
+        if not (integers or floats):
+            kind = f"{weights.get('type')} of {weights.get('num_bits')} bits"
+            raise ObrError(f"{self.files.what}: weights of {layer} are {kind}, which are not read.")
+        return weights
 
 
-def _matches(target: str, layer: str) -> bool:
-    """Whether a target names a linear layer: by class, by name, or by a regular expression behind "re:"."""
+def _closeness(target: str, layer: str) -> int:
+    """How closely a target names a linear layer: 3 by its name, 2 by a regular expression behind "re:", 1 by the
+    class, 0 not at all."""
     if target.startswith("re:"):
-        return bool(re.match(target[3:], layer))
-    return target in ("Linear", layer)
+        return 2 if re.match(target[3:], layer) else 0
+    return {layer: 3, "Linear": 1}.get(target, 0)
 
 
 def _placed(kept: Tensor, mask: Tensor, rows: int, columns: int) -> Tensor:

@@ -56,8 +56,7 @@ class Gptq(Layout):
         codes, zeros, scales, order = self.read(layer, *CODES)
         codes = unpack_words(codes.T, how.bits, columns)
         zeros = self._zero_points(zeros, how.bits, rows)
-        if order is not None and not 0 <= int(order.min()) <= int(order.max()) < len(scales):
-            raise self.unfit(layer, f"columns of group {int(order.max())} of {len(scales)}")
+        order = self.order_of(layer, order, len(scales), bool(self.settings.get("desc_act")))
         zero, scale = (spread(t.T.float(), rows, columns, how.group, order) for t in (zeros, scales))
         return (codes.float() - zero) * scale
 

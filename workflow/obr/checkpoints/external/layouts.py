@@ -88,6 +88,28 @@ class Layout(ABC):
             raise ObrError(f"{self.files.what} has no {layer}.{end}, so {self.name} does not say what the layer is.")
         return self.files.headers[f"{layer}.{end}"][0]
 
+    def order_of(self, layer: str, order: Tensor | None, groups: int, reordered: bool) -> Tensor | None:
+        """(n,) the group of each column; None where groups are of consecutive columns.
+
+        Files without an order of their own have no such tensor, or one of zeros (GPTQ) or of -1 (compressed-tensors).
+
+        reordered: the settings say that groups are of columns in another order.
+
+        Raises:
+            ObrError: groups that do not exist, or settings that name an order which the file does not have.
+        """
+        if groups == 1:
+            return None
+        if order is not None and not -1 <= int(order.min()) <= int(order.max()) < groups:
+            raise self.unfit(layer, f"columns of group {int(order.max())} of {groups}")
+        if order is None or int(order.max()) <= 0:
+            if reordered:
+                raise self.unfit(layer, "columns in an order of their own, but no g_idx that says which")
+            return None
+        if int(order.min()) < 0:
+            raise self.unfit(layer, "columns without a group")
+        return order
+
     def unfit(self, layer: str, why: str) -> ObrError:
         """The sentence for tensors that contradict each other."""
         return ObrError(f"{self.files.what}: {layer} is no layer of {self.name}: {why}; fetch the model again.")
