@@ -89,7 +89,7 @@ test-slurm: $(READY)
 	slurmctld slurmd slurm-client munge
 	OBR_SLURM=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/workflow/test_slurm.py
 
-# CHECK="--budget 300 --only products large" and the like; --dry-run says what would be done.
+# CHECK="--budget 300 --only products large" and the like; --dry-run says what would be done; --simulated --small needs no GPU.
 check-gpu: $(READY)
 	$(BIN)/python benchmarks/check_gpu.py $(CHECK)
 

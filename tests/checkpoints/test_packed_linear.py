@@ -173,6 +173,7 @@ def test_gpu_kernels_compute_the_simulated_layers(name, tokens, tiny_folder, pro
 
 
 @torch.no_grad()
+@needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: packed models were not run on one")
 @pytest.mark.parametrize("name", [*GPU_RECIPES, "unstructured", "paired 4:8"])

@@ -1,6 +1,7 @@
 """What the simulated device itself does: python tests/helpers/device_checks.py. A process of its own."""
 
 import copy
+import ctypes
 import sys
 import threading
 from pathlib import Path
@@ -75,6 +76,18 @@ def check_memory() -> None:
         view[0] = 3
         assert one[10:20].sum().item() == 30
     assert watch.peak - watch.before >= 8192 and watch.after - watch.before == 4096
+    device = simulated_device.library_in_use()
+    device.simulated_limit(ctypes.c_int64(device.simulated_alive() + 8192))
+    for more in (lambda: torch.zeros(4096, device="cuda"), lambda: one[:, None] + one[:4]):
+        refused(more, "CUDA out of memory")
+    device.simulated_limit(ctypes.c_int64(2**62))
+
+
+def check_events_are_timed() -> None:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    with torch.cuda.device("cuda:0"):
+        start.record(), end.record()
+    assert start.elapsed_time(end) >= 0
 
 
 def check_events() -> None:
@@ -126,6 +139,14 @@ def check_linear_algebra() -> None:
         torch.linalg.inv(matrix.cuda()),
     ):
         assert found.is_cuda
+
+
+def check_inference_mode() -> None:
+    x, weight = normal(4, 6).cuda(), normal(3, 6).cuda()
+    with torch.inference_mode():
+        out = F.linear(x, weight.float())
+        assert out.is_inference() and not weight.t().is_inference() and out.t().is_inference()
+    assert torch.equal(out.cpu(), F.linear(x.cpu(), weight.cpu()))
 
 
 def check_autocast() -> None:

@@ -25,7 +25,7 @@ constexpr auto DEVICE = c10::DeviceType::HPU;
 constexpr auto KEY = c10::DispatchKey::HPU;
 constexpr int64_t UNIT = 512;  // bytes to which CUDA's caching allocator rounds
 
-std::atomic<int64_t> alive{0}, peak{0}, operations{0};
+std::atomic<int64_t> alive{0}, peak{0}, operations{0}, limit{INT64_MAX};
 void (*listener)(const char* event, int64_t bytes, const char* what) = nullptr;
 
 void tell(const char* event, int64_t bytes, const std::string& what) {
@@ -47,8 +47,16 @@ void release(void* context) {
   delete held;
 }
 
+int64_t rounded_up(size_t bytes) { return (static_cast<int64_t>(bytes) + UNIT - 1) / UNIT * UNIT; }
+
+void check_room(size_t bytes) {
+  TORCH_CHECK_WITH(OutOfMemoryError, alive + rounded_up(bytes) <= limit, "CUDA out of memory. Tried to allocate ", bytes,
+                   " bytes. GPU 0 has a total capacity of ", limit.load(), " bytes, of which ", alive.load(),
+                   " are allocated.");
+}
+
 c10::DataPtr counted(void* data, void* own, c10::Storage from, size_t bytes) {
-  int64_t rounded = (static_cast<int64_t>(bytes) + UNIT - 1) / UNIT * UNIT;
+  int64_t rounded = rounded_up(bytes);
   int64_t now = alive += rounded;
   int64_t before = peak;
   while (now > before && !peak.compare_exchange_weak(before, now)) {
@@ -58,6 +66,7 @@ c10::DataPtr counted(void* data, void* own, c10::Storage from, size_t bytes) {
 
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    check_room(bytes);
     void* data = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
     TORCH_CHECK_WITH(OutOfMemoryError, data || !bytes, "the simulated device has no memory left");
     return counted(data, data, {}, bytes);
@@ -104,6 +113,14 @@ at::Tensor placed(c10::Storage storage, const at::Tensor& like) {  // a tensor o
   return out;
 }
 
+at::Tensor view(const at::Tensor& of, const at::Tensor& like) {  // a view of a tensor of the device
+  // Of an inference tensor it is one, of another tensor none, also in inference mode.
+  auto out = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(of.storage()), of.key_set(),
+                                                      like.dtype());
+  out.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+  return out;
+}
+
 struct Call {  // the arguments of an operation on the device
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs;  // (of the device, as the CPU sees it)
 
@@ -119,6 +136,7 @@ struct Call {  // the arguments of an operation on the device
       if (other.unsafeGetTensorImpl() == out.unsafeGetTensorImpl()) {
         if (out.storage().data() != own.storage().data()) {  // the kernel has made it larger
           auto from = out.storage();
+          check_room(from.nbytes());
           own.storage().set_data_ptr_noswap(counted(const_cast<void*>(from.data()), nullptr, from, from.nbytes()));
           own.storage().set_nbytes(from.nbytes());
         }
@@ -129,8 +147,9 @@ struct Call {  // the arguments of an operation on the device
     }
     void* data = const_cast<void*>(out.storage().data());
     for (auto& [own, other] : pairs)
-      if (data != nullptr && other.storage().data() == data) return placed(own.storage(), out);
+      if (data != nullptr && other.storage().data() == data) return view(own, out);
     auto storage = out.storage();
+    check_room(storage.nbytes());
     return placed(c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(),
                                counted(data, nullptr, storage, storage.nbytes()), &memory, true), out);
   }
@@ -388,5 +407,6 @@ void simulated_listen(void (*to)(const char*, int64_t, const char*)) { listener 
 int64_t simulated_alive() { return alive; }
 int64_t simulated_peak() { return peak; }
 int64_t simulated_operations() { return operations; }
+void simulated_limit(int64_t bytes) { limit = bytes; }
 void simulated_restart() { peak = alive.load(); operations = 0; }
 }

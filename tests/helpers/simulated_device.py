@@ -4,10 +4,12 @@
 
 `activate` makes "cuda" a device of this process; simulated_device.cpp is what computes there. It cannot be undone, so
 a process of its own is started for it. From then on everything in Python that names a device may say "cuda", and
-tensors there say that they lie on "cuda:0". An operation on tensors of different devices fails as on CUDA.
+tensors there say that they lie on "cuda:0". An operation on tensors of different devices fails as on CUDA. The folder
+simulated_gpu on the PYTHONPATH activates it in every Python process.
 
-`watched` counts what happens on the device in a piece of code. Not simulated: kernels' own memory, streams, half
-precision that CUDA sums in another order, and errors that CUDA reports late.
+`watched` counts what happens on the device in a piece of code. The memory has no end, or is of as many bytes as the
+variable OBR_SIMULATED_BYTES says. Times between events are the host's. Not simulated: kernels' own memory, streams,
+half precision that CUDA sums in another order, and errors that CUDA reports late.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import types
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 PRETENDED, REAL = "cuda", "hpu"
+LIMIT = "OBR_SIMULATED_BYTES"
+CAPABILITY = (9, 0)
 LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p)
 
 _library: ctypes.CDLL | None = None
@@ -134,6 +139,8 @@ def activate() -> None:
     _library = library()
     _library.simulated_alive.restype = _library.simulated_peak.restype = ctypes.c_int64
     _library.simulated_operations.restype = ctypes.c_int64
+    if LIMIT in os.environ:
+        _library.simulated_limit(ctypes.c_int64(int(os.environ[LIMIT])))
     _library.simulated_listen(_heard)
     _pretend_cuda()
     _Named().__enter__()  # for good
@@ -194,13 +201,15 @@ def _pretend_cuda() -> None:
     cuda.device_count, cuda.current_device = lambda: 1, lambda: 0
     cuda.is_bf16_supported = lambda including_emulation=True: True
     cuda.get_device_name = lambda device=None: "simulated device"
-    cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.get_device_capability = lambda device=None: CAPABILITY
+    cuda.get_device_properties = lambda device=None: _properties()
+    cuda.device = cuda.device_of = lambda device: nullcontext()
     cuda.synchronize = cuda.empty_cache = cuda.init = lambda *_, **__: None
     cuda.Stream, cuda.Event, cuda.stream, cuda.current_stream = _Stream, _Event, lambda _: nullcontext(), _Stream
     torch.Tensor.record_stream = lambda self, stream: None  # which takes no stream of another class
     cuda.manual_seed_all = cuda.manual_seed = lambda seed: None
     cuda.memory_allocated = lambda device=None: library_in_use().simulated_alive()
-    cuda.max_memory_allocated = lambda device=None: library_in_use().simulated_peak()
+    cuda.max_memory_allocated = cuda.max_memory_reserved = lambda device=None: library_in_use().simulated_peak()
     cuda.reset_peak_memory_stats = lambda device=None: library_in_use().simulated_restart()
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
         setattr(torch, name, _with_real_device(getattr(torch, name)))
@@ -210,14 +219,26 @@ def _pretend_cuda() -> None:
     )
 
 
+def _properties() -> types.SimpleNamespace:
+    """What PyTorch tells of a device; of this one as if it were a small one."""
+    memory = int(os.environ.get(LIMIT, 2**40))
+    return types.SimpleNamespace(
+        name="simulated device", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=memory,
+        multi_processor_count=1, L2_cache_size=2**20, uuid="simulated",
+    )  # fmt: skip
+
+
 class _Event:
-    """Of a device on which everything is over when it has begun."""
+    """Of a device on which everything is over when it has begun; the time between two of them is the host's."""
 
     def __init__(self, *_, **__):
-        pass
+        self.at = None
 
     def record(self, stream=None) -> None:
-        pass
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1e3 * (end.at - self.at)
 
     def synchronize(self) -> None:
         pass

@@ -105,12 +105,12 @@ def locks() -> set[str]:
 )
 def test_visible_cards_without_variable_are_all_by_uuid(machine, instances, expected):
     machine(listed(A100, A100, instances=instances))
-    assert list(gpu._visible()) == expected
+    assert list(gpu.visible_gpus()) == expected
 
 
 def test_visible_cards_of_an_old_nvidia_smi_are_indices(machine):
     machine("no list\n", "0\n1\n")
-    assert list(gpu._visible()) == ["0", "1"]
+    assert list(gpu.visible_gpus()) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
@@ -129,29 +129,29 @@ def test_visible_cards_of_an_old_nvidia_smi_are_indices(machine):
 def test_visible_cards_with_variable_are_those_that_cuda_sees(machine, monkeypatch, given, entries):
     machine(listed(A100, A100))
     monkeypatch.setenv(gpu.VISIBLE, given)
-    assert list(gpu._visible()) == entries
+    assert list(gpu.visible_gpus()) == entries
 
 
 @pytest.mark.parametrize("given", ["1", UUIDS[1], UUIDS[1][:9]], ids=["index", "UUID", "short UUID"])
 def test_lock_of_a_card_is_one_however_it_is_named(machine, monkeypatch, given):
     machine(listed(A100, A100))
     monkeypatch.setenv(gpu.VISIBLE, given)
-    assert gpu._visible() == {given: UUIDS[1]}
+    assert gpu.visible_gpus() == {given: UUIDS[1]}
 
 
 def test_lock_of_an_index_is_the_first_instance_of_its_card(machine, monkeypatch):
     machine(listed(A100, instances={0: MIGS[:2]}))
     monkeypatch.setenv(gpu.VISIBLE, "0")
-    assert gpu._visible() == {"0": MIGS[0]}
+    assert gpu.visible_gpus() == {"0": MIGS[0]}
 
 
 def test_lock_of_an_index_among_unlike_cards_needs_the_order_of_the_bus(machine, monkeypatch):
     """CUDA counts the fastest first, nvidia-smi by the bus."""
     machine(listed(A100, H100))
     monkeypatch.setenv(gpu.VISIBLE, "1")
-    assert gpu._visible() == {"1": f"{platform.node()}-1"}
+    assert gpu.visible_gpus() == {"1": f"{platform.node()}-1"}
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    assert gpu._visible() == {"1": UUIDS[1]}
+    assert gpu.visible_gpus() == {"1": UUIDS[1]}
 
 
 def test_claim_of_an_instance_with_slashes_in_its_name_is_a_file(machine, monkeypatch):

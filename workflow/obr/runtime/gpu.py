@@ -29,7 +29,7 @@ def claim(device: str) -> str:
     """
     if device != "cuda" or _held:
         return device
-    gpus = _visible()
+    gpus = visible_gpus()
     if not gpus:
         raise ObrError(f"device is 'cuda' but {_why_none()}; use --config device=cpu.")
     waits = False
@@ -50,7 +50,7 @@ def device_of(name: str) -> str:
     """ "cpu" or "cuda" for a device that may be "auto": a GPU if one is visible."""
     if name != "auto":
         return name
-    return "cuda" if _visible() else "cpu"
+    return "cuda" if visible_gpus() else "cpu"
 
 
 def _locked(gpu: str, name: str) -> IO | None:
@@ -77,7 +77,7 @@ def _locked(gpu: str, name: str) -> IO | None:
     return file
 
 
-def _visible() -> dict[str, str]:
+def visible_gpus() -> dict[str, str]:
     """{entry of CUDA_VISIBLE_DEVICES: name of its lock} of each GPU and MIG instance that this process may use.
 
     As CUDA reads the variable: an entry that names no GPU ends the list. A lock has the UUID, so that an index and a
