@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -66,6 +67,73 @@ def test_an_error_of_the_reading_thread_is_raised_where_its_block_is_due(blocks,
     assert next(read) is not None
     with pytest.raises(ObrError, match="block 1 is broken"):
         next(read)
+
+
+class Streams:
+    """Stands in for torch.cuda: streams by name, and what they are told to do, in order."""
+
+    def __init__(self):
+        self.told, self.current = [], {0: "main 0", 1: "main 1"}
+
+    def Stream(self, device):
+        return Stream(self, f"side {device.index}")
+
+    def stream(self, stream):
+        return nullcontext()
+
+    def current_stream(self, device=None):
+        return Stream(self, self.current[0 if device is None else device.index])
+
+    def Event(self):
+        return Event(self)
+
+
+class Stream:
+    def __init__(self, streams: Streams, name: str):
+        self.streams, self.name = streams, name
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.streams.told.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: "Event") -> None:
+        self.streams.told.append((self.name, "waits for", event.recorded))
+
+
+class Event:
+    def __init__(self, streams: Streams):
+        self.recorded = None
+
+    def record(self, stream: Stream) -> None:
+        self.recorded = stream.name
+
+
+class OnSecondGpu:
+    """Blocks that say that they lie on the second of two GPUs."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self, streams: Streams):
+        self.streams = streams
+
+    def __len__(self) -> int:
+        return 2
+
+    def load(self, index: int) -> torch.nn.Module:
+        self.streams.told.append(f"block {index} is read")
+        return torch.nn.Linear(2, 2)
+
+
+def test_streams_of_a_gpu_other_than_the_current_one_wait_for_each_other(monkeypatch):
+    """The reading one for what is on its way to the device, such as rotations; the computing one for the block."""
+    streams = Streams()
+    monkeypatch.setattr(torch, "cuda", streams)
+    for index, _ in enumerate(in_turn(OnSecondGpu(streams))):
+        streams.told.append(f"block {index} is used")
+    order = [told for told in streams.told if told != "block 1 is read"]  # while block 0 is used, or before
+    handed = ("main 1", "waits for", "side 1")
+    assert order == [
+        ("side 1", "waits for", "main 1"), "block 0 is read", handed, "block 0 is used", handed, "block 1 is used"
+    ]  # fmt: skip
 
 
 def test_scores_do_not_depend_on_reading_ahead(blocks, monkeypatch):

@@ -118,6 +118,8 @@ def test_visible_cards_of_an_old_nvidia_smi_are_indices(machine):
     [
         ("0,1", ["0", "1"]),
         (" 1 , 0", ["1", "0"]),
+        ("0,2,1", ["0"]),
+        (f"{UUIDS[0]},{UUIDS[3]},1", [UUIDS[0]]),
         ("1,-1,0", ["1"]),  # as CUDA reads it: what follows an invalid entry is not seen
         ("-1", []),
         ("", []),

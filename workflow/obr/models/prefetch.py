@@ -27,7 +27,10 @@ def in_turn(blocks: Blocks, start: int = 0, ahead: bool | None = None) -> Iterat
         for index in range(start, len(blocks)):
             yield blocks.load(index)
         return
-    stream = torch.cuda.Stream(blocks.device) if blocks.device.type == "cuda" else None
+    stream = None
+    if blocks.device.type == "cuda":
+        stream = torch.cuda.Stream(blocks.device)
+        stream.wait_stream(torch.cuda.current_stream(blocks.device))  # what blocks are made with: rotations, say
     with ThreadPoolExecutor(1, "block") as reader:
         following = reader.submit(_read, blocks, start, stream) if start < len(blocks) else None
         for index in range(start, len(blocks)):
@@ -36,7 +39,7 @@ def in_turn(blocks: Blocks, start: int = 0, ahead: bool | None = None) -> Iterat
             if index + 1 < len(blocks):
                 following = reader.submit(_read, blocks, index + 1, stream)
             if is_copied is not None:
-                _hand_over(block, is_copied)
+                _hand_over(block, is_copied, torch.cuda.current_stream(blocks.device))
             yield block
             del block
 
@@ -53,9 +56,8 @@ def _read(blocks: Blocks, index: int, stream: torch.cuda.Stream | None) -> tuple
     return block, event
 
 
-def _hand_over(block: nn.Module, is_copied: torch.cuda.Event) -> None:
-    """Let the current stream use a block: after its copies, and before its memory is used for another one."""
-    current = torch.cuda.current_stream()
+def _hand_over(block: nn.Module, is_copied: torch.cuda.Event, current: torch.cuda.Stream) -> None:
+    """Let the stream of the computation use a block: after its copies, before its memory is used for another one."""
     current.wait_event(is_copied)
     for tensor in (*block.parameters(), *block.buffers()):
         if tensor.is_cuda:

@@ -89,7 +89,7 @@ def visible_gpus() -> dict[str, str]:
         return instances or {str(i): _lock_name(str(i)) for i in _indices()}
     found: dict[str, str] = {}
     for entry in map(str.strip, given.split(",")):
-        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", entry):
+        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", entry) or (cards and not _is_there(entry, cards)):
             break
         found[entry] = _lock_name(_uuid_of(entry, cards))
     return found
@@ -131,6 +131,13 @@ def _asked(*arguments: str) -> str:
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _is_there(entry: str, cards: list[_Card]) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES names one of the cards; of a MIG instance, whose names vary, yes."""
+    if entry.isdigit():
+        return int(entry) < len(cards)
+    return entry.startswith("MIG-") or any(card.uuid.startswith(entry) for card in cards)
 
 
 def _uuid_of(entry: str, cards: list[_Card]) -> str:
