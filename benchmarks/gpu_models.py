@@ -123,7 +123,7 @@ def _decoded(s: Settings, folder: Path, form: str) -> tuple[float, float | None]
     can_pack = not s.is_cuda or find_spec("triton") is not None
     for packed in (False, True) if can_pack else (False,):
         before = _allocated(s)
-        model = obr.load(folder, activations, torch.bfloat16, s.device, packed=packed)
+        model = obr.load(folder, activations, _dtype(), s.device, packed=packed)
         prefix = "packed_" if packed else ""
         if s.is_cuda:
             row[f"{prefix}weights_gb"] = _allocated(s) - before
@@ -140,6 +140,11 @@ def _decoded(s: Settings, folder: Path, form: str) -> tuple[float, float | None]
     if not apart < 0.05:
         raise Failed(f"{form}: packed and unpacked logits are {apart:.3g} of their norm apart.")
     return speeds[0], speeds[1]
+
+
+def _dtype() -> torch.dtype:
+    """Of decoding: Triton's interpreter multiplies matrices of bfloat16 as if their bits were whole numbers."""
+    return torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
 
 
 def _tokens_a_second(s: Settings, model, prompt: torch.Tensor) -> float:

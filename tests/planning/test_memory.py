@@ -1,13 +1,18 @@
 """What restoring a layer holds at once is counted, and is what plans say; results do not depend on what is reused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
 from helpers.live_bytes import peak_bytes
 from obr.methods import conjugate_gradient, grid, joint, row_products
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import restore
+from obr.models.architectures import Dimensions
 from obr.planning import memory, tensor_sizes
+from obr.rotations import fold, registry
 
 COLUMNS, ROWS, PART = 1024, 292, 73  # as 28,672 columns, 8,192 rows, and parts of 2,048
 RECIPES = [
@@ -48,6 +53,41 @@ def test_a_method_holds_as_much_as_plans_say(method, options, monkeypatch):
     solver = memory.solver_of(method, "group" in options)
     planned = memory.solver_bytes(solver, ROWS, COLUMNS, PART, "column_order" in options)
     assert 0.75 * planned < counted < 1.03 * planned
+
+
+def ends_of(vocabulary: int, is_tied: bool) -> nn.Module:
+    """A model of nothing but the ends, of random numbers in float32."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.embed, model.norm = nn.Embedding(vocabulary, 64), nn.LayerNorm(64, bias=False)
+    model.head = nn.Linear(64, vocabulary, bias=False)
+    nn.init.normal_(model.norm.weight)
+    if is_tied:
+        model.head.weight = model.embed.weight
+    model.config = SimpleNamespace(tie_word_embeddings=is_tied)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rotating_the_ends_holds_as_much_as_plans_say_and_is_the_same_in_parts(is_tied, monkeypatch):
+    vocabulary, part = 5000, 64 * 333
+    layout = SimpleNamespace(embed="embed", head="head", final_norm="norm", norm_offset=0.0)
+    sizes = tensor_sizes.Sizes(64, 128, 64, 64, 2, vocabulary)
+    rotation = registry.draw("quarot", Dimensions(64, 128, 4, 4, 16, 2), 0)
+    models = []
+
+    def rotated() -> None:
+        models.append(ends_of(vocabulary, is_tied))
+        rotation.fold_ends(models[-1], layout)
+
+    rotated()
+    monkeypatch.setattr(fold, "END_PART", part)
+    monkeypatch.setattr(memory, "END_PART", part)
+    counted = peak_bytes(rotated)
+    assert 0.75 * memory.reading_ends(sizes) < counted < 1.03 * memory.reading_ends(sizes)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert models[1].head.weight is not models[1].embed.weight
 
 
 def test_the_largest_layer_of_a_70b_model_fits_24_gb():

@@ -7,6 +7,7 @@ from obr.config.recipe import Recipe
 from obr.planning.tensor_sizes import Sizes
 
 LOGITS = 2.0**27  # bytes in float32 that exist at a time in zero-shot evaluation
+END_PART = 2.0**22  # elements of embeddings or head that are rotated at a time, in float64, four times
 STATES = 4.1e9  # bytes of hidden states in memory; more of them lie in files
 # (matrices (n, n), weights (r, n), arrays of PART_ROWS rows) in float32 that exist at once at the points where a
 # method holds most; one in 16 bits counts half. Tests count them.
@@ -48,11 +49,17 @@ def folding(sizes: Sizes) -> float:
     return 4.0 * sizes.block + 32.0 * max(rows * columns for rows, columns in sizes.layers)
 
 
+def reading_ends(sizes: Sizes, is_rotated: bool = True) -> float:
+    """Bytes of embeddings and head in float32, as they are read, and of one of them as it is rotated or stored."""
+    return 4.0 * sizes.ends + (2.0 * sizes.ends + 32.0 * END_PART if is_rotated else sizes.ends)
+
+
 def compressing(
     sizes: Sizes, method: str, length: int, on_gpu: bool, is_rotated: bool = True, is_ordered: bool = False
 ) -> float:
-    """Bytes on the device that compresses, but for hidden states: the ends and, in turn, a block as it is read and
-    folded, in float32 and one layer in float64; as it runs; and as its groups are restored."""
+    """Bytes on the device that compresses, but for hidden states: the ends as they are read; then the ends and, in
+    turn, a block as it is read and folded, in float32 and one layer in float64; as it runs; and as its groups are
+    restored."""
     element = 2 if on_gpu else 4
     d, f = sizes.hidden, sizes.passing
     loaded = folding(sizes) if is_rotated else element * sizes.block
@@ -62,7 +69,7 @@ def compressing(
     solving = element * sizes.block + max(
         solver_bytes(method, rows, columns, is_ordered=is_ordered) for rows, columns in groups
     )
-    return element * sizes.ends + max(loaded, running, solving)
+    return max(reading_ends(sizes, is_rotated), element * sizes.ends + max(loaded, running, solving))
 
 
 def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe | None = None) -> float:
@@ -105,9 +112,9 @@ def memory(
             model += block + 4.0 * max(sizes.inputs) ** 2
     elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
         graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing + 3 * sizes.vocabulary)
-        model, base = ends + max(folding(sizes), 2 * block + graph), 0.8
+        model, base = max(reading_ends(sizes), ends + max(folding(sizes), 2 * block + graph)), 0.8
     elif rule == "hessian":
-        model, base = ends + max(folding(sizes), 2 * block + all_hessians), 0.8
+        model, base = max(reading_ends(sizes), ends + max(folding(sizes), 2 * block + all_hessians)), 0.8
     elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
         model, base = 1.5 * ends + 3 * block, 0.9
     elif rule == "evaluate":  # ends at 16 bits, the head again as it is used, a block and what passes through it

@@ -105,11 +105,12 @@ class Rotation(ABC):
         if residual is None:
             return
         embed, head, norm = (model.get_submodule(n) for n in (layout.embed, layout.head, layout.final_norm))
-        rotated, new_head = fold.fold_ends(embed.weight, norm.weight + layout.norm_offset, head.weight, residual)
+        folded = fold.fold_end(head.weight, residual, norm.weight + layout.norm_offset)
         if head.weight is embed.weight:
-            head.weight = nn.Parameter(new_head, requires_grad=False)
+            head.weight = nn.Parameter(folded, requires_grad=False)
             model.config.tie_word_embeddings = False
-        head.weight.data, embed.weight.data = new_head, rotated
+        head.weight.data = folded
+        embed.weight.data = fold.fold_end(embed.weight, residual)
         norm.weight.data = torch.full_like(norm.weight, 1 - layout.norm_offset)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from obr.models.architectures import KIND_OF, Layout, kind_of
 from obr.models.hadamard import Kronecker, inverse_transposed
 from obr.models.online_transforms import Range, Shift
 
+END_PART = 1 << 22  # elements of embeddings or head that are rotated at a time
 READS_RESIDUAL, WRITES_RESIDUAL = ("qkv", "up_gate", "latent"), ("o", "down")
 
 
@@ -74,12 +75,20 @@ class BlockTransforms:
         return parts + (["queries and keys"] if self.keys is not None else [])
 
 
-def fold_ends(
-    embed: Tensor, gain: Tensor, head: Tensor, residual: Kronecker, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """Embeddings and head (v, d) on a rotated residual stream; the final norm's gain (d,) is in the head."""
-    head = residual(head.to(dtype) * gain.to(dtype)).to(head)
-    return residual(embed.to(dtype)).to(embed), head
+@torch.no_grad()
+def fold_end(
+    weight: Tensor, residual: Kronecker, gain: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Embeddings or head (v, d) on a rotated residual stream, a new tensor. gain: (d,) of the norm before a head.
+
+    Some rows are computed at a time: in float64 a large vocabulary takes more than a block of the model.
+    """
+    new = torch.empty_like(weight)
+    step = max(1, END_PART // weight.shape[1])
+    for first in range(0, len(weight), step):
+        rows = weight[first : first + step].to(dtype)
+        new[first : first + step] = residual(rows if gain is None else rows * gain.to(dtype))
+    return new
 
 
 def fold_block(
