@@ -63,7 +63,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _stop)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in chosen:  # of an earlier run, which is not to be taken for this one's
