@@ -13,7 +13,7 @@
 # make kernels   the 4-bit products for GPUs, with NVIDIA's compiler from PyPI (320 MB); needs no GPU to compile
 # make crate   an RO-Crate of the demo: results/demo/ro-crate-metadata.json with each job, its command, code and files
 # make check-readers   do vLLM, llama.cpp and transformers 4 compute what is exported? After the demo; 2 GB of packages
-# make peers   llm-compressor, GPTQModel and AutoRound beside ours, in a table; after the demo; an hour on two cores
+# make peers   llm-compressor, GPTQModel and AutoRound beside ours, in a table; 8 GB of packages; over an hour on two cores
 # make docs    the documentation site, into site/; without a network
 # make lint    ruff, snakefmt, snakemake --lint
 # make audit   known vulnerabilities of what the lock files install, asked of osv.dev
@@ -114,26 +114,29 @@ crate: $(READY)
 	--report-fairscape-license https://spdx.org/licenses/Apache-2.0
 	@echo "RO-Crate: $(CRATE)"
 
-# Other programs, each in an environment of its own: their dependencies are not the project's.
+# Other programs, each in an environment of its own: their dependencies are not the project's. By hash; those for which
+# this project's torch will do have it, as it is built for this machine.
 READERS := vllm llamacpp transformers4
 PEERS := llmcompressor gptqmodel autoround
+WITH_TORCH := vllm transformers4 llmcompressor autoround
+define OTHER_ENVIRONMENT
+$(PYTHON) -m venv $(@D)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --require-hashes -r $<
+$(if $(filter $*,$(WITH_TORCH)),$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.torch.lock)
+@touch $@
+endef
 
-.readers/%/.ready: envs/readers/%.txt
-	$(PYTHON) -m venv .readers/$*
-	.readers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
-	@touch $@
+.readers/%/.ready: envs/readers/%.txt requirements.torch.lock
+	$(OTHER_ENVIRONMENT)
 
-.peers/%/.ready: envs/peers/%.txt
-	$(PYTHON) -m venv .peers/$*
-	.peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps -r $<
-	@touch $@
+.peers/%/.ready: envs/peers/%.txt requirements.torch.lock
+	$(OTHER_ENVIRONMENT)
 
 check-readers: $(READY) $(READERS:%=.readers/%/.ready)
 	$(BIN)/python benchmarks/readers/check.py
 
 peers: $(READY) $(PEERS:%=.peers/%/.ready)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/peers/run.py
-	@cat results/peers/tables/peers.md
 
 # Broken links, anchors and pages are errors; with --quiet, mkdocs would overlook them.
 docs: $(READY)

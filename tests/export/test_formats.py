@@ -246,6 +246,12 @@ def test_configurations_say_nothing_that_readers_refuse(recipe, tiny_folder, pro
     assert "sparsity" not in json.dumps(settings)
 
 
+def test_compressed_tensors_says_which_widths_transformers_4_misreads(checkpoints, tmp_path):
+    said = export(checkpoints["3 bits, first block"], "compressed-tensors", tmp_path / "mixed")
+    assert said.endswith("Layers of 3 bits need transformers 5; version 4 reads them wrongly.")
+    assert export(checkpoints["unstructured"], "compressed-tensors", tmp_path / "plain").endswith(" MB in all.")
+
+
 def test_gguf_says_what_becomes_of_other_widths(checkpoints, tmp_path):
     said = export(checkpoints["3 bits, first block"], "gguf", tmp_path / "model.gguf")
     assert "7 layers of 3 bits take 4.5 bits a weight, since GGUF has no such codes" in said

@@ -45,7 +45,13 @@ def write(source: ExportSource, out: Path) -> str:
         copy_side_files(source.folder, folder)
         replace_folder(folder, out)
     how = "stored in bytes, their inputs at 8 bits," if source.inputs else "packed"
-    return f"{out}: {len(bits)} layers {how} for compressed-tensors, {written / 1e6:.1f} MB in all."
+    odd = [] if source.inputs else sorted({width for width in bits.values() if 32 % width})
+    note = (
+        f" Layers of {' and '.join(map(str, odd))} bits need transformers 5; version 4 reads them wrongly."
+        if odd
+        else ""
+    )
+    return f"{out}: {len(bits)} layers {how} for compressed-tensors, {written / 1e6:.1f} MB in all.{note}"
 
 
 def _in_bytes(tensors: dict[str, Tensor], bits: dict[str, int]) -> dict[str, Tensor]:
