@@ -50,6 +50,8 @@ def _without_effect(raw: dict) -> Iterator[tuple[str, str, object, str]]:
     for name, entry in raw["tables"].items():
         if entry.get("mean") and not entry.get("zero_shot"):
             yield f"tables.{name}", "mean", True, "tables with zero_shot"
+        if entry.get("both_orders") and not entry.get("seeds"):
+            yield f"tables.{name}", "both_orders", True, "tables with seeds"
     for name, entry in raw["rotations"].items():
         yield from _of_rotation(f"rotations.{name}", entry)
     for name, entry in raw["recipes"].items():
@@ -59,6 +61,8 @@ def _without_effect(raw: dict) -> Iterator[tuple[str, str, object, str]]:
     for name, entry in raw["calibrations"].items():
         if entry.get("sampling") == "sequential" and entry.get("seed"):
             yield f"calibrations.{name}", "seed", entry["seed"], "sampling random and documents"
+        if entry.get("reversed") and "text" not in entry:
+            yield f"calibrations.{name}", "reversed", True, "windows of a text"
     for name, entry in raw["zero_shot"].items():
         if entry.get("text") and entry["source"].get("source") != "cloze":
             yield f"zero_shot.{name}", "text", entry["text"], "tasks of source cloze"

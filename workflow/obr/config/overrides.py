@@ -7,6 +7,7 @@ Each function changes a validated config in place.
 QUICK = {"nsamples": 8, "seqlen": 256, "tokens": 2048, "limit": 8}
 QUICK_BLOCKS = "0:4"
 QUICK_LEARNING = {"steps": 2, "epochs": 1, "batch": 2, "held_out": 2}
+REVERSED = "-reversed"  # ends the names of recipes and calibrations whose windows come in the reverse order
 QUICK_NOTE = (
     "Quick: only the first four blocks are compressed, with at most {nsamples} calibration windows of {seqlen} "
     "tokens; scored on {tokens:,} tokens and {limit} questions; rotations are learned in two steps. "
@@ -105,7 +106,8 @@ def multiply(raw: dict) -> None:
     """Give the rows of every table and figure with `seeds` one recipe a seed, listed as the row's `variants`.
 
     A seed is that of the calibration windows, of a rotation that is drawn and of random masks, together; the
-    recipe of the seed that a row has already is the row's own. A row with `seeds` of its own has those.
+    recipe of the seed that a row has already is the row's own. A row with `seeds` of its own has those. With
+    `both_orders` each seed has a second recipe, whose calibration windows come in the reverse order.
     """
     for entry in [*raw["tables"].values(), *raw["figures"].values()]:
         if entry.get("seeds"):
@@ -113,8 +115,21 @@ def multiply(raw: dict) -> None:
             for row in rows:
                 if "recipe" in row:
                     variants = [_seeded(raw, row["recipe"], seed) for seed in row.get("seeds", entry["seeds"])]
+                    if entry.get("both_orders"):
+                        variants = [key for own in variants for key in (own, _reversed(raw, own))]
                     row["variants"] = list(dict.fromkeys(variants))
             entry["rows"] = rows
+
+
+def _reversed(raw: dict, key: str) -> str:
+    """The recipe `key` with its calibration windows in the reverse order; `key` itself if it reads no text."""
+    recipe, calibrations = raw["recipes"][key], raw["calibrations"]
+    name = recipe.get("calibration")
+    if "text" not in calibrations.get(name, {}):
+        return key
+    calibrations[f"{name}{REVERSED}"] = {**calibrations[name], "reversed": True}
+    raw["recipes"][f"{key}{REVERSED}"] = {**recipe, "calibration": f"{name}{REVERSED}"}
+    return f"{key}{REVERSED}"
 
 
 def _seeded(raw: dict, key: str, seed: int) -> str:

@@ -215,10 +215,10 @@ class RuleFunctions:
 
     def sensitivity(self, wildcards) -> str:
         """The losses that a recipe's allocation chooses from."""
-        recipe = self.config.parsed[wildcards.recipe]
+        key = wildcards.recipe
         return self.path(
-            "sensitivity", model=wildcards.model, rotation=recipe.rotation, calibration=recipe.calibration,
-            options=self.config.options_of(wildcards.recipe),
+            "sensitivity", model=wildcards.model, rotation=self.config.parsed[key].rotation,
+            calibration=self.config.measured_calibration(key), options=self.config.options_of(key),
         )  # fmt: skip
 
     def calibration_text(self, wildcards) -> str:

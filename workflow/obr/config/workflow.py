@@ -218,6 +218,12 @@ class Config:
         """What tables and figures ask of each (model, recipe, activation scheme); see `scores_asked`."""
         return scores_asked(self.raw)
 
+    def measured_calibration(self, key: str) -> str:
+        """The windows on which a recipe's options are measured: those of its calibration, in the order drawn."""
+        name = self.parsed[key].calibration
+        drawn = name.removesuffix(overrides.REVERSED)
+        return drawn if drawn in self.raw["calibrations"] else name
+
     def measured_blocks(self, options: str, rotation: str, calibration: str) -> str | None:
         """The blocks to measure: those of the recipes whose allocations choose from it, all if these differ."""
         found = {
@@ -225,7 +231,7 @@ class Config:
             for key, recipe in self.parsed.items()
             if recipe.allocation is not None
             and self.options_of(key) == options
-            and (recipe.rotation, recipe.calibration) == (rotation, calibration)
+            and (recipe.rotation, self.measured_calibration(key)) == (rotation, calibration)
         }
         return found.pop() if len(found) == 1 else None
 

@@ -13,7 +13,7 @@ from obr.data.tokenize import begin_with_bos, behind_bos, bos_note, read_text, t
 from obr.errors import ObrError
 from obr.runtime.files import atomic_write
 
-SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling")
+SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling", "reversed")
 
 
 def calibration_tokens(
@@ -25,6 +25,7 @@ def calibration_tokens(
     seed: int = 0,
     bos: bool | str | None = None,
     sampling: str = "random",
+    reversed: bool = False,
 ) -> torch.LongTensor:
     """Calibration samples (nsamples, seqlen) of token ids out of one text, or out of a list of documents.
 
@@ -35,6 +36,7 @@ def calibration_tokens(
     "documents": one window inside each of nsamples documents, drawn as GPTQ draws them from C4; see
     `document_windows`.
     bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of the text, drawn likewise.
+    reversed: the last window drawn comes first. Sums over all windows then differ by rounding alone.
     Raises ObrError if the text is too short, if no document is longer than seqlen, or if the text is a list where
     one string is needed, or the reverse.
 
@@ -45,9 +47,11 @@ def calibration_tokens(
     """
     check_sampling(sampling, not isinstance(text, str), "the text")
     if sampling == "documents":
-        return document_windows(tokenizer, text, nsamples, seqlen, seed, bos)
-    tokens = tokenize(tokenizer, text, bos)
-    return sample_windows(tokens, nsamples, seqlen, seed, sampling, window_bos(tokenizer, bos))
+        windows = document_windows(tokenizer, text, nsamples, seqlen, seed, bos)
+    else:
+        tokens = tokenize(tokenizer, text, bos)
+        windows = sample_windows(tokens, nsamples, seqlen, seed, sampling, window_bos(tokenizer, bos))
+    return windows.flip(0) if reversed else windows
 
 
 def evaluation_windows(
@@ -94,24 +98,27 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
         raise ObrError(f"calibration has unknown keys {', '.join(unknown)}: use only {', '.join(SPEC_KEYS)}.")
     model_dir, text_file, out = Path(model_dir), Path(text_file), Path(out)
     options = {"nsamples": 128, "seqlen": 2048, "seed": 0, "bos": None, "sampling": "random"}
-    options |= {key: spec[key] for key in SPEC_KEYS if key in spec}
+    options |= {key: spec[key] for key in SPEC_KEYS if key in spec and key != "reversed"}
+    order = {"reversed": True} if spec.get("reversed") else {}
     tokenizer = tokenizer_of(model_dir)
     check_sampling(options["sampling"], text_file.suffix == DOCUMENTS, str(text_file))
     if options["sampling"] == "documents":
         text = Documents(text_file)
         sha256, size = text.sha256, {"documents": len(text)}
-        tokens = calibration_tokens(tokenizer, text, **options)
+        tokens = calibration_tokens(tokenizer, text, **options, **order)
     else:
         text = read_text(text_file)
         stream = tokenize(tokenizer, text, options["bos"])
         sha256, size = hashlib.sha256(text.encode("utf-8")).hexdigest(), {"tokens_in_text": len(stream)}
         drawn = {key: value for key, value in options.items() if key != "bos"}
         tokens = sample_windows(stream, **drawn, bos_token_id=window_bos(tokenizer, options["bos"]))
+        tokens = tokens.flip(0) if order else tokens
     about = {
         "model": model_dir.name,
         "text": spec.get("text", text_file.stem),
         "text_sha256": sha256,
         **options,
+        **order,
         **size,
         "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
