@@ -6,7 +6,7 @@ from helpers.paths import ROOT
 from obr.config.config_files import layered, merge, read_yaml
 
 STUDIES = (
-    "hessians", "seeds", "ostquant", "rotations", "released", "joint", "joint_rotations", "mixed_precision",
+    "hessians", "seeds", "ostquant", "rotations", "released", "joint", "joint_rotations", "mixed_precision", "equal_storage",
     "statistics", "kernels_cpu", "hardware",
 )  # fmt: skip
 SMALL = "config/experiments/small.yaml"
