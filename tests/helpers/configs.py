@@ -6,8 +6,8 @@ from helpers.paths import ROOT
 from obr.config.config_files import layered, merge, read_yaml
 
 STUDIES = (
-    "hessians", "seeds", "ostquant", "rotations", "released", "joint", "joint_rotations", "mixed_precision", "equal_storage",
-    "statistics", "kernels_cpu", "hardware",
+    "hessians", "seeds", "ostquant", "rotations", "released", "joint", "joint_rotations",
+    "mixed_precision", "equal_storage", "statistics", "kernels_cpu", "hardware",
 )  # fmt: skip
 SMALL = "config/experiments/small.yaml"
 OBR_A4 = {"recipe": "obr", "activations": "a4"}

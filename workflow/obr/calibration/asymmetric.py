@@ -46,18 +46,21 @@ def collect(
     dense_hidden: HiddenStates,
     arguments: dict,
     groups: list[str],
+    weights: dict[str, Tensor] | None = None,
 ) -> dict[str, GroupStatistics]:
     """Moments, drift and, of layers that add to it, the lack of the residual stream of some groups of `block`, beside
     `dense`, the block before compression.
 
-    Seven parameters: two blocks and the hidden states of both.
+    Eight parameters: two blocks and the hidden states of both.
 
     hidden, dense_hidden: b inputs (1, s, d) of either. groups: keys of `layout.groups`, in its order.
+    weights: {group: (b, s)} how much each token counts; None for alike.
     """
     totals, drifts, lacking = {}, {}, {}
     for group in groups:
         weight = block.get_submodule(layout.groups[group][0]).weight  # the others of a group read the same input
-        totals[group] = Accumulator(weight.shape[1], len(hidden), weight.device)
+        own = weights[group] if weights else None
+        totals[group] = Accumulator(weight.shape[1], len(hidden), weight.device, own)
         drifts[group] = torch.zeros_like(totals[group].upper)
         if group in ADDS_TO_STREAM and layout.adds_plainly:
             lacking[group] = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -67,7 +70,9 @@ def collect(
         for group in groups:
             x, factor = seen[group], totals[group].factor
             totals[group](x)
-            drifts[group].addmm_((wanted[group] - x).T, x, alpha=factor)
+            if weights:
+                x = x * weights[group][totals[group].seen - 1][:, None]
+            drifts[group].addmm_((wanted[group] - seen[group]).T, x, alpha=factor)
             if group in lacking:
                 lacking[group].addmm_((dense_streams[group] - streams[group]).T, x, alpha=factor)
     return {group: GroupStatistics(totals[group].moments(), drifts[group], lacking.get(group)) for group in groups}

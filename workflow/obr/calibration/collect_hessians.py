@@ -34,17 +34,27 @@ from obr.runtime.resume import Unfinished
 
 
 def collect(
-    block: nn.Module, layout: Layout, hidden: HiddenStates, arguments: dict, groups: list[str], whole: bool
+    block: nn.Module,
+    layout: Layout,
+    hidden: HiddenStates,
+    arguments: dict,
+    groups: list[str],
+    whole: bool,
+    weights: dict[str, Tensor] | None = None,
 ) -> dict[str, Moments]:
     """{group: moments of its inputs} of some groups of a block.
 
+    Seven parameters: a block with what it is called with, and which moments are wanted.
+
     hidden: b inputs (1, s, d). groups: keys of `layout.groups`. whole: run every pass to its end and replace
     the inputs by the block's outputs; otherwise each stops where the last group's inputs are known.
+    weights: {group: (b, s)} how much each token counts; None for alike.
     """
     observed, accumulators = {}, {}
     for group in groups:
         linear = block.get_submodule(layout.groups[group][0])  # the others of a group read the same input
-        accumulators[group] = Accumulator(linear.weight.shape[1], len(hidden), linear.weight.device)
+        own = weights[group] if weights else None
+        accumulators[group] = Accumulator(linear.weight.shape[1], len(hidden), linear.weight.device, own)
         observed[group] = linear
         linear.observer = accumulators[group]
     if not whole:

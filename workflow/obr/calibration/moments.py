@@ -22,12 +22,15 @@ class Moments:
 
 
 class Accumulator:
-    """Sums the second moments of a layer's inputs (…, n), called with each of S sequences in their order."""
+    """Sums the second moments of a layer's inputs (…, n), called with each of S sequences in their order.
 
-    def __init__(self, columns: int, sequences: int, device: torch.device):
+    weights: (S, t) how much each token counts in the Hessian; None for alike. Harmonic norms count all alike.
+    """
+
+    def __init__(self, columns: int, sequences: int, device: torch.device, weights: Tensor | None = None):
         self.upper = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.harmonic = torch.zeros(columns, dtype=torch.float32, device=device)
-        self.factor, self.seen = 2 / sequences, 0
+        self.factor, self.seen, self.weights = 2 / sequences, 0, weights
 
     def __call__(self, x: Tensor) -> None:
         """Add one sequence's inputs x (..., n), tile by tile on and above the diagonal."""
@@ -35,9 +38,10 @@ class Accumulator:
 
     def add(self, x: Tensor) -> None:
         """The same for inputs (t, n) in float32."""
+        counted = x if self.weights is None else x * self.weights[self.seen].sqrt()[:, None]
         for start in range(0, x.shape[1], TILE):
             rows = slice(start, start + TILE)
-            self.upper[rows, start:].addmm_(x[:, rows].T, x[:, start:], alpha=self.factor)
+            self.upper[rows, start:].addmm_(counted[:, rows].T, counted[:, start:], alpha=self.factor)
         self.seen += 1
         for part in x.split(ROWS):
             self.harmonic += part.square().sum(0) / self.seen

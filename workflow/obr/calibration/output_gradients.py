@@ -7,6 +7,7 @@ token that an error d (r, n) of the layer's weights is expected to cause: the fa
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 from obr.data import token_windows
 from obr.errors import BROKEN_FILE, ObrError, first_line
 from obr.models import dtypes
-from obr.models.architectures import Layout
 from obr.models.blocks import Blocks, run_block, run_copy
 from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.rotations import apply
@@ -47,21 +47,48 @@ def squared_gradients(
     Raises:
         ObrError: tokens that the model does not have, or gradients that are not finite.
     """
-    room = room or MemoryBudget()
-    share = replace(room, megabytes=room.megabytes / (len(blocks) + 1))
-    entering, arguments = _entering(blocks, tokens, share, progress)
-    slopes, loss = _loss_slopes(blocks, entering.pop(), tokens.to(blocks.device))
     found: dict[str, Tensor] = {}
-    with Progress("output gradients, backward", len(blocks), progress) as shown:
-        for index in reversed(range(len(blocks))):
-            sums = _backward(blocks.load(index), blocks.layout, entering.pop(), arguments[index], slopes)
-            found |= {f"{index}.{name}": total / tokens.numel() for name, total in sums.items()}
-            shown.block()
+
+    def take(layer: str, _window: int, gradient: Tensor) -> None:
+        total = found.setdefault(layer, torch.zeros(gradient.shape[1], device=gradient.device))
+        total.add_(gradient.square().sum(0))
+
+    loss, rows = pass_back(blocks, tokens, take, room, progress)
+    for name, count in rows.items():
+        found.setdefault(name, torch.zeros(count, device=blocks.device))  # experts that got no tokens
+    found = {name: total / tokens.numel() for name, total in found.items()}
     finite = torch.stack([values.isfinite().all() for values in found.values()]).tolist()
     for name, is_finite in zip(found, finite, strict=True):
         if not is_finite:
             raise ObrError(f"Layer {name} has gradients that are not finite; use dtype float32 or bfloat16.")
     return found, loss / tokens[:, 1:].numel()
+
+
+def pass_back(
+    blocks: Blocks,
+    tokens: Tensor,
+    take: Callable[[str, int, Tensor], None],
+    room: MemoryBudget | None = None,
+    progress: bool = True,
+) -> tuple[float, dict[str, int]]:
+    """Call `take("0.self_attn.q_proj", window, gradient (s, r))` for every layer that a window
+    reaches, the last block's first. Returns the loss, summed over all tokens, and {layer: r} of all layers.
+
+    The gradient is that of a window's summed loss by the layer's outputs, in float32. tokens: (b, s).
+    """
+    room = room or MemoryBudget()
+    share = replace(room, megabytes=room.megabytes / (len(blocks) + 1))
+    entering, arguments = _entering(blocks, tokens, share, progress)
+    slopes, loss = _loss_slopes(blocks, entering.pop(), tokens.to(blocks.device))
+    rows: dict[str, int] = {}
+    with Progress("output gradients, backward", len(blocks), progress) as shown:
+        for index in reversed(range(len(blocks))):
+            block = blocks.load(index)
+            linears = {f"{index}.{n}": block.get_submodule(n) for n in blocks.layout.in_block(block).linears}
+            rows |= {name: len(linear.weight) for name, linear in linears.items()}
+            _backward(block, linears, entering.pop(), arguments[index], slopes, take)
+            shown.block()
+    return loss, rows
 
 
 @torch.no_grad()
@@ -92,16 +119,19 @@ def _loss_slopes(blocks: Blocks, leaving: HiddenStates, tokens: Tensor) -> tuple
 
 
 def _backward(
-    block: nn.Module, layout: Layout, entering: HiddenStates, arguments: dict, slopes: HiddenStates
-) -> dict[str, Tensor]:
-    """{layer: (r,)}: sums over tokens of the squared output gradients; `slopes` move to what enters the block."""
-    sums, hooks = {}, []
-    for name in layout.in_block(block).linears:
-        linear = block.get_submodule(name)
-        sums[name] = torch.zeros(len(linear.weight), dtype=torch.float32, device=linear.weight.device)
-        hooks.append(linear.register_forward_hook(partial(_watch, sums[name])))
+    block: nn.Module,
+    linears: dict[str, nn.Module],
+    entering: HiddenStates,
+    arguments: dict,
+    slopes: HiddenStates,
+    take: Callable[[str, int, Tensor], None],
+) -> None:
+    """Call `take(layer, window, gradient (s, r))` for these layers; `slopes` move to what enters the block."""
+    current = [0]
+    hooks = [linear.register_forward_hook(partial(_watch, take, name, current)) for name, linear in linears.items()]
     try:
         for window in range(len(entering)):
+            current[0] = window
             states = entering[window].clone().requires_grad_()
             with torch.enable_grad():
                 out = run_block(block, states, arguments)
@@ -109,16 +139,12 @@ def _backward(
     finally:
         for hook in hooks:
             hook.remove()
-    return sums
 
 
-def _watch(total: Tensor, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-    """Add the squares of the output's gradient, once it is known, to `total (r,)`."""
-
-    def add(gradient: Tensor) -> None:
-        total.add_(gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0))
-
-    output.register_hook(add)
+def _watch(take: Callable, name: str, current: list[int], _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+    """Call `take(name, current window, gradient (t, r))` once the gradient of the output is known."""
+    window = current[0]
+    output.register_hook(lambda gradient: take(name, window, gradient.reshape(-1, gradient.shape[-1]).float()))
 
 
 def row_weights(gradient: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from obr.calibration import asymmetric, collect_hessians
 from obr.calibration.asymmetric import GroupStatistics
 from obr.calibration.expert_inputs import ExpertInputs, expert_of, is_of_expert
+from obr.calibration.token_weights import token_weights
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.blocks import Blocks, run_in_place
@@ -38,6 +39,7 @@ class HessianSource:
         self.hidden, self.arguments = None, None
         self.dense, self.dense_hidden, self.held_out, self.dense_held_out = None, None, None, None
         self.gathered: dict[str, GroupStatistics] = {}  # of the groups of a block that are still to come
+        self.weights: dict[tuple[int, str], Tensor] = {}  # (b, s) of all windows' tokens, by block and group
         self.routed: list[ExpertInputs] = []  # of a block's experts: of calibration windows, and of held-out ones
         check_experts(blocks, recipe)
         if tokens is not None and recipe.needs_hessian:
@@ -47,6 +49,8 @@ class HessianSource:
                     f"held_out is {recipe.held_out}, but there are {len(tokens)} calibration windows; hold out fewer."
                 )
             _check_stream(blocks, recipe)
+            if recipe.token_weights:
+                self.weights = token_weights(blocks, tokens.to(blocks.device), recipe.token_weights, room)
             is_judged = recipe.target_shrinkage == "held_out"
             copies = 1 + recipe.needs_dense + bool(recipe.held_out) + is_judged
             copies *= 3 if blocks.layout.experts else 1  # beside what enters a block, what enters its experts, twice
@@ -109,19 +113,32 @@ class HessianSource:
         """Of the inputs of some groups, from one pass through a block as it is."""
         found = self._of_windows(block, index, groups, self.hidden, self.dense_hidden)
         if self.held_out is not None:
-            held_out = self._of_windows(block, index, groups, self.held_out, self.dense_held_out)
+            held_out = self._of_windows(
+                block, index, groups, self.held_out, self.dense_held_out, first=len(self.hidden)
+            )
             for group in groups:
                 found[group].held_out = held_out[group]
         return found
 
     def _of_windows(
-        self, block: nn.Module, index: int, groups: list[str], hidden: HiddenStates, dense: HiddenStates | None
+        self,
+        block: nn.Module,
+        index: int,
+        groups: list[str],
+        hidden: HiddenStates,
+        dense: HiddenStates | None,
+        first: int = 0,
     ) -> dict[str, GroupStatistics]:
-        """Of the windows with these hidden states, beside those of the dense model if there are such."""
-        layout, arguments = self.blocks.layout_at(index), self.arguments[index]
+        """Of the windows with these hidden states, beside those of the dense model if there are such.
+
+        first: the place of the first of them among all calibration windows.
+        """
+        layout, arguments, weights = self.blocks.layout_at(index), self.arguments[index], None
+        if self.weights:
+            weights = {group: self.weights[index, group][first : first + len(hidden)] for group in groups}
         if dense is not None:
-            return asymmetric.collect(block, self.dense, layout, hidden, dense, arguments, groups)
-        moments = collect_hessians.collect(block, layout, hidden, arguments, groups, whole=False)
+            return asymmetric.collect(block, self.dense, layout, hidden, dense, arguments, groups, weights)
+        moments = collect_hessians.collect(block, layout, hidden, arguments, groups, False, weights)
         return {group: GroupStatistics(moments[group]) for group in groups}
 
     def advances(self, index: int) -> bool:
@@ -161,7 +178,7 @@ def check_experts(blocks: Blocks, recipe: Recipe) -> None:
     if not blocks.layout.experts:
         return
     family = blocks.config.model_type
-    for name in ("asymmetry", "residual"):
+    for name in ("asymmetry", "residual", "token_weights"):
         if getattr(recipe, name):
             raise ObrError(
                 f"{name} is {getattr(recipe, name)}, but experts of {family} models get other tokens in the "

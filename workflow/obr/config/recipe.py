@@ -125,6 +125,8 @@ class Recipe:
     blocks, are nearest the dense model's; 0 aims at the outputs of the dense weights (sequential only).
     residual: share, 0 to 1, of the step by which o_proj and down_proj make up for what the residual stream has lost
     before them (sequential only).
+    token_weights: share, 0 to 1, by which calibration tokens count in Hessians as the loss of the dense model feels
+    errors at them (mean squared output gradient); 0 counts all alike (sequential only).
     target_shrinkage: "none", or "held_out": the steps of asymmetry and residual are shortened, layer by layer, to
     what leaves the least error on the held-out windows.
     held_out: the last so many calibration windows enter no Hessian; layers' errors on them are reported, too
@@ -159,6 +161,7 @@ class Recipe:
     hessian_inputs: str = "plain"
     asymmetry: float = 0.0
     residual: float = 0.0
+    token_weights: float = 0.0
     target_shrinkage: str = "none"
     held_out: int = 0
     online: str = "float32"

@@ -60,6 +60,7 @@ def check_ranges(recipe: Recipe, name: str) -> None:
         ("damp", 0, 1),
         ("asymmetry", 0, 1),
         ("residual", 0, 1),
+        ("token_weights", 0, 1),
     ):
         value = getattr(recipe, field)
         if not low <= value <= high:
@@ -78,7 +79,8 @@ def check_passes(recipe: Recipe, name: str) -> None:
         "cached Hessians know the dense model's inputs alone; use hessian: sequential": recipe.hessian == "cached",
         f"method {recipe.method} reads no activations; use another method": not recipe.needs_hessian,
     }
-    for field, default in (("asymmetry", 0), ("residual", 0), ("held_out", 0), ("hessian_scope", "group")):
+    of_passes = {"asymmetry": 0, "residual": 0, "token_weights": 0, "held_out": 0, "hessian_scope": "group"}
+    for field, default in of_passes.items():
         for reason, clashing in why.items():
             value = getattr(recipe, field)
             if value != default and clashing:

@@ -125,6 +125,9 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.needs_dense:  # the dense blocks run, too; drifts, and the steps to the targets
         products, grams, runs = 2 * products, 2 * grams, 2 * runs
         exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)
+    if recipe.token_weights:  # once forward and back through the dense model, before
+        passes = gradients(whole, tokens, length)
+        products, runs = products + passes.products, runs + passes.runs
     if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq", "obr_gptq"):
         # column by column, each some small kernels
         runs += 0.1 * SWEEPS.get(recipe.method, 1) * blocks * sum(columns for _, columns in sizes.layers)
