@@ -42,6 +42,25 @@ def test_a_row_may_have_seeds_of_its_own():
     assert [row["variants"] for row in rows] == [["dense"], ["obr"], ["obr", "obr-seed1"]]
 
 
+def test_both_orders_give_every_seed_a_second_rounding():
+    table = {**RAW["tables"]["t"], "seeds": [0, 1], "both_orders": True}
+    config = Config(replaced(RAW, tables__t=table))
+    names = ["obr", "obr-reversed", "obr-seed1", "obr-seed1-reversed"]
+    assert [row["variants"] for row in config.raw["tables"]["t"]["rows"]] == [["dense"], names]
+    other = config.parsed["obr-seed1-reversed"]
+    assert (other.calibration, other.rotation) == ("c-seed1-reversed", "quarot-seed1")
+    assert config.raw["calibrations"]["c-seed1-reversed"] == {"text": "train", "seed": 1, "reversed": True}
+
+
+def test_losses_of_options_are_measured_in_one_order_of_the_windows():
+    mixed = {"label": "m", "method": "joint", "calibration": "c", "allocation": {"bits": 3, "options": "o"}}
+    table = {**RAW["tables"]["t"], "rows": ["m"], "seeds": [0, 1], "both_orders": True}
+    options = {"o": [{"method": "gptq", "bits": 2}, {"method": "gptq", "bits": 4}]}
+    config = Config(replaced(RAW, recipes__m=mixed, tables__t=table) | {"layer_options": options})
+    found = {key: config.measured_calibration(key) for key in config.parsed if key.startswith("m")}
+    assert found == {"m": "c", "m-reversed": "c", "m-seed1": "c-seed1", "m-seed1-reversed": "c-seed1"}
+
+
 def test_random_masks_have_the_seed_and_files_of_rotations_do_not():
     config = seeded(
         recipes__obr={**RAW["recipes"]["obr"], "mask": "random"},
@@ -132,7 +151,7 @@ def test_tables_with_pruned_4_bit_rows_hold_dense_rivals():
             settings = {r.setting[2:] for r in rows if r.bits == 4 and r.sparsity == 0.5}
             for setting in settings:
                 assert any(r.method == "gptq" and r.setting == f"W3{setting}" for r in rows), (name, setting)
-            assert name in ("time", "table9", "joint_seeds") or any(
+            assert name in ("time", "table9", "joint_seeds", "equal_storage_other_text") or any(
                 r.method == "gptq" and r.bits == 4 for r in rows
             ), name
         assert entry["details"] if name != "ostquant" else True

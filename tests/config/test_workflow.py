@@ -247,6 +247,8 @@ FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perp
             "rotations.r.seed is 3, which nothing reads: seed is of drawn and learned rotations",
         ),
         ({"calibrations__d": {"text": "train", "sampling": "sequential", "seed": 2}}, "calibrations.d.seed is 2"),
+        ({"calibrations__d": {"generated": {}, "reversed": True}}, "calibrations.d.reversed is True, which nothing"),
+        ({"tables__t__both_orders": True}, "tables.t.both_orders is True, which nothing reads: both_orders is of"),
         (
             {"zero_shot__z": {"source": {"source": "hub", "task": "piqa"}, "text": "train"}},
             "zero_shot.z.text is 'train', which nothing reads: text is of tasks of source cloze",

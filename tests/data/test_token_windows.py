@@ -154,6 +154,18 @@ def test_calibrate_writes_the_same_bytes_every_time(tokenizer, text, tmp_path):
     assert (tmp_path / "three").read_bytes() != one
 
 
+def test_reversed_windows_are_the_same_in_the_other_order(tokenizer, text, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    (tmp_path / "words.txt").write_text(text)
+    spec, found = {"nsamples": 5, "seqlen": 32, "seed": 11}, {}
+    for name, more in (("one", {"reversed": False}), ("two", {"reversed": True})):
+        calibrate(tmp_path / "tiny", tmp_path / "words.txt", spec | more, tmp_path / name)
+        found[name] = load_tokens(tmp_path / name)
+    assert torch.equal(found["two"][0], found["one"][0].flip(0)) and not torch.equal(*(f[0] for f in found.values()))
+    assert torch.equal(found["two"][0], calibration_tokens(tokenizer, text, **spec, reversed=True))
+    assert found["two"][1]["reversed"] is True and "reversed" not in found["one"][1]
+
+
 def test_calibrate_errors_name_keys_and_files(tokenizer, text, tmp_path):
     (tmp_path / "words.txt").write_text(text)
     (tmp_path / "empty").mkdir()
