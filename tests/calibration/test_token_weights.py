@@ -16,7 +16,7 @@ from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import restore
 from obr.models.blocks import Blocks, run_block
-from obr.planning import cost_model
+from obr.planning import cost_model, memory
 from obr.planning.tensor_sizes import Sizes
 
 RECIPE = {"method": "gptq", "bits": 3, "calibration": "c", "token_weights": 0.75}
@@ -123,3 +123,7 @@ def test_the_plan_prices_a_pass_forward_and_back():
     passes = cost_model.gradients(sizes, 8192, 512)
     assert weighted.products - plain.products == pytest.approx(passes.products)
     assert weighted.exact == plain.exact and weighted.runs > plain.runs
+    states = memory.states_of("compress", sizes, 8192, False, Recipe.parse(RECIPE))
+    assert states == memory.states_of("gradients", sizes, 8192, False)
+    needed = memory.memory("compress", sizes, 8192, 512, False, Recipe.parse(RECIPE))[0]
+    assert needed > memory.memory("gradients", sizes, 8192, 512, False)[0]

@@ -77,12 +77,21 @@ def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe
     copies = {"generate": 0, "released": 0, "gradients": sizes.blocks + 2}.get(rule, 1)
     if sizes.experts and rule in ("compress", "hessian"):  # beside what enters a block, what enters its experts
         copies += 1 + sizes.experts.chosen
-    return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies * _copies(recipe)
+    copies *= _copies(recipe)
+    if recipe and recipe.token_weights:  # what enters each block, as for gradients
+        copies = max(copies, sizes.blocks + 2)
+    return (2.0 if on_gpu else 4.0) * tokens * sizes.hidden * copies
 
 
 def _copies(recipe: Recipe | None) -> int:
     """Models that the calibration windows pass through; with held-out windows that judge, no window more."""
     return 2 if recipe and recipe.needs_dense else 1
+
+
+def _passing_back(sizes: Sizes, length: int, element: int) -> float:
+    """Bytes of a backward pass, but for what enters the blocks: a block's graph and the logits', twice."""
+    graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing + 3 * sizes.vocabulary)
+    return element * sizes.ends + max(folding(sizes), 2 * element * sizes.block + graph)
 
 
 def memory(
@@ -110,9 +119,10 @@ def memory(
             model += (all_hessians - 4.0 * min(sizes.inputs) ** 2) * (1 + recipe.needs_dense)
         if recipe and recipe.needs_dense:
             model += block + 4.0 * max(sizes.inputs) ** 2
-    elif rule == "gradients":  # what enters each block, up to the room for it; a block's graph and the logits' twice
-        graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing + 3 * sizes.vocabulary)
-        model, base = max(reading_ends(sizes), ends + max(folding(sizes), 2 * block + graph)), 0.8
+        if recipe and recipe.token_weights:  # found before anything is compressed
+            model = max(model, _passing_back(sizes, length, element))
+    elif rule == "gradients":  # beside what enters each block, up to the room for it
+        model, base = max(reading_ends(sizes), _passing_back(sizes, length, element)), 0.8
     elif rule == "hessian":
         model, base = max(reading_ends(sizes), ends + max(folding(sizes), 2 * block + all_hessians)), 0.8
     elif rule == "released":  # the file's ends beside the base model's, a block beside the base model's
