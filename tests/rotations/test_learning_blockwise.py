@@ -109,6 +109,28 @@ def place(spiky, tokens, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_hidden_states_lie_in_memory_while_all_copies_together_fit(own_inputs, spiky, tokens, tmp_path):
+    """16 windows of 64 tokens and 96 channels in float32; inputs, targets and, if so wished, own inputs."""
+    needed, source = 16 * 64 * 96 * 4 * (3 if own_inputs else 2) / 1e6, StreamedBlocks(spiky, device="cpu")
+    for share, is_in_files in ((1.01, False), (0.99, True)):
+        out = tmp_path / f"{share}"
+        task = LearningRun.of(entry_of("omniquant"), spiky, tokens, out, "cpu", torch.float32)
+        task.megabytes = share * needed
+        made = next(blockwise._places(task, source, own_inputs, None, {}))
+        assert [kept.file is not None for kept in (made.inputs, made.targets, made.own)] == [is_in_files] * 3
+
+
+@pytest.mark.parametrize("kind", ["omniquant", "flatquant"])
+def test_learned_rotations_do_not_depend_on_where_hidden_states_lie(kind, spiky, tokens, tmp_path):
+    found = []
+    for megabytes in (100, 0):
+        out = tmp_path / f"{megabytes}.safetensors"
+        learn_rotation(entry_of(kind, epochs=1), spiky, tokens, out, "cpu", megabytes=megabytes)
+        found.append((out.read_bytes(), out.with_suffix(".csv").read_bytes()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, least", [("flatquant", 0.9), ("omniquant", 0.97), ("awq", 1.0), ("smoothquant", 1.0)])
 def test_held_out_errors_of_blocks_fall(kind, least, learned):

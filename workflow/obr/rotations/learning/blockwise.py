@@ -5,7 +5,7 @@ Blocks are read from disk one at a time, and hidden states may lie in a file: a 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, isfinite
 
 import torch
@@ -16,7 +16,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.architectures import Layout
 from obr.models.blocks import StreamedBlocks, run_block
-from obr.models.hidden_states import HiddenStates, MemoryBudget
+from obr.models.hidden_states import HiddenStates
 from obr.models.layers import set_quantizers
 from obr.rotations import fold
 from obr.rotations.base import Rotation
@@ -144,7 +144,8 @@ def _places(
     task: LearningRun, source: StreamedBlocks, own_inputs: bool, kind: type[Rotation], learned: dict[str, Tensor]
 ) -> Iterator[Place]:
     """Every block in turn with its states; `learned` must hold a block's parameters when the next is asked for."""
-    windows, room = torch.cat([task.windows, task.held_out]), MemoryBudget(folder=task.kept.folder)
+    windows = torch.cat([task.windows, task.held_out])
+    room = replace(task.room, megabytes=task.megabytes / (3 if own_inputs else 2))  # inputs, targets, own inputs
     inputs, arguments = source.embed(windows, room)
     targets = HiddenStates(len(inputs), inputs.shape, inputs.dtype, source.device, room)
     own = source.embed(windows, room)[0] if own_inputs else None

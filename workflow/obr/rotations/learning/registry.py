@@ -37,8 +37,8 @@ def learn_rotation(
     """The stage: learn a model's rotation by a config entry, write it to `out` and its curve beside, as CSV.
 
     entry: {"kind": a name of LEARNERS, "learn": {…}, "seed"}. tokens: file of calibration windows. dtype: of the
-    model's products. megabytes: of memory for the hidden states of learning through the whole model, 4096 by default;
-    more of them lie in files beside `out`. A model that takes no such rotation gets one that changes nothing.
+    model's products. megabytes: of memory for all hidden states, 4096 by default; more of them lie in files beside
+    `out`. A model that takes no such rotation gets one that changes nothing.
     An interrupted run goes on from what it kept last, and ends with the same bytes. One parameter per flag of
     `obr learn-rotation`.
 
