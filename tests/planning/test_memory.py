@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from helpers.live_bytes import peak_bytes
+from obr.config.methods import METHODS, Method
+from obr.errors import ObrError
 from obr.methods import conjugate_gradient, grid, joint, row_products
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import restore
@@ -53,6 +55,16 @@ def test_a_method_holds_as_much_as_plans_say(method, options, monkeypatch):
     solver = memory.solver_of(method, "group" in options)
     planned = memory.solver_bytes(solver, ROWS, COLUMNS, PART, "column_order" in options)
     assert 0.75 * planned < counted < 1.03 * planned
+
+
+def test_a_solver_that_plans_do_not_know_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(METHODS, "new", Method("New", "1", "new", solver="obr"))
+    assert memory.solver_of("new") == memory.solver_of("obr_rtn") == "obr"
+    monkeypatch.setitem(METHODS, "new", Method("New", "1", "new", solver="newton"))
+    with pytest.raises(ObrError, match="Method 'new' has the solver 'newton', which plans have no memory for"):
+        memory.solver_of("new")
+    with pytest.raises(TypeError, match="solver"):
+        Method("New", "1", "new")
 
 
 def ends_of(vocabulary: int, is_tied: bool) -> nn.Module:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.workflow
 ENTRIES = {
     "config/methods.py": """
 MASKS["input_norm"] = Mask()
-METHODS["floor"] = Method("Floor", "1", "round_down", prunes=True, masks=("input_norm",))
+METHODS["floor"] = Method("Floor", "1", "round_down", prunes=True, masks=("input_norm",), solver="rounding")
 """,
     "config/rotations.py": """
 ROTATIONS["signs"] = RotationKind("Signs")

@@ -4,7 +4,7 @@ A new method is an entry of METHODS and a function in `obr.methods`; a new mask 
 `obr.methods.masks`. Nothing else lists them.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,9 @@ class Method:
     rows_differ: without a pattern, rows of a layer differ in sparsity, so that layers are solved one by one.
     ordered: columns are treated one after the other, so that their order matters.
     adopted: others computed the weights; a checkpoint of theirs is read.
+    solver: what plans count as its work and memory, an entry of `planning.memory.SOLVERS`: "rounding" for all that
+    takes no Hessian's inverse, "gptq", "obr" or "joint".
+    column_sweeps: how often GPTQ goes over a layer's columns in it, which plans count besides.
     """
 
     label: str
@@ -54,18 +57,44 @@ class Method:
     rows_differ: bool = False
     ordered: bool = False
     adopted: bool = False
+    _: KW_ONLY
+    solver: str
+    column_sweeps: int = 0
 
 
 METHODS = {
-    "dense": Method("Dense", "*", None, data_free=True),
-    "rtn": Method("RTN", "o", "round_to_nearest", data_free=True, grouped=True),
-    "gptq": Method("GPTQ", "s", "round_by_gptq", grouped=True, ordered=True),
+    "dense": Method("Dense", "*", None, data_free=True, solver="rounding"),
+    "rtn": Method("RTN", "o", "round_to_nearest", data_free=True, grouped=True, solver="rounding"),
+    "gptq": Method("GPTQ", "s", "round_by_gptq", grouped=True, ordered=True, solver="gptq", column_sweeps=1),
     "magnitude": Method(
-        "Magnitude", "v", "round_to_nearest", prunes=True, data_free=True, grouped=True, masks=("magnitude",)
+        "Magnitude",
+        "v",
+        "round_to_nearest",
+        prunes=True,
+        data_free=True,
+        grouped=True,
+        masks=("magnitude",),
+        solver="rounding",
     ),
-    "wanda": Method("Wanda", "^", "round_to_nearest", prunes=True, grouped=True, masks=("wanda", "wanda_harmonic")),
+    "wanda": Method(
+        "Wanda",
+        "^",
+        "round_to_nearest",
+        prunes=True,
+        grouped=True,
+        masks=("wanda", "wanda_harmonic"),
+        solver="rounding",
+    ),
     "sparsegpt_gptq": Method(
-        "SparseGPT+GPTQ", "D", "sparsegpt_gptq", prunes=True, finds_mask=True, rows_differ=True, ordered=True
+        "SparseGPT+GPTQ",
+        "D",
+        "sparsegpt_gptq",
+        prunes=True,
+        finds_mask=True,
+        rows_differ=True,
+        ordered=True,
+        solver="gptq",
+        column_sweeps=1,
     ),
     "sparsegpt_then_gptq": Method(
         "SparseGPT, then GPTQ",
@@ -76,16 +105,28 @@ METHODS = {
         finds_mask=True,
         rows_differ=True,
         ordered=True,
+        solver="gptq",
+        column_sweeps=2,
     ),
     "obr_rtn": Method(
-        "OBR (RTN)", "P", "obr_rtn", prunes=True, grouped=True, masks=("wanda", *ANY_MASK), ordered=True
+        "OBR (RTN)", "P", "obr_rtn", prunes=True, grouped=True, masks=("wanda", *ANY_MASK), ordered=True, solver="obr"
     ),
     "obr_gptq": Method(
-        "OBR (GPTQ)", "X", "obr_gptq", prunes=True, grouped=True, masks=("wanda", *ANY_MASK), ordered=True
+        "OBR (GPTQ)",
+        "X",
+        "obr_gptq",
+        prunes=True,
+        grouped=True,
+        masks=("wanda", *ANY_MASK),
+        ordered=True,
+        solver="obr",
+        column_sweeps=1,
     ),
-    "joint": Method("Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True),
+    "joint": Method("Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True, solver="joint"),
     # What the authors of a checkpoint computed; it is read, not made.
-    "released": Method("Released", "p", None, prunes=True, data_free=True, adopted=True),
+    "released": Method("Released", "p", None, prunes=True, data_free=True, adopted=True, solver="rounding"),
     # What another program computed and stored in its own format.
-    "external": Method("External", "d", None, prunes=True, data_free=True, grouped=True, adopted=True),
+    "external": Method(
+        "External", "d", None, prunes=True, data_free=True, grouped=True, adopted=True, solver="rounding"
+    ),
 }

@@ -7,12 +7,12 @@ specification; timings of finished jobs correct them (see `plan`).
 
 from dataclasses import asdict, dataclass, replace
 
+from obr.config.methods import METHODS
 from obr.config.recipe import Option, Recipe
 from obr.planning.tensor_sizes import Sizes
 
 CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
 JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
-SWEEPS = {"sparsegpt_then_gptq": 2}  # over the columns, of methods that make more than one
 OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
 RELEASED_PASSES = 18.0  # over all weights, what verifying and keeping a released checkpoint takes
 STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
@@ -103,14 +103,15 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
         elements += fits * weights * (CLIP_PASSES if recipe.clip in ("mse", "hessian") else 2)
     quadratic = float(sum(rows * columns**2 for rows, columns in sizes.layers)) * blocks
     cubic = float(sum(n**3 for n in sizes.inputs)) * blocks
-    if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq"):
-        exact += 4 / 3 * cubic + quadratic * SWEEPS.get(recipe.method, 1)
-    if recipe.method in ("obr_rtn", "obr_gptq"):
+    method = METHODS[recipe.method]
+    if method.column_sweeps:
+        exact += 4 / 3 * cubic + quadratic * method.column_sweeps
+    if method.solver == "obr":
         steps = (recipe.sparsity > 0) + (recipe.bits < 16)
-        exact += OBR_PASSES / 2 * steps * 2 * quadratic + (4 / 3 * cubic + quadratic) * (recipe.method == "obr_gptq")
+        exact += OBR_PASSES / 2 * steps * 2 * quadratic
     if recipe.column_order != "given":  # weights and Hessians moved, there and back
         elements += 2 * weights + 2 * float(sum(n**2 for n in sizes.inputs)) * blocks
-    if recipe.method == "joint":
+    if method.solver == "joint":
         exact += 8 / 3 * cubic + JOINT_PASSES * quadratic
         elements += weights * JOINT_SWEEP * recipe.sweeps
         exact += (4 / 3 * cubic + quadratic) * (not recipe.sparsity)  # the sweep of GPTQ that it starts from, too
@@ -124,13 +125,12 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     runs = (groups + 1) * blocks * tokens / length if products else 0.0
     if recipe.needs_dense:  # the dense blocks run, too; drifts, and the steps to the targets
         products, grams, runs = 2 * products, 2 * grams, 2 * runs
-        exact += 4 * quadratic + (8 / 3 * cubic if recipe.method == "joint" else 0.0)
+        exact += 4 * quadratic + (8 / 3 * cubic if method.solver == "joint" else 0.0)
     if recipe.token_weights:  # once forward and back through the dense model, before
         passes = gradients(whole, tokens, length)
         products, runs = products + passes.products, runs + passes.runs
-    if recipe.method in ("gptq", "sparsegpt_gptq", "sparsegpt_then_gptq", "obr_gptq"):
-        # column by column, each some small kernels
-        runs += 0.1 * SWEEPS.get(recipe.method, 1) * blocks * sum(columns for _, columns in sizes.layers)
+    # column by column, each some small kernels
+    runs += 0.1 * method.column_sweeps * blocks * sum(columns for _, columns in sizes.layers)
     return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
 
 

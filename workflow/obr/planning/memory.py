@@ -3,7 +3,9 @@
 On a GPU, weights are 16 bits and Hessians float32; hidden states lie on the host.
 """
 
+from obr.config.methods import METHODS
 from obr.config.recipe import Recipe
+from obr.errors import ObrError
 from obr.planning.tensor_sizes import Sizes
 
 LOGITS = 2.0**27  # bytes in float32 that exist at a time in zero-shot evaluation
@@ -25,12 +27,19 @@ SOLVERS = {
 
 
 def solver_of(method: str, is_grouped: bool = False) -> str:
-    """The entry of SOLVERS for a recipe's method, with scales for groups of columns or without."""
-    method = "joint, groups" if is_grouped and method == "joint" else method
-    kind = {"sparsegpt_gptq": "gptq", "sparsegpt_then_gptq": "gptq", "obr_rtn": "obr", "obr_gptq": "obr"}.get(
-        method, method
-    )
-    return kind if kind in SOLVERS else "rounding"
+    """The entry of SOLVERS for a recipe's method, with scales for groups of columns or without.
+
+    Raises:
+        ObrError: the method's solver has no entry.
+    """
+    solver = METHODS[method].solver if method in METHODS else method
+    solver = f"{solver}, groups" if is_grouped and solver == "joint" else solver
+    if solver not in SOLVERS:
+        raise ObrError(
+            f"Method {method!r} has the solver {solver!r}, which plans have no memory for; "
+            f"name one of {', '.join(map(repr, SOLVERS))} in its entry of METHODS."
+        )
+    return solver
 
 
 def solver_bytes(method: str, rows: int, columns: int, part_rows: int = PART_ROWS, is_ordered: bool = False) -> float:
