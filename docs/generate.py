@@ -205,7 +205,7 @@ def families_page() -> str:
         blocks = "mixture of experts" if layout.experts else "fused layers" if layout.fused else "dense"
         keys = "no: a latent vector is cached" if layout.latent else "yes"
         exports = "compressed-tensors" + (", GGUF" if name in ARCHITECTURES else "")
-        learned = "yes" if layout.rotations and not layout.experts else "no"
+        learned = "yes" if layout.rotations else "no"
         rows.append([f"`{name}`", blocks, kinds, learned, keys, "yes", exports])
     header = ["model_type", "blocks", "rotations", "learned", "keys and values", "packed products", "exports"]
     return "\n".join(

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 import obr
-from helpers.family_models import EXPERTS, TOKENS, change, exact_model, random_model
+from helpers.family_models import EXPERTS, RELATIVES, TOKENS, change, exact_model, random_model
 from helpers.live_bytes import peak_bytes
 from obr.calibration.collect_hessians import hessian_stage
 from obr.calibration.expert_inputs import ExpertInputs
@@ -29,13 +29,14 @@ PACKED = 0.75  # bytes a weight, of codes beside the weights, and of a file as i
 SPARSE = "qwen3_moe, a dense block"
 
 
-@pytest.mark.parametrize("family", EXPERTS)
-@pytest.mark.parametrize("kind", ["quarot", "spinquant", "flatquant"])
+EVERY = {**EXPERTS, "glm4_moe": RELATIVES["glm4_moe"]}
+
+
+@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("kind", registry.KINDS)
 def test_logits_do_not_change(family, kind):
-    routed_in_float32 = family.startswith("deepseek")
-    found = change(exact_model(EXPERTS[family]), lambda m: obr.rotate(m, kind, seed=7))
-    assert found < (1e-6 if routed_in_float32 else 1e-11)
-    assert change(random_model(EXPERTS[family], torch.float32), lambda m: obr.rotate(m, kind, seed=7)) < 1e-3
+    assert change(exact_model(EVERY[family]), lambda m: obr.rotate(m, kind, seed=7)) < 1e-11
+    assert change(random_model(EVERY[family], torch.float32), lambda m: obr.rotate(m, kind, seed=7)) < 1e-3
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -47,7 +48,7 @@ def test_streamed_blocks_compute_the_same(family, is_fused, tmp_path):
     names = split.TensorFiles(tmp_path).files
     assert any(name.endswith(".gate_up_proj") for name in names) == is_fused
     plain = model(TOKENS).logits
-    for rotation in (None, registry.draw("quarot", Dimensions.of(model.config), 3)):
+    for rotation in (None, *(registry.draw(kind, Dimensions.of(model.config), 3) for kind in registry.KINDS)):
         blocks = StreamedBlocks(tmp_path, rotation, dtype=torch.float32, device="cpu")
         hidden, arguments = blocks.embed(TOKENS)
         for index in range(len(blocks)):

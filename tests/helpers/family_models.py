@@ -1,6 +1,7 @@
 """Random tiny models of every family, and by how much a rotation changes what they compute."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -177,7 +178,7 @@ TOKENS = torch.arange(1, 41).view(2, 20)  # without padding, whose embedding is 
 
 
 def exact_model(config):
-    """A random model that computes in float64 throughout; transformers' own norms and softmax are float32."""
+    """A random model that computes in float64 throughout; in transformers norms, softmax and routers are float32."""
     model = random_model(config)
     model.set_attn_implementation(ATTENTION)
     if hasattr(model, "set_experts_implementation"):
@@ -186,6 +187,9 @@ def exact_model(config):
     for norm in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
         if not hasattr(norm.forward, "exact"):
             norm.forward = _exact(norm.forward, offset)
+    for router in {type(module) for module in model.modules() if type(module).__name__.endswith("Router")}:
+        if not hasattr(router.forward, "exact"):
+            router.forward = _exactly_routed(router.forward)
     return model
 
 
@@ -197,6 +201,31 @@ def _exact(rounded, offset):
             return rounded(self, x)
         eps = getattr(self, "variance_epsilon", None) or self.eps
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (self.weight + offset)
+
+    forward.exact = True
+    return forward
+
+
+class _Wide(TorchFunctionMode):
+    """Has float64 tensors stay float64 where code asks for float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.type and args[0].dtype == torch.float64:
+            return args[0]
+        if kwargs.get("dtype") == torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return function(*args, **kwargs)
+
+
+def _exactly_routed(rounded):
+    """The forward of a router that is exact for inputs in float64, and as it was for others."""
+
+    def forward(self, x):
+        if x.dtype != torch.float64:
+            return rounded(self, x)
+        with _Wide():
+            return rounded(self, x)
 
     forward.exact = True
     return forward

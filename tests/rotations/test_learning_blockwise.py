@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(kind, learned, spiky,
 @pytest.mark.parametrize("kind", ["flatquant", "omniquant"])
 def test_learned_weight_ranges_are_minmax_at_infinity_and_0_982_at_the_start(kind, place):
     here = place(kind)
-    clips = (flatquant if kind == "flatquant" else omniquant).starting_clips(here.task)
+    clips = (flatquant if kind == "flatquant" else omniquant).starting_clips(here)
     role, path = "down", here.layout.roles["down"]
     weight = here.plain[f"{path}.weight"]
     low, high = clips[f"{role}.clip_low"], clips[f"{role}.clip_high"]
@@ -257,8 +257,8 @@ def test_learned_tensors_have_gradients_and_transforms_stay_invertible(place):
     expected = {n.removeprefix("blocks.0.") for n in registry.draw("flatquant", task.dimensions).parameters}
     expected = {n for n in expected if not n.startswith("blocks.")}
     generator = torch.Generator().manual_seed(0)
-    leaves = {n: flatquant.starting(s, "orthogonal", generator) for n, s in flatquant.sizes(task).items()}
-    leaves |= flatquant.starting_scales(here, 0.3) | flatquant.starting_clips(task)
+    leaves = {n: flatquant.starting(s, "orthogonal", generator) for n, s in flatquant.sizes(here).items()}
+    leaves |= flatquant.starting_scales(here, 0.3) | flatquant.starting_clips(here)
     assert set(leaves) == expected
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -270,9 +270,9 @@ def test_learned_tensors_have_gradients_and_transforms_stay_invertible(place):
 
 def test_flatquant_learns_only_what_the_quantisation_asks_for(place):
     here = place("flatquant", quantise={"bits": 16, "activations": {"bits": 4}})
-    assert flatquant.starting_clips(here.task) == {} and "keys" not in flatquant.sizes(here.task)
+    assert flatquant.starting_clips(here) == {} and "keys" not in flatquant.sizes(here)
     here = place("flatquant", quantise={"values": {"bits": 4, "clip_ratio": "learned"}, "o_inputs": {"bits": 4}})
-    assert set(flatquant.starting_clips(here.task)) == {"values.range_low", "values.range_high"}
+    assert set(flatquant.starting_clips(here)) == {"values.range_low", "values.range_high"}
 
 
 def test_awq_takes_the_best_ratio_of_the_grid(place, learned):
@@ -281,7 +281,7 @@ def test_awq_takes_the_best_ratio_of_the_grid(place, learned):
     parameters = registry.load(learned("awq")[0], here.task.dimensions).parameters
     windows = [here.inputs[i] for i in here.learned_from]
     for group, module in (("qkv", "self_attn"), ("up_gate", "mlp"), ("down", "mlp.down_proj")):
-        chosen = awq.ratio_errors(here, group, means[group], 16)
+        chosen = awq.ratio_errors(here, group, means[group], *awq.calls(here, [group], 16)[group])
         errors = {}
         for ratio in (0.0, 0.35, 0.5, 0.95, min(chosen, key=chosen.get)):
             errors[ratio] = by_hand(here, group, module, windows, means[group].pow(ratio))
@@ -347,7 +347,7 @@ def test_quantised_blocks_read_what_those_before_them_put_out(place):
     places = blockwise._places(task, source, True, registry.KINDS["scaling"], parameters)
     first = next(places)
     assert torch.equal(first.own[3], first.inputs[3])
-    found = {**omniquant.starting_clips(task), "qkv.scale": torch.full((96,), 2.0)}
+    found = {**omniquant.starting_clips(first), "qkv.scale": torch.full((96,), 2.0)}
     parameters |= first.parameters(found)
     rotation = registry.KINDS["scaling"](task.dimensions, dict(parameters))
     with torch.no_grad():

@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+from obr.config.model_sizes import EXPERTS
 from obr.errors import ObrError
-from obr.models.layout import EVERY, GROUP_OF, KIND_OF, ORTHOGONAL, PARTS, Layout, kind_of
+from obr.models.layout import EVERY, GROUP_OF, KIND_OF, PARTS, Layout, kind_of, prefix_of, without_number
 
-__all__ = ["EVERY", "FAMILIES", "GROUP_OF", "KIND_OF", "PARTS", "REFUSED", "Dimensions", "Layout", "kind_of"]
+__all__ = [
+    "EVERY", "FAMILIES", "GROUP_OF", "KIND_OF", "PARTS", "REFUSED", "Dimensions", "Layout", "kind_of", "prefix_of",
+    "without_number",
+]  # fmt: skip
 
 AFTER_LAYERS = "it normalises what a layer puts out before adding it to the residual stream"
 # Kinds that leave the residual stream as it is.
@@ -17,14 +21,20 @@ _ATTENTION = {
 }
 _GEMMA_NORMS = {"qkv": "input_layernorm", "up_gate": "pre_feedforward_layernorm"}
 _EXPERTS = Layout(
-    experts="mlp.experts", readers={"up_gate": ("mlp.gate",)}, rotations=ORTHOGONAL,
-    unrotated="the inner channels of its experts are their own, for which these kinds have no parameters",
-)  # fmt: skip
+    experts="mlp.experts", readers={"up_gate": ("mlp.gate",)}, widths=lambda c: {"experts.": c.intermediate_size}
+)
 _SHARED = {
     "shared.up_gate": ("mlp.shared_experts.up_proj", "mlp.shared_experts.gate_proj"),
     "shared.down": ("mlp.shared_experts.down_proj",),
 }
 _MLP = {"up_gate": ("mlp.up_proj", "mlp.gate_proj"), "down": ("mlp.down_proj",)}
+
+
+def _with_shared(config) -> dict[str, int]:
+    width = config.moe_intermediate_size
+    return {"experts.": width, "shared.": width * config.n_shared_experts, "": config.intermediate_size}
+
+
 # Multi-head latent attention: queries from a latent vector of their own in larger models.
 _LATENT = replace(
     _EXPERTS,
@@ -34,7 +44,7 @@ _LATENT = replace(
         **_MLP, **_SHARED,
     },
     norms={"latent": "input_layernorm", "up_gate": "post_attention_layernorm"}, latent=True, head_dim="v_head_dim",
-    widths=lambda c: (c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts, c.intermediate_size),
+    widths=_with_shared,
 )  # fmt: skip
 _AFTER = Layout(norms={}, rotations=(), unrotated=AFTER_LAYERS, adds_plainly=False)
 _PARALLEL = Layout(
@@ -91,7 +101,9 @@ FAMILIES: dict[str, Layout] = {
             (".block_sparse_moe.", ".mlp."), (".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj."),
         ),
     ),
-    "olmoe": replace(_EXPERTS, ruled_out_by=("clip_qkv",)),
+    "olmoe": replace(
+        _EXPERTS, ruled_out_by=("clip_qkv",), query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"
+    ),
     "qwen2_moe": replace(
         _EXPERTS,
         groups={
@@ -99,15 +111,19 @@ FAMILIES: dict[str, Layout] = {
             "shared.down": ("mlp.shared_expert.down_proj",),
         },
         readers={"up_gate": ("mlp.gate", "mlp.shared_expert_gate")},
-        widths=lambda c: (c.moe_intermediate_size, c.shared_expert_intermediate_size, c.intermediate_size),
+        widths=lambda c: {
+            "experts.": c.moe_intermediate_size, "shared.": c.shared_expert_intermediate_size,
+            "": c.intermediate_size,
+        },
     ),
     "qwen3_moe": replace(
         _EXPERTS, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm",
-        widths=lambda c: (c.moe_intermediate_size, c.intermediate_size),
+        widths=lambda c: {"experts.": c.moe_intermediate_size, "": c.intermediate_size},
     ),
     "glm4_moe": replace(
         _EXPERTS, groups={**_ATTENTION, **_MLP, **_SHARED}, partial_rotary=True,
-        widths=lambda c: (c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts, c.intermediate_size),
+        query_norm="self_attn.q_norm", key_norm="self_attn.k_norm",
+        widths=_with_shared,
     ),
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
@@ -124,9 +140,10 @@ REFUSED = {
 class Dimensions:
     """Sizes of a model: hidden d, intermediate f, heads h, KV heads k, head dim m, number of blocks.
 
-    normed_heads: whether queries and keys are normalised head by head, before RoPE. family: a key of FAMILIES.
-    widths: all input widths of down layers, f first; () for f alone. rotary: channels of a head that RoPE turns, 0
-    for all. latent: attention caches a latent vector. ruled_out: the setting with which the model takes no rotation.
+    normed_heads: whether queries and keys are normalised before RoPE. family: a key of FAMILIES.
+    places: (what precedes "down", input width) of all down layers, f first; () for f alone. experts: of a block.
+    rotary: channels of a head that RoPE turns, 0 for all. latent: attention caches a latent vector. query_rank: width
+    of the queries' latent vector, 0 if there is none. ruled_out: the setting with which the model takes no rotation.
     """
 
     hidden: int
@@ -137,50 +154,75 @@ class Dimensions:
     blocks: int
     normed_heads: bool = False
     family: str = "llama"
-    widths: tuple[int, ...] = ()
+    places: tuple[tuple[str, int], ...] = ()
+    experts: int = 0
     rotary: int = 0
     latent: bool = False
+    query_rank: int = 0
     ruled_out: str | None = None
 
     @classmethod
     def of(cls, config) -> "Dimensions":
         heads, layout = config.num_attention_heads, FAMILIES.get(config.model_type, Layout())
         head_dim = getattr(config, layout.head_dim, None) or config.hidden_size // heads
-        widths = tuple(dict.fromkeys(layout.widths(config)))
+        places = tuple((prefix, width) for prefix, width in layout.widths(config).items() if width)
         return cls(
             hidden=config.hidden_size,
-            intermediate=widths[0],
+            intermediate=places[0][1],
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=head_dim,
             blocks=config.num_hidden_layers,
             normed_heads=layout.key_norm is not None,
             family=config.model_type,
-            widths=widths,
+            places=places,
+            experts=next(n for key in EXPERTS if (n := getattr(config, key, None))) if layout.experts else 0,
             rotary=_rotary(config, head_dim) if layout.partial_rotary else 0,
             latent=layout.latent,
+            query_rank=(getattr(config, "q_lora_rank", None) or 0) if layout.latent else 0,
             ruled_out=next((key for key in layout.ruled_out_by if getattr(config, key, None)), None),
         )
 
     @property
     def other_widths(self) -> tuple[int, ...]:
         """Input widths of down layers beside `intermediate`."""
-        return tuple(n for n in self.widths if n != self.intermediate)
+        return tuple(dict.fromkeys(n for _, n in self.places if n != self.intermediate))
 
-    def rows(self) -> dict[str, int]:
-        """Output rows of each linear layer, by role."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        d, f = self.hidden, self.intermediate
-        return {"q": queries, "k": keys, "v": keys, "o": d, "up": f, "gate": f, "down": d}
+    @property
+    def entry(self) -> str:
+        """The kind of the group that reads what enters a block."""
+        return "latent" if self.latent else "qkv"
+
+    @property
+    def downs(self) -> dict[str, int]:
+        """{group of down layers, "experts.down" for those of all experts: their input width}."""
+        return {f"{prefix}down": width for prefix, width in self.places or (("", self.intermediate),)}
+
+    def rows(self) -> dict[str, tuple[int | None, ...]]:
+        """{role: (output rows,)} of each linear layer, of experts (experts, rows); None where a rank decides."""
+        queries, keys, d = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
+        attention = {"q": (queries,), "k": (keys,), "v": (keys,)}
+        if self.latent:
+            attention = {role: (None,) for kind in ("latent", "query_up", "latent_up") for role in PARTS[kind]}
+        found: dict[str, tuple[int | None, ...]] = {**attention, "o": (d,)}
+        for group, width in self.downs.items():
+            prefix, number = prefix_of(group), (self.experts,) if group.startswith("experts.") else ()
+            found |= {f"{prefix}{role}": (*number, n) for role, n in (("up", width), ("gate", width), ("down", d))}
+        return found
 
     def columns(self) -> dict[str, int]:
-        """Input columns of each group's layers."""
-        return {
-            "qkv": self.hidden,
-            "o": self.heads * self.head_dim,
-            "up_gate": self.hidden,
-            "down": self.intermediate,
-        }
+        """Input columns of each group's layers, "experts.down" for those of all experts."""
+        attention = {self.entry: self.hidden, "o": self.heads * self.head_dim}
+        queries = {"query_up": self.query_rank} if self.query_rank else {}
+        return {**attention, **queries, "up_gate": self.hidden, **self.downs}
+
+    def roles(self) -> list[str]:
+        """The roles of `rows`, those of experts one by one: "experts.3.up"."""
+        found = []
+        for role in self.rows():
+            numbers = range(self.experts) if role.startswith("experts.") else ()
+            found += [f"experts.{e}.{kind_of(role)}" for e in numbers] or [role]
+        return found
 
     def objection(self, kind: str) -> str | None:
         """Why the model does not take rotations of a kind; None if it does."""
@@ -188,12 +230,6 @@ class Dimensions:
         if self.ruled_out:
             return f"its setting {self.ruled_out} acts between values and o_proj"
         return None if kind in layout.rotations else layout.unrotated
-
-    def learning_objection(self) -> str | None:
-        """Why no rotation of the model can be learned; None if one can."""
-        if FAMILIES.get(self.family, Layout()).experts:
-            return "no rotation is learned through experts; use kind quarot, or spinquant drawn from a seed"
-        return None
 
 
 def _rotary(config, head_dim: int) -> int:

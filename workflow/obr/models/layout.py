@@ -18,7 +18,6 @@ PARTS = {
 }  # fmt: skip
 KIND_OF = {part: kind for kind, parts in PARTS.items() for part in parts}
 EVERY = DRAWN  # kinds of rotations; a new kind is taken by the families that do not list theirs
-ORTHOGONAL = ("quarot", "spinquant")
 
 
 def kind_of(name: str) -> str:
@@ -26,8 +25,19 @@ def kind_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _intermediate(config) -> tuple[int, ...]:
-    return (config.intermediate_size,)
+def prefix_of(name: str) -> str:
+    """What precedes the kind: "experts.3." of "experts.3.down", "" of "down"."""
+    return name[: -len(kind_of(name))]
+
+
+def without_number(name: str) -> str:
+    """The name that all experts share: "experts.down" of "experts.3.down", others as they are."""
+    first, _, rest = name.partition(".")
+    return f"experts.{rest.partition('.')[2]}" if first == "experts" and rest[:1].isdigit() else name
+
+
+def _intermediate(config) -> dict[str, int]:
+    return {"": config.intermediate_size}
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,11 @@ class Layout:
     attention's output and `down` the gated product. A group "name.kind" is one more of a kind. Layers that a block
     does not have are left out of it.
     norms: by kind, the norm that feeds a group. norm_offset: a norm's gain is its weight plus this. query_norm,
-    key_norm: norms (m,) of every head between projection and RoPE.
+    key_norm: norms between projection and RoPE, (m,) of every head or of all heads together.
     fused: {path of a linear layer: names of the parts, stacked by rows, that groups name as layers below it}.
     readers: by kind of group, matrices that read the same input and stay at 16 bits, such as a router.
     experts: where transformers keeps the fused weights of experts. widths: of a configuration, the input widths of
-    down layers, the most common first.
+    down layers, the most common first, by what precedes "down" in the group's name, "experts." for all experts.
     rotations: kinds that the family takes. unrotated: why it does not take the others. ruled_out_by: settings with
     which the family takes none.
     needs_bos: the family's models need a beginning-of-sequence (BOS) token in front of their input.
@@ -77,7 +87,7 @@ class Layout:
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     experts: str | None = None
-    widths: Callable[[object], tuple[int, ...]] = _intermediate
+    widths: Callable[[object], dict[str, int]] = _intermediate
     rotations: tuple[str, ...] = EVERY
     unrotated: str = ""
     ruled_out_by: tuple[str, ...] = ()
@@ -100,7 +110,7 @@ class Layout:
         """{q, k, v, o, up, gate, down: module path}; of a group "name.kind" the roles begin with "name."."""
         found = {}
         for group, names in self.groups.items():
-            prefix, kind = group[: -len(kind_of(group))], kind_of(group)
+            prefix, kind = prefix_of(group), kind_of(group)
             found |= {f"{prefix}{part}": name for part, name in zip(PARTS[kind], names, strict=True)}
         return found
 
@@ -123,7 +133,9 @@ class Layout:
             groups[f"experts.{number}.up_gate"] = (f"{path}.up_proj", f"{path}.gate_proj")
             groups[f"experts.{number}.down"] = (f"{path}.down_proj",)
         readers = {kind: tuple(n for n in names if _has(block, n)) for kind, names in self.readers.items()}
-        return replace(self, groups=groups, readers=readers, experts=experts, resolved=True)
+        missing = [name for name in ("query_norm", "key_norm") if not _has(block, getattr(self, name))]
+        norms: dict[str, None] = dict.fromkeys(missing)
+        return replace(self, groups=groups, readers=readers, experts=experts, resolved=True, **norms)
 
     def _present(self, block: "nn.Module", names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in names if _has(block, name) or _has(block, self.unfused(name)))
@@ -134,7 +146,9 @@ class Layout:
         return parent if part in self.fused.get(parent, ()) else linear
 
 
-def _has(block: "nn.Module", path: str) -> bool:
+def _has(block: "nn.Module", path: str | None) -> bool:
+    if path is None:
+        return False
     try:
         block.get_submodule(path)
     except AttributeError:

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from obr.errors import ObrError
-from obr.models.architectures import GROUP_OF, Dimensions, Layout
+from obr.models.architectures import Dimensions, Layout, kind_of, prefix_of, without_number
 from obr.models.hadamard import Kronecker
 from obr.rotations import fold
 
 ORTHOGONALITY = 1e-4  # largest |RᵀR - I| of a published rotation, learned in float32
 
+ENDS = ("low", "high")
 TIED = 1e-5  # relative difference up to which two scales count as one
 
 
@@ -32,6 +33,7 @@ class Rotation(ABC):
 
     Args:
         dimensions: of the model. parameters: learned tensors by name; those of block i begin with `blocks.{i}.`.
+        One of all experts of a block, such as `experts.up.limit`, has a row for each of them.
         transforms: fixed ones, shared by all blocks. seed: that it was drawn from, None if learned. options:
         plain data of the kind.
 
@@ -76,18 +78,33 @@ class Rotation(ABC):
         """What becomes of block `index`, as a differentiable function of `parameters`."""
 
     def parameter(self, index: int, name: str) -> Tensor | None:
-        """A parameter of a block, None if this rotation has none of that name."""
-        return self.parameters.get(f"blocks.{index}.{name}")
+        """A parameter of a block, None if this rotation has none of that name; "experts.3.…": one expert's row."""
+        shared = without_number(name)
+        tensor = self.parameters.get(f"blocks.{index}.{shared}")
+        return tensor if tensor is None or shared == name else tensor[int(name.split(".")[1])]
 
     def present(self, everything: dict[str, Parameter], needed: tuple[str, ...] = ()) -> dict[str, Parameter]:
-        """Of all parameters that a kind may have, those needed and those that block 0 has: blocks are alike."""
-        there = {*needed, *(n.removeprefix("blocks.0.") for n in self.parameters if n.startswith("blocks.0."))}
-        return {name: p for name, p in everything.items() if name.split(".", 2)[2] in there}
+        """Of all parameters that a kind may have, those that are needed and those that there must be besides.
+
+        Blocks are alike that have the same MLPs, dense or with experts: they have what the first of them has. An MLP
+        that a block has nothing of needs nothing.
+        """
+        own: dict[str, set[str]] = {}
+        for name in self.parameters:
+            if name.startswith("blocks."):
+                own.setdefault(name.split(".")[1], set()).add(name.split(".", 2)[2])
+        alike: dict[frozenset[str], set[str]] = {}
+        wanted = {}
+        for index in map(str, range(self.dimensions.blocks)):
+            mlps = frozenset(map(_mlp_of, own.get(index, ()))) - {None}
+            there = {name for name in needed if not mlps or _mlp_of(name) in {None, *mlps}}
+            wanted[index] = there | alike.setdefault(mlps, own.get(index, set()))
+        return {n: p for n, p in everything.items() if n.split(".", 2)[2] in wanted[n.split(".")[1]]}
 
     def has_clips(self) -> bool:
         """Whether it has learned how far to shrink weights."""
-        changes = self.changes(0)
-        return bool(changes.clips or changes.limits)
+        blocks = map(self.changes, range(self.dimensions.blocks))
+        return any(changes.clips or changes.limits for changes in blocks)
 
     def to(self, device) -> "Rotation":
         self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
@@ -129,10 +146,12 @@ class Rotation(ABC):
         key_scale_untied: by how much key scales differ within a pair of channels that RoPE turns together, if
         they do: to this extent the 16-bit model is not what it was.
         """
-        changes = self.changes(0)
-        about = {"folded": changes.folded_parts(), "online": changes.online_parts(), "clipped": self.clip}
+        parts = {"folded": fold.BlockTransforms.folded_parts, "online": fold.BlockTransforms.online_parts}
+        blocks = [self.changes(index) for index in range(self.dimensions.blocks)]  # some have experts, others not
+        about = {name: list(dict.fromkeys(p for block in blocks for p in of(block))) for name, of in parts.items()}
+        about["clipped"] = self.clip
         rotary = self.dimensions.rotary or self.dimensions.head_dim
-        untied = max(_untied(self.changes(i).key_scale, rotary) for i in range(self.dimensions.blocks))
+        untied = max(_untied(block.key_scale, rotary) for block in blocks)
         drift = {"key_scale_untied": untied} if untied > TIED else {}
         return {"kind": self.kind, "seed": self.seed} | about | drift | self.options
 
@@ -156,27 +175,42 @@ class Rotation(ABC):
             )
 
 
+def _mlp_of(name: str) -> str | None:
+    """Which MLP a parameter is of: "experts", "shared", "" for the dense one; None for what is no MLP's own."""
+    first, _, rest = name.partition(".")
+    if first in ("experts", "shared"):
+        return first
+    return "" if first in ("up", "gate", "down") and rest else None
+
+
 def clip_parameters(dimensions: Dimensions, groups: int | None) -> dict[str, Parameter]:
     """{role}.clip_low and {role}.clip_high (r, groups) of every linear layer; groups None: any number."""
     rows = dimensions.rows()
-    return {f"{role}.clip_{end}": Parameter((rows[role], groups)) for role in GROUP_OF for end in ("low", "high")}
+    return {f"{role}.clip_{end}": Parameter((*rows[role], groups)) for role in rows for end in ENDS}
 
 
-def range_parameters() -> dict[str, Parameter]:
+def range_parameters(dimensions: Dimensions) -> dict[str, Parameter]:
     """{role}.range_low and {role}.range_high (1,) of every activation quantiser."""
-    return {
-        f"{role}.range_{end}": Parameter((1,)) for role in (*GROUP_OF, "keys", "values") for end in ("low", "high")
-    }
+    numbers = {role: shape[:-1] for role, shape in dimensions.rows().items()}
+    numbers |= {} if dimensions.latent else {"keys": (), "values": ()}
+    return {f"{role}.range_{end}": Parameter((*number, 1)) for role, number in numbers.items() for end in ENDS}
 
 
 def pairs(rotation: Rotation, index: int, what: str) -> dict[str, tuple[Tensor, Tensor]]:
     """{role: (low, high)} of a block's "clip" or "range" parameters."""
     found = {}
-    for role in (*GROUP_OF, "keys", "values"):
-        low, high = (rotation.parameter(index, f"{role}.{what}_{end}") for end in ("low", "high"))
+    for role in (*rotation.dimensions.roles(), "keys", "values"):
+        low, high = (rotation.parameter(index, f"{role}.{what}_{end}") for end in ENDS)
         if low is not None:
             found[role] = (low, high)
     return found
+
+
+def products(rotation: Rotation, index: int, name: str) -> dict[str, Tensor]:
+    """{what precedes "up" in a role: the parameter (f,) of this name} of each MLP of a block that has one."""
+    prefixes = [prefix_of(role) for role in rotation.dimensions.roles() if kind_of(role) == "up"]
+    found = {prefix: rotation.parameter(index, f"{prefix}{name}") for prefix in prefixes}
+    return {prefix: tensor for prefix, tensor in found.items() if tensor is not None}
 
 
 def _untied(scale: Tensor | None, rotary: int) -> float:

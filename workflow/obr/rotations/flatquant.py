@@ -2,6 +2,9 @@
 
 The residual stream is as it was. A scale c before each transform is folded into the norm, or the rows of
 up_proj, in front of it; the value transform goes into v_proj and o_proj; all others stay online.
+
+Experts read one input, transformed once for all of them. The transforms before their down layers are one pair of
+matrices for all experts of a block, as in FlatQuant's code for DeepSeek-V3, behind scales of each expert's own.
 """
 
 from math import isqrt
@@ -11,10 +14,13 @@ from torch import Tensor
 
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, random_orthogonal
-from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, range_parameters
+from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, products, range_parameters
 from obr.rotations.fold import BlockTransforms
 
-PAIRED = ("qkv", "up_gate", "down")  # groups with a left and a right matrix
+
+def paired(dimensions: Dimensions) -> dict[str, int]:
+    """Groups with a left and a right matrix, and their input channels; "experts.down" for those of all experts."""
+    return {group: columns for group, columns in dimensions.columns().items() if group != "o"}
 
 
 class FlatQuant(Rotation):
@@ -24,6 +30,10 @@ class FlatQuant(Rotation):
     o.heads (h, h): X (h, m) -> OᵀX. value (m, m): v -> v P. keys (m, m): k -> k P, q -> q P^-T after RoPE.
     {role}.clip_low, {role}.clip_high (r, 1), {role}.range_low, {role}.range_high (1,), for q … down and the
     latter for keys and values too: logits of learned clipping. Scales, value, keys and clips may be absent.
+
+    Of experts, `experts.` and the role, as in experts.down.scale (e, f); of shared ones, shared.down.scale (f).
+    Latent attention has latent.left … in place of qkv.left, neither value nor keys, and query_up.left and .right
+    before the layer that reads the queries' latent vector.
     """
 
     kind = "flatquant"
@@ -39,38 +49,42 @@ class FlatQuant(Rotation):
                 rotation.parameters[name] = random_invertible(shape[0], generator)
             elif parameter.must == "scale":
                 rotation.parameters[name] = random_scale(shape, generator)
-            else:
+            elif None not in shape:  # rows that a rank of latent attention decides
                 rotation.parameters[name] = torch.full(shape, 4.0)
         return rotation
 
     def everything(self) -> dict[str, Parameter]:
         """All parameters that this kind may have."""
-        m, columns = self.dimensions.head_dim, self.dimensions.columns()
-        block = {"o.heads": Parameter((self.dimensions.heads,) * 2, "invertible")}
-        for group in PAIRED:
-            left, right = factor_pair(columns[group])
+        m, sizes = self.dimensions.head_dim, self.dimensions
+        block = {"o.heads": Parameter((sizes.heads,) * 2, "invertible")}
+        for group, columns in paired(sizes).items():
+            left, right = factor_pair(columns)
             block[f"{group}.left"] = Parameter((left, left), "invertible")
             block[f"{group}.right"] = Parameter((right, right), "invertible")
-            block[f"{group}.scale"] = Parameter((columns[group],), "scale")
-        block |= {name: Parameter((m, m), "invertible") for name in ("value", "keys")}
-        block |= clip_parameters(self.dimensions, 1) | range_parameters()
-        return {f"blocks.{i}.{name}": p for i in range(self.dimensions.blocks) for name, p in block.items()}
+            if group != "query_up":
+                number = (sizes.experts,) if group.startswith("experts.") else ()
+                block[f"{group}.scale"] = Parameter((*number, columns), "scale")
+        block |= {} if sizes.latent else {name: Parameter((m, m), "invertible") for name in ("value", "keys")}
+        block |= clip_parameters(sizes, 1) | range_parameters(sizes)
+        return {f"blocks.{i}.{name}": p for i in range(sizes.blocks) for name, p in block.items()}
 
     def expected(self) -> dict[str, Parameter]:
-        needed = (*(f"{group}.{side}" for group in PAIRED for side in ("left", "right")), "o.heads")
-        return self.present(self.everything(), needed)
+        matrices = [f"{group}.{side}" for group in paired(self.dimensions) for side in ("left", "right")]
+        return self.present(self.everything(), (*matrices, "o.heads"))
 
     def changes(self, index: int) -> BlockTransforms:
-        own = {group: [self.parameter(index, f"{group}.{part}") for part in ("left", "right")] for group in PAIRED}
-        inputs = {group: Kronecker.right(matrices) for group, matrices in own.items()}
-        inputs["o"] = Kronecker.right([self.parameter(index, "o.heads"), self.dimensions.head_dim])
-        scales = {group: self.parameter(index, f"{group}.scale") for group in PAIRED}
+        inputs = {"o": Kronecker.right([self.parameter(index, "o.heads"), self.dimensions.head_dim])}
+        for group in paired(self.dimensions):
+            matrices = [self.parameter(index, f"{group}.{side}") for side in ("left", "right")]
+            if matrices[0] is not None:  # dense blocks have no experts, the others no dense MLP
+                inputs[group] = Kronecker.right(matrices)
+        scales = {kind: self.parameter(index, f"{kind}.scale") for kind in (self.dimensions.entry, "up_gate")}
         value, keys = self.parameter(index, "value"), self.parameter(index, "keys")
         keys = None if keys is None else Kronecker.right([keys])
         return BlockTransforms(
-            norms={group: scales[group] for group in ("qkv", "up_gate") if scales[group] is not None},
+            norms={kind: scale for kind, scale in scales.items() if scale is not None},
             value=None if value is None else value[None],
-            product=scales["down"],
+            products=products(self, index, "down.scale"),
             inputs=inputs,
             keys=keys,
             queries=None if keys is None else keys.dual(),

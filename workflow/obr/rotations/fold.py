@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from obr.errors import ObrError
-from obr.models.architectures import KIND_OF, Layout, kind_of
+from obr.models.architectures import KIND_OF, Layout, kind_of, prefix_of, without_number
 from obr.models.hadamard import Kronecker, inverse_transposed
 from obr.models.online_transforms import Range, Shift
 
@@ -24,16 +24,18 @@ class BlockTransforms:
     """What a rotation does to one block. Each part alone leaves what the block computes as it was.
 
     residual: R1 (d) orthogonal, on both sides of the residual stream; norm gains move into the weights.
-    norms: by group (qkv, up_gate), factors (d,) of the norm's gain; the weights that read it are divided.
-    shifts: by group (qkv, up_gate), offsets (d,) taken online off the norm's output, after the factors.
+    norms: by kind (qkv or latent, up_gate), factors (d,) of the norm's gain; all that read it are divided.
+    shifts: by kind (as norms), offsets (d,) taken online off the norm's output, after the factors.
     value: P (1 or k, m, m), v -> v P, for all heads or for each KV head; o_proj takes P^-T.
     value_shift: (k, m) taken off the values before P; attention weights sum to one, so o_proj gives it back.
-    product: (f,) factors of the gated product: rows of up_proj; down_proj is divided.
+    products: by MLP, what precedes "up" in its role, factors (f,) of the gated product: rows of up_proj; down_proj
+    is divided.
     key_scale: (k, m) factors of keys before RoPE; queries are divided.
     inputs: by kind of group, transforms online in front of its layers, whose weights take the dual; by "kind:n" of
-    groups that read n channels, where groups of a kind differ in that.
+    groups that read n channels, or by group ("shared.down", "experts.down" for all experts), where groups of a kind
+    differ.
     keys, queries: (m) online after RoPE, on each head; queries None means an orthogonal `keys` for both.
-    clips: by role (q … down), logits (low, high) of shape (r, groups): how far LWC shrinks a row's range.
+    clips: by role (q … experts.3.down), logits (low, high) of shape (r, groups): how far LWC shrinks a row's range.
     limits: by role, (r, groups): the largest |weight| that AWQ's clipping leaves. clip_first: both act before
     the outputs of a layer are transformed, and not after.
     ranges: by role, or "keys" and "values", logits (low, high) of shape (1,), of activation quantisers.
@@ -47,7 +49,7 @@ class BlockTransforms:
     shifts: dict[str, Tensor] = field(default_factory=dict)
     value: Tensor | None = None
     value_shift: Tensor | None = None
-    product: Tensor | None = None
+    products: dict[str, Tensor] = field(default_factory=dict)
     key_scale: Tensor | None = None
     inputs: dict[str, Kronecker] = field(default_factory=dict)
     keys: Kronecker | None = None
@@ -57,17 +59,27 @@ class BlockTransforms:
     clip_first: bool = False
     ranges: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def input_of(self, kind: str, columns: int) -> Kronecker | None:
-        """The transform in front of layers of a kind of group that read so many channels."""
-        found = self.inputs.get(f"{kind}:{columns}")
-        return self.inputs.get(kind) if found is None else found
+    def input_of(self, group: str, columns: int) -> Kronecker | None:
+        """The transform in front of a group's layers, which read so many channels.
+
+        Raises:
+            ObrError: it is of another size.
+        """
+        kind = kind_of(group)
+        names = (f"{kind}:{columns}", without_number(group), kind)
+        found = next((self.inputs[name] for name in names if name in self.inputs), None)
+        if found is not None and found.columns != columns:
+            raise ObrError(
+                f"The rotation's transform before {group} has {found.columns} channels, but the layer reads "
+                f"{columns}; the rotation was made for another model."
+            )
+        return found
 
     def folded_parts(self) -> list[str]:
         """What goes into the weights, by name."""
-        single = [
-            n for n in ("residual", "value", "value_shift", "product", "key_scale") if getattr(self, n) is not None
-        ]
-        return single + [f"{group} norm" for group in self.norms]
+        parts = {"residual": self.residual, "value": self.value, "value_shift": self.value_shift}
+        parts |= {"product": self.products or None, "key_scale": self.key_scale}
+        return [n for n, part in parts.items() if part is not None] + [f"{group} norm" for group in self.norms]
 
     def online_parts(self) -> list[str]:
         """What is computed for every token, by name."""
@@ -187,10 +199,11 @@ def fold_linear(
     gain: (n,) of the norm in front, if that is to be folded. scale_keys: whether key scales go into the rows
     of q and k.
     """
-    weight, bias = _fold_inputs(kind_of(role), weight, bias, changes, gain)
+    weight, bias = _fold_inputs(role, weight, bias, changes, gain)
+    clips, product = (changes.clips.get(role), changes.limits.get(role)), changes.products.get(prefix_of(role))
     role, kind = kind_of(role), KIND_OF[kind_of(role)]
     if clip and changes.clip_first:
-        weight = clip_learned(weight, changes.clips.get(role), changes.limits.get(role))
+        weight = clip_learned(weight, *clips)
     if changes.residual is not None and kind in WRITES_RESIDUAL:
         weight, bias = _outputs(weight, bias, changes.residual)
     if role == "v":
@@ -198,14 +211,14 @@ def fold_linear(
             bias = _plus(bias, -changes.value_shift.flatten())
         if changes.value is not None:
             weight, bias = _outputs(weight, bias, lambda x: per_head(x, changes.value))
-    if role == "up" and changes.product is not None:
-        weight, bias = _outputs(weight, bias, lambda x: x * changes.product.to(x))
+    if role == "up" and product is not None:
+        weight, bias = _outputs(weight, bias, lambda x: x * product.to(x))
     if role in ("q", "k") and changes.key_scale is not None and scale_keys:
         scale = changes.key_scale.to(weight)
         scale = scale if role == "k" else 1 / scale
         weight, bias = _outputs(weight, bias, lambda x: scale_heads(x, scale))
     if clip and not changes.clip_first:
-        weight = clip_learned(weight, changes.clips.get(role), changes.limits.get(role))
+        weight = clip_learned(weight, *clips)
     return weight, bias
 
 
@@ -213,7 +226,7 @@ def _fold_inputs(
     role: str, weight: Tensor, bias: Tensor | None, changes: BlockTransforms, gain: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The layer as it reads changed inputs; a shift of them goes into the bias."""
-    group = KIND_OF[role]
+    prefix, group = prefix_of(role), KIND_OF[kind_of(role)]
     if gain is not None:
         weight = weight * gain
     if changes.residual is not None and group in READS_RESIDUAL:
@@ -226,9 +239,9 @@ def _fold_inputs(
         bias = _plus(bias, (scale_heads(weight, changes.value_shift)).sum(1))
     if role == "o" and changes.value is not None:
         weight = per_head(weight, inverse_transposed(changes.value))
-    if role == "down" and changes.product is not None:
-        weight = weight / changes.product.to(weight)
-    if (transform := changes.input_of(group, weight.shape[1])) is not None:
+    if kind_of(role) == "down" and prefix in changes.products:
+        weight = weight / changes.products[prefix].to(weight)
+    if (transform := changes.input_of(f"{prefix}{group}", weight.shape[1])) is not None:
         weight = transform.dual()(weight)
     return weight, bias
 
@@ -274,16 +287,19 @@ def _plus(bias: Tensor | None, more: Tensor) -> Tensor:
 
 
 def _fold_head_norms(state: Mapping[str, Tensor], scale: Tensor, layout: Layout, dtype: torch.dtype) -> dict:
-    """Key scales (k, m) in the gains of norms that all heads share, and that only equal heads can pass."""
-    if not torch.allclose(scale, scale[:1].expand_as(scale), rtol=1e-5):
+    """Key scales (k, m) in the gains of norms: (k m) of all heads together, or (m) that only equal heads can pass."""
+    m = scale.shape[1]
+    is_shared = len(state[f"{layout.key_norm}.weight"]) == m
+    if is_shared and not torch.allclose(scale, scale[:1].expand_as(scale), rtol=1e-5):
         raise ObrError(
             "The rotation scales keys before RoPE, each KV head by its own factors, but this model normalises "
             "queries and keys with one gain for all heads; use a rotation without key scales."
         )
-    new = {}
-    for norm, factor in ((layout.key_norm, scale[0]), (layout.query_norm, 1 / scale[0])):
+    new, scale = {}, scale[:1] if is_shared else scale
+    for norm, factor in ((layout.key_norm, scale), (layout.query_norm, 1 / scale)):
         weight, offset = state[f"{norm}.weight"], layout.norm_offset
-        new[f"{norm}.weight"] = ((weight.to(dtype) + offset) * factor.to(weight.device, dtype) - offset).to(weight)
+        gain = scale_heads(weight.to(dtype) + offset, factor.to(weight.device))
+        new[f"{norm}.weight"] = (gain - offset).to(weight)
     return new
 
 
@@ -298,7 +314,7 @@ def online(changes: BlockTransforms, layout: Layout, columns: Mapping[str, int])
         group = KIND_OF[kind_of(role)]
         if group in changes.shifts:
             modules[f"{path}.shift"] = Shift(changes.shifts[group])
-        if (transform := changes.input_of(group, columns[path])) is not None:
+        if (transform := changes.input_of(f"{prefix_of(role)}{group}", columns[path])) is not None:
             modules[f"{path}.transform"] = transform
         if role in changes.ranges:
             modules[f"{path}.range"] = _range(*changes.ranges[role])

@@ -5,11 +5,12 @@ Only a Hadamard transform before down_proj, and one on queries and keys if asked
 
 import torch
 
-from obr.models.architectures import Dimensions
+from obr.models.architectures import Dimensions, kind_of, prefix_of
 from obr.models.hadamard import Kronecker
-from obr.rotations.base import Parameter, Rotation
+from obr.rotations.base import Parameter, Rotation, products
 from obr.rotations.flatquant import random_scale
 from obr.rotations.fold import BlockTransforms
+from obr.rotations.quarot import down_transforms, fixed_sizes
 from obr.rotations.spinquant import fixed_transforms, random_hadamard
 
 
@@ -18,7 +19,9 @@ class OSTQuant(Rotation):
 
     R_ov (k, m, m), values after S_ov; S_ov (k, m), values; S_up_down (f), gated product; S_norm_qkv and
     S_norm_upgate (d), outputs of the norms; S_qk (k, m), the one that multiplies: keys, and divides queries,
-    before RoPE. Transforms: down (f), and query_key (m) if there is one.
+    before RoPE. Transforms: down (f; `down:n` of layers that read n channels, where they differ), and query_key (m)
+    if there is one. Experts have experts.S_up_down (e, f), shared ones shared.S_up_down (f). Latent attention has
+    neither R_ov nor S_ov nor S_qk, and no query_key.
     """
 
     kind = "ostquant"
@@ -31,10 +34,11 @@ class OSTQuant(Rotation):
         """
         generator = torch.Generator().manual_seed(seed)
         k, m = dimensions.kv_heads, dimensions.head_dim
+        latent = dimensions.latent
         parameters = {"R_res": random_hadamard(dimensions.hidden, generator, "hidden size")}
         for index in range(dimensions.blocks):
-            rotations = [random_hadamard(m, generator, "head dim") for _ in range(k)]
-            block = {"R_ov": torch.stack(rotations), "S_qk": tied_key_scale(dimensions, generator)}
+            rotations = [random_hadamard(m, generator, "head dim") for _ in range(0 if latent else k)]
+            block = {} if latent else {"R_ov": torch.stack(rotations), "S_qk": tied_key_scale(dimensions, generator)}
             block |= {
                 name: random_scale(shape, generator) for name, shape in _scales(dimensions).items() if name != "S_qk"
             }
@@ -43,14 +47,14 @@ class OSTQuant(Rotation):
 
     def expected(self) -> dict[str, Parameter]:
         d, k, m = self.dimensions.hidden, self.dimensions.kv_heads, self.dimensions.head_dim
-        block = {"R_ov": Parameter((k, m, m), "orthogonal")}
+        block = {} if self.dimensions.latent else {"R_ov": Parameter((k, m, m), "orthogonal")}
         block |= {name: Parameter(shape, "scale") for name, shape in _scales(self.dimensions).items()}
-        blocks = {f"blocks.{i}.{name}": p for i in range(self.dimensions.blocks) for name, p in block.items()}
-        return {"R_res": Parameter((d, d), "orthogonal")} | blocks
+        everything = {f"blocks.{i}.{name}": p for i in range(self.dimensions.blocks) for name, p in block.items()}
+        return {"R_res": Parameter((d, d), "orthogonal")} | self.present(everything, tuple(block))
 
     def sizes(self) -> dict[str, int]:
-        sizes = {"down": self.dimensions.intermediate}
-        return sizes | ({"query_key": self.dimensions.head_dim} if "query_key" in self.transforms else {})
+        sizes = fixed_sizes(self.dimensions)
+        return {name: n for name, n in sizes.items() if name != "query_key" or name in self.transforms}
 
     def residual(self) -> Kronecker:
         return Kronecker.right([self.parameters["R_res"]])
@@ -59,21 +63,21 @@ class OSTQuant(Rotation):
         own = {name: self.parameter(index, name) for name in ("R_ov", *_scales(self.dimensions))}
         return BlockTransforms(
             residual=self.residual(),
-            norms={"qkv": 1 / own["S_norm_qkv"], "up_gate": 1 / own["S_norm_upgate"]},
-            value=own["R_ov"] / own["S_ov"][..., None],
-            product=1 / own["S_up_down"],
-            key_scale=own["S_qk"],
-            inputs={"down": self.transforms["down"]},
+            norms={self.dimensions.entry: 1 / own["S_norm_qkv"], "up_gate": 1 / own["S_norm_upgate"]},
+            value=None if self.dimensions.latent else own["R_ov"] / own["S_ov"][..., None],
+            products={mlp: 1 / scale for mlp, scale in products(self, index, "S_up_down").items()},
+            key_scale=own.get("S_qk"),
+            inputs=down_transforms(self.transforms),
             keys=self.transforms.get("query_key"),
         )
 
 
 def _scales(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
     heads = (dimensions.kv_heads, dimensions.head_dim)
+    rows = {prefix_of(role): shape for role, shape in dimensions.rows().items() if kind_of(role) == "up"}
     return {
-        "S_up_down": (dimensions.intermediate,),
-        "S_qk": heads,
-        "S_ov": heads,
+        **{f"{prefix}S_up_down": shape for prefix, shape in rows.items()},
+        **({} if dimensions.latent else {"S_qk": heads, "S_ov": heads}),
         "S_norm_qkv": (dimensions.hidden,),
         "S_norm_upgate": (dimensions.hidden,),
     }

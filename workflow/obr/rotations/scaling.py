@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from obr.errors import ObrError
-from obr.models.architectures import GROUP_OF, Dimensions
-from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs
+from obr.models.architectures import KIND_OF, Dimensions, kind_of, prefix_of
+from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, products
 from obr.rotations.flatquant import random_scale
 from obr.rotations.fold import BlockTransforms
 from obr.rotations.ostquant import tied_key_scale
@@ -19,7 +19,10 @@ class Scaling(Rotation):
     qkv.scale, up_gate.scale (d), o.scale (k, m), down.scale (f): divide what the group reads; its weights are
     multiplied. qkv.shift, up_gate.shift (d), o.shift (k, m): taken off before that. key.scale (k, m): divides
     queries and multiplies keys before RoPE. {role}.clip_low, {role}.clip_high, {role}.limit (r, groups): what
-    clipping of weights has learned, as in Changes.
+    clipping of weights has learned, as in BlockTransforms.
+
+    Experts have experts.down.scale (e, f) and the like, shared ones shared.down.scale (f). Latent attention has
+    latent.scale and latent.shift in place of qkv's, and neither o.scale, o.shift nor key.scale.
     """
 
     kind = "scaling"
@@ -43,11 +46,15 @@ class Scaling(Rotation):
         """All parameters that this kind may have."""
         sizes = self.dimensions
         d, heads = (sizes.hidden,), (sizes.kv_heads, sizes.head_dim)
-        shapes = {"qkv": d, "up_gate": d, "o": heads, "down": (sizes.intermediate,), "key": heads}
+        shapes: dict[str, tuple[int, ...]] = {sizes.entry: d, "up_gate": d}
+        shapes |= {} if sizes.latent else {"o": heads, "key": heads}
+        shifts = [group for group in shapes if group != "key"]
+        for group, width in sizes.downs.items():
+            shapes[group] = (sizes.experts, width) if group.startswith("experts.") else (width,)
         block = {f"{group}.scale": Parameter(shape, "scale") for group, shape in shapes.items()}
-        block |= {f"{group}.shift": Parameter(shapes[group]) for group in ("qkv", "up_gate", "o")}
+        block |= {f"{group}.shift": Parameter(shapes[group]) for group in shifts}
         block |= clip_parameters(sizes, None)
-        block |= {f"{role}.limit": Parameter((rows, None)) for role, rows in sizes.rows().items()}
+        block |= {f"{role}.limit": Parameter((*rows, None)) for role, rows in sizes.rows().items()}
         return {f"blocks.{i}.{name}": p for i in range(sizes.blocks) for name, p in block.items()}
 
     def expected(self) -> dict[str, Parameter]:
@@ -57,25 +64,30 @@ class Scaling(Rotation):
         super().check(what)
         columns = self.dimensions.columns()
         for name, tensor in self.parameters.items():
-            role, _, part = name.split(".", 2)[2].partition(".")
-            if part in ("clip_low", "clip_high", "limit") and columns[GROUP_OF[role]] % tensor.shape[1]:
+            role, _, part = name.split(".", 2)[2].rpartition(".")
+            if part not in ("clip_low", "clip_high", "limit"):
+                continue
+            kind = KIND_OF[kind_of(role)]
+            read = columns.get(kind if kind == "up_gate" else f"{prefix_of(role)}{kind}")
+            if read is not None and read % tensor.shape[-1]:
                 raise ObrError(
-                    f"{what}: {name} has {tensor.shape[1]} groups, which do not divide the "
-                    f"{columns[GROUP_OF[role]]} columns of the layer; it was made for another model."
+                    f"{what}: {name} has {tensor.shape[-1]} groups, which do not divide the {read} columns of the "
+                    "layer; it was made for another model."
                 )
 
     def changes(self, index: int) -> BlockTransforms:
         get = lambda name: self.parameter(index, name)  # noqa: E731
-        norms = {g: 1 / get(f"{g}.scale") for g in ("qkv", "up_gate") if get(f"{g}.scale") is not None}
-        shifts = {g: get(f"{g}.shift") for g in ("qkv", "up_gate") if get(f"{g}.shift") is not None}
-        value, product = get("o.scale"), get("down.scale")
-        limits = {role: get(f"{role}.limit") for role in self.dimensions.rows()}
+        kinds = (self.dimensions.entry, "up_gate")
+        norms = {kind: 1 / get(f"{kind}.scale") for kind in kinds if get(f"{kind}.scale") is not None}
+        shifts = {kind: get(f"{kind}.shift") for kind in kinds if get(f"{kind}.shift") is not None}
+        value = get("o.scale")
+        limits = {role: get(f"{role}.limit") for role in self.dimensions.roles()}
         return BlockTransforms(
             norms=norms,
             shifts={group: shift * norms[group] if group in norms else shift for group, shift in shifts.items()},
             value=None if value is None else torch.diag_embed(1 / value),
             value_shift=get("o.shift"),
-            product=None if product is None else 1 / product,
+            products={mlp: 1 / scale for mlp, scale in products(self, index, "down.scale").items()},
             key_scale=get("key.scale"),
             clips=pairs(self, index, "clip"),
             limits={role: limit for role, limit in limits.items() if limit is not None},

@@ -27,16 +27,14 @@ def kind_held_by(name: str) -> str:
     return "scaling" if known is not None and known.class_name is None else name
 
 
-def instead_of(asked: str, dimensions: Dimensions, learned: bool = False) -> Unrotated | None:
+def instead_of(asked: str, dimensions: Dimensions) -> Unrotated | None:
     """What stands in the place of a rotation of this kind, said on stderr; None if the model takes it.
 
-    asked: a kind, learner or file format. learned: it is to be learned, not drawn.
+    asked: a kind, learner or file format.
     """
     if asked == Unrotated.kind:
         return None
     reason = dimensions.objection(kind_held_by(asked))
-    if reason is None and learned:
-        reason = dimensions.learning_objection()
     if reason is None:
         return None
     print(f"obr: {asked} is not applied to {dimensions.family} models: {reason}.", file=sys.stderr, flush=True)

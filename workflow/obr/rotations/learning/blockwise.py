@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
-from obr.models.architectures import Layout
+from obr.models.architectures import Layout, kind_of, without_number
 from obr.models.blocks import StreamedBlocks, run_block
 from obr.models.hidden_states import HiddenStates
 from obr.models.layers import set_quantizers
@@ -50,8 +50,21 @@ class Place:
         self.held_out = range(len(self.task.windows), len(self.inputs))
 
     def weights(self, group: str) -> dict[str, Tensor]:
-        """Plain weights (r, n) of a group's layers, by path."""
-        return {path: self.plain[f"{path}.weight"] for path in self.layout.groups[group]}
+        """Plain weights (r, n) of a group's layers, by path; of a kind that a norm feeds, those of all its groups."""
+        paths = self.layout.of_kind(group) if group in self.layout.norms else self.layout.groups[group]
+        return {path: self.plain[f"{path}.weight"] for path in paths}
+
+    def downs(self) -> list[str]:
+        """The groups of down layers: of the dense MLP, or of each expert and the shared ones."""
+        return [group for group in self.layout.groups if kind_of(group) == "down"]
+
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """{role: (output rows,)} of the block's layers; of all experts together (experts, rows)."""
+        found = {}
+        for role, path in self.layout.roles.items():
+            shared, rows = without_number(role), len(self.plain[f"{path}.weight"])
+            found[shared] = (rows,) if shared == role else (self.task.dimensions.experts, rows)
+        return found
 
     def parameters(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
         """A block's parameters under the names that they have in a rotation."""
@@ -97,10 +110,18 @@ class Place:
 
     @torch.no_grad()
     def observe(self, observers: dict[str, Callable[[Tensor], None]]) -> None:
-        """Call `observers[group]` with each (1, s, n) that the group's layers read in the plain block."""
-        linears = {group: self.block.get_submodule(self.layout.groups[group][0]) for group in observers}
+        """Call `observers[group]` with each (…, n) that the group's layers read in the plain block.
+
+        The name of a kind that a norm feeds, such as up_gate, is of what the norm puts out.
+        """
+        norms, hooks = self.layout.norms, []
+        linears = {g: self.block.get_submodule(self.layout.groups[g][0]) for g in observers if g not in norms}
         for group, linear in linears.items():
             linear.observer = observers[group]
+        for kind in observers.keys() & norms:
+            take = observers[kind]
+            norm = self.block.get_submodule(norms[kind])
+            hooks.append(norm.register_forward_hook(lambda _module, _inputs, out, take=take: take(out)))
         try:
             for window in self.learned_from:
                 with products(self.task):
@@ -108,6 +129,8 @@ class Place:
         finally:
             for linear in linears.values():
                 linear.observer = None
+            for hook in hooks:
+                hook.remove()
 
 
 # What a learner does in a block: its parameters, by the names after `blocks.{i}.`, and lines of the curve.
@@ -151,7 +174,7 @@ def _places(
     own = source.embed(windows, room)[0] if own_inputs else None
     for index in range(len(source)):
         place = Place(
-            task, index, source.load(index), source.layout, arguments[index], inputs,
+            task, index, source.load(index), source.layout_at(index), arguments[index], inputs,
             inputs if own is None else own, targets,
         )  # fmt: skip
         with torch.no_grad(), products(task):
@@ -247,7 +270,7 @@ def _order(count: int, seed: int, block: int, epoch: int) -> Tensor:
 
 
 def largest_inputs(place: Place, groups: tuple[str, ...]) -> dict[str, Tensor]:
-    """max|X| (n,) of each channel of what the groups read."""
+    """max|X| (n,) of each channel of what the groups read; experts without tokens are left out."""
     largest: dict[str, Tensor] = {}
 
     def observer(group: str) -> Callable[[Tensor], None]:
@@ -259,3 +282,15 @@ def largest_inputs(place: Place, groups: tuple[str, ...]) -> dict[str, Tensor]:
 
     place.observe({group: observer(group) for group in groups})
     return largest
+
+
+def stacked(found: dict[str, Tensor], task: LearningRun, default: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Tensors by group or role; those of experts, such as "experts.3.down", as rows of one, "experts.down".
+
+    default: of the name of an expert's tensor that is missing, since the expert gets no tokens.
+    """
+    joined = {name: tensor for name, tensor in found.items() if without_number(name) == name}
+    for shared in dict.fromkeys(without_number(name) for name in found if name not in joined):
+        names = [f"experts.{e}.{shared.removeprefix('experts.')}" for e in range(task.dimensions.experts)]
+        joined[shared] = torch.stack([found[name] if name in found else default(name) for name in names])
+    return joined

@@ -8,10 +8,11 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
+from obr.models.architectures import without_number
 from obr.models.hadamard import hadamard, random_orthogonal, random_signs
-from obr.rotations.base import Rotation
-from obr.rotations.flatquant import PAIRED, FlatQuant, factor_pair
-from obr.rotations.learning.blockwise import Place, descend, largest_inputs, learn_blocks
+from obr.rotations.base import ENDS, Rotation
+from obr.rotations.flatquant import FlatQuant, factor_pair, paired
+from obr.rotations.learning.blockwise import Place, descend, largest_inputs, learn_blocks, stacked
 from obr.rotations.learning.run import LearningRun
 from obr.rotations.scaling import smoothing_scale
 
@@ -43,11 +44,11 @@ def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     def learn_block(place: Place) -> tuple[dict[str, Tensor], list[dict]]:
         generator = torch.Generator().manual_seed(task.seed * 10_007 + place.index)
         factor = Svd if settings.parametrisation == "svd" else Direct
-        transforms = {n: factor(starting(size, settings.start, generator)) for n, size in sizes(task).items()}
+        transforms = {n: factor(starting(size, settings.start, generator)) for n, size in sizes(place).items()}
         for transform in transforms.values():
             transform.to(place.inputs.device)
         scales = starting_scales(place, settings.alpha) if settings.scales else {}
-        clips = starting_clips(task)
+        clips = starting_clips(place)
         for leaf in (*scales.values(), *clips.values()):
             leaf.data = leaf.to(place.inputs.device)
             leaf.requires_grad_()
@@ -104,14 +105,18 @@ def _orthogonal(start: Tensor) -> nn.Module:
     return orthogonal(holder, "weight", orthogonal_map="cayley", use_trivialization=True)
 
 
-def sizes(task: LearningRun) -> dict[str, int]:
+def sizes(place: Place) -> dict[str, int]:
     """Sizes of the matrices that are learned in a block, by name."""
-    dimensions, found = task.dimensions, {}
-    for group in PAIRED:
-        found[f"{group}.left"], found[f"{group}.right"] = factor_pair(dimensions.columns()[group])
-    found |= {"o.heads": dimensions.heads, "value": dimensions.head_dim}
-    if task.recipe.keys.bits < 16 or task.recipe.queries.bits < 16:
-        found["keys"] = dimensions.head_dim
+    dimensions, recipe, found = place.task.dimensions, place.task.recipe, {}
+    own = {without_number(group) for group in place.layout.groups}
+    for group, columns in paired(dimensions).items():
+        if group == "up_gate" or group in own:
+            found[f"{group}.left"], found[f"{group}.right"] = factor_pair(columns)
+    found["o.heads"] = dimensions.heads
+    if not dimensions.latent:
+        found["value"] = dimensions.head_dim
+        if recipe.keys.bits < 16 or recipe.queries.bits < 16:
+            found["keys"] = dimensions.head_dim
     return found
 
 
@@ -124,25 +129,30 @@ def starting(n: int, start: str, generator: torch.Generator) -> Tensor:
 
 
 def starting_scales(place: Place, alpha: float) -> dict[str, Tensor]:
-    """Logarithms of c = max|W|^(1 - alpha) / max|X|^alpha, by the names of the scales."""
-    largest = largest_inputs(place, PAIRED)
-    return {
-        f"{group}.scale": -smoothing_scale(largest[group], list(place.weights(group).values()), alpha).log()
-        for group in PAIRED
+    """Logarithms of c = max|W|^(1 - alpha) / max|X|^alpha, by the names of the scales.
+
+    Those of experts without tokens are 0.
+    """
+    groups = (place.task.dimensions.entry, "up_gate", *place.downs())
+    scales = {
+        group: -smoothing_scale(largest, list(place.weights(group).values()), alpha).log()
+        for group, largest in largest_inputs(place, groups).items()
     }
+    ones = torch.zeros(place.task.dimensions.intermediate, device=place.inputs.device)
+    found = stacked(scales, place.task, lambda _: ones)
+    return {f"{group}.scale": found[group] for group in map(without_number, groups) if group in found}
 
 
-def starting_clips(task: LearningRun) -> dict[str, Tensor]:
+def starting_clips(place: Place) -> dict[str, Tensor]:
     """Logits of the clips that the task asks for, by name: of weights, and of what is quantised as it comes."""
-    recipe: Recipe = task.recipe
-    rows, clips = task.dimensions.rows(), {}
+    recipe: Recipe = place.task.recipe
+    rows, clips = place.rows(), {}
     if recipe.clip == "learned" and recipe.bits < 16:
-        clips |= {f"{role}.clip_{end}": torch.full((r, 1), START) for role, r in rows.items() for end in ENDS}
+        clips |= {f"{role}.clip_{end}": torch.full((*r, 1), START) for role, r in rows.items() for end in ENDS}
     inputs = {role: recipe.o_inputs if role == "o" and recipe.o_inputs else recipe.activations for role in rows}
-    for role, settings in (inputs | {"keys": recipe.keys, "values": recipe.values}).items():
+    cached = {} if place.layout.latent else {"keys": recipe.keys, "values": recipe.values}
+    for role, settings in (inputs | cached).items():
         if settings.bits < 16 and settings.clip_ratio == "learned":
-            clips |= {f"{role}.range_{end}": torch.full((1,), START) for end in ENDS}
+            shape = (*rows.get(role, (1,))[:-1], 1)
+            clips |= {f"{role}.range_{end}": torch.full(shape, START) for end in ENDS}
     return clips
-
-
-ENDS = ("low", "high")

@@ -17,13 +17,13 @@ from obr.rotations.ostquant import OSTQuant
 def turn(rotation: OSTQuant, blocks: Blocks) -> None:
     """Put U before the rotation's R_res (d, d) and before every head's R_ov (k, m, m), in place.
 
-    blocks: of the plain model; one is in memory at a time. R_res: U of the rows of all q, k, v, up and gate, norm
-    gains in them. R_ov of a block: U of o_proj's rows, cut to the m columns of each of the query heads that share a
-    KV head.
+    blocks: of the plain model; one is in memory at a time. R_res: U of the rows of all q, k, v, up and gate, of every
+    expert too, norm gains in them. R_ov of a block: U of o_proj's rows, cut to the m columns of each of the query
+    heads that share a KV head; latent attention has none.
     """
     parameters = rotation.parameters
     parameters["R_res"] = principal_axes(_readers(blocks)) @ parameters["R_res"].double()
-    for index in range(len(blocks)):
+    for index in range(0 if blocks.dimensions.latent else len(blocks)):
         parameters[f"blocks.{index}.R_ov"] = _head_axes(blocks, index) @ parameters[f"blocks.{index}.R_ov"].double()
 
 
@@ -42,10 +42,10 @@ def _readers(blocks: Blocks) -> Iterator[Tensor]:
 
 
 def _readers_of(blocks: Blocks, index: int) -> Iterator[Tensor]:
-    block, layout = blocks.load(index), blocks.layout
-    for group, norm in layout.norms.items():
+    block, layout = blocks.load(index), blocks.layout_at(index)
+    for kind, norm in layout.norms.items():
         gain = block.get_submodule(norm).weight + layout.norm_offset
-        for path in layout.groups[group]:
+        for path in layout.of_kind(kind):
             yield block.get_submodule(path).weight * gain
 
 

@@ -65,7 +65,6 @@ class Network:
         self.task, self.quantise, self.room = task, quantise, task.room
         self.at_once = at_once or max(1, BATCH_TOKENS // task.windows.shape[1])
         self.source = StreamedBlocks(task.model, None, torch.float32, task.device)
-        self.layout = self.source.layout
         self.grids: list[dict[str, Grid]] = []
         self._held: tuple[int, nn.Module] | None = None
 
@@ -135,7 +134,14 @@ class Network:
 
     def _block(self, index: int, rotation: Rotation, learns: bool) -> RotatedBlock:
         return RotatedBlock(
-            self.load(index), index, rotation, self.layout, self.task.recipe, self.quantise, self.grids[index], learns
+            self.load(index),
+            index,
+            rotation,
+            self.source.layout_at(index),
+            self.task.recipe,
+            self.quantise,
+            self.grids[index],
+            learns,
         )
 
     def _forward(

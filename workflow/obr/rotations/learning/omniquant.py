@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from obr.rotations.base import Rotation
+from obr.rotations.base import ENDS, Rotation
 from obr.rotations.learning.blockwise import Place, descend, learn_blocks
-from obr.rotations.learning.flatquant import ENDS, START
+from obr.rotations.learning.flatquant import START
 from obr.rotations.learning.run import LearningRun
-from obr.rotations.learning.smoothquant import FED_BY_NORMS, smoothing_scales
+from obr.rotations.learning.smoothquant import fed_by_norms, smoothing_scales
 from obr.rotations.ostquant import over_pairs, pairs_of
 from obr.rotations.scaling import Scaling
 
@@ -27,7 +27,7 @@ def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     def learn_block(place: Place) -> tuple[dict[str, Tensor], list[dict]]:
         logarithms = starting_scales(place, settings.alpha) if settings.scales else {}
         shifts = starting_shifts(task) if settings.shifts else {}
-        clips = starting_clips(task)
+        clips = starting_clips(place)
         for leaves in (logarithms, shifts, clips):
             leaves |= {name: leaf.to(place.inputs.device).requires_grad_() for name, leaf in leaves.items()}
 
@@ -48,8 +48,11 @@ def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
 def starting_scales(place: Place, alpha: float) -> dict[str, Tensor]:
     """Logarithms of the scales: (d,) of norms, (k, m) of values, (k or 1, m / 2) of the RoPE pairs of keys."""
     sizes = place.task.dimensions
+    scales = {name: scale.log() for name, scale in smoothing_scales(place, alpha).items()}
+    if sizes.latent:
+        return scales
     key_heads = 1 if sizes.normed_heads else sizes.kv_heads  # a norm that all heads share has one gain
-    return {name: scale.log() for name, scale in smoothing_scales(place, alpha).items()} | {
+    return scales | {
         "o.scale": torch.zeros(sizes.kv_heads, sizes.head_dim),
         "key.scale": torch.zeros(key_heads, pairs_of(sizes)),
     }
@@ -65,16 +68,14 @@ def _scales(logarithms: dict[str, Tensor], task: LearningRun) -> dict[str, Tenso
 def starting_shifts(task: LearningRun) -> dict[str, Tensor]:
     """Zeros: of what the norms put out (d,), and of the values (k, m)."""
     sizes = task.dimensions
-    shifts = {f"{group}.shift": torch.zeros(sizes.hidden) for group in FED_BY_NORMS}
-    return shifts | {"o.shift": torch.zeros(sizes.kv_heads, sizes.head_dim)}
+    shifts = {f"{group}.shift": torch.zeros(sizes.hidden) for group in fed_by_norms(sizes)}
+    return shifts if sizes.latent else shifts | {"o.shift": torch.zeros(sizes.kv_heads, sizes.head_dim)}
 
 
-def starting_clips(task: LearningRun) -> dict[str, Tensor]:
+def starting_clips(place: Place) -> dict[str, Tensor]:
     """Logits (r, 1) of weight clips, by name, if the task asks for them."""
-    if task.recipe.clip != "learned" or task.recipe.bits == 16:
+    recipe = place.task.recipe
+    if recipe.clip != "learned" or recipe.bits == 16:
         return {}
-    return {
-        f"{role}.clip_{end}": torch.full((rows, 1), START)
-        for role, rows in task.dimensions.rows().items()
-        for end in ENDS
-    }
+    rows = place.rows()
+    return {f"{role}.clip_{end}": torch.full((*rows[role], 1), START) for role in rows for end in ENDS}

@@ -38,7 +38,7 @@ def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
         raise ObrError(f"learn.start is {settings.start!r}; choose hadamard or klt.")
     rotation = OSTQuant.draw(task.dimensions, task.seed)
     if not settings.online_query_key:
-        del rotation.transforms["query_key"]
+        rotation.transforms.pop("query_key", None)
     rotation.to(task.device)
     network = Network(task, straight_through.ste_range, settings.micro_batch)
     if settings.start == "klt":

@@ -52,7 +52,7 @@ def learn_rotation(
 
     if entry["kind"] not in LEARNERS:
         raise ObrError(f"Rotation {entry['kind']!r} is not learned; those that are: {', '.join(LEARNERS)}.")
-    if (none := instead_of(entry["kind"], Dimensions.of(config_of(Path(model))), learned=True)) is not None:
+    if (none := instead_of(entry["kind"], Dimensions.of(config_of(Path(model))))) is not None:
         write([], Path(out).with_suffix(".csv"))
         registry.save(none, Path(out))
         return none

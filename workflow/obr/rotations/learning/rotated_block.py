@@ -14,14 +14,14 @@ from torch.func import functional_call
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.methods.grid import Grid
-from obr.models.architectures import GROUP_OF, Layout
+from obr.models.architectures import KIND_OF, Layout, kind_of
 from obr.models.hadamard import Kronecker
 from obr.models.layers import set_quantizers
 from obr.rotations import fold
 from obr.rotations.base import Rotation
 from obr.rotations.learning import straight_through
 
-NORMS = "norms"  # the part of a block that is not a layer
+NORMS, READERS = "norms", "readers"  # the parts of a block that are no layers
 
 
 class RotatedBlock:
@@ -52,7 +52,7 @@ class RotatedBlock:
         set_quantizers(block, layout, recipe)
         straight_through.swap(block, quantise)
         self.weights: dict[str, Tensor] = {}
-        for part in (*layout.roles, NORMS):
+        for part in (*layout.roles, READERS, NORMS):
             self.weights |= self._leaves(part, learns)
 
     def __call__(self, states: Tensor, arguments: dict) -> Tensor:
@@ -63,9 +63,9 @@ class RotatedBlock:
         changes = self.rotation.changes(self.index)  # with a graph of its own, which one backward pass uses up
         for group in fold.READS_RESIDUAL:
             turn = _Turned(self.quantise, changes, group)
-            for path in layout.groups.get(group, ()):  # not every family has each
+            for path in layout.of_kind(group):  # not every family has each
                 block.get_submodule(path).quantize = turn
-        writers = [block.get_submodule(p) for g in fold.WRITES_RESIDUAL for p in layout.groups.get(g, ())]
+        writers = [block.get_submodule(path) for path in layout.of_kind(*fold.WRITES_RESIDUAL)]
         hooks = [writer.register_forward_hook(lambda _, __, out: changes.residual(out)) for writer in writers]
         try:
             return self._run(states, arguments)
@@ -76,7 +76,7 @@ class RotatedBlock:
 
     def hand_back(self) -> None:
         """Add the gradients of the folded weights, gathered by backward passes, to those of the rotation."""
-        for part in (*self.layout.roles, NORMS):
+        for part in (*self.layout.roles, READERS, NORMS):
             self._hand_back(part)
 
     def _hand_back(self, part: str) -> None:
@@ -93,7 +93,9 @@ class RotatedBlock:
         return {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in folded.items()}
 
     def _folded(self, part: str) -> dict[str, Tensor]:
-        """Weight and bias of the layer with this role, or the gains of the norms, by name."""
+        """Weight and bias of the layer with this role, the gains of the norms, or what stays at 16 bits, by name."""
+        if part == READERS:
+            return fold.fold_readers(self.plain, self.changes, self.layout, torch.float32)
         if part != NORMS:
             path = self.layout.roles[part]
             new = self._folded_layer(part)
@@ -112,7 +114,7 @@ class RotatedBlock:
         if self.is_folded:
             return fold.fold_layer(state, self.changes, layout, role, dtype=torch.float32)
         path = layout.roles[role]
-        if (norm := layout.norms.get(GROUP_OF[role])) is not None:
+        if (norm := layout.norms.get(KIND_OF[kind_of(role)])) is not None:
             weight = f"{path}.weight"
             state = {**state, weight: state[weight] * (state[f"{norm}.weight"].float() + layout.norm_offset)}
         return fold.fold_layer(
@@ -144,7 +146,7 @@ class RotatedBlock:
 class _Turned:
     """Quantises what a group's layers read of the residual stream, then turns it back for their own weights.
 
-    The layers of a group are called with the same input, and share the product.
+    The layers of a group are called with the same input, and share the product. Those of an expert follow each other.
     """
 
     def __init__(self, quantise: Callable, changes: fold.BlockTransforms, group: str):

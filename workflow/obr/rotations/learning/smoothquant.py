@@ -2,12 +2,16 @@
 
 from torch import Tensor
 
+from obr.models.architectures import Dimensions
 from obr.rotations.base import Rotation
 from obr.rotations.learning.blockwise import Place, largest_inputs, learn_blocks
 from obr.rotations.learning.run import LearningRun
 from obr.rotations.scaling import Scaling, smoothing_scale
 
-FED_BY_NORMS = ("qkv", "up_gate")
+
+def fed_by_norms(dimensions: Dimensions) -> tuple[str, str]:
+    """The kinds of groups that read what a block's norms put out."""
+    return dimensions.entry, "up_gate"
 
 
 def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
@@ -26,9 +30,9 @@ def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
 
 
 def smoothing_scales(place: Place, alpha: float) -> dict[str, Tensor]:
-    """{group.scale: (d,)} of what the block's norms feed."""
-    largest = largest_inputs(place, FED_BY_NORMS)
+    """{group.scale: (d,)} of what the block's norms feed; experts count, the router's 16-bit weights do not."""
+    largest = largest_inputs(place, fed_by_norms(place.task.dimensions))
     return {
         f"{group}.scale": smoothing_scale(largest[group], list(place.weights(group).values()), alpha)
-        for group in FED_BY_NORMS
+        for group in largest
     }
