@@ -61,6 +61,28 @@ def test_a_run_with_all_it_needs_has_no_problem():
     assert not found.problems and not found.notes and found.lines() == ["Nothing would stop the run."]
 
 
+@pytest.mark.parametrize(
+    ("config", "is_needed"),
+    [
+        ({"model_type": "olmo2"}, False),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, False),
+        ({"model_type": "olmoe"}, True),
+    ],
+)
+def test_rotation_files_are_not_missed_by_families_that_take_none(config, is_needed, tmp_path):
+    """Whether the model is still to be copied from its folder, or is in the results already."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.json").write_text(json.dumps(config), encoding="utf-8")
+    models = {"own": {"source": {"source": "path", "path": str(tmp_path / "own")}}, "a": {"source": HUB}}
+    copied = tmp_path / "results/models/a"
+    copied.mkdir(parents=True)
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for model in models:
+        jobs = [job("download_rotation", rotation="spinquant", model=model)]
+        settings = {**CONFIG, "models": models, "results": str(tmp_path / "results")}
+        assert bool(problems(jobs, config=settings)) == is_needed
+
+
 def test_missing_local_files_are_listed_together():
     jobs = [
         job("download_model", model="own"),

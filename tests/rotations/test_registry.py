@@ -5,7 +5,7 @@ import torch
 import yaml
 
 import obr
-from helpers.family_models import FAMILIES, random_model
+from helpers.family_models import EXPERTS, FAMILIES, random_model
 from helpers.paths import ROOT
 from obr.errors import ObrError
 from obr.models.architectures import Dimensions, layout_of
@@ -210,3 +210,13 @@ def test_the_schema_knows_all_formats():
     path = ROOT / "workflow/schemas/config.schema.yaml"
     entry = yaml.safe_load(path.read_text())["properties"]["rotations"]["additionalProperties"]["properties"]
     assert set(entry["format"]["enum"]) == {"obr", *published_files.READERS}
+
+
+@pytest.mark.parametrize("name", ["flatquant", "ostquant", "smoothquant", "awq", "omniquant"])
+def test_published_files_of_dense_models_leave_experts_unrotated(name, tmp_path):
+    """Also where the file is missing: it is not needed."""
+    random_model(EXPERTS["mixtral"]).save_pretrained(tmp_path / "model")
+    entry = {"kind": "file", "format": name, "source": {"source": "path", "path": "gone"}}
+    make(entry, tmp_path / "model", tmp_path / "r.safetensors")
+    about = registry.load(tmp_path / "r.safetensors", Dimensions.of(EXPERTS["mixtral"])).about()
+    assert about["asked"] == name and f"files of {name} name the layers of dense models" in about["reason"]

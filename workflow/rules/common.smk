@@ -8,9 +8,11 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
 from obr.config.config_files import add_recipes
+from obr.config.model_sizes import read_config
 from obr.config.rule_functions import RuleFunctions
 from obr.config.workflow import Config, check_paths, objection
 from obr.errors import ObrError
+from obr.models.architectures import with_defaults
 from obr.planning.dry_run import Job
 from obr.planning.preflight import missing_files
 
@@ -34,7 +36,8 @@ try:
         check_paths(config[section], section)
     for model in config["models"]:
         if Path(jobs.path("model_config", model=model)).exists():
-            jobs.config.check_widths(model, Path(jobs.path("model_config", model=model)))
+            folder = Path(jobs.path("model_config", model=model)).parent
+            jobs.config.check_widths(model, with_defaults(read_config(folder, model)))
 except ObrError as error:
     raise WorkflowError(str(error)) from None
 

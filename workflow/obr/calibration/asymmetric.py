@@ -10,14 +10,15 @@ second step, `Δ Ĥ⁻¹` with Δ = (R - R̂)ᵀX̂, makes up for what the strea
 
 The asymmetric calibration of GPTAQ (arXiv 2504.02692), for methods other than GPTQ, too; the second step is that of
 WaterSIC (arXiv 2603.04956).
-"""
 
-from dataclasses import dataclass
+Experts get the tokens that the router of the compressed model sends them, see `expert_inputs`.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from obr.calibration.collect_hessians import Accumulator, Moments, inputs_of_each
+from obr.calibration.collect_hessians import inputs_of_each
+from obr.calibration.moments import Accumulator, GroupStatistics
 from obr.config.recipe import Recipe
 from obr.methods.layer_hessian import Hessian
 from obr.methods.row_products import product
@@ -25,17 +26,6 @@ from obr.models.architectures import Layout
 from obr.models.hidden_states import HiddenStates
 
 ADDS_TO_STREAM = ("o", "down")  # groups whose outputs are added to the residual stream
-
-
-@dataclass
-class GroupStatistics:
-    """Of a group's inputs: their moments, how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), what the residual
-    stream lacks, `2/S Σ (R - R̂)ᵀ X̂` (r, n), and the same of held-out windows."""
-
-    moments: Moments
-    drift: Tensor | None = None
-    lacking: Tensor | None = None
-    held_out: "GroupStatistics | None" = None
 
 
 def collect(
@@ -112,7 +102,8 @@ def target_weight(
     """(target (r, n) of a layer with `weight (r, n)`, the shares of the recipe's steps that it took).
 
     With the recipe's target_shrinkage "held_out" each step is multiplied by a factor, 0 to 1, with the least error of
-    the layer's outputs on held-out windows, beside the dense model's.
+    the layer's outputs on held-out windows, beside the dense model's. An expert that gets none
+    of their tokens takes no step.
 
     Raises:
         ObrError: the Hessian cannot be factored.
@@ -128,7 +119,8 @@ def target_weight(
         return weight, {}
     steps = [step.mul_(share) for step, share in zip(steps, shares.values(), strict=True)]
     if recipe.target_shrinkage == "held_out":
-        factors = best_factors(weight, steps, statistics.held_out, "residual" in shares)
+        unseen = statistics.held_out
+        factors = best_factors(weight, steps, unseen, "residual" in shares) if unseen else [0.0] * len(steps)
         shares = {name: share * factor for (name, share), factor in zip(shares.items(), factors, strict=True)}
         steps = [step.mul_(factor) for step, factor in zip(steps, factors, strict=True)]
     return sum(steps, weight), shares

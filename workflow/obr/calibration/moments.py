@@ -21,6 +21,17 @@ class Moments:
     tokens: int | None = None
 
 
+@dataclass
+class GroupStatistics:
+    """Of a group's inputs: their moments, how the dense model's differ, `2/S Σ (X - X̂)ᵀ X̂` (n, n), what the residual
+    stream lacks, `2/S Σ (R - R̂)ᵀ X̂` (r, n), and the same of held-out windows."""
+
+    moments: Moments
+    drift: Tensor | None = None
+    lacking: Tensor | None = None
+    held_out: "GroupStatistics | None" = None
+
+
 class Accumulator:
     """Sums the second moments of a layer's inputs (…, n), called with each of S sequences in their order.
 

@@ -20,8 +20,9 @@ def download_model(args: Namespace) -> None:
 def check_model(args: Namespace) -> None:
     from obr.config.model_sizes import read_config
     from obr.config.workflow import check_widths
+    from obr.models.architectures import with_defaults
 
-    check_widths(read_config(args.model, args.model.name), args.patterns, args.model.name)
+    check_widths(with_defaults(read_config(args.model, args.model.name)), args.patterns, args.model.name)
     write_json(args.patterns, args.out)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from obr.calibration import asymmetric, output_gradients
-from obr.calibration.asymmetric import GroupStatistics
 from obr.calibration.expert_inputs import shared_flags
+from obr.calibration.moments import GroupStatistics
 from obr.checkpoints.format import round_ends, round_rest
 from obr.checkpoints.writer import LayerReport, Report, Writer, store
 from obr.compression.hessian_source import HessianSource

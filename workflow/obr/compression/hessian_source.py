@@ -7,11 +7,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from obr.calibration import asymmetric, collect_hessians
-from obr.calibration.asymmetric import GroupStatistics
-from obr.calibration.expert_inputs import ExpertInputs, expert_of, is_of_expert
+from obr.calibration.expert_inputs import DenseBlock, ExpertInputs, expert_of, is_of_expert
+from obr.calibration.moments import GroupStatistics
 from obr.calibration.token_weights import token_weights
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
+from obr.models.architectures import prefix_of
 from obr.models.blocks import Blocks, run_in_place
 from obr.models.hidden_states import HiddenStates, MemoryBudget
 from obr.models.layers import set_quantizers
@@ -84,12 +85,16 @@ class HessianSource:
     def begin(self, block: nn.Module, index: int) -> None:
         """Collect what is wanted of a whole block before any of its layers changes."""
         if self.hidden is not None and self.recipe.hessian_scope == "block" and index in self.chosen:
-            self.gathered = self._gathered(block, index, list(self.blocks.layout_at(index).groups))
+            layout = self.blocks.layout_at(index)
+            groups = [group for group in layout.groups if not is_of_expert(group)]
+            self.gathered = self._gathered(block, index, groups)
+            if layout.experts:
+                self.routed = self._routed(block, index)
 
     def collected(self, block: nn.Module, index: int, group: str) -> GroupStatistics | None:
         """Of a group's inputs; None where there are neither tokens nor files."""
         if self.hidden is not None and is_of_expert(group):
-            return self._of_expert(block, index, group)
+            return self.gathered.pop(group, None) or self._of_expert(block, index, group)
         if self.hidden is not None:
             return self.gathered.pop(group, None) or self._gathered(block, index, [group])[group]
         if self.cached is not None:
@@ -98,16 +103,36 @@ class HessianSource:
         return None
 
     def _of_expert(self, block: nn.Module, index: int, group: str) -> GroupStatistics:
-        """Of what a group of an expert's layers reads. The states that enter the experts are found once a block."""
+        """Of what a group of an expert's layers reads. The states that enter the experts are found once a block.
+
+        With the scope of a block, what an expert's down layer reads is collected before the first of its layers
+        changes, so that the Hessians of one expert at a time are in memory.
+        """
         if not self.routed:
-            windows = [self.hidden] + ([] if self.held_out is None else [self.held_out])
-            arguments, layout = self.arguments[index], self.blocks.layout_at(index)
-            self.routed = [ExpertInputs(block, layout, hidden, arguments, self.room) for hidden in windows]
+            self.routed = self._routed(block, index)
+        down = f"{prefix_of(group)}down"
+        if self.recipe.hessian_scope == "block" and group != down:
+            self.gathered[down] = self._of_routed(down)
+        return self._of_routed(group)
+
+    def _of_routed(self, group: str) -> GroupStatistics:
         found, *held_out = self.routed
-        statistics = GroupStatistics(found.collect(group))
+        statistics = found.statistics(group)
         if held_out and held_out[0].tokens(expert_of(group)):
-            statistics.held_out = GroupStatistics(held_out[0].collect(group, share=False))
+            statistics.held_out = held_out[0].statistics(group, share=False)
         return statistics
+
+    def _routed(self, block: nn.Module, index: int) -> list[ExpertInputs]:
+        """What enters the experts of a block as it is: of calibration windows, and of held-out ones."""
+        windows = [(self.hidden, self.dense_hidden)]
+        if self.held_out is not None:
+            windows.append((self.held_out, self.dense_held_out))
+        found, pays_back = [], bool(self.recipe.residual)
+        for hidden, beside in windows:
+            dense = None if beside is None else DenseBlock(self.dense, beside, pays_back)
+            arguments, layout = self.arguments[index], self.blocks.layout_at(index)
+            found.append(ExpertInputs(block, layout, hidden, arguments, self.room, dense))
+        return found
 
     def _gathered(self, block: nn.Module, index: int, groups: list[str]) -> dict[str, GroupStatistics]:
         """Of the inputs of some groups, from one pass through a block as it is."""
@@ -174,23 +199,17 @@ def _check_stream(blocks: Blocks, recipe: Recipe) -> None:
 
 
 def check_experts(blocks: Blocks, recipe: Recipe) -> None:
-    """Raise ObrError at settings that experts, whose tokens the router chooses, have no meaning for."""
+    """Raise ObrError at settings that experts have no meaning for, or that cost too much with them."""
     if not blocks.layout.experts:
         return
     family = blocks.config.model_type
-    for name in ("asymmetry", "residual", "token_weights"):
-        if getattr(recipe, name):
-            raise ObrError(
-                f"{name} is {getattr(recipe, name)}, but experts of {family} models get other tokens in the "
-                f"compressed model than in the dense one; set {name} to 0."
-            )
-    if recipe.hessian_scope == "block" and recipe.needs_hessian and recipe.hessian == "sequential":
+    if recipe.token_weights:
         raise ObrError(
-            f"hessian_scope is block, but the Hessians of all experts of a {family} block do not fit at once; "
-            "set hessian_scope to group."
+            f"token_weights is {recipe.token_weights}, but experts of {family} models get tokens in the compressed model "
+            "that the dense one sends elsewhere, for which no gradient is known; set token_weights to 0."
         )
     if recipe.allocation is not None:
         raise ObrError(
-            f"Allocations measure each layer's loss, which is not done for the experts of {family} models; "
-            "leave allocation out."
+            "Allocations measure what each layer costs by a pass through the model for each, but experts of "
+            f"{family} models are thousands of layers; leave allocation out."
         )

@@ -18,6 +18,7 @@ from obr.config.workflow import check_widths
 from obr.errors import ObrError
 from obr.evaluation.stage import STAGE, Wanted, evaluate_stage
 from obr.models import remote_code
+from obr.models.architectures import with_defaults
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import default_device
 from obr.runtime import code_digest
@@ -194,7 +195,7 @@ def _check_model(job: Job, work: WorkFolder) -> None:
     """Raise ObrError at windows longer than the context, or a pattern that does not divide the layers."""
     config, recipe = read_config(work.model), job.recipe
     patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
-    check_widths(config, patterns, job.model)
+    check_widths(with_defaults(config), patterns, job.model)
     longest = config.get("max_position_embeddings")
     lengths = [entry.get("seqlen", SEQLEN) for entry in job.calibrations.values()]
     lengths += [job.perplexity.get("seqlen", SEQLEN)] if job.perplexity else []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from obr.calibration import output_gradients
+from obr.calibration.expert_inputs import is_of_expert
 from obr.checkpoints.files import check_files, read_manifest
 from obr.checkpoints.format import round_ends, round_rest, stored_block
 from obr.checkpoints.packing import unpack
@@ -18,6 +19,7 @@ from obr.config import paths
 from obr.config.recipe import Recipe
 from obr.data import token_windows
 from obr.errors import ObrError
+from obr.models.architectures import prefix_of
 from obr.models.blocks import StreamedBlocks
 from obr.models.layers import QuantLinear
 from obr.rotations import apply
@@ -163,8 +165,10 @@ def _repeated(
                 round_rest(block, layout, report.dtype)
                 statistics.begin(block, index)
                 for group, names in layout.groups.items():
-                    if (index, group) in wanted:
+                    later = (index, f"{prefix_of(group)}down")  # collected with its expert's first, in some scopes
+                    if (index, group) in wanted or (is_of_expert(group) and later in wanted):
                         collected = statistics.collected(block, index, group)
+                    if (index, group) in wanted:
                         compress_group(block, layout, group, collected, report, index)
                     for name in names:
                         here, there = block.get_submodule(name), stored.get_submodule(name)

@@ -15,6 +15,7 @@ from obr.config.workflow import check_widths
 from obr.data import token_windows
 from obr.errors import ObrError
 from obr.models import dtypes
+from obr.models.architectures import with_defaults
 from obr.models.hidden_states import MemoryBudget
 from obr.rotations import apply
 from obr.runtime.files import read_json
@@ -53,7 +54,7 @@ def compress_stage(
     _check_inputs(recipe, rotation, tokens, hessians)
     _check_layerwise(recipe, gradient_file, allocation_file)
     patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
-    check_widths(read_config(model), patterns, model.name)
+    check_widths(with_defaults(read_config(model)), patterns, model.name)
     recipe, dtype = dtypes.settled(recipe, dtype)
     blocks = apply.open_blocks(model, rotation, dtype, device)
     check_experts(blocks, recipe)

@@ -14,17 +14,6 @@ OPTIONAL_SIZES = (
     "num_key_value_heads", "head_dim", "num_experts_per_tok", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
 )  # fmt: skip
-HEAD_DIMS = {
-    "gemma": 256,
-    "qwen3": 128,
-    "gemma2": 256,
-    "gemma3_text": 256,
-    "glm4": 128,
-    "glm": 128,
-    "seed_oss": 128,
-}  # of families whose head_dim has a default of its own
-
-
 # Keys of a family's own for the number of experts in a block.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -101,6 +90,7 @@ def read_config(folder: Path, what: str | None = None) -> dict:
 def sizes_of(raw: dict, what: str, needed: tuple[str, ...] = SIZES) -> RawSizes:
     """The sizes in the contents of a config.json; transformers is not needed.
 
+    raw: with what `architectures.with_defaults` adds, for families with a head_dim of their own.
     what: the model's name in messages. needed: keys that must be there; the others of SIZES may be missing.
 
     Raises:
@@ -111,8 +101,8 @@ def sizes_of(raw: dict, what: str, needed: tuple[str, ...] = SIZES) -> RawSizes:
         if raw.get(key) is None:
             raise ObrError(f"config.json of {what} has no {key}; add it, or choose another model.")
     hidden, intermediate, heads, blocks, vocabulary = (raw.get(key) for key in SIZES)
-    head_dim, latent = raw.get("head_dim") or HEAD_DIMS.get(str(raw.get("model_type"))), _latent(raw)
-    head_dim = latent.value_dim if latent else head_dim
+    latent = _latent(raw)
+    head_dim = latent.value_dim if latent else raw.get("head_dim")
     return RawSizes(
         hidden, intermediate, heads, raw.get("num_key_value_heads") or heads, head_dim or max(1, hidden // heads),
         blocks, vocabulary, _experts(raw), latent,

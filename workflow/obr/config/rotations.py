@@ -28,6 +28,14 @@ ROTATIONS = {
 }
 DRAWN = tuple(name for name, kind in ROTATIONS.items() if kind.class_name)
 LEARNED = tuple(name for name, kind in ROTATIONS.items() if kind.learned)
+WITHOUT_MLPS = ("spinquant",)  # formats of published files that hold nothing of an MLP
+
+
+def kind_held_by(name: str) -> str:
+    """The kind that holds what a learner or a file format of this name gives: "scaling" for "awq"."""
+    known = ROTATIONS.get(name)
+    return "scaling" if known is not None and known.class_name is None else name
+
 
 # Where the files are that no package registry or model hub serves, by format.
 DRIVE = "https://drive.google.com/drive/folders/"

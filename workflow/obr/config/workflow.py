@@ -11,7 +11,7 @@ from pathlib import Path
 
 from obr.config import missing_inputs, overrides
 from obr.config.effects import check_effects
-from obr.config.model_sizes import read_config, sizes_of
+from obr.config.model_sizes import sizes_of
 from obr.config.paths import below
 from obr.config.pattern import Pattern
 from obr.config.quantizer import check_choice
@@ -235,9 +235,9 @@ class Config:
         }
         return found.pop() if len(found) == 1 else None
 
-    def check_widths(self, model: str, config: Path) -> None:
+    def check_widths(self, model: str, config: dict) -> None:
         """Raise ObrError if a recipe's pattern does not divide a layer of the model with this config.json."""
-        check_widths(read_config(config.parent, model), self.patterns_of(model), model)
+        check_widths(config, self.patterns_of(model), model)
 
     def patterns_of(self, model: str) -> dict[str, str | None]:
         """The patterns that the model's layers are given, by recipe, or by option of a recipe's allocation."""
@@ -253,7 +253,7 @@ class Config:
 def check_widths(config: dict, patterns: dict[str, str | None], model: str) -> None:
     """Raise ObrError if a pattern, given by recipe, does not divide the width of one of the model's layers.
 
-    config: the contents of a transformers config.json; sizes that cannot be are refused too.
+    config: the contents of a transformers config.json, as for `sizes_of`; sizes that cannot be are refused too.
     """
     sizes = sizes_of(config, model, ("hidden_size", "intermediate_size", "num_attention_heads"))
     for recipe, pattern in patterns.items():

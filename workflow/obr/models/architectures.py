@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from obr.config.model_sizes import EXPERTS
+from obr.config.rotations import WITHOUT_MLPS, kind_held_by
 from obr.errors import ObrError
 from obr.models.layout import EVERY, GROUP_OF, KIND_OF, PARTS, Layout, kind_of, prefix_of, without_number
 
@@ -57,18 +58,18 @@ FAMILIES: dict[str, Layout] = {
     "llama": Layout(),
     "mistral": Layout(),
     "qwen2": Layout(),
-    "qwen3": Layout(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
-    "gemma": Layout(norm_offset=1.0, needs_bos=True),
+    "qwen3": Layout(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm", default_head_dim=128),
+    "gemma": Layout(norm_offset=1.0, needs_bos=True, default_head_dim=256),
     "granite": Layout(logit_divisor="logits_scaling"),
     "smollm3": Layout(),
     "gemma2": Layout(
         norms=_GEMMA_NORMS, norm_offset=1.0, needs_bos=True, rotations=UNTURNED, unrotated=AFTER_LAYERS,
-        adds_plainly=False, logit_softcap="final_logit_softcapping",
+        adds_plainly=False, logit_softcap="final_logit_softcapping", default_head_dim=256,
     ),
     "gemma3_text": Layout(
         norms=_GEMMA_NORMS, norm_offset=1.0, needs_bos=True, rotations=UNTURNED, unrotated=AFTER_LAYERS,
         adds_plainly=False, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm",
-        logit_softcap="final_logit_softcapping",
+        logit_softcap="final_logit_softcapping", default_head_dim=256,
     ),
     "phi3": Layout(
         groups={
@@ -84,14 +85,14 @@ FAMILIES: dict[str, Layout] = {
     "glm4": Layout(
         groups={**_ATTENTION, **_FUSED_MLP}, fused={"mlp.gate_up_proj": ("gate_proj", "up_proj")},
         rotations=("flatquant",), unrotated=f"{AFTER_LAYERS}, and RoPE turns neighbouring channels",
-        partial_rotary=True, adds_plainly=False,
+        partial_rotary=True, adds_plainly=False, default_head_dim=128,
     ),
     "glm": Layout(
         groups={**_ATTENTION, **_FUSED_MLP}, fused={"mlp.gate_up_proj": ("gate_proj", "up_proj")},
         rotations=("quarot", "spinquant", "flatquant"), unrotated="RoPE turns neighbouring channels",
-        partial_rotary=True,
+        partial_rotary=True, default_head_dim=128,
     ),
-    "seed_oss": Layout(),
+    "seed_oss": Layout(default_head_dim=128),
     "exaone4": _AFTER,
     "cohere": _PARALLEL,
     "cohere2": _PARALLEL,
@@ -198,7 +199,11 @@ class Dimensions:
         """{group of down layers, "experts.down" for those of all experts: their input width}."""
         return {f"{prefix}down": width for prefix, width in self.places or (("", self.intermediate),)}
 
-    def rows(self) -> dict[str, tuple[int | None, ...]]:
+    def rows(self) -> dict[str, int | None]:
+        """Output rows of each linear layer, by role; None where a rank decides. Experts have equal ones."""
+        return {role: shape[-1] for role, shape in self.row_shapes().items()}
+
+    def row_shapes(self) -> dict[str, tuple[int | None, ...]]:
         """{role: (output rows,)} of each linear layer, of experts (experts, rows); None where a rank decides."""
         queries, keys, d = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.hidden
         attention = {"q": (queries,), "k": (keys,), "v": (keys,)}
@@ -224,12 +229,34 @@ class Dimensions:
             found += [f"experts.{e}.{kind_of(role)}" for e in numbers] or [role]
         return found
 
-    def objection(self, kind: str) -> str | None:
-        """Why the model does not take rotations of a kind; None if it does."""
-        layout = FAMILIES.get(self.family, Layout())
-        if self.ruled_out:
-            return f"its setting {self.ruled_out} acts between values and o_proj"
-        return None if kind in layout.rotations else layout.unrotated
+    def objection(self, kind: str, published: str | None = None) -> str | None:
+        """Why the model does not take rotations of a kind; None if it does. published: the format of such a file."""
+        return _objection(self.family, self.ruled_out, kind, published)
+
+
+def _objection(family: str, ruled_out: str | None, kind: str, published: str | None) -> str | None:
+    layout = FAMILIES.get(family, Layout())
+    if ruled_out:
+        return f"its setting {ruled_out} acts between values and o_proj"
+    if kind not in layout.rotations:
+        return layout.unrotated
+    if layout.experts and published not in (None, *WITHOUT_MLPS):
+        return f"files of {published} name the layers of dense models; learn the rotation here"
+    return None
+
+
+def objection_to_file(raw: dict, published: str) -> str | None:
+    """Why the model of a config.json with the contents `raw` takes no rotation from a file of this format."""
+    family = str(raw.get("model_type"))
+    ruled_out = next((key for key in FAMILIES.get(family, Layout()).ruled_out_by if raw.get(key)), None)
+    return _objection(family, ruled_out, kind_held_by(published), published)
+
+
+def with_defaults(raw: dict) -> dict:
+    """The contents of a config.json with the head_dim that transformers gives the family where there is none."""
+    family = str(raw.get("model_type"))
+    default = FAMILIES[family].default_head_dim if family in FAMILIES else None
+    return raw if default is None or raw.get("head_dim") else {**raw, "head_dim": default}
 
 
 def _rotary(config, head_dim: int) -> int:

@@ -58,7 +58,8 @@ class Layout:
     needs_bos: the family's models need a beginning-of-sequence (BOS) token in front of their input.
     adds_plainly: attention, then the MLP add what they put out to the residual stream, as it is.
     latent: attention caches a latent vector in place of keys and values. head_dim: the setting with the width of a
-    head's output. partial_rotary: RoPE may turn a part of a head's channels.
+    head's output. default_head_dim: of configurations without head_dim; None for hidden over heads. partial_rotary:
+    RoPE may turn a part of a head's channels.
     logit_divisor, logit_factor, logit_softcap: settings that scale logits, and that bound them by tanh.
     stored: (name in files, name in the model): parts of tensors' names that differ.
     resolved: these are the groups of one block.
@@ -94,6 +95,7 @@ class Layout:
     adds_plainly: bool = True
     latent: bool = False
     head_dim: str = "head_dim"
+    default_head_dim: int | None = None
     partial_rotary: bool = False
     logit_divisor: str | None = None
     logit_factor: str | None = None

@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from obr.config import paths
+from obr.config.model_sizes import read_config
 from obr.config.rotations import WHERE
 from obr.errors import ObrError
+from obr.models.architectures import objection_to_file
 from obr.planning.dry_run import Job
 from obr.planning.prices import TIMED, Price
 from obr.planning.schedule import peak_disk, spans
@@ -159,6 +162,8 @@ def _check_sources(config: dict, jobs: Sequence[Job], machine: Machine, found: P
         entry, model = config[section][job.wildcards[wildcard]], job.wildcards.get("model", "")
         source = entry["source"] if isinstance(entry.get("source"), dict) else entry
         where = f"{section}.{job.wildcards[wildcard]}"
+        if section == "rotations" and _is_not_taken(config, model, entry):
+            continue
         if source.get("source") == "path":
             if sentence := _local(source, model, entry.get("format")):
                 refused[where, sentence].append(model)
@@ -176,6 +181,22 @@ def _check_sources(config: dict, jobs: Sequence[Job], machine: Machine, found: P
         found.problems.append(f"{where}{named}: {sentence}")
     if unreachable:
         found.problems.append(f"{len(unreachable)} downloads of the hub cannot start; the first: {unreachable[0]}")
+
+
+def _is_not_taken(config: dict, model: str, entry: dict) -> bool:
+    """Whether a model that is there, downloaded or in a local folder, is of a family that takes no such rotation."""
+    if "format" not in entry:
+        return False
+    folders, source = (
+        [paths.folder(config["results"], "model_config", model=model)],
+        config["models"][model]["source"],
+    )
+    if source.get("source") == "path":
+        folders.append(Path(os.path.expandvars(source["path"])).expanduser())
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return objection_to_file(read_config(folder, model), entry["format"]) is not None
+    return False
 
 
 def missing_files(config: dict, jobs: Sequence[Job]) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obr.config.model_sizes import Experts, Latent, read_config, sizes_of
+from obr.models.architectures import with_defaults
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Sizes:
     @classmethod
     def of(cls, config: dict, what: str) -> "Sizes":
         """From a transformers config.json. what: the model's name in messages. Raises ObrError at a wrong size."""
-        sizes = sizes_of(config, what)
+        sizes = sizes_of(with_defaults(config), what)
         queries, keys = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
         extra = (sizes.experts, sizes.latent)
         return cls(sizes.hidden, sizes.intermediate, queries, keys, sizes.blocks, sizes.vocabulary, *extra)

@@ -185,13 +185,13 @@ def _mlp_of(name: str) -> str | None:
 
 def clip_parameters(dimensions: Dimensions, groups: int | None) -> dict[str, Parameter]:
     """{role}.clip_low and {role}.clip_high (r, groups) of every linear layer; groups None: any number."""
-    rows = dimensions.rows()
+    rows = dimensions.row_shapes()
     return {f"{role}.clip_{end}": Parameter((*rows[role], groups)) for role in rows for end in ENDS}
 
 
 def range_parameters(dimensions: Dimensions) -> dict[str, Parameter]:
     """{role}.range_low and {role}.range_high (1,) of every activation quantiser."""
-    numbers = {role: shape[:-1] for role, shape in dimensions.rows().items()}
+    numbers = {role: shape[:-1] for role, shape in dimensions.row_shapes().items()}
     numbers |= {} if dimensions.latent else {"keys": (), "values": ()}
     return {f"{role}.range_{end}": Parameter((*number, 1)) for role, number in numbers.items() for end in ENDS}
 

@@ -28,7 +28,7 @@ def make(entry: dict, model: Path, out: Path) -> None:
     dimensions = Dimensions.of(config_of(model))
     if entry["kind"] == "file":
         name = entry.get("format", "obr")
-        rotation = instead_of(name, dimensions) if name != "obr" else None
+        rotation = instead_of(name, dimensions, published=True) if name != "obr" else None
         path = _fetch(entry["source"], model.name, name) if rotation is None else None
         if name == "obr":
             rotation = load(path, dimensions)

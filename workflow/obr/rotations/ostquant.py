@@ -74,7 +74,7 @@ class OSTQuant(Rotation):
 
 def _scales(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
     heads = (dimensions.kv_heads, dimensions.head_dim)
-    rows = {prefix_of(role): shape for role, shape in dimensions.rows().items() if kind_of(role) == "up"}
+    rows = {prefix_of(role): shape for role, shape in dimensions.row_shapes().items() if kind_of(role) == "up"}
     return {
         **{f"{prefix}S_up_down": shape for prefix, shape in rows.items()},
         **({} if dimensions.latent else {"S_qk": heads, "S_ov": heads}),

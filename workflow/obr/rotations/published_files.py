@@ -40,14 +40,8 @@ def read(name: str, path: Path, dimensions: Dimensions, model: Path, entry: Mapp
         format leaves open: `alpha` (smoothquant), `online_query_key` (ostquant).
 
     Raises:
-        ObrError: a file that is no such file, runs code, or belongs to another model; one that names layers, of a
-            model with experts.
+        ObrError: a file that is no such file, runs code, or belongs to another model.
     """
-    if dimensions.experts and name not in WITHOUT_MLPS:
-        raise ObrError(
-            f"{path}: files of {name} name the layers of dense models, but {dimensions.family} models have experts; "
-            "learn the rotation here, by an entry with learn."
-        )
     rotation = READERS[name](_File(path, name, dimensions, model, dict(entry or {})))
     rotation.options["format"] = name
     rotation.check(str(path))
@@ -251,7 +245,7 @@ def _omniquant(file: _File) -> Scaling:
     for role, path in LINEARS.items():
         for old, end in (("low", "low"), ("up", "high")):
             names[re.escape(f"{path}.weight_quantizer.{old}bound_factor")] = f"{role}.clip_{end}"
-    rows, parameters = {role: n for role, (n,) in file.dimensions.rows().items()}, {}
+    rows, parameters = file.dimensions.rows(), {}
     for index, layer in file.layers().items():
         for name, tensor in file.renamed(layer, names).items():
             role, _, part = name.partition(".")
@@ -265,7 +259,6 @@ def _omniquant(file: _File) -> Scaling:
     return Scaling(file.dimensions, parameters)
 
 
-WITHOUT_MLPS = ("spinquant",)  # formats whose files hold nothing of an MLP
 READERS = {
     "spinquant": _spinquant,
     "flatquant": _flatquant,

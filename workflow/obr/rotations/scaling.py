@@ -54,7 +54,7 @@ class Scaling(Rotation):
         block = {f"{group}.scale": Parameter(shape, "scale") for group, shape in shapes.items()}
         block |= {f"{group}.shift": Parameter(shapes[group]) for group in shifts}
         block |= clip_parameters(sizes, None)
-        block |= {f"{role}.limit": Parameter((*rows, None)) for role, rows in sizes.rows().items()}
+        block |= {f"{role}.limit": Parameter((*rows, None)) for role, rows in sizes.row_shapes().items()}
         return {f"blocks.{i}.{name}": p for i in range(sizes.blocks) for name, p in block.items()}
 
     def expected(self) -> dict[str, Parameter]:

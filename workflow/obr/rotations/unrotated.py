@@ -2,7 +2,7 @@
 
 import sys
 
-from obr.config.rotations import ROTATIONS
+from obr.config.rotations import kind_held_by
 from obr.models.architectures import Dimensions
 from obr.rotations.base import Rotation
 from obr.rotations.fold import BlockTransforms
@@ -21,20 +21,14 @@ class Unrotated(Rotation):
         return BlockTransforms()
 
 
-def kind_held_by(name: str) -> str:
-    """The kind that holds what a learner or a file format of this name gives: "scaling" for "awq"."""
-    known = ROTATIONS.get(name)
-    return "scaling" if known is not None and known.class_name is None else name
-
-
-def instead_of(asked: str, dimensions: Dimensions) -> Unrotated | None:
+def instead_of(asked: str, dimensions: Dimensions, published: bool = False) -> Unrotated | None:
     """What stands in the place of a rotation of this kind, said on stderr; None if the model takes it.
 
-    asked: a kind, learner or file format.
+    asked: a kind, learner or file format. published: it is a format.
     """
     if asked == Unrotated.kind:
         return None
-    reason = dimensions.objection(kind_held_by(asked))
+    reason = dimensions.objection(kind_held_by(asked), asked if published else None)
     if reason is None:
         return None
     print(f"obr: {asked} is not applied to {dimensions.family} models: {reason}.", file=sys.stderr, flush=True)
