@@ -1,5 +1,7 @@
 """What would stop a run is listed at once, by name and with its remedy, on made-up machines."""
 
+import json
+
 import pytest
 import yaml
 

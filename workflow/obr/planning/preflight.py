@@ -185,7 +185,7 @@ def _check_sources(config: dict, jobs: Sequence[Job], machine: Machine, found: P
 
 def _is_not_taken(config: dict, model: str, entry: dict) -> bool:
     """Whether a model that is there, downloaded or in a local folder, is of a family that takes no such rotation."""
-    if "format" not in entry:
+    if entry.get("format", "obr") == "obr":  # of any kind
         return False
     folders, source = (
         [paths.folder(config["results"], "model_config", model=model)],

@@ -73,11 +73,12 @@ class FlatQuant(Rotation):
         return self.present(self.everything(), (*matrices, "o.heads"))
 
     def changes(self, index: int) -> BlockTransforms:
-        inputs = {"o": Kronecker.right([self.parameter(index, "o.heads"), self.dimensions.head_dim])}
+        inputs = {}
         for group in paired(self.dimensions):
             matrices = [self.parameter(index, f"{group}.{side}") for side in ("left", "right")]
             if matrices[0] is not None:  # dense blocks have no experts, the others no dense MLP
                 inputs[group] = Kronecker.right(matrices)
+        inputs["o"] = Kronecker.right([self.parameter(index, "o.heads"), self.dimensions.head_dim])
         scales = {kind: self.parameter(index, f"{kind}.scale") for kind in (self.dimensions.entry, "up_gate")}
         value, keys = self.parameter(index, "value"), self.parameter(index, "keys")
         keys = None if keys is None else Kronecker.right([keys])
