@@ -10,6 +10,7 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions, Layout, kind_of, prefix_of, without_number
 from obr.models.hadamard import Kronecker
 from obr.rotations import fold
+from obr.rotations.block_transforms import BlockTransforms
 
 ORTHOGONALITY = 1e-4  # largest |RᵀR - I| of a published rotation, learned in float32
 
@@ -74,7 +75,7 @@ class Rotation(ABC):
         return None
 
     @abstractmethod
-    def changes(self, index: int) -> fold.BlockTransforms:
+    def changes(self, index: int) -> BlockTransforms:
         """What becomes of block `index`, as a differentiable function of `parameters`."""
 
     def parameter(self, index: int, name: str) -> Tensor | None:
@@ -146,7 +147,7 @@ class Rotation(ABC):
         key_scale_untied: by how much key scales differ within a pair of channels that RoPE turns together, if
         they do: to this extent the 16-bit model is not what it was.
         """
-        parts = {"folded": fold.BlockTransforms.folded_parts, "online": fold.BlockTransforms.online_parts}
+        parts = {"folded": BlockTransforms.folded_parts, "online": BlockTransforms.online_parts}
         blocks = [self.changes(index) for index in range(self.dimensions.blocks)]  # some have experts, others not
         about = {name: list(dict.fromkeys(p for block in blocks for p in of(block))) for name, of in parts.items()}
         about["clipped"] = self.clip

@@ -15,7 +15,7 @@ from torch import Tensor
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, random_orthogonal
 from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, products, range_parameters
-from obr.rotations.fold import BlockTransforms
+from obr.rotations.block_transforms import BlockTransforms
 
 
 def paired(dimensions: Dimensions) -> dict[str, int]:

@@ -8,8 +8,8 @@ import torch
 from obr.models.architectures import Dimensions, kind_of, prefix_of
 from obr.models.hadamard import Kronecker
 from obr.rotations.base import Parameter, Rotation, products
+from obr.rotations.block_transforms import BlockTransforms
 from obr.rotations.flatquant import random_scale
-from obr.rotations.fold import BlockTransforms
 from obr.rotations.quarot import down_transforms, fixed_sizes
 from obr.rotations.spinquant import fixed_transforms, random_hadamard
 

@@ -15,7 +15,7 @@ from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, block_hadamard, hadamard, random_signs
 from obr.rotations.base import Rotation
-from obr.rotations.fold import BlockTransforms
+from obr.rotations.block_transforms import BlockTransforms
 
 BLOCKS = (16, 32, 64, 128)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from obr.errors import ObrError
 from obr.models.architectures import KIND_OF, Dimensions, kind_of, prefix_of
 from obr.rotations.base import Parameter, Rotation, clip_parameters, pairs, products
+from obr.rotations.block_transforms import BlockTransforms
 from obr.rotations.flatquant import random_scale
-from obr.rotations.fold import BlockTransforms
 from obr.rotations.ostquant import tied_key_scale
 
 

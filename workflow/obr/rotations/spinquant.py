@@ -9,7 +9,7 @@ import torch
 from obr.models.architectures import Dimensions
 from obr.models.hadamard import Kronecker, hadamard, random_signs
 from obr.rotations.base import Parameter, Rotation
-from obr.rotations.fold import BlockTransforms
+from obr.rotations.block_transforms import BlockTransforms
 from obr.rotations.quarot import down_transforms, fixed_sizes
 
 

@@ -5,7 +5,7 @@ import sys
 from obr.config.rotations import kind_held_by
 from obr.models.architectures import Dimensions
 from obr.rotations.base import Rotation
-from obr.rotations.fold import BlockTransforms
+from obr.rotations.block_transforms import BlockTransforms
 
 
 class Unrotated(Rotation):

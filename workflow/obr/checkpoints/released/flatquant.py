@@ -19,10 +19,11 @@ from obr.models.blocks import StreamedBlocks
 from obr.models.hadamard import Kronecker
 from obr.rotations import fold
 from obr.rotations.base import check_parameter
-from obr.rotations.flatquant import PAIRED
+from obr.rotations.block_transforms import BlockTransforms
 from obr.rotations.flatquant import FlatQuant as Rotation
 from obr.rotations.published_files import check_dual, flatquant_names
 
+PAIRED = ("qkv", "up_gate", "down")  # groups with a left and a right matrix
 NEEDED = (*(f"{group}.{side}" for group in PAIRED for side in ("left", "right")), "o.heads")
 LINEAR = re.compile(r"(.*_trans)\.matrix")  # a matrix that is stored twice where it was learned directly
 
@@ -63,7 +64,7 @@ class FlatQuant(Reader):
     def gain(self, norm: str) -> Tensor:
         return self.take((f"{norm}.weight",))
 
-    def changes(self, index: int) -> fold.BlockTransforms:
+    def changes(self, index: int) -> BlockTransforms:
         changes = self.rotation.changes(index)
         dual = self.duals.get((index, "keys"))
         return changes if dual is None else replace(changes, queries=Kronecker.right([dual]))
@@ -75,7 +76,7 @@ class FlatQuant(Reader):
         """Raises ObrError if v_proj was folded without vcache_trans: separate_vtrans has the same names."""
         base, changes, roles = self.blocks.load(index), self.rotation.changes(index), self.layout.roles
 
-        def cosine(role: str, changes: fold.BlockTransforms) -> float:
+        def cosine(role: str, changes: BlockTransforms) -> float:
             own = block.get_submodule(roles[role]).weight
             weight, _ = fold.fold_linear(role, base.get_submodule(roles[role]).weight, None, changes, clip=True)
             return float(torch.cosine_similarity(weight.flatten(), own.flatten(), dim=0))

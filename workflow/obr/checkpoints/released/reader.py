@@ -13,6 +13,7 @@ from obr.errors import ObrError
 from obr.models.blocks import StreamedBlocks
 from obr.models.layers import wrap_block
 from obr.rotations import fold
+from obr.rotations.block_transforms import BlockTransforms
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Reader(ABC):
         """The weight (d,) of a norm, by its full name."""
 
     @abstractmethod
-    def changes(self, index: int) -> fold.BlockTransforms:
+    def changes(self, index: int) -> BlockTransforms:
         """What stays online in a block."""
 
     @abstractmethod

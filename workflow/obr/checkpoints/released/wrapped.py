@@ -16,7 +16,7 @@ from obr.checkpoints.released.state import StateDict
 from obr.errors import ObrError
 from obr.models.blocks import StreamedBlocks
 from obr.models.hadamard import Kronecker, hadamard
-from obr.rotations.fold import BlockTransforms
+from obr.rotations.block_transforms import BlockTransforms
 
 EPSILON = 1e-5  # of QuaRot's norms, whatever the model's own
 HADAMARD = 1e-2  # largest |H Hᵀ / K - I| of a stored Hadamard matrix (K, K)

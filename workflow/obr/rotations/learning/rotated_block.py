@@ -19,6 +19,7 @@ from obr.models.hadamard import Kronecker
 from obr.models.layers import set_quantizers
 from obr.rotations import fold
 from obr.rotations.base import Rotation
+from obr.rotations.block_transforms import BlockTransforms
 from obr.rotations.learning import straight_through
 
 NORMS, READERS = "norms", "readers"  # the parts of a block that are no layers
@@ -149,7 +150,7 @@ class _Turned:
     The layers of a group are called with the same input, and share the product. Those of an expert follow each other.
     """
 
-    def __init__(self, quantise: Callable, changes: fold.BlockTransforms, group: str):
+    def __init__(self, quantise: Callable, changes: BlockTransforms, group: str):
         self.quantise, self.factors = quantise, changes.norms.get(group)
         self.back = Kronecker.right(changes.residual.factors())  # the transpose
         self.input = self.output = None
