@@ -180,6 +180,7 @@ def test_settings_without_meaning_for_experts_are_refused():
         with pytest.raises(ObrError, match=match):
             obr.compress(random_model(EXPERTS[family], torch.float32), TOKENS, recipe, progress=False)
 
+    refused({"method": "gptq", "token_weights": 0.5}, "sends elsewhere, for which no gradient is known")
     low = {"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 4}}
     refused(low, "caches a latent vector", "deepseek_v3")
     options = [{"method": "gptq", "bits": 4}, {"method": "gptq", "bits": 3}]

@@ -205,8 +205,8 @@ def check_experts(blocks: Blocks, recipe: Recipe) -> None:
     family = blocks.config.model_type
     if recipe.token_weights:
         raise ObrError(
-            f"token_weights is {recipe.token_weights}, but experts of {family} models get tokens in the compressed model "
-            "that the dense one sends elsewhere, for which no gradient is known; set token_weights to 0."
+            f"token_weights is {recipe.token_weights}, but experts of {family} models get tokens in the compressed "
+            "model that the dense one sends elsewhere, for which no gradient is known; set token_weights to 0."
         )
     if recipe.allocation is not None:
         raise ObrError(
