@@ -1,6 +1,7 @@
 """Mixtures of experts: a Hessian for each expert from the tokens that the router sends to it, and what follows."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,9 +59,22 @@ def test_streamed_blocks_compute_the_same(family, is_fused, tmp_path):
         assert torch.allclose(logits, plain, atol=1e-3 * float(plain.abs().max()))
 
 
-def test_a_router_that_is_not_folded_shows(monkeypatch):
+@pytest.mark.parametrize("kind", ["quarot", "ostquant", "scaling", "flatquant"])
+def test_a_router_that_is_not_folded_shows(kind, monkeypatch):
     monkeypatch.setattr(fold, "fold_readers", lambda *_, **__: {})
-    assert change(exact_model(EXPERTS["mixtral"]), lambda m: obr.rotate(m, "quarot")) > 1e-3
+    assert change(exact_model(EXPERTS["mixtral"]), lambda m: obr.rotate(m, kind)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ostquant", "scaling", "flatquant"])
+def test_scales_of_an_expert_that_its_down_layer_does_not_undo_show(kind, monkeypatch):
+    fold_inputs = fold._fold_inputs
+
+    def without(role, weight, bias, changes, gain):
+        left = {mlp: scale for mlp, scale in changes.products.items() if role != "experts.1.down"}
+        return fold_inputs(role, weight, bias, replace(changes, products=left), gain)
+
+    monkeypatch.setattr(fold, "_fold_inputs", without)
+    assert change(exact_model(EXPERTS["mixtral"]), lambda m: obr.rotate(m, kind)) > 1e-3
 
 
 def routed(model, index: int):

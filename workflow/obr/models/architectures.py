@@ -177,7 +177,7 @@ class Dimensions:
             normed_heads=layout.key_norm is not None,
             family=config.model_type,
             places=places,
-            experts=next(n for key in EXPERTS if (n := getattr(config, key, None))) if layout.experts else 0,
+            experts=next((n for key in EXPERTS if (n := getattr(config, key, None))), 0) if layout.experts else 0,
             rotary=_rotary(config, head_dim) if layout.partial_rotary else 0,
             latent=layout.latent,
             query_rank=(getattr(config, "q_lora_rank", None) or 0) if layout.latent else 0,
