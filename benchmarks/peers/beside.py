@@ -1,4 +1,4 @@
-"""Scores and costs of each row in one table, as Markdown and as CSV."""
+"""Scores and costs of each row in one table, as CSV and as Markdown that docs/publish.py puts into a page."""
 
 import csv
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 
 HEADS = ("method", "by", "bits per weight", "zeros, %", "file, MB", "perplexity ↓", "continuation, % ↑")
 HEADS += ("processor time, s", "peak memory, MB")
-NOTE = """
-On {machine}, one thread each. Time and memory are those of the process that compresses, from its start to its end:
-it reads the model and the calibration windows and writes the checkpoint.
-"""
+NOTES = (
+    "Time and memory: of the process that compresses, from its start to its end, with one thread.",
+    "Bits per weight: of the compressed layers as the file stores them.",
+)
 
 
 def collect(scores: Path, costs: Path) -> list[dict]:
@@ -43,18 +43,25 @@ def collect(scores: Path, costs: Path) -> list[dict]:
     return found
 
 
-def write(rows: list[dict], stem: Path) -> None:
+def write(rows: list[dict], stem: Path, title: str) -> None:
     """stem.csv and stem.md."""
     with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    lines = [f"| {' | '.join(HEADS)} |", "| :-- | :-- |" + " --: |" * (len(HEADS) - 2)]
+    lines = [f"**{title}**", "", f"| {' | '.join(HEADS)} |", "| :-- | :-- |" + " --: |" * (len(HEADS) - 2)]
     for row in rows:
         cells = [row["label"], row["program"], f"{row['bits_per_weight']:.2f}", f"{row['zeros_percent']:.1f}"]
         cells += [f"{row['file_mb']:.1f}", f"{row['perplexity']:.2f}"]
         cells += [f"{row['continuation_percent']:.1f} ± {row['continuation_stderr']:.1f}"]
         cells += [f"{row[key]:,.0f}" if row[key] != "" else "–" for key in ("processor_seconds", "peak_mb")]
         lines.append(f"| {' | '.join(cells)} |")
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n" + NOTE.format(machine=machine), encoding="utf-8")
+    lines += ["", *(f"- {note}" for note in NOTES), f"- Machine: {machine()}."]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """Processor and number of cores."""
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

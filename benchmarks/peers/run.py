@@ -27,6 +27,7 @@ RESULTS = ROOT / "results/peers"
 COSTS = RESULTS / "costs"
 MODEL, WINDOWS = "smollm2-135m", "results/peers/calibration/sotu/smollm2-135m.safetensors"
 CONFIG = "config/experiments/peers.yaml"
+TITLE = "SmolLM2-135M by this project and by others"
 # Recipe -> program and settings; the recipes of config/recipes/peers.tsv name the folders.
 ROWS = {
     "external-w4-llmcompressor": ["llmcompressor", "--bits", "4"],
@@ -108,7 +109,7 @@ def main() -> None:
         list(pool.map(make, options.only))
     snakemake()
     rows = beside.collect(RESULTS / "tables/peers.csv", COSTS)
-    beside.write(rows, RESULTS / "tables/beside")
+    beside.write(rows, RESULTS / "tables/beside", TITLE)
     print((RESULTS / "tables/beside.md").read_text(encoding="utf-8"))
 
 

@@ -86,10 +86,11 @@ def test_the_table_has_scores_and_costs_of_each_row(module, tmp_path):
     (tmp_path / "scores.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     cost = {"seconds": 9.0, "processor_seconds": 7.4, "peak_mb": 1234, "program": "P 1.0"}
     (tmp_path / "external.json").write_text(json.dumps(cost), encoding="utf-8")
-    beside.write(beside.collect(tmp_path / "scores.csv", tmp_path), tmp_path / "beside")
+    beside.write(beside.collect(tmp_path / "scores.csv", tmp_path), tmp_path / "beside", "Title")
     rows = (tmp_path / "beside.md").read_text(encoding="utf-8").splitlines()
-    assert rows[2] == "| A | OBR-pipeline | 3.05 | 50.0 | 150.0 | 20.12 | 80.0 ± 5.0 | – | – |"
-    assert rows[3] == "| C | P 1.0 | 4.05 | 0.0 | 160.5 | 21.00 | 70.0 ± 6.0 | 7 | 1,234 |" and rows[4] == ""
+    assert rows[0] == "**Title**"
+    assert rows[4] == "| A | OBR-pipeline | 3.05 | 50.0 | 150.0 | 20.12 | 80.0 ± 5.0 | – | – |"
+    assert rows[5] == "| C | P 1.0 | 4.05 | 0.0 | 160.5 | 21.00 | 70.0 ± 6.0 | 7 | 1,234 |" and rows[6] == ""
     assert (tmp_path / "beside.csv").read_text(encoding="utf-8").splitlines()[2].endswith(",7.4,9.0,1234")
 
 

@@ -32,8 +32,8 @@ def check():
     ],
 )
 def test_judge_expects_agreement_or_the_refusal_that_the_docs_name(check, reader, case, answer, largest, fine):
-    cells, found = check.judge(reader, case, answer, lambda _: (95, 96, largest))
-    assert found == fine and len(cells) == 4
+    cells, found = check.judge(reader, case, answer, lambda _: (95, 96, largest, 0.0))
+    assert found == fine and len(cells) == 5
     assert cells[2] == (f"refused: {answer}" if isinstance(answer, str) else "95 of 96")
 
 
