@@ -5,8 +5,8 @@
 `make check-readers` installs the readers, each in an environment of its own, and runs this. A model is compressed in
 several ways and exported. Each reader continues three prompts by 32 greedy tokens. This package then computes the
 same tokens from its own checkpoint, in float32. OUT/readers.md gets three figures: of how many tokens the choice is
-the same, and the largest and the mean difference of a log-probability. The exit status is 1 where a reader differs by
-more than its bound in LARGEST or WIDER, refuses what it should read, or reads what REFUSES and MISREADS say it cannot.
+the same, and the largest and the mean difference of a log-probability. The exit status is 1 where one differs by
+more than its bound in LARGEST or WIDER, refuses what it should read, or reads what REFUSES or MISREADS name.
 """
 
 import argparse
