@@ -27,7 +27,7 @@ def vllm(folder: str, prompts: list[list[int]], count: int, dtype: str):
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model in this process, whose memory is noted
     from vllm import LLM, SamplingParams
 
-    model = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=4, skip_tokenizer_init=True)
+    model = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=4)
     settings = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, detokenize=False)
     for answer in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings):
         (out,) = answer.outputs

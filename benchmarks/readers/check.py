@@ -37,7 +37,7 @@ TOKENS = 32
 CASES = {
     "dense, 4 bits": {"method": "rtn"},
     "dense, rotated, 4 bits": {"method": "rtn", "rotation": "quarot_fused"},
-    "50 % zeros, 4 bits": {"method": "sparsegpt_gptq", "sparsity": 0.5},
+    "30 % zeros, 4 bits": {"method": "magnitude", "sparsity": 0.3},
     "30 % zeros, rotated, 4 bits": {"method": "magnitude", "sparsity": 0.3, "rotation": "quarot_fused"},
     "dense, 3 bits": {"method": "rtn", "bits": 3},
     "dense, 8 bits": {"method": "rtn", "bits": 8},
