@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import obr
-from gpu_parts import ROOT, CutShort, Failed, LeftOut, Settings
+from gpu_parts import ROOT, CutShort, Failed, LeftOut, Settings, tiny_model
 from models import LLAMA_2_7B, SMOLLM2_135M, TINY, Inputs, write_inputs
 from obr.compression.stage import compress_stage
 from obr.config.recipe import Recipe
@@ -183,13 +183,7 @@ def trees(s: Settings) -> str:
 
 def tiny(s: Settings) -> str:
     """The workflow on a tiny model on the device and on a CPU: one table, row by row."""
-    folder = os.environ.get("OBR_TINY")
-    if not folder:
-        folder = str(s.work / "model")
-        command = [sys.executable, str(ROOT / "tests/helpers/tiny_model.py"), folder]
-        if status := s.run(command, "The training of the tiny model"):
-            raise Failed(f"The tiny model could not be trained: status {status}; the log says why.")
-    variables = {"OBR_TINY": folder, "OBR_TESTS": str(ROOT / "tests")}
+    variables = {"OBR_TINY": tiny_model(s), "OBR_TESTS": str(ROOT / "tests")}
     tables = []
     for device in dict.fromkeys((s.device, "cpu")):
         results = s.work / device.replace(":", "")

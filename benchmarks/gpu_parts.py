@@ -89,6 +89,18 @@ class Settings:
             raise CutShort(f"{what} did not end in time.") from None
 
 
+def tiny_model(s: Settings) -> str:
+    """The folder of the tests' tiny model: that of OBR_TINY, or one that the parts of a run train once."""
+    if "OBR_TINY" in os.environ:
+        return os.environ["OBR_TINY"]
+    made = s.out / "work/tiny-model"
+    if not (made / "heldout.txt").exists():  # written last
+        command = [sys.executable, str(ROOT / "tests/helpers/tiny_model.py"), str(made)]
+        if status := s.run(command, "The training of the tiny model"):
+            raise Failed(f"The tiny model could not be trained: status {status}; the log says why.")
+    return str(made)
+
+
 class Failed(Exception):
     """A check that did not hold; the message is the summary's."""
 
@@ -150,6 +162,8 @@ def _pytest(s: Settings, arguments: list[str]) -> str:
     """Run tests; one row a test. Raises Failed if one failed, and LeftOut if none could run."""
     path = [str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OBR_ROWS": str(s.table)}
+    if not s.small:  # at small sizes no test of the kernels needs it
+        environment["OBR_TINY"] = tiny_model(s)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "pytest_rows", "-p", "no:cacheprovider", *arguments]
     try:
         status = s.run(command, "pytest", cwd=ROOT, env=environment)
@@ -281,7 +295,7 @@ def main() -> int:
         traceback.print_exc()
         text = str(error).strip().splitlines()
         status, said = 1, gpu.taken_away(error) or f"{type(error).__name__}: {text[0] if text else ''}"
-    print(f"{FOUND}{said}", flush=True)
+    print(f"\n{FOUND}{said}", flush=True)
     return status
 
 

@@ -209,6 +209,23 @@ def test_a_part_has_what_later_ones_do_not_need(load):
     assert module.share(queue[2:], 700) == 700
 
 
+def test_tiny_model_is_trained_once_in_a_run(load, monkeypatch, tmp_path):
+    module, trained = load("gpu_parts"), []
+
+    def train(self, command: list, what: str) -> int:
+        trained.append(command[-1])
+        Path(command[-1]).mkdir(parents=True)
+        Path(command[-1], "heldout.txt").touch()
+        return 0
+
+    monkeypatch.setattr(module.Settings, "run", train)
+    monkeypatch.setenv("OBR_TINY", "/given")
+    assert module.tiny_model(settings(module, tmp_path, "tiny")) == "/given"
+    monkeypatch.delenv("OBR_TINY")
+    folders = {module.tiny_model(settings(module, tmp_path, name)) for name in ("kernel_tests", "tiny")}
+    assert folders == set(trained) and len(trained) == 1
+
+
 def test_rows_of_a_part_have_the_columns_of_all(load, tmp_path):
     s = settings(load("gpu_parts"), tmp_path, "device")
     for row in ({"a": 1}, {"a": 2}, {"b": 3, "a": 4}):
