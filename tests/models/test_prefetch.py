@@ -69,13 +69,15 @@ def test_an_error_of_the_reading_thread_is_raised_where_its_block_is_due(blocks,
         next(read)
 
 
-@pytest.mark.parametrize("end", [GeneratorExit, KeyboardInterrupt, ObrError])
+@pytest.mark.parametrize(
+    "end", [GeneratorExit(), KeyboardInterrupt(), ObrError("broken.")], ids=lambda end: type(end).__name__
+)
 def test_reading_thread_ends_with_the_pass_however_that_ends(blocks, end):
     read = in_turn(blocks, ahead=True)
     next(read)
     assert any(thread.name.startswith("block") for thread in threading.enumerate())
-    with pytest.raises(end):
-        read.throw(end())
+    with pytest.raises(type(end)):
+        read.throw(end)
     assert not any(thread.name.startswith("block") for thread in threading.enumerate())
 
 
