@@ -233,3 +233,11 @@ def test_invalid_tokens_and_a_missing_triton_are_named(monkeypatch):
     with pytest.raises(ObrError, match=r"need Triton .*obr\[triton\]"):
         product.multiply(weight, torch.ones(1, 64))
     assert product.multiply(weight, torch.ones(0, 64)).shape == (0, 8)
+
+
+def test_weights_that_were_moved_off_the_gpu_are_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    weight = layout.Weight.pack(*drawn("dense", 8, 64, 0)[:1], torch.ones(8, 1))
+    for tokens in (1, 20):
+        with pytest.raises(ObrError, match="are on cpu; move the model back to the GPU"):
+            product.multiply(weight, torch.ones(tokens, 64))

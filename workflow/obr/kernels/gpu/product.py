@@ -1,5 +1,6 @@
 """Products of packed weights with tokens on a GPU: kernels for few tokens, rows unpacked and multiplied for many."""
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -92,7 +93,7 @@ def multiply(
     bias: (r,). dtype: of the output, by default that of floats, float32 for rounded tokens.
 
     Raises:
-        ObrError: tokens of another width, device or type, or no Triton.
+        ObrError: tokens of another width, device or type, a weight that is not on a GPU, or no Triton.
     """
     values = x.values if isinstance(x, Tokens) else x
     _check(weight, values, isinstance(x, Tokens))
@@ -115,7 +116,7 @@ def multiply(
 
 
 def unpacked(weight: Weight, dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
-    """Rows `first` to `last` of the weight, codes times scales, (last - first, n). Raises ObrError without Triton."""
+    """Rows `first` to `last` of the weight, codes times scales, (last - first, n). Raises ObrError as `multiply`."""
     last = weight.rows if last is None else last
     out = torch.empty(last - first, weight.columns, dtype=dtype, device=weight.codes.device)
     arguments = [*_operands(weight), weight.scale, out, *_sizes(weight), first, last]
@@ -163,6 +164,8 @@ def _sizes(weight: Weight) -> list[int]:
 
 
 def _launch(kernel: str, rows: int, arguments: list, constants: dict[str, Any], device: torch.device) -> None:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ObrError(f"Packed weights of a GPU's layout are on {device}; move the model back to the GPU.")
     grid, constants = (-(-rows // constants["R"]),), {**constants, "enable_fp_fusion": True}
     function = getattr(programs(), kernel)
     if device.type != "cuda":
