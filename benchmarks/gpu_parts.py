@@ -285,6 +285,7 @@ def main() -> int:
     shutil.rmtree(s.work)  # of a run that was killed: its workflow's lock, its checkpoints
     try:
         status, said = 0, PARTS[args.name].run(s)
+        shutil.rmtree(s.work)  # gigabytes, which only a part that failed leaves to be looked at
     except (Failed, LeftOut, CutShort) as reason:
         status, said = {Failed: 1, LeftOut: 3, CutShort: 4}[type(reason)], str(reason)
         if isinstance(reason, CutShort):

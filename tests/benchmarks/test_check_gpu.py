@@ -113,6 +113,7 @@ def test_parts_write_their_files_and_the_summary_names_them(tmp_path):
     products = {row["kernel"]: row["status"] for row in rows(tmp_path / "products.csv")}
     assert products["packed int4 50 %"] == "ok" and products["fp8 2:4"].startswith("not available")
     assert "Equal scores" in lines(tmp_path)["trees"]["found"]
+    assert not list((tmp_path / "work").iterdir())
     summary = (tmp_path / "summary.md").read_text()
     assert "All parts ran to their end and passed." in summary and summary in run.stdout
     assert (tmp_path / "device.log").read_text().splitlines()[-1] == f"found: {lines(tmp_path)['device']['found']}"
