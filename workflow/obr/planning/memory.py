@@ -60,7 +60,8 @@ def folding(sizes: Sizes) -> float:
 
 def reading_ends(sizes: Sizes, is_rotated: bool = True) -> float:
     """Bytes of embeddings and head in float32, as they are read, and of one of them as it is rotated or stored."""
-    return 4.0 * sizes.ends + (2.0 * sizes.ends + 32.0 * END_PART if is_rotated else sizes.ends)
+    part = min(END_PART, sizes.ends / 2)
+    return 4.0 * sizes.ends + (2.0 * sizes.ends + 32.0 * part if is_rotated else sizes.ends)
 
 
 def compressing(
