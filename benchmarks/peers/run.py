@@ -57,7 +57,8 @@ def measured_obr(folder: Path, program: str, costs: Path) -> Path:
     """A program `obr` in `folder` that calls `program` and writes costs/RECIPE.json of each compression."""
     places = {"obr": program, "python": sys.executable, "measure": FOLDER / "measure.py", "costs": costs}
     shim = folder / "obr"
-    shim.write_text(MEASURED_OBR.format(**{key: shlex.quote(str(value)) for key, value in places.items()}))
+    text = MEASURED_OBR.format(**{key: shlex.quote(str(value)) for key, value in places.items()})
+    shim.write_text(text, encoding="utf-8")
     shim.chmod(0o755)
     return shim
 
