@@ -21,7 +21,12 @@ SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
 SHEETS = ROOT / "config/recipes"
 CONFIG_FILES = "reference/config-files.md"  # the page of config/README.md
 LINK = re.compile(r"(\]\()(\.\.?/[^)\s#]+)(#[^)\s]*)?(?=\))")
-HIDDEN = {"index.md": ["navigation"], "reference/stages.md": ["toc"]}  # beside pages that need the width
+HIDDEN = {  # beside pages that need the width
+    "index.md": ["navigation"],
+    "reference/stages.md": ["toc"],
+    "results/small-edition.md": ["toc"],
+    "results/peers.md": ["toc"],
+}
 SHORT = 40  # characters of a default in a table
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".yaml": "yaml", ".csv": "text", ".smk": "python"}
 
