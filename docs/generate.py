@@ -24,7 +24,7 @@ LINK = re.compile(r"(\]\()(\.\.?/[^)\s#]+)(#[^)\s]*)?(?=\))")
 HIDDEN = {  # beside pages that need the width
     "index.md": ["navigation"],
     "reference/stages.md": ["toc"],
-    "results/small-edition.md": ["toc"],
+    "results/small-model.md": ["toc"],
     "results/peers.md": ["toc"],
 }
 SHORT = 40  # characters of a default in a table

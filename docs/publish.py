@@ -1,6 +1,6 @@
 """Puts tables and figures of a run into a page of the docs: python docs/publish.py RESULTS PAGE --tables NAME …
 
-The page's text stays; what lies between its two comment lines is written anew: each table with its notes, and each
+The page's text stays; what lies between its two comment lines is replaced: each table with its notes, and each
 figure. Notes that all tables share come once, at the end. CSV files and pictures go to a folder beside the page.
 """
 
