@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import obr
+from helpers.random_llama import random_llama
 from obr.calibration.collect_hessians import inputs_of
 from obr.calibration.token_weights import token_weights
 from obr.compression.recompute import Places, repeat
@@ -24,12 +24,7 @@ GROUPS = {"qkv": "qkv", "o": "o", "up_gate": ("up", "gate"), "down": ("down",)}
 
 
 def model_of():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return random_llama(initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +122,11 @@ def test_the_plan_prices_a_pass_forward_and_back():
     assert states == memory.states_of("gradients", sizes, 8192, False)
     needed = memory.memory("compress", sizes, 8192, 512, False, Recipe.parse(RECIPE))[0]
     assert needed > memory.memory("gradients", sizes, 8192, 512, False)[0]
+
+
+@pytest.mark.parametrize("factor", [0, torch.nan])
+def test_gradients_that_weigh_no_token_are_refused(factor, tokens):
+    model = model_of()
+    model.model.layers[1].mlp.down_proj.weight.mul_(factor)
+    with pytest.raises(ObrError, match=r"Block . [a-z_]+ has gradients that are not finite, or all zero"):
+        token_weights(Blocks(model), tokens, 1.0, progress=False)

@@ -26,7 +26,7 @@ def token_weights(
         blocks: of the dense model. tokens: (b, s). share: 0 for tokens that count alike, 1 for gradients alone.
 
     Raises:
-        ObrError: gradients that are not finite.
+        ObrError: gradients that are not finite, or all zero.
     """
     groups = {name: group for group, names in blocks.layout.groups.items() for name in names}
     found: dict[tuple[int, str], Tensor] = {}
@@ -44,8 +44,9 @@ def token_weights(
 
 def _mixed(squares: Tensor, share: float, key: tuple[int, str]) -> Tensor:
     mean = squares.mean()
-    if not bool(mean.isfinite()):
-        raise ObrError(f"Block {key[0]} {key[1]} has gradients that are not finite; use dtype float32 or bfloat16.")
-    if not bool(mean > 0):
-        return torch.ones_like(squares)
+    if not bool(mean.isfinite() & (mean > 0)):
+        raise ObrError(
+            f"Block {key[0]} {key[1]} has gradients that are not finite, or all zero; "
+            "use dtype float32 or bfloat16, or set token_weights to 0."
+        )
     return squares.div_(mean).mul_(share).add_(1 - share)
