@@ -45,6 +45,7 @@ def test_imports_go_one_way(path):
     own = path.parts[0].removesuffix(".py")
     if own == "__init__":  # the names of the package
         return
+    assert own in FLOOR, f"{own} is on no floor"
     for imported in code_digest._imports(path.as_posix()):
         other = imported.split(".")[1] if "." in imported else own
         assert other == own or FLOOR[other] < FLOOR[own], f"{path} imports {imported}"
@@ -76,6 +77,24 @@ def test_modules_and_functions_are_small(path):
             names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             many = len(set(names) - {"self", "cls"}) > 6
             assert not many or re.search(r"(?i)parameter", ast.get_docstring(node) or ""), node.name
+
+
+def unannotated(function: ast.FunctionDef) -> list[str]:
+    """Parameters of a function without an annotation, and "return"."""
+    arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    starred = [a for a in (function.args.vararg, function.args.kwarg) if a is not None]
+    found = [a.arg for a in (*arguments, *starred) if a.annotation is None and a.arg not in ("self", "cls")]
+    return found + ["return"] * (function.returns is None and function.name != "__init__")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.as_posix() != "kernels/gpu/programs.py"], ids=str)
+def test_public_functions_have_annotations(path):
+    """Of functions and methods without an underscore, those of public classes; Triton's programs have their own."""
+    tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    public = [node for owner in (tree, *classes) for node in owner.body if isinstance(node, ast.FunctionDef)]
+    found = {node.name: unannotated(node) for node in public if not node.name.startswith("_")}
+    assert not {name: names for name, names in found.items() if names}
 
 
 def imported_by(code: str) -> set[str]:

@@ -254,7 +254,12 @@ def fill_block(block: nn.Module, blocks: StreamedBlocks, header: dict, tensors: 
         raise ObrError(f"{what}: missing {missing[:3]}, unexpected {unexpected[:3]}; it is another model's.")
 
 
-def load(directory: str | Path, recipe: "Recipe | dict | None" = None, dtype=None, device: str | None = None):
+def load(
+    directory: str | Path,
+    recipe: "Recipe | dict | None" = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> nn.Module:
     """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
 
     recipe: overrides the checkpoint's settings for activations, keys and values. dtype: of the computation, before

@@ -8,6 +8,7 @@ them, and no blocks, which come from the checkpoint afterwards.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -15,6 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from obr.errors import ObrError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 METHOD = "obr"
 
@@ -42,7 +46,8 @@ class PackedReader(HfQuantizer):
     def is_serializable(self) -> bool:
         return False
 
-    def validate_environment(self, device_map=None, **_) -> None:
+    def validate_environment(self, device_map: "dict | str | None" = None, **_: Any) -> None:
+        """Refuse a model that is spread over several devices. transformers passes more than is read here."""
         devices = set(device_map.values()) if isinstance(device_map, dict) else set()
         if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
             devices = {device_map, "more"}
@@ -51,7 +56,8 @@ class PackedReader(HfQuantizer):
                 f"A packed checkpoint is read onto one device, not by device_map {device_map!r}; name one."
             )
 
-    def update_attn_implementation(self, config):
+    def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
+        """Name the file of the unquantised parts, which transformers reads by itself."""
         config.transformers_weights = "ends.safetensors"
         return config
 

@@ -79,7 +79,9 @@ class GpuKernel(nn.Module):
         scale = self.scale.view(torch.float32 if self.about["group"] is None else torch.float16)
         return layout.Weight(**self.about, codes=self.codes, starts=self.starts, masks=self.masks, scale=scale)
 
-    def forward(self, x: Tensor, settings: QuantizerSettings, bounds, bias: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None, bias: Tensor | None
+    ) -> Tensor:
         tokens = x if settings.bits == 16 else product.quantize(x, settings, bounds)
         return product.multiply(self.weight, tokens, bias, x.dtype)
 

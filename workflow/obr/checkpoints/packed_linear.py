@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from obr.checkpoints import format
@@ -40,7 +41,8 @@ class PackedLinear(QuantLinear):
         self.kernel = kernels_of(device.type)(unpack(linear.packed), device)
 
     @property
-    def weight(self):
+    def weight(self) -> Tensor:
+        """Raises ObrError: no weight exists."""
         raise ObrError("The layer is packed, there is no weight to read; load the checkpoint without packed=True.")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,10 +82,10 @@ class PackedBlocks(CheckpointBlocks):
 def load(
     directory: str | Path,
     recipe: "Recipe | dict | None" = None,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     device: str | None = None,
     packed: bool = False,
-):
+) -> nn.Module:
     """A compressed model, whole, as a transformers model: weights unpacked, quantisers and transforms in place.
 
     directory: a packed checkpoint; or the folder or GGUF file of a model that GPTQ, AWQ, AutoRound,

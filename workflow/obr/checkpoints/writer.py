@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ from obr.models.side_files import GENERATION, copy_side_files, side_files
 from obr.runtime.files import atomic_folder, atomic_write, fsync, replace_folder, sha256_of, write_json
 from obr.runtime.provenance import software, versions
 from obr.runtime.resume import Unfinished
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -273,7 +277,7 @@ def _recipe_of(layer: LayerReport, report: Report) -> Recipe:
     return replace(report.recipe, bits=16, sparsity=0.0, pattern=None)
 
 
-def save(model: nn.Module, directory: str | Path, tokenizer=None) -> dict:
+def save(model: nn.Module, directory: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> dict:
     """Write a model compressed in memory by `obr.compress` as a packed checkpoint; returns its manifest.
 
     What is written is what the model computes; anything else is refused. The folder appears whole, in place of an

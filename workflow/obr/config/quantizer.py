@@ -1,11 +1,14 @@
 """Settings of the quantisers of activations, queries, keys and values."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import TypeVar, get_args, get_type_hints
 
 from obr.errors import ObrError
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ PLAIN = {
 }
 
 
-def build_settings(cls, entry: dict, what: str):
+def build_settings(cls: type[Settings], entry: dict, what: str) -> Settings:
     """A dataclass from a config entry. Raises ObrError at an unknown key or a value of another type."""
     if not isinstance(entry, dict):
         raise ObrError(f"{what} is {entry!r}, which is not a mapping; correct it.")
@@ -76,6 +79,7 @@ def _check_type(value, kinds: tuple, what: str) -> None:
         raise ObrError(f"{what} is {value!r}, which is not {wanted}; correct it.")
 
 
-def check_choice(value, choices, what: str) -> None:
+def check_choice(value: object, choices: Collection, what: str) -> None:
+    """Raise ObrError unless a value is one of the choices. what: its name in the message."""
     if value not in choices:
         raise ObrError(f"{what} is {value!r}; choose one of {', '.join(map(str, choices))}.")

@@ -15,7 +15,7 @@ class Origins:
     given: dict
     named: dict[str, str]
 
-    def of(self, recipe: Recipe, field: str, value) -> str:
+    def of(self, recipe: Recipe, field: str, value: object) -> str:
         """Where a field's value in the checked recipe comes from, such as "default"."""
         if field == "sparsity" and recipe.pattern:
             return "follows from the pattern"

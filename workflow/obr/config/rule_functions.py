@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obr.config import paths
 from obr.config.recipe_settings import command_line, settings_line
@@ -16,6 +17,9 @@ from obr.config.score_functions import ScoreFunctions
 from obr.config.workflow import Config
 from obr.runtime import code_digest, local_sources
 from obr.runtime.files import write_text
+
+if TYPE_CHECKING:
+    from snakemake.io import InputFiles, Wildcards
 
 # The wildcard that names an entry of a section, where it is not the section's singular.
 WILDCARDS = {"zero_shot": "task"}
@@ -80,25 +84,25 @@ class RuleFunctions:
         """A function: the config entry that the wildcards name."""
         return lambda wildcards: settings_line(self._entry(section, wildcards))
 
-    def model_source(self, wildcards) -> str:
+    def model_source(self, wildcards: "Wildcards") -> str:
         """What decides a model's files; its name in tables and its sizes do not."""
         entry = self.raw["models"][wildcards.model]
         return settings_line({key: entry[key] for key in MODEL_SETTINGS if key in entry})
 
-    def text_entry(self, wildcards) -> str:
+    def text_entry(self, wildcards: "Wildcards") -> str:
         return settings_line(self.raw["texts"][wildcards.text])
 
-    def task_source(self, wildcards) -> str:
+    def task_source(self, wildcards: "Wildcards") -> str:
         """What decides a task's data; how many rows are scored does not."""
         return settings_line({"source": self.raw["zero_shot"][wildcards.task]["source"]})
 
-    def gradients_entry(self, wildcards) -> str:
+    def gradients_entry(self, wildcards: "Wildcards") -> str:
         return settings_line(self.raw["gradients"])
 
-    def released_source(self, wildcards) -> str:
+    def released_source(self, wildcards: "Wildcards") -> str:
         return settings_line(self.raw["recipes"][wildcards.recipe]["source"])
 
-    def patterns(self, wildcards, input) -> str:
+    def patterns(self, wildcards: "Wildcards", input: "InputFiles") -> str:
         """The flag with the patterns that a model's layers are given, each as RECIPE=PATTERN; nothing without any.
 
         Taking `input` keeps a changed pattern from starting the check of the model again: Snakemake would then
@@ -108,20 +112,20 @@ class RuleFunctions:
         words = [f"{recipe}={pattern}" for recipe, pattern in sorted(given.items()) if pattern]
         return shlex.join(["--patterns", *words]) if words else ""
 
-    def weights(self, wildcards) -> str:
+    def weights(self, wildcards: "Wildcards") -> str:
         """The recipe of a checkpoint, as words of a command."""
         return command_line(json.loads(self.config.weight_entry(wildcards.recipe)))
 
-    def evaluation(self, wildcards) -> str:
+    def evaluation(self, wildcards: "Wildcards") -> str:
         """The recipe under which a checkpoint is evaluated, as words of a command."""
         return command_line(json.loads(self.config.evaluation_entry(wildcards.recipe, wildcards.activations)))
 
-    def sensitivity_entry(self, wildcards) -> str:
+    def sensitivity_entry(self, wildcards: "Wildcards") -> str:
         """The options that are tried, and the blocks on which."""
         blocks = self.config.measured_blocks(wildcards.options, wildcards.rotation, wildcards.calibration)
         return settings_line({"options": self.raw["layer_options"][wildcards.options], "blocks": blocks})
 
-    def kernels_entry(self, wildcards) -> str:
+    def kernels_entry(self, wildcards: "Wildcards") -> str:
         """The benchmark on this device: the shapes that are for it, and what a product is."""
         kernels = self.raw["kernels"]
         shapes = [s for s in kernels["shapes"] if s.get("device", wildcards.device) == wildcards.device]
@@ -168,7 +172,7 @@ class RuleFunctions:
         """The digest of a stage's code; a constant where the profile or config turns that off."""
         return code_digest.digest(stage) if self.raw["track_code"] else "untracked"
 
-    def learner(self, wildcards) -> str:
+    def learner(self, wildcards: "Wildcards") -> str:
         """The digest of the learner's code."""
         return self.code(f"rotations.learning.{self.raw['rotations'][wildcards.rotation]['kind']}")
 
@@ -185,18 +189,18 @@ class RuleFunctions:
 
     # Inputs
 
-    def rotation(self, wildcards) -> dict[str, str]:
+    def rotation(self, wildcards: "Wildcards") -> dict[str, str]:
         """The rotation that a stage names in its path, if it is one."""
         if wildcards.rotation == "none":
             return {}
         return {"rotation": self.path("rotation", rotation=wildcards.rotation, model=wildcards.model)}
 
-    def statistics(self, wildcards) -> dict[str, str]:
+    def statistics(self, wildcards: "Wildcards") -> dict[str, str]:
         """What Hessians, gradients and losses are computed from, besides the model."""
         tokens = self.path("calibration", calibration=wildcards.calibration, model=wildcards.model)
         return {"tokens": tokens, **self.rotation(wildcards)}
 
-    def compression(self, wildcards) -> dict[str, str]:
+    def compression(self, wildcards: "Wildcards") -> dict[str, str]:
         """What a compression reads besides the model."""
         recipe = self.config.parsed[wildcards.recipe]
         names = {"model": wildcards.model, "rotation": recipe.rotation, "calibration": recipe.calibration}
@@ -213,7 +217,7 @@ class RuleFunctions:
             inputs["allocation"] = self.path("allocation", model=wildcards.model, recipe=wildcards.recipe)
         return inputs
 
-    def sensitivity(self, wildcards) -> str:
+    def sensitivity(self, wildcards: "Wildcards") -> str:
         """The losses that a recipe's allocation chooses from."""
         key = wildcards.recipe
         return self.path(
@@ -221,24 +225,24 @@ class RuleFunctions:
             calibration=self.config.measured_calibration(key), options=self.config.options_of(key),
         )  # fmt: skip
 
-    def calibration_text(self, wildcards) -> str:
+    def calibration_text(self, wildcards: "Wildcards") -> str:
         """The text that windows are drawn from: joined, or its documents apart."""
         entry = self.raw["calibrations"][wildcards.calibration]
         return self.path("documents" if entry.get("sampling") == "documents" else "text", text=entry["text"])
 
-    def mixed(self, wildcards) -> list[str]:
+    def mixed(self, wildcards: "Wildcards") -> list[str]:
         parts = self.raw["calibrations"][wildcards.calibration]["mix"]
         return [self.path("calibration", calibration=part, model=wildcards.model) for part in parts]
 
-    def learning_tokens(self, wildcards) -> str:
+    def learning_tokens(self, wildcards: "Wildcards") -> str:
         """The windows that a rotation is learned from."""
         calibration = self.raw["rotations"][wildcards.rotation]["learn"]["calibration"]
         return self.path("calibration", calibration=calibration, model=wildcards.model)
 
-    def checkpoint(self, wildcards) -> str:
+    def checkpoint(self, wildcards: "Wildcards") -> str:
         return self.path("checkpoint", model=wildcards.model, recipe=wildcards.recipe)
 
-    def task_text(self, wildcards) -> dict[str, str]:
+    def task_text(self, wildcards: "Wildcards") -> dict[str, str]:
         """The text that a task made from text is made of."""
         text = self.raw["zero_shot"][wildcards.task].get("text")
         return {"text": self.path("text", text=text)} if text else {}
@@ -249,7 +253,7 @@ class RuleFunctions:
             f"{self.results}/{part}" for part in self.config.artefacts(self._entry(section, wildcards))
         ]
 
-    def everything(self, wildcards) -> list[str]:
+    def everything(self, wildcards: "Wildcards") -> list[str]:
         """Tables and figures, and what they are made of, so that a lost result is rebuilt."""
         tables, figures = self.raw["tables"], self.raw["figures"]
         targets = [self.path("table", table=name, form="csv") for name in tables]
@@ -266,11 +270,11 @@ class RuleFunctions:
 
     # Flags
 
-    def trust(self, wildcards) -> str:
+    def trust(self, wildcards: "Wildcards") -> str:
         """The flag that lets a model run its own code, where the config says so."""
         return "--trust-remote-code" if self.raw["models"][wildcards.model].get("trust_remote_code") else ""
 
-    def compute(self, wildcards) -> str:
+    def compute(self, wildcards: "Wildcards") -> str:
         """Flags of a stage that runs a model; the config's dtype is for stages whose recipe names none."""
         recipe = self.config.parsed.get(wildcards.get("recipe"))
         if recipe is not None and "activations" in wildcards.keys():  # noqa: SIM118, no mapping
@@ -279,7 +283,7 @@ class RuleFunctions:
         dtype = f"--dtype {self.raw['dtype']}" if self.raw["dtype"] and not own else ""
         return " ".join(filter(None, (f"--device {self.raw['device']}", dtype, self.trust(wildcards))))
 
-    def input_flags(self, wildcards, input) -> str:
+    def input_flags(self, wildcards: "Wildcards", input: "InputFiles") -> str:
         """The flags for what a compression reads."""
         given = {name: input.get(name) for name in INPUT_FLAGS if input.get(name)}
         if "hessians" in given:
@@ -290,7 +294,7 @@ class RuleFunctions:
         """A function: the flag for an input that not every job has."""
         return lambda wildcards, input: f"--{name} {input[name]}" if input.get(name) else ""
 
-    def kernels_device(self, wildcards) -> str:
+    def kernels_device(self, wildcards: "Wildcards") -> str:
         """Where products are timed; of a GPU's, where the workflow runs on a CPU, only the sizes are known."""
         if wildcards.device == "cuda" and self.raw["device"] == "cpu":
             return "--device cpu --sizes-only"

@@ -3,9 +3,13 @@
 import json
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obr.config import paths
 from obr.config.workflow import Config
+
+if TYPE_CHECKING:
+    from snakemake.io import InputFiles, Wildcards
 
 
 class ScoreFunctions:
@@ -17,7 +21,7 @@ class ScoreFunctions:
     def _path(self, artefact: str, **names: str) -> str:
         return f"{self.results}/{paths.below(artefact, **names)}"
 
-    def asked(self, wildcards) -> dict[str, list[str]]:
+    def asked(self, wildcards: "Wildcards") -> dict[str, list[str]]:
         """The texts and tasks of an evaluation: those of tables and figures, and those that its file holds already.
 
         So an evaluation is not out of date where another experiment asks for fewer scores than are there.
@@ -34,7 +38,7 @@ class ScoreFunctions:
             for kind in ("perplexity", "zero_shot")
         }
 
-    def inputs(self, wildcards) -> dict[str, list[str]]:
+    def inputs(self, wildcards: "Wildcards") -> dict[str, list[str]]:
         """The files of an evaluation's texts and tasks, in the order of `asked`."""
         scores = self.asked(wildcards)
         texts = [self.raw["perplexity"][name]["text"] for name in scores["perplexity"]]
@@ -43,7 +47,7 @@ class ScoreFunctions:
             "tasks": [self._path("task", task=task) for task in scores["zero_shot"]],
         }
 
-    def entry(self, wildcards) -> str:
+    def entry(self, wildcards: "Wildcards") -> str:
         """The settings of an evaluation's texts and tasks."""
         return _json(
             {kind: {n: self._settings_of(kind, n) for n in names} for kind, names in self.asked(wildcards).items()}
@@ -53,7 +57,7 @@ class ScoreFunctions:
         """What decides a score besides its data: the settings of an entry of `perplexity` or `zero_shot`."""
         return {k: v for k, v in self.raw[kind][name].items() if k not in ("text", "source") and v is not None}
 
-    def flags(self, wildcards, input) -> str:
+    def flags(self, wildcards: "Wildcards", input: "InputFiles") -> str:
         """The flags that name an evaluation's texts and tasks, each with its file and settings."""
         scores = self.asked(wildcards)
         files = {"perplexity": list(input.texts), "zero_shot": [str(Path(task).parent) for task in input.tasks]}

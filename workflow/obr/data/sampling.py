@@ -7,11 +7,15 @@ import random
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from obr.data.tokenize import begin_with_bos, behind_bos, tokenize, window_bos
 from obr.errors import ObrError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAMPLINGS = ("random", "sequential", "documents")
 DOCUMENTS = ".jsonl"  # suffix of a file with one JSON string per line
@@ -58,7 +62,12 @@ def sample_windows(
 
 
 def document_windows(
-    tokenizer, documents: Sequence[str], nsamples: int, seqlen: int, seed: int = 0, bos: bool | str | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Sequence[str],
+    nsamples: int,
+    seqlen: int,
+    seed: int = 0,
+    bos: bool | str | None = None,
 ) -> torch.LongTensor:
     """Windows (nsamples, seqlen), each inside one of n documents, drawn as GPTQ's loader draws them from C4.
 

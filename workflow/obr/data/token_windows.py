@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +14,14 @@ from obr.data.tokenize import begin_with_bos, behind_bos, bos_note, read_text, t
 from obr.errors import ObrError
 from obr.runtime.files import atomic_write
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SPEC_KEYS = ("nsamples", "seqlen", "seed", "bos", "sampling", "reversed")
 
 
 def calibration_tokens(
-    tokenizer,
+    tokenizer: "PreTrainedTokenizerBase",
     text: str | Sequence[str],
     *,
     nsamples: int = 128,

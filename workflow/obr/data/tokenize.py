@@ -1,6 +1,7 @@
 """Texts turned into tokens, and the special tokens that a tokenizer adds."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,6 +9,9 @@ from obr.errors import ObrError, first_line
 from obr.models import remote_code
 from obr.models.architectures import needs_bos
 from obr.runtime.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = "a b"  # the text by which `special_tokens` finds what a tokenizer adds
 
@@ -24,7 +28,7 @@ def read_text(path: Path | str) -> str:
         ) from error
 
 
-def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Token ids that a tokenizer adds before and after every text, such as ([bos], []).
 
     Raises ObrError for a tokenizer that adds tokens inside a text.
@@ -40,21 +44,21 @@ def special_tokens(tokenizer) -> tuple[list[int], list[int]]:
     )
 
 
-def require_bos(tokenizer) -> int:
+def require_bos(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The beginning-of-sequence (BOS) token. Raises ObrError if the tokenizer has none."""
     if tokenizer.bos_token_id is None:
         raise ObrError(f"{type(tokenizer).__name__} has no beginning-of-sequence token: set bos to false.")
     return tokenizer.bos_token_id
 
 
-def spell_tokens(tokenizer, ids: list[int]) -> str:
+def spell_tokens(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """Special tokens in words: "a BOS token", or their names."""
     if ids == [tokenizer.bos_token_id]:
         return "a BOS token"
     return "the special tokens " + " ".join(tokenizer.convert_ids_to_tokens(ids))
 
 
-def tokenize(tokenizer, text: str, bos: bool | str | None = None) -> torch.LongTensor:
+def tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, bos: bool | str | None = None) -> torch.LongTensor:
     """Token ids (t,) of the whole text at once.
 
     bos: which special tokens are added to the text.
@@ -77,12 +81,12 @@ def tokenize(tokenizer, text: str, bos: bool | str | None = None) -> torch.LongT
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def window_bos(tokenizer, bos: bool | str | None) -> int | None:
+def window_bos(tokenizer: "PreTrainedTokenizerBase", bos: bool | str | None) -> int | None:
     """The token that `bos` puts in front of every window: BOS for "window", None for the other values."""
     return require_bos(tokenizer) if bos == "window" else None
 
 
-def missing_bos(windows: torch.LongTensor, tokenizer, model_type: str) -> str | None:
+def missing_bos(windows: torch.LongTensor, tokenizer: "PreTrainedTokenizerBase", model_type: str) -> str | None:
     """A sentence on windows (b, s) without BOS in front, for families that need it; None if no window lacks it."""
     if not needs_bos(model_type):
         return None
@@ -96,7 +100,7 @@ def missing_bos(windows: torch.LongTensor, tokenizer, model_type: str) -> str | 
     )
 
 
-def bos_note(windows: torch.LongTensor, tokenizer, model_dir: Path) -> dict:
+def bos_note(windows: torch.LongTensor, tokenizer: "PreTrainedTokenizerBase", model_dir: Path) -> dict:
     """{"note": sentence} for calibration windows without the BOS token that the model needs; else {}."""
     config = model_dir / "config.json"
     model_type = read_json(config).get("model_type", "") if config.is_file() else ""
@@ -104,7 +108,8 @@ def bos_note(windows: torch.LongTensor, tokenizer, model_dir: Path) -> dict:
     return {"note": note} if note else {}
 
 
-def tokenizer_of(model_dir: Path):
+def tokenizer_of(model_dir: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model folder. Raises ObrError if there is none that can be read."""
     from transformers import AutoTokenizer
 
     if not model_dir.is_dir():

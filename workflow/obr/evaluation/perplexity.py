@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obr.data import token_windows, tokenize
@@ -28,7 +28,9 @@ TOKENS = 1024  # whose logits, a vocabulary wide each, exist at a time
 
 
 @torch.no_grad()
-def perplexity(model, windows: Tensor, *, room: MemoryBudget | None = None, progress: bool = False) -> float:
+def perplexity(
+    model: "nn.Module | Blocks", windows: Tensor, *, room: MemoryBudget | None = None, progress: bool = False
+) -> float:
     """Perplexity of a model over token windows, in evaluation mode. The model is left as it was.
 
     Args:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from obr.checkpoints import referred
 from obr.checkpoints.external.blocks import ExternalBlocks
@@ -31,6 +31,10 @@ from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
 from obr.runtime.files import read_json, sha256_of, write_json
 from obr.runtime.provenance import model_hashes
+
+if TYPE_CHECKING:
+    import torch
+
 
 KINDS = ("perplexity", "zero_shot")
 STAGE = "evaluation.stage"  # whose code decides scores
@@ -79,7 +83,7 @@ def evaluate_stage(
     out: Path,
     *,
     recipe: Recipe | None = None,
-    dtype=None,
+    dtype: torch.dtype | None = None,
     device: str | None = None,
     room: MemoryBudget | None = None,
     code: str | None = None,
@@ -124,7 +128,11 @@ def evaluate_stage(
 
 
 def opened(
-    folder: Path, recipe: Recipe | None = None, dtype=None, device: str | None = None, packed: bool = False
+    folder: Path,
+    recipe: Recipe | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    packed: bool = False,
 ) -> tuple[StreamedBlocks, dict]:
     """The blocks of a packed checkpoint, or of a model as it came, and what identifies them in an artefact.
 

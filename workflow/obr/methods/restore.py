@@ -4,6 +4,7 @@ All rows of layers that read the same input are solved together; the methods the
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,12 @@ class Restored:
 
 
 def restore(
-    weight: Tensor, hessian: "Tensor | Hessian | None", method: str = "obr_gptq", *, name: str = "layer", **options
+    weight: Tensor,
+    hessian: "Tensor | Hessian | None",
+    method: str = "obr_gptq",
+    *,
+    name: str = "layer",
+    **options: Any,
 ) -> Restored:
     """Prune and quantise one linear layer and restore what that broke.
 

@@ -1,11 +1,15 @@
 """Families of models: one entry of FAMILIES each, a `Layout`; everything else reads the entry."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from obr.config.model_sizes import EXPERTS
 from obr.config.rotations import WITHOUT_MLPS, kind_held_by
 from obr.errors import ObrError
 from obr.models.layout import EVERY, GROUP_OF, KIND_OF, PARTS, Layout, kind_of, prefix_of, without_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = [
     "EVERY", "FAMILIES", "GROUP_OF", "KIND_OF", "PARTS", "REFUSED", "Dimensions", "Layout", "kind_of", "prefix_of",
@@ -163,7 +167,7 @@ class Dimensions:
     ruled_out: str | None = None
 
     @classmethod
-    def of(cls, config) -> "Dimensions":
+    def of(cls, config: "PreTrainedConfig") -> "Dimensions":
         heads, layout = config.num_attention_heads, FAMILIES.get(config.model_type, Layout())
         head_dim = getattr(config, layout.head_dim, None) or config.hidden_size // heads
         places = tuple((prefix, width) for prefix, width in layout.widths(config).items() if width)
@@ -264,7 +268,7 @@ def _rotary(config, head_dim: int) -> int:
     return int(head_dim * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
 
 
-def layout_of(config) -> Layout:
+def layout_of(config: "PreTrainedConfig") -> Layout:
     """The layout of a transformers configuration.
 
     Raises:

@@ -125,7 +125,7 @@ class Blocks:
 CALL = {"use_cache": False, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
-def check_windows(tokens) -> None:
+def check_windows(tokens: object) -> None:
     """Raise ObrError unless these are windows of tokens (b, s)."""
     if not isinstance(tokens, Tensor):
         raise ObrError(

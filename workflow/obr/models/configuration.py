@@ -8,12 +8,16 @@ gives no meaning to it.
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obr.config.model_sizes import OPTIONAL_SIZES, SIZES, _check_numbers, read_config
 from obr.errors import ObrError, first_line
 from obr.models.architectures import FAMILIES
 from obr.models.side_files import GENERATION
 from obr.models.tensor_files import HEADER_DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # How a model is called, not what it computes: this package calls it in its own way. Values from then on.
 CALLS = {
@@ -50,7 +54,9 @@ WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "sliding
 TRUE_IS_USUAL = ("causal", "use_rope", "scale_attn_weights")
 
 
-def load_config(folder: Path, what: str, trust: bool = False, packed: bool = False, quantised: bool = False):
+def load_config(
+    folder: Path, what: str, trust: bool = False, packed: bool = False, quantised: bool = False
+) -> "PreTrainedConfig":
     """The transformers configuration of a model folder, in which the model can be called as this package does.
 
     what: its name in messages. trust: the folder's own code may be run. packed: the folder is a packed checkpoint.
@@ -178,7 +184,7 @@ def _is_derived(key: str, value, raw: dict, family: type) -> bool:
         return False
 
 
-def check_sizes(config, what: str) -> None:
+def check_sizes(config: "PreTrainedConfig", what: str) -> None:
     """Raise ObrError unless a transformers configuration has the sizes of a decoder, which fit each other.
 
     config: of any family; what it does not have is left to `architectures.layout_of`.

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from obr.errors import ObrError, first_line
 from obr.models import remote_code
@@ -219,7 +220,7 @@ def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
         shutil.copymode(folder / "config.json", folder / name)  # safetensors wrote it for its owner alone
 
 
-def round_epsilons(config) -> None:
+def round_epsilons(config: object) -> None:
     """Round the epsilon of norms, in place: GGUF keeps in single precision (9.9999997e-06) what had one figure."""
     for key, value in list(vars(config).items()):
         if key.endswith(("norm_eps", "norm_epsilon")) and isinstance(value, float):
@@ -256,7 +257,7 @@ def _check_gguf(path: Path, loaded, report: dict) -> None:
     check_gguf_settings(path, loaded.config, reader)
 
 
-def check_gguf_settings(path: Path, config, reader) -> None:
+def check_gguf_settings(path: Path, config: Any, reader: Any) -> None:
     """Raise ObrError at a setting of a GGUF file that the transformers configuration made of it leaves out.
 
     reader: gguf's, of the file.
@@ -273,7 +274,7 @@ def check_gguf_settings(path: Path, config, reader) -> None:
             )
 
 
-def check_model(folder: Path, what: str | None = None, trust: bool = False, castable: bool = False):
+def check_model(folder: Path, what: str | None = None, trust: bool = False, castable: bool = False) -> Any:
     """Check a model folder, and its settings of `generate`; returns what `check.folder.check_folder` does.
 
     what: its name in messages. trust: the repository's own code may be run. castable: float64 is accepted.

@@ -6,7 +6,7 @@ from torch import Tensor
 from obr.config.quantizer import QuantizerSettings
 
 
-def fake_quantize(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
+def fake_quantize(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Round `x (..., c)` to b bits with one scale a token, or a token's group of channels, found on the fly.
 
     Symmetric: integers in [-2^(b-1), 2^(b-1) - 1], scale = clip_ratio * max|x| / (2^(b-1) - 1). Asymmetric:

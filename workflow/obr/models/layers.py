@@ -1,6 +1,7 @@
 """The modules that stand in for a model's own: linear layers and attention that simulate low precision."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,9 @@ class KeyValueQuantizer(nn.Module):
         return self.quantize(tokens.flatten(2), settings, bounds).view_as(tokens).transpose(1, 2)
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, **kwargs):
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: quantise, then scaled dot-product attention."""
     quantizer = getattr(module, "key_value_quantizer", None)
     if quantizer is not None:

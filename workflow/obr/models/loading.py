@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,12 +13,15 @@ from obr.models.check.folder import check_folder
 from obr.models.configuration import load_config
 from obr.runtime.gpu import taken_away
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_tokenizer(directory: Path):
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder, or of a GGUF file."""
     trust, place = remote_code.trusted(directory), {"pretrained_model_name_or_path": directory}
     if Path(directory).suffix == ".gguf" and Path(directory).is_file():
@@ -29,7 +33,7 @@ def load_tokenizer(directory: Path):
         raise refused or ObrError(f"{directory} holds no usable tokenizer ({first_line(error)}).") from error
 
 
-def config_of(directory: Path):
+def config_of(directory: Path) -> "PreTrainedConfig":
     """The transformers configuration of a model folder; see `remote_code` for code that the folder brings along.
 
     Raises:
@@ -49,7 +53,9 @@ CONFIGURED = {
 }
 
 
-def load_model(directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None):
+def load_model(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | None = None
+) -> "PreTrainedModel":
     """A whole transformers model in evaluation mode, without gradients.
 
     Nothing is downloaded. `obr.compress` keeps the dtype in which the folder stores its weights, whatever `dtype` the

@@ -9,10 +9,14 @@ import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
 from obr.errors import BROKEN_FILE, ObrError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # How the header of a safetensors file names the dtypes in which weights may be stored, and torch's names of them.
@@ -140,7 +144,7 @@ class TensorFiles:
             self.files[name], self.headers[name] = path, ([rows, *shape[axis + 1 :]], dtype)
             self.places[name] = (own, place)
 
-    def read(self, names: dict[str, str], *to) -> dict:
+    def read(self, names: dict[str, str], *to: "torch.device | torch.dtype | str") -> dict[str, "torch.Tensor"]:
         """{key: tensor} for {key: name of a tensor}; to: device and dtype, or one of them.
 
         A tensor moves as it is stored, and is converted where it arrives. A file is opened for every tensor: what has

@@ -3,10 +3,14 @@
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from obr.errors import ObrError
+
+if TYPE_CHECKING:
+    from obr.report.table_rows import Row
 
 # The six zero-shot tasks whose plain mean the paper prints as `zeroshot_avg`.
 PAPER_TASKS = ("piqa", "boolq", "hellaswag", "arc_easy", "arc_challenge", "winogrande")
@@ -51,7 +55,7 @@ def load(path: Path) -> pd.DataFrame:
     return frame.assign(printed=frame["value"], value=frame["value"].map(float))
 
 
-def select(frame: pd.DataFrame, **filters) -> pd.DataFrame:
+def select(frame: pd.DataFrame, **filters: str | float) -> pd.DataFrame:
     """The rows where every filtered column equals its value; `note` need only contain it.
 
     Numbers are compared as text, so `w_bits=4` and `w_bits="4"` are the same. A value that occurs nowhere in
@@ -77,7 +81,7 @@ def select(frame: pd.DataFrame, **filters) -> pd.DataFrame:
     return chosen
 
 
-def lookup(frame: pd.DataFrame, **filters) -> float | None:
+def lookup(frame: pd.DataFrame, **filters: str | float) -> float | None:
     """The one published value that the filters leave, or None where nothing is published.
 
     Raises:
@@ -152,11 +156,11 @@ class Quotes:
             asked = ", ".join(f"{k}={v}" for k, v in filters.items())
             raise ObrError(f"Nothing is published for row {row.key!r} under {asked}; correct the filter.")
 
-    def _filters(self, model: str, row) -> dict:
+    def _filters(self, model: str, row: "Row") -> dict:
         name = self.models[model].get("published")
         return {**self.common, **({"model": name} if name else {}), **row.published}
 
-    def rows(self, model: str, row, metric: str) -> pd.DataFrame | None:
+    def rows(self, model: str, row: "Row", metric: str) -> pd.DataFrame | None:
         """The published rows behind one number; None where row or model has no published counterpart.
 
         Raises:
@@ -170,19 +174,19 @@ class Quotes:
             _single(chosen, self._filters(model, row) | {"metric": metric})
         return chosen
 
-    def any(self, model: str, row) -> bool:
+    def any(self, model: str, row: "Row") -> bool:
         """Whether anything is published for a row."""
         printed = self.printed.get((model, row.key))
         return printed is not None and not printed.empty
 
-    def setting(self, model: str, row) -> dict:
+    def setting(self, model: str, row: "Row") -> dict:
         """The bits and the sparsity that are published for a row, as a table's frame holds them."""
         first = self.printed[model, row.key].iloc[0]
         bits = f"W{first['w_bits']}A{first['a_bits']}KV{first['kv_bits']}" if first["w_bits"] else ""
         sparsity = first["sparsity"]
         return {"setting": bits, "sparsity": sparsity if ":" in sparsity else float(sparsity or 0)}
 
-    def value(self, model: str, row, metric: str) -> float:
+    def value(self, model: str, row: "Row", metric: str) -> float:
         """One published number, NaN where nothing (or nan) is printed."""
         chosen = self.rows(model, row, metric)
         return float("nan") if chosen is None or chosen.empty else float(chosen["value"].iloc[0])

@@ -178,7 +178,8 @@ def _score(results: Path, model: str, row: Row, kind: str, name: str) -> dict:
     return scores[name]
 
 
-def number(value) -> float:
+def number(value: float | None) -> float:
+    """A number of an artefact; NaN where it has none."""
     return float("nan") if value is None else float(value)
 
 

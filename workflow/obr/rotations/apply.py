@@ -1,6 +1,7 @@
 """Rotations applied to models: in memory, or to blocks as they are read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obr.errors import ObrError
 from obr.models.architectures import Dimensions
@@ -10,8 +11,12 @@ from obr.rotations import registry, unrotated
 from obr.rotations.base import Rotation
 from obr.rotations.registry import draw
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
-def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
+
+def rotate(model: "PreTrainedModel", kind: "str | Rotation", seed: int = 0, clip: bool = False) -> "PreTrainedModel":
     """Rotate a transformers model in place and return it; its logits stay what they were.
 
     A model whose family does not take the kind stays as it is; stderr and `model.obr_rotation.about()` say why.
@@ -55,7 +60,9 @@ def rotate(model, kind: "str | Rotation", seed: int = 0, clip: bool = False):
     return model
 
 
-def open_blocks(model: Path, rotation: Path | None, dtype=None, device=None) -> StreamedBlocks:
+def open_blocks(
+    model: Path, rotation: Path | None, dtype: "torch.dtype | None" = None, device: str | None = None
+) -> StreamedBlocks:
     """A downloaded model, rotated by the file `rotation` unless it is None."""
     loaded = registry.load(rotation, Dimensions.of(config_of(model))) if rotation else None
     return StreamedBlocks(model, loaded, dtype, device)

@@ -107,7 +107,7 @@ class Rotation(ABC):
         blocks = map(self.changes, range(self.dimensions.blocks))
         return any(changes.clips or changes.limits for changes in blocks)
 
-    def to(self, device) -> "Rotation":
+    def to(self, device: "torch.device | str") -> "Rotation":
         self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
         for transform in self.transforms.values():
             transform.to(device)

@@ -8,6 +8,7 @@ what it did before. All kinds are drawn, saved, loaded and applied by the functi
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -35,7 +36,7 @@ KINDS: dict[str, type[Rotation]] = {
 }
 
 
-def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options) -> Rotation:
+def draw(kind: str, dimensions: Dimensions, seed: int = 0, **options: Any) -> Rotation:
     """A rotation of this kind with random valid parameters; one that changes nothing where the family takes none.
 
     options: of the kind quarot, `block` and `fused`; None and False count as not given.

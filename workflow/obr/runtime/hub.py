@@ -8,17 +8,23 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from obr.errors import ObrError, first_line
 from obr.runtime import cache_folder
 from obr.runtime.files import sha256_of
+
+Entry = TypeVar("Entry")
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import DatasetInfo, ModelInfo
 
 # A first contact that takes longer is a machine without the hub. It is tried at each of the host's addresses
 # in turn, so the wait can be a few times this.
 FIRST_CONTACT_SECONDS = 5.0
 
 
-def choose(by_kind: dict, source: dict):
+def choose(by_kind: dict[str, Entry], source: dict) -> Entry:
     """What `by_kind` holds for the kind of a config's source. Raises ObrError for an unknown kind."""
     kind = source.get("source")
     if kind not in by_kind:
@@ -110,7 +116,7 @@ def _pip_download(requirement: str, folder: str) -> Path:
     return wheels[0]
 
 
-def hub_info(repo: str, revision: str | None, kind: str = "model"):
+def hub_info(repo: str, revision: str | None, kind: str = "model") -> "ModelInfo | DatasetInfo":
     """The hub's record of a repository: `.sha` is the commit, `.siblings` the files (a model's with hashes).
 
     kind: "model" or "dataset". It comes before any download, so that a machine without the hub says so in

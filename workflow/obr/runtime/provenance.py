@@ -4,6 +4,7 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Any
 
 from obr.errors import ObrError
 from obr.runtime.code_digest import digest
@@ -67,7 +68,7 @@ def _canonical(name: str) -> str:
 
 
 def fingerprint(
-    stage: str, model: Path, files: dict[str, Path | None], *, device: str, dtype: str, **settings
+    stage: str, model: Path, files: dict[str, Path | None], *, device: str, dtype: str, **settings: Any
 ) -> dict:
     """What decides a run of a stage, as plain data: all but the number of threads and where things lie.
 

@@ -73,7 +73,12 @@ class ExternalBlocks(StreamedBlocks):
         return block
 
 
-def load(path: str | Path, recipe: "Recipe | dict | None" = None, dtype=None, device: str | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    recipe: "Recipe | dict | None" = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> nn.Module:
     """A checkpoint of another program as a transformers model, its weights dequantised in float32.
 
     recipe: of method "external", for activations, queries, keys and values.

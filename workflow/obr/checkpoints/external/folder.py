@@ -74,7 +74,7 @@ class Dequantised(TensorFiles):
             self.headers[f"{layer}.weight"] = list(layout.shapes[layer]), plain
             self.files[f"{layer}.weight"] = files.files[names[0]]
 
-    def read(self, names: dict[str, str], *to) -> dict:
+    def read(self, names: dict[str, str], *to: torch.device | torch.dtype | str) -> dict[str, torch.Tensor]:
         """As of `TensorFiles`; a quantised layer's weight is computed in float32."""
         found = {}
         for key, name in names.items():

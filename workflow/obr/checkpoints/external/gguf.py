@@ -3,6 +3,7 @@
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from obr.checkpoints.external.layouts import Layout, Stored
 from obr.errors import ObrError, first_line
 from obr.models.tensor_files import TensorFiles
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 # Architecture of llama.cpp -> whether its rotary embedding takes neighbours instead of halves.
 NEIGHBOURS = {"llama": True, "qwen2": False, "qwen3": False}
@@ -48,7 +52,8 @@ class GgufFiles(TensorFiles):
             raise ObrError(f"{path} has the tensor {min(stored)}, which {config.model_type} models do not have.")
 
     @cached_property
-    def reader(self):
+    def reader(self) -> "GGUFReader":
+        """gguf's, of the file. Raises ObrError if it cannot be read."""
         import gguf
 
         try:
@@ -59,7 +64,7 @@ class GgufFiles(TensorFiles):
     def bytes_of(self, name: str) -> int:
         return int(self.tensors[name].n_bytes)
 
-    def read(self, names: dict[str, str], *to) -> dict:
+    def read(self, names: dict[str, str], *to: torch.device | torch.dtype | str) -> dict[str, Tensor]:
         """As of `TensorFiles`."""
         found = {}
         for key, name in names.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from obr.checkpoints.external.layouts import Layout, Stored, spread
 from obr.checkpoints.external.words import unpack_words, words_for
 from obr.errors import ObrError
+from obr.models.tensor_files import TensorFiles
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which row each part of a word holds, from the lowest on
 CODES = ("qweight", "qzeros", "scales", "g_idx")
@@ -106,7 +107,7 @@ def _in_order(numbers: Tensor) -> Tensor:
     return numbers.unflatten(1, (-1, 8))[:, :, torch.tensor(AWQ_ORDER).argsort()].flatten(1)
 
 
-def auto_round(files, settings: dict, shapes) -> Layout:
+def auto_round(files: TensorFiles, settings: dict, shapes: dict[str, list[int]]) -> Layout:
     """The layout that a checkpoint of AutoRound names as its `packing_format`."""
     form = str(settings.get("packing_format") or settings.get("backend") or "")
     if "awq" in form:

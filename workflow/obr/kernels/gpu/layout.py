@@ -77,7 +77,7 @@ class Weight:
         scale = scale.reshape(rows, -1).to(codes.device, torch.float32 if group is None else torch.float16)
         return cls(layout, bits, rows, columns, group, words, starts.int(), torch.cat(kept), scale.contiguous())
 
-    def to(self, device) -> "Weight":
+    def to(self, device: "torch.device | str") -> "Weight":
         return replace(self, **{name: getattr(self, name).to(device) for name in PARTS})
 
     @property

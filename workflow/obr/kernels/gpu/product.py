@@ -49,7 +49,7 @@ class Tokens:
         return self.values * self.scale[:, None]
 
 
-def quantize(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tokens:
+def quantize(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tokens:
     """Round `x (t, n)` token by token to the grid of `fake_quant.fake_quantize`, the same whole numbers.
 
     bounds: factors `low` and `high` (1,) of a token's extremes, for a learned clip_ratio.

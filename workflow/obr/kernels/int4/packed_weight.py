@@ -85,7 +85,9 @@ class Tokens:
     columns: int
 
 
-def quantize(x: Tensor, settings: QuantizerSettings, bounds=None, level: str | None = None) -> Tokens:
+def quantize(
+    x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None, level: str | None = None
+) -> Tokens:
     """Round `x (t, n)` token by token to the grid of `fake_quant.fake_quantize`, the same whole numbers.
 
     bounds: factors `low` and `high` (1,) of a token's extremes, for a learned clip_ratio.

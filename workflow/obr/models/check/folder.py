@@ -3,9 +3,11 @@
 import copy
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +19,9 @@ from obr.models.configuration import load_config
 from obr.models.split import follow, take_model_apart
 from obr.models.tensor_files import HEADER_DTYPES, QUANTISED, STORED, TensorFiles, check_names
 from obr.runtime.gpu import taken_away
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Buffers that old files keep beside the weights and that every model computes from its configuration.
 RECOMPUTED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -77,7 +82,9 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
     return check_against(config, tensors, trust, castable)
 
 
-def check_against(config, tensors: TensorFiles, trust: bool = False, castable: bool = False) -> Checked:
+def check_against(
+    config: "PreTrainedConfig", tensors: TensorFiles, trust: bool = False, castable: bool = False
+) -> Checked:
     """Compare tensors with the model that a configuration describes; the parameters are those of `check_folder`.
 
     Raises:
@@ -111,7 +118,7 @@ def _check_blocks(tensors: TensorFiles, layout: Layout, config, what: str) -> No
         )
 
 
-def meta_model(config, trust: bool = False, what: str = "the model") -> nn.Module:
+def meta_model(config: "PreTrainedConfig", trust: bool = False, what: str = "the model") -> nn.Module:
     """A causal language model of this configuration with no memory behind its tensors.
 
     trust: code beside the configuration may be run. Raises ObrError if transformers cannot make one.
@@ -133,7 +140,7 @@ def meta_model(config, trust: bool = False, what: str = "the model") -> nn.Modul
     return model
 
 
-def with_buffers(model: nn.Module, config) -> nn.Module:
+def with_buffers(model: nn.Module, config: "PreTrainedConfig") -> nn.Module:
     """A model without memory behind its weights, its buffers (rotary embeddings, scales) made real, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -167,7 +174,7 @@ def check_tensors(
     expected: dict[str, list[int]],
     optional: set[str],
     kind: str,
-    dtypes=STORED,
+    dtypes: Collection[str] = STORED,
     exact: set[str] = frozenset(),
 ) -> set[str]:
     """The dtypes in which the tensors are stored, if they are those that are expected, no more and no fewer.
@@ -212,6 +219,6 @@ def _untied(config, tensors: TensorFiles, layout: Layout) -> bool:
     return _says_tied(config) and {head, embed} <= set(tensors.files) and not tensors.equal(head, embed)
 
 
-def spell(module) -> str:
+def spell(module: object) -> str:
     """The full name of an object's class, such as "torch.nn.modules.linear.Linear"."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

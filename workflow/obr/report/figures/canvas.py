@@ -4,6 +4,7 @@ import textwrap
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def new_canvas(count: int, across: int = 3, height: float = 2.2, sharey: bool = 
     return Canvas(figure, list(axes[:count]))
 
 
-def only_text(entry: dict):
+def only_text(entry: dict) -> Metric:
     """The one text of a figure, as a metric. Raises ObrError if there is none, or several."""
     metrics = [m for m in metrics_of({**entry, "zero_shot": [], "mean": False}) if m.lower_is_better]
     if len(metrics) != 1:
@@ -114,7 +115,7 @@ def log_scale(panel: Axes, drawn: list[Axes] | None = None) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def handle(label: str, marker: str, linestyle: str = "", **style) -> Line2D:
+def handle(label: str, marker: str, linestyle: str = "", **style: Any) -> Line2D:
     """An entry of the legend."""
     return Line2D([], [], label=label, marker=marker, linestyle=linestyle, **style)
 

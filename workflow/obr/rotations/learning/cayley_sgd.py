@@ -1,5 +1,7 @@
 """SpinQuant's optimiser on the Stiefel manifold: descent that leaves matrices orthogonal. (Adam's is geoopt's.)"""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ class CayleySGD(torch.optim.Optimizer):
         self.generator = generator
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable | None = None) -> None:
         """One step for every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:

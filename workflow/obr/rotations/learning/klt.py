@@ -4,7 +4,7 @@ The Karhunen-Loève transform of rows: U of their covariance U Λ Uᵀ. A random
 axis over all channels, so the start is U H.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def _readers_of(blocks: Blocks, index: int) -> Iterator[Tensor]:
             yield block.get_submodule(path).weight * gain
 
 
-def principal_axes(matrices) -> Tensor:
+def principal_axes(matrices: Iterable[Tensor]) -> Tensor:
     """Eigenvectors (n, n), float64, as columns, of the covariance of the rows of all matrices (r, n) together."""
     count, total, gram = 0, 0.0, 0.0
     for matrix in matrices:

@@ -5,7 +5,7 @@ gradients, and hands back the gradient of its input. That of the rotation adds u
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -216,7 +216,7 @@ class Network:
             states.backward(leaf.grad)
         return total
 
-    def products(self):
+    def products(self) -> AbstractContextManager:
         """Products of matrices in the task's dtype."""
         if self.task.dtype == torch.float32:
             return nullcontext()

@@ -6,6 +6,7 @@ A learner is a function LearningRun -> (Rotation, curve). Curves are lines of {"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obr.config.rotations import LEARNED
 from obr.errors import ObrError
@@ -15,6 +16,9 @@ from obr.rotations.base import Rotation
 from obr.rotations.learning import awq, flatquant, omniquant, ostquant, smoothquant, spinquant
 from obr.rotations.learning.run import LearningRun
 from obr.rotations.unrotated import instead_of
+
+if TYPE_CHECKING:
+    import torch
 
 MODULES = {
     module.__name__.rpartition(".")[2]: module
@@ -31,7 +35,7 @@ def learn_rotation(
     tokens: Path,
     out: Path,
     device: str | None = None,
-    dtype=None,
+    dtype: "torch.dtype | None" = None,
     megabytes: float | None = None,
 ) -> Rotation:
     """The stage: learn a model's rotation by a config entry, write it to `out` and its curve beside, as CSV.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -136,7 +137,7 @@ class LearningRun:
         """Where hidden states may lie: in memory, or in files beside the output."""
         return MemoryBudget(self.megabytes, self.kept.folder)
 
-    def settings(self, **defaults) -> SimpleNamespace:
+    def settings(self, **defaults: Any) -> SimpleNamespace:
         """A learner's own settings: its defaults, and what the entry says instead. Raises ObrError for others."""
         unknown = sorted(set(self.options) - set(defaults))
         if unknown:

@@ -31,7 +31,7 @@ def rounded(x: Tensor) -> Tensor:
     return _Passed.apply(x, x.detach().round())
 
 
-def ste_identity(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
+def ste_identity(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`fake_quantize` of x (..., c) whose gradient is passed on unchanged, also beyond the range."""
     if settings.bits == 16:
         return x
@@ -40,7 +40,7 @@ def ste_identity(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
     return _Passed.apply(x, quantised)
 
 
-def ste_range(x: Tensor, settings: QuantizerSettings, bounds=None) -> Tensor:
+def ste_range(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """`fake_quantize` of x (..., c) with gradients through scale, clamp and zero point, to learned bounds too."""
     if settings.bits == 16:
         return x
