@@ -3,7 +3,7 @@
 import shlex
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from obr.config.config_files import load_config
@@ -74,6 +74,8 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=8), VALUES, min_size=1, max_size=4))
+@example({"{": None})
+@example({"a": {"{": 1}})
 def test_any_settings_come_back_as_they_were(entry):
     assert parse_settings(shlex.split(settings_line(entry))) == entry
 

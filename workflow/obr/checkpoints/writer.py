@@ -40,6 +40,8 @@ from obr.runtime.resume import Unfinished
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+OPTIONAL = {"tokens": int, "refined": float, "refine_seconds": float}  # columns of layers.csv that may be missing
+
 
 @dataclass
 class LayerReport:
@@ -59,9 +61,11 @@ class LayerReport:
     packed_bytes: int
     flags: str
     held_out_error: float = float("nan")
-    tokens: int | None = (
-        None  # of the calibration, that the router sent to the layer's expert; a column of such models
-    )
+    # Columns of some models and recipes alone: calibration tokens that the router sent to the layer's expert; the
+    # error of the block's output after refinement over that before, and the refinement's seconds.
+    tokens: int | None = None
+    refined: float | None = None
+    refine_seconds: float | None = None
 
     @property
     def compressed(self) -> bool:
@@ -75,13 +79,14 @@ class LayerReport:
     @classmethod
     def of(cls, noted: dict) -> "LayerReport":
         """What `noted` made a dictionary of."""
-        return cls(**{k: float("nan") if v is None and k != "tokens" else v for k, v in noted.items()})
+        return cls(**{k: float("nan") if v is None and k not in OPTIONAL else v for k, v in noted.items()})
 
     @classmethod
     def read(cls, row: dict[str, str]) -> "LayerReport":
         """A line of layers.csv. Raises ValueError, KeyError or TypeError at one that is none."""
-        tokens, kinds = row.pop("tokens", ""), {name: field.type for name, field in cls.__dataclass_fields__.items()}
-        return cls(**{key: kinds[key](value) for key, value in row.items()}, tokens=int(tokens) if tokens else None)
+        kinds = {name: field.type for name, field in cls.__dataclass_fields__.items()} | OPTIONAL
+        given = {key: value for key, value in row.items() if key not in OPTIONAL or value}
+        return cls(**{key: kinds[key](value) for key, value in given.items()})
 
 
 @dataclass
@@ -202,8 +207,8 @@ class Writer:
             atomic_write(self.directory / "layers.csv") as partial,
             open(partial, "w", encoding="utf-8", newline="") as file,
         ):
-            routed = any(layer.tokens is not None for layer in report.layers)
-            columns = [name for name in LayerReport.__dataclass_fields__ if routed or name != "tokens"]
+            left_out = {name for name in OPTIONAL if all(getattr(layer, name) is None for layer in report.layers)}
+            columns = [name for name in LayerReport.__dataclass_fields__ if name not in left_out]
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in report.layers)
@@ -250,6 +255,7 @@ class Writer:
             **({"external": report.external} if report.external is not None else {}),
             **({"held_out_error": _mean([row.held_out_error for row in layers])} if report.recipe.held_out else {}),
             "seconds": report.seconds,
+            **({"refinement": _refinement(layers)} if report.recipe.refine_steps else {}),
             "device": report.device,
             "threads": torch.get_num_threads(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -265,6 +271,17 @@ def _mean(errors: list[float]) -> float | None:
     """Of those that were measured."""
     measured = [error for error in errors if error == error]
     return sum(measured) / len(measured) if measured else None
+
+
+def _refinement(layers: list[LayerReport]) -> dict:
+    """Seconds of refinement, which are part of the whole; and by what the output error of a block was multiplied,
+    geometric mean."""
+    refined = {layer.block: layer.refined for layer in layers if layer.refined is not None}
+    ratios = torch.tensor(list(refined.values()), dtype=torch.float64)
+    return {
+        "seconds": sum(layer.refine_seconds or 0.0 for layer in layers),
+        "error_ratio": float(ratios.log().mean().exp()) if refined else None,
+    }
 
 
 def _recipe_of(layer: LayerReport, report: Report) -> Recipe:

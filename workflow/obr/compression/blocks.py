@@ -14,6 +14,7 @@ from obr.calibration.expert_inputs import shared_flags
 from obr.calibration.moments import GroupStatistics
 from obr.checkpoints.format import round_ends, round_rest
 from obr.checkpoints.writer import LayerReport, Report, Writer, store
+from obr.compression import refine
 from obr.compression.hessian_source import HessianSource
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
@@ -58,7 +59,11 @@ def compress_blocks(
             if finished is None:
                 begun = time.monotonic()
                 block = statistics.prepared(index, blocks.load(index))
-                rows = _compress_block(block, index, blocks.layout_at(index), statistics, report, shown)
+                layout = blocks.layout_at(index)
+                rows = _compress_block(block, index, layout, statistics, report, shown)
+                if report.recipe.refine_steps and index in statistics.chosen:
+                    shown.layer("refinement")
+                    rows = _refine_block(block, index, layout, statistics, report, rows)
                 report.made_by(here, index)
                 if writer is not None:
                     writer.block(index, block, rows, time.monotonic() - begun, here)
@@ -91,6 +96,23 @@ def _compress_block(
         shown.layer(f"group {number}/{len(layout.groups)}, {group}")
         rows += compress_group(block, layout, group, collected, report, index)
     return rows
+
+
+def _refine_block(
+    block: nn.Module,
+    index: int,
+    layout: Layout,
+    statistics: HessianSource,
+    report: Report,
+    rows: list[LayerReport],
+) -> list[LayerReport]:
+    """Train a compressed block on the calibration windows; returns its report."""
+    started = time.monotonic()
+    calibrated, held_out = statistics.windows_of_both()
+    trained = refine.TrainedBlock(block, statistics.dense, layout, statistics.arguments[index])
+    found = refine.refine_block(trained, calibrated, held_out, report.recipe, index)
+    trained.store(report.dtype)
+    return refine.refined_rows(rows, block, found, time.monotonic() - started)
 
 
 def compress_group(

@@ -10,6 +10,7 @@ from obr.calibration import asymmetric, collect_hessians
 from obr.calibration.expert_inputs import DenseBlock, ExpertInputs, expert_of, is_of_expert
 from obr.calibration.moments import GroupStatistics
 from obr.calibration.token_weights import token_weights
+from obr.compression.refine import Windows
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.models.architectures import prefix_of
@@ -52,11 +53,11 @@ class HessianSource:
             _check_stream(blocks, recipe)
             if recipe.token_weights:
                 self.weights = token_weights(blocks, tokens.to(blocks.device), recipe.token_weights, room)
-            is_judged = recipe.target_shrinkage == "held_out"
-            copies = 1 + recipe.needs_dense + bool(recipe.held_out) + is_judged
+            is_judged = recipe.held_out and (recipe.target_shrinkage == "held_out" or recipe.refine_steps > 0)
+            copies = 1 + recipe.runs_dense + bool(recipe.held_out) + bool(is_judged)
             copies *= 3 if blocks.layout.experts else 1  # beside what enters a block, what enters its experts, twice
             room = self.room = replace(room, megabytes=room.megabytes / copies)
-            if recipe.needs_dense:
+            if recipe.runs_dense:
                 self.dense_hidden, _ = blocks.embed(tokens[:count], room)
             if recipe.held_out:
                 self.held_out, _ = blocks.embed(tokens[count:], room)
@@ -129,7 +130,8 @@ class HessianSource:
             windows.append((self.held_out, self.dense_held_out))
         found, pays_back = [], bool(self.recipe.residual)
         for hidden, beside in windows:
-            dense = None if beside is None else DenseBlock(self.dense, beside, pays_back)
+            unused = beside is None or not self.recipe.needs_dense
+            dense = None if unused else DenseBlock(self.dense, beside, pays_back)
             arguments, layout = self.arguments[index], self.blocks.layout_at(index)
             found.append(ExpertInputs(block, layout, hidden, arguments, self.room, dense))
         return found
@@ -161,10 +163,16 @@ class HessianSource:
         layout, arguments, weights = self.blocks.layout_at(index), self.arguments[index], None
         if self.weights:
             weights = {group: self.weights[index, group][first : first + len(hidden)] for group in groups}
-        if dense is not None:
+        if dense is not None and self.recipe.needs_dense:
             return asymmetric.collect(block, self.dense, layout, hidden, dense, arguments, groups, weights)
         moments = collect_hessians.collect(block, layout, hidden, arguments, groups, False, weights)
         return {group: GroupStatistics(moments[group]) for group in groups}
+
+    def windows_of_both(self) -> tuple[Windows, Windows | None]:
+        """What enters the current block in the compressed model and in the dense one: of the calibration windows, and
+        of held-out ones."""
+        held_out = Windows(self.held_out, self.dense_held_out) if self.held_out is not None else None
+        return Windows(self.hidden, self.dense_hidden), held_out
 
     def advances(self, index: int) -> bool:
         """Whether a later block needs what this one puts out."""

@@ -71,6 +71,11 @@ def repeat(directory: Path, count: int, places: Places = Places(), device: str |
     made_from = manifest.get("inputs")
     if recipe.adopted:
         raise ObrError(f"{directory} holds layers that others compressed; verify it without --recompute.")
+    if recipe.refine_steps:
+        raise ObrError(
+            f"{directory} was refined block by block after its layers were compressed; they cannot be made again one "
+            "by one: verify it without --recompute."
+        )
     if made_from is None:
         raise ObrError(
             f"{directory}/manifest.json does not say what its layers were made from (it was saved from memory); they "

@@ -125,10 +125,12 @@ class Recipe:
     blocks, are nearest the dense model's; 0 aims at the outputs of the dense weights (sequential only).
     residual: share, 0 to 1, of the step by which o_proj and down_proj make up for what the residual stream has lost
     before them (sequential only).
-    token_weights: share, 0 to 1, by which calibration tokens count in Hessians as the loss of the dense model feels
-    errors at them (mean squared output gradient); 0 counts all alike (sequential only).
+    token_weights: share, 0 to 1, by which calibration tokens count in Hessians as the dense model's loss feels errors
+    at them (mean squared output gradient); 0 counts all alike (sequential only).
     target_shrinkage: "none", or "held_out": the steps of asymmetry and residual are shortened, layer by layer, to
     what leaves the least error on the held-out windows.
+    refine_steps: of block-wise refinement of each compressed block, see `obr.compression.refine` (sequential only).
+    refine_rate: its learning rate in units of a weight's scale; for scales and norms a tenth, relative to themselves.
     held_out: the last so many calibration windows enter no Hessian; layers' errors on them are reported, too
     (sequential only).
     blocks: the blocks on which all this acts, as a Python slice such as "0:2" or "1:-1"; None for all. The
@@ -163,6 +165,8 @@ class Recipe:
     residual: float = 0.0
     token_weights: float = 0.0
     target_shrinkage: str = "none"
+    refine_steps: int = 0
+    refine_rate: float = 0.03
     held_out: int = 0
     online: str = "float32"
     dtype: str | None = None
@@ -278,6 +282,11 @@ class Recipe:
     def needs_dense(self) -> bool:
         """Whether outputs of the dense model are targets, so that it runs beside the compressed one."""
         return bool(self.asymmetry or self.residual)
+
+    @property
+    def runs_dense(self) -> bool:
+        """Whether the dense model runs beside the compressed one."""
+        return self.needs_dense or self.refine_steps > 0
 
     @property
     def needs_gradients(self) -> bool:

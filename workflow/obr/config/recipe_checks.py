@@ -61,10 +61,14 @@ def check_ranges(recipe: Recipe, name: str) -> None:
         ("asymmetry", 0, 1),
         ("residual", 0, 1),
         ("token_weights", 0, 1),
+        ("refine_steps", 0, 100_000),
+        ("refine_rate", 0, 1),
     ):
         value = getattr(recipe, field)
         if not low <= value <= high:
             raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
+    if recipe.refine_rate == 0:
+        raise ObrError(f"{name}.refine_rate is 0, which trains nothing; use a larger one, or leave refine_steps out.")
     if recipe.blocks is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(recipe.blocks)):
         raise ObrError(f"{name}.blocks is {recipe.blocks!r}; it must be a slice of block numbers, such as '0:2'.")
     if recipe.needs_hessian and not recipe.calibration:
@@ -79,7 +83,8 @@ def check_passes(recipe: Recipe, name: str) -> None:
         "cached Hessians know the dense model's inputs alone; use hessian: sequential": recipe.hessian == "cached",
         f"method {recipe.method} reads no activations; use another method": not recipe.needs_hessian,
     }
-    of_passes = {"asymmetry": 0, "residual": 0, "token_weights": 0, "held_out": 0, "hessian_scope": "group"}
+    of_passes = {"asymmetry": 0, "residual": 0, "token_weights": 0, "refine_steps": 0, "held_out": 0}
+    of_passes["hessian_scope"] = "group"
     for field, default in of_passes.items():
         for reason, clashing in why.items():
             value = getattr(recipe, field)

@@ -9,7 +9,7 @@ from obr.config.recipe import Recipe
 from obr.errors import ObrError
 
 SHOWN = ("bits", "sparsity")  # also where they are the defaults of the method
-KEY = re.compile(r"(?!\d+$)[^.=\s]+")  # of a mapping that is spelled with dots
+KEY = re.compile(r"(?!\d+$)(?!\{)[^.=\s]+")  # of a mapping that is spelled with dots; "{" begins an object
 
 
 def spelled(entry: dict) -> list[str]:

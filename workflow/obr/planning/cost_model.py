@@ -14,6 +14,7 @@ from obr.planning.tensor_sizes import Sizes
 CLIP_PASSES = 12  # over a layer's weights, what the search for its rows' scales takes
 JOINT_PASSES, JOINT_SWEEP = 26, 0.2  # of the method joint: products by its Hessian; of a sweep, beside a pass
 OBR_PASSES = 4  # of conjugate gradients through a layer's Hessian, both of OBR's steps together
+REFINE_PASSES = 30  # over a block's weights, of a step of refinement: straight-through rounding and Adam's update
 RELEASED_PASSES = 18.0  # over all weights, what verifying and keeping a released checkpoint takes
 STORED_PASSES = 6.0  # over all weights, what reading, rounding, packing and hashing them takes
 GROUPS = 4  # of a block, each with a run of the calibration through it
@@ -126,12 +127,24 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.needs_dense:  # the dense blocks run, too; drifts, and the steps to the targets
         products, grams, runs = 2 * products, 2 * grams, 2 * runs
         exact += 4 * quadratic + (8 / 3 * cubic if method.solver == "joint" else 0.0)
+    if recipe.refine_steps:
+        passes = refinement(sizes, recipe, tokens, length)
+        products, elements, runs = products + passes.products, elements + passes.elements, runs + passes.runs
     if recipe.token_weights:  # once forward and back through the dense model, before
         passes = gradients(whole, tokens, length)
         products, runs = products + passes.products, runs + passes.runs
     # column by column, each some small kernels
     runs += 0.1 * method.column_sweeps * blocks * sum(columns for _, columns in sizes.layers)
     return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
+
+
+def refinement(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
+    """Block-wise refinement: the dense blocks run once more, and of each step three passes and an update."""
+    seen, steps = tokens, recipe.refine_steps
+    looks = 11 * recipe.held_out * length if recipe.held_out else 2 * tokens
+    products = sizes.forward(seen, length) + (4 * steps * length + 2 * looks) / length * sizes.forward(length, length)
+    elements = float(REFINE_PASSES * steps * sizes.block * sizes.blocks)
+    return Work(products, 0, 0, elements, 0, (4 * steps + 2 * looks / length) * sizes.blocks, 0)
 
 
 def released(sizes: Sizes) -> Work:

@@ -95,13 +95,20 @@ def states_of(rule: str, sizes: Sizes, tokens: int, on_gpu: bool, recipe: Recipe
 
 def _copies(recipe: Recipe | None) -> int:
     """Models that the calibration windows pass through; with held-out windows that judge, no window more."""
-    return 2 if recipe and recipe.needs_dense else 1
+    return 2 if recipe and recipe.runs_dense else 1
 
 
 def _passing_back(sizes: Sizes, length: int, element: int) -> float:
     """Bytes of a backward pass, but for what enters the blocks: a block's graph and the logits', twice."""
     graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing + 3 * sizes.vocabulary)
     return element * sizes.ends + max(folding(sizes), 2 * element * sizes.block + graph)
+
+
+def _refining(sizes: Sizes, length: int, element: int) -> float:
+    """Bytes of the refinement of a block: it and the dense one, its integers, their gradients, Adam's two moments and
+    a copy of the best in float32, its weights as they are computed and their gradients, and the graph."""
+    graph = 4.0 * length * (20 * sizes.hidden + 6 * sizes.passing)
+    return element * sizes.ends + (2 * element + 5 * 4.0 + 6 * 4.0) * sizes.block + graph
 
 
 def memory(
@@ -127,8 +134,10 @@ def memory(
         model, base = compressing(sizes, method, length, on_gpu, is_rotated, is_ordered), 0.9
         if recipe and recipe.hessian_scope == "block":  # those of the groups that are still to come
             model += (all_hessians - 4.0 * min(sizes.inputs) ** 2) * (1 + recipe.needs_dense)
-        if recipe and recipe.needs_dense:
-            model += block + 4.0 * max(sizes.inputs) ** 2
+        if recipe and recipe.runs_dense:
+            model += block + (4.0 * max(sizes.inputs) ** 2 if recipe.needs_dense else 0.0)
+        if recipe and recipe.refine_steps:
+            model = max(model, _refining(sizes, length, element))
         if recipe and recipe.token_weights:  # found before anything is compressed
             model = max(model, _passing_back(sizes, length, element))
     elif rule == "gradients":  # beside what enters each block, up to the room for it
