@@ -20,7 +20,7 @@ from obr.report.figures import draw
 
 # Tables that the paper does not have.
 NOT_QUOTING = ("hardware", "hessians", "rotations", "rotation_seeds")
-NOT_QUOTING += ("equal_storage", "equal_storage_options", "equal_storage_other_text")
+NOT_QUOTING += ("equal_storage", "equal_storage_options", "equal_storage_other_text", "equal_storage_refined")
 NOT_QUOTING += ("joint", "joint_a4", "joint_rotations", "joint_seeds", "joint_statistics", "joint_zero_shot")
 SIX = published.PAPER_TASKS
 LAYERS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("up", "gate", "down")]

@@ -26,7 +26,9 @@ from obr.report.table_rows import (
 )
 from obr.runtime.files import write_text
 
-DETAILS = ("bits_per_weight", "file_mb", "seconds", "relative_error", "held_out_error", "sparsity")
+DETAILS = (
+    "bits_per_weight", "file_mb", "seconds", "refinement_seconds", "relative_error", "held_out_error", "sparsity",
+)  # fmt: skip
 
 
 def build(config: dict, name: str, results: Path, published: Path) -> Table:
@@ -142,6 +144,7 @@ def _details(details: list[str], manifest: dict) -> dict:
         "bits_per_weight_file": bits.get("file"),
         "file_mb": number(manifest.get("file_bytes")) / 1e6,
         "seconds": manifest.get("seconds"),
+        "refinement_seconds": (manifest.get("refinement") or {}).get("seconds"),
         "relative_error": manifest.get("relative_error"),
         "held_out_error": manifest.get("held_out_error"),
         "sparsity_measured": manifest.get("sparsity"),

@@ -107,6 +107,7 @@ def _detail_column(frame: pd.DataFrame, detail: str) -> Column:
         "bits_per_weight": ("Bits per weight", "{:.2f}"),
         "file_mb": ("File (MB)", "{:,.1f}"),
         "seconds": ("Time (s)", "{:,.0f}"),
+        "refinement_seconds": ("Refinement (s)", "{:,.0f}"),
         "relative_error": ("Relative error", "{:.4f}"),
         "held_out_error": ("Held-out error", "{:.4f}"),
         "sparsity": ("Zeros (%)", "{:.2f}"),

@@ -53,6 +53,8 @@ def notes_of(
     meanings = {
         "bits_per_weight": "Bits per weight: of the compressed linear layers, in theory / in the file.",
         "file_mb": "File: the whole checkpoint, embeddings included, in MB of 10⁶ bytes.",
+        "refinement_seconds": "Refinement: seconds of training, block by block, part of the compression's time; rows "
+        "without are training-free.",
         "relative_error": "Relative error: squared error of the layers' outputs on the calibration data over "
         "their squared norm; mean over the layers.",
         "held_out_error": "Held-out error: the same on windows that no Hessian has seen.",
