@@ -15,12 +15,13 @@ import yaml
 
 from helpers.paths import FIXTURES, ROOT
 from helpers.workflow_runs import CONFIG, snakemake
+from obr.config.config_files import load_config
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.planning import cost_model, learning_cost, measured_times, memory, tensor_sizes
 from obr.planning.dry_run import Job, pending
 from obr.planning.plan import overrides_of, plan_of, summary
-from obr.planning.prices import Prices
+from obr.planning.prices import TIMED, Prices
 from obr.planning.schedule import peak_disk, schedule
 
 DEMO = ROOT / "config" / "experiments" / "demo.yaml"
@@ -258,6 +259,14 @@ def test_rounding_weights_while_learning_costs_more_once_a_step():
         parts = learning_cost.learning(sizes, kind, {**learn, "quantise": {"bits": 4}, "micro_batch": 2}, 136, 512)
         assert plain.elements < rounded.elements == parts.elements and rounded.products == parts.products
         assert parts.runs > rounded.runs
+
+
+def test_rules_of_the_workflow_have_a_cost_and_others_are_refused():
+    rules = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "workflow/rules").glob("*.smk"))
+    known = {*TIMED, *cost_model.CONSTANT, "kernels", "released"}
+    assert set(re.findall(r"^rule (\w+):", rules, re.M)) == known
+    with pytest.raises(ObrError, match="no cost for the rule 'polish'"):
+        Prices(load_config().raw).price(Job("polish", {}, 1, ()))
 
 
 def test_price_falls_with_number_of_blocks():

@@ -40,6 +40,8 @@ class Method:
     finds_mask: the function chooses the mask while it computes.
     rows_differ: without a pattern, rows of a layer differ in sparsity, so that layers are solved one by one.
     ordered: columns are treated one after the other, so that their order matters.
+    reads_alpha: the recipe's alpha says how many columns are treated first.
+    layer_scope: without a pattern, the rows of a layer may share its zeros, by the recipe's scope: layer.
     adopted: others computed the weights; a checkpoint of theirs is read.
     solver: what plans count as its work and memory, an entry of `planning.memory.SOLVERS`: "rounding" for all that
     takes no Hessian's inverse, "gptq", "obr" or "joint".
@@ -56,6 +58,8 @@ class Method:
     finds_mask: bool = False
     rows_differ: bool = False
     ordered: bool = False
+    reads_alpha: bool = False
+    layer_scope: bool = False
     adopted: bool = False
     _: KW_ONLY
     solver: str
@@ -109,7 +113,15 @@ METHODS = {
         column_sweeps=2,
     ),
     "obr_rtn": Method(
-        "OBR (RTN)", "P", "obr_rtn", prunes=True, grouped=True, masks=("wanda", *ANY_MASK), ordered=True, solver="obr"
+        "OBR (RTN)",
+        "P",
+        "obr_rtn",
+        prunes=True,
+        grouped=True,
+        masks=("wanda", *ANY_MASK),
+        ordered=True,
+        reads_alpha=True,
+        solver="obr",
     ),
     "obr_gptq": Method(
         "OBR (GPTQ)",
@@ -119,10 +131,13 @@ METHODS = {
         grouped=True,
         masks=("wanda", *ANY_MASK),
         ordered=True,
+        reads_alpha=True,
         solver="obr",
         column_sweeps=1,
     ),
-    "joint": Method("Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True, solver="joint"),
+    "joint": Method(
+        "Joint", "h", "prune_and_round", prunes=True, grouped=True, finds_mask=True, layer_scope=True, solver="joint"
+    ),
     # What the authors of a checkpoint computed; it is read, not made.
     "released": Method("Released", "p", None, prunes=True, data_free=True, adopted=True, solver="rounding"),
     # What another program computed and stored in its own format.
@@ -130,3 +145,13 @@ METHODS = {
         "External", "d", None, prunes=True, data_free=True, grouped=True, adopted=True, solver="rounding"
     ),
 }
+
+
+def names_of(property: str) -> str:
+    """The methods that have a property, as a sentence names them.
+
+    Example:
+        >>> names_of("reads_alpha")
+        'obr_rtn or obr_gptq'
+    """
+    return " or ".join(name for name, method in METHODS.items() if getattr(method, property))

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from obr.config.config_files import DEFAULT, load_config, read_yaml
-from obr.config.methods import METHODS
+from obr.config.methods import METHODS, names_of
 from obr.config.quantizer import check_choice
 from obr.config.recipe import QUANTIZERS, Recipe
 from obr.config.recipe_checks import DTYPES
@@ -25,7 +25,6 @@ FIELDS = (
 )  # fmt: skip
 OFFERED = tuple(name for name in METHODS if name != "dense" and not METHODS[name].adopted)  # methods of --method
 DEVICES = ("auto", "cpu", "cuda")
-OBR = ("obr_rtn", "obr_gptq")  # functions of methods that read alpha
 
 
 @dataclass(frozen=True)
@@ -170,11 +169,10 @@ def _refuse_idle(options: OneShot, recipe: Recipe) -> None:
     if options.mask is not None and recipe.allocation is None and options.mask not in method.masks:
         choices = f"takes the mask {' or '.join(method.masks)}" if method.masks else "has no mask to choose"
         idle["mask"] = f"{named} {choices}; choose another method or mask"
-    if recipe.allocation is None and method.function not in OBR:
-        idle["alpha"] = f"{named} does not read it; use {' or '.join(OBR)}"
+    if recipe.allocation is None and not method.reads_alpha:
+        idle["alpha"] = f"{named} does not read it; use {names_of('reads_alpha')}"
     if recipe.allocation is None and not method.ordered:
-        ordered = " or ".join(name for name in OFFERED if METHODS[name].ordered)
-        idle["column_order"] = f"{named} treats all columns alike; use {ordered}"
+        idle["column_order"] = f"{named} treats all columns alike; use {names_of('ordered')}"
     if not recipe.needs_hessian:
         idle["damp"] = f"{named} reads no Hessian; choose another method"
     if recipe.bits == 16:

@@ -228,7 +228,7 @@ class Recipe:
         """The recipe of a layer for which an allocation has chosen this option; itself without an allocation."""
         if option is None:
             return self
-        shares = option.method == "joint" and not option.pattern
+        shares = METHODS[option.method].layer_scope and not option.pattern
         own = (
             {"scope": self.scope, "row_weights": self.row_weights}
             if shares

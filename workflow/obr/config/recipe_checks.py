@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from obr.config.methods import MASKS, METHODS
+from obr.config.methods import MASKS, METHODS, names_of
 from obr.config.quantizer import check_choice
 from obr.errors import ObrError
 
@@ -27,16 +27,16 @@ def check_choices(recipe: Recipe, name: str) -> None:
     check_choice(recipe.method, METHODS, f"{name}.method")
     check_choice(recipe.mask, MASKS, f"{name}.mask")
     check_choice(recipe.scope, SCOPES, f"{name}.scope")
-    if recipe.scope == "layer" and (recipe.method != "joint" or recipe.pattern):
+    if recipe.scope == "layer" and (not METHODS[recipe.method].layer_scope or recipe.pattern):
         raise ObrError(
             f"{name}.scope is 'layer', but {f'pattern {recipe.pattern}' if recipe.pattern else recipe.method} "
-            "gives every row its own budget; use method joint without a pattern, or scope row."
+            f"gives every row its own budget; use method {names_of('layer_scope')} without a pattern, or scope row."
         )
     check_choice(recipe.row_weights, ROW_WEIGHTS, f"{name}.row_weights")
     if recipe.row_weights != "none" and recipe.scope != "layer":
         raise ObrError(
             f"{name}.row_weights is {recipe.row_weights!r}, but with scope row every row has its own budget, and "
-            "weights would change nothing; use method joint with scope layer."
+            f"weights would change nothing; use method {names_of('layer_scope')} with scope layer."
         )
     if not 0 <= recipe.sweeps <= 100_000:
         raise ObrError(f"{name}.sweeps is {recipe.sweeps}; it must lie between 0 and 100000.")
@@ -111,11 +111,10 @@ def check_order(recipe: Recipe, name: str) -> None:
     check_choice(recipe.column_order, ORDERS, f"{name}.column_order")
     methods = [option.method for option in recipe.options] or [recipe.method]
     if recipe.column_order != "given" and not any(METHODS[method].ordered for method in methods):
-        ordered = " or ".join(key for key, method in METHODS.items() if method.ordered)
         raise ObrError(
             f"{name}.column_order is {recipe.column_order!r}, but {' and '.join(dict.fromkeys(methods))} "
-            f"{'treats' if len(set(methods)) == 1 else 'treat'} all columns alike; use method {ordered}, or "
-            "column_order given."
+            f"{'treats' if len(set(methods)) == 1 else 'treat'} all columns alike; use method "
+            f"{names_of('ordered')}, or column_order given."
         )
 
 
@@ -125,9 +124,8 @@ def check_group(recipe: Recipe, name: str) -> None:
         return
     if type(recipe.group) is not int or recipe.group < 1:
         raise ObrError(f"{name}.group is {recipe.group!r}; it must be a number of columns such as 128, or null.")
-    grouped = " or ".join(name for name, method in METHODS.items() if method.grouped)
     clashes = {
-        f"method {recipe.method} takes one scale a row; use method {grouped}": (
+        f"method {recipe.method} takes one scale a row; use method {names_of('grouped')}": (
             not METHODS[recipe.method].grouped and recipe.allocation is None
         ),
         "the options of an allocation take one scale a row; drop the allocation": recipe.allocation is not None,

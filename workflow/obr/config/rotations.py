@@ -8,26 +8,46 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Learner:
+    """How long a learner works unless the entry's `learn` says otherwise: its defaults, and what plans count.
+
+    steps: of gradient descent through the whole model, each of `batch` windows; None if it goes block by block.
+    epochs: over the calibration windows in each block, by gradient descent if there is a batch. A learner without
+    one searches, which counts as so many epochs.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch: int | None = None
+
+    @property
+    def defaults(self) -> dict[str, int]:
+        """The settings that are given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class RotationKind:
     """class_name: of the class in `obr.rotations` that holds the parameters; None if another kind's class does.
-    learned: `obr.rotations.learning` has a module of the kind's name with a function `learn`."""
+    learner: of a module of the kind's name in `obr.rotations.learning`, with a function `learn`; None without one."""
 
     class_name: str | None
-    learned: bool = False
+    learner: Learner | None = None
 
 
 ROTATIONS = {
     "quarot": RotationKind("QuaRot"),
-    "spinquant": RotationKind("SpinQuant", learned=True),
-    "flatquant": RotationKind("FlatQuant", learned=True),
-    "ostquant": RotationKind("OSTQuant", learned=True),
+    "spinquant": RotationKind("SpinQuant", Learner(steps=100, batch=8)),
+    "flatquant": RotationKind("FlatQuant", Learner(epochs=15, batch=4)),
+    "ostquant": RotationKind("OSTQuant", Learner(steps=100, batch=8)),
     "scaling": RotationKind("Scaling"),
-    "omniquant": RotationKind(None, learned=True),
-    "smoothquant": RotationKind(None, learned=True),
-    "awq": RotationKind(None, learned=True),
+    "omniquant": RotationKind(None, Learner(epochs=20, batch=1)),
+    "smoothquant": RotationKind(None, Learner(epochs=1)),
+    "awq": RotationKind(None, Learner(epochs=20)),
 }
 DRAWN = tuple(name for name, kind in ROTATIONS.items() if kind.class_name)
-LEARNED = tuple(name for name, kind in ROTATIONS.items() if kind.learned)
+LEARNERS = {name: kind.learner for name, kind in ROTATIONS.items() if kind.learner is not None}
+LEARNED = tuple(LEARNERS)
 WITHOUT_MLPS = ("spinquant",)  # formats of published files that hold nothing of an MLP
 
 

@@ -3,6 +3,7 @@
 Learning through the whole model holds one block at a time. Each step reads every block twice, forward and back.
 """
 
+from obr.config.rotations import LEARNERS
 from obr.planning.cost_model import CLIP_PASSES, Work
 from obr.planning.memory import STATES
 from obr.planning.tensor_sizes import Sizes
@@ -18,26 +19,17 @@ RESIDUAL_FOLDS = 5
 # Copies of a block in float32 that learning block by block holds: of scales that are searched; of transforms that are
 # learned, with the graph of the folded and rounded weights; the same with clips. SAMPLES: windows a search keeps.
 SEARCHED, FOLDED_GRAPH, CLIPPED_GRAPH, SAMPLES = 3.0, 5.2, 7.2, 16
-# Defaults of the learners; those without `steps` go block by block. The searches count as so many epochs.
-LEARNING = {
-    "spinquant": {"steps": 100, "batch": 8},
-    "ostquant": {"steps": 100, "batch": 8},
-    "flatquant": {"epochs": 15, "batch": 4},
-    "omniquant": {"epochs": 20, "batch": 1},
-    "smoothquant": {"epochs": 1},
-    "awq": {"epochs": 20},
-}
 
 
 def is_streamed(kind: str) -> bool:
     """Whether this kind learns through the whole model."""
-    return "steps" in LEARNING[kind]
+    return LEARNERS[kind].steps is not None
 
 
 def learning(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
     """Learning a rotation by the `learn` of its entry, from all but the held-out ones of these windows."""
     counted = _streamed if is_streamed(kind) else _blockwise
-    return counted(sizes, kind, {**LEARNING[kind], **learn}, windows, length)
+    return counted(sizes, kind, {**LEARNERS[kind].defaults, **learn}, windows, length)
 
 
 def _blockwise(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> Work:
@@ -99,14 +91,14 @@ def states_of(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -
     """
     if not is_streamed(kind):
         return 4.0 * (3 if kind == "omniquant" else 2) * windows * length * sizes.hidden
-    batch = learn.get("batch", LEARNING[kind]["batch"])
+    batch = learn.get("batch", LEARNERS[kind].batch)
     kept = batch * (sizes.blocks + 1) + (windows if _imitates(kind, learn) else 0)
     return 4.0 * kept * length * sizes.hidden
 
 
 def _in_a_block(sizes: Sizes, kind: str, learn: dict, windows: int, length: int) -> float:
     """Bytes that learning block by block holds besides the ends: copies of a block, and what windows leave in it."""
-    if kind not in ("flatquant", "omniquant"):
+    if LEARNERS[kind].batch is None:  # it searches
         return 4.0 * (SEARCHED * sizes.block + min(SAMPLES, windows) * length * (2 * sizes.hidden + sizes.passing))
     quantised = learn.get("quantise", {})
     copies = CLIPPED_GRAPH if quantised.get("clip") == "learned" else FOLDED_GRAPH
@@ -123,7 +115,7 @@ def memory(sizes: Sizes, kind: str, learn: dict, windows: int, length: int, on_g
     back, the head as it is used and some logits. The rotation with its gradient and what its step takes.
     Hidden states lie on the host.
     """
-    learn = {**LEARNING[kind], **learn}
+    learn = {**LEARNERS[kind].defaults, **learn}
     states = min(states_of(sizes, kind, learn, windows, length), STATES)
     if not is_streamed(kind):
         model = 2.0 * sizes.ends + _in_a_block(sizes, kind, learn, windows, length)

@@ -7,6 +7,7 @@ from pathlib import Path
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
 from obr.config.schemes import checkpoint_entry, scores_asked
+from obr.errors import ObrError
 from obr.planning import cost_model, learning_cost, measured_times, memory, tensor_sizes
 from obr.planning.dry_run import Job
 
@@ -69,7 +70,11 @@ class Prices:
         return (entry["nsamples"] * entry["seqlen"], entry["seqlen"]) if entry else (0, 1)
 
     def price(self, job: Job) -> Price:
-        """Of one job of the dry run."""
+        """Of one job of the dry run.
+
+        Raises:
+            ObrError: a rule that plans have no cost for, or a method whose solver they do not know.
+        """
         if job.rule in TIMED:
             return self._timed(job)
         if job.rule == "kernels":
@@ -82,7 +87,9 @@ class Prices:
             seconds = cost_model.released(sizes).seconds(cost_model.SPEEDS["cpu"], job.threads) + OVERHEAD
             kept = sizes.block * sizes.blocks * (2 * (1 - recipe.sparsity) + 1 / 8) + 2.0 * sizes.ends
             return Price(seconds, memory.memory(job.rule, sizes, 0, 1, False)[0], 0.0, kept / 1e9)
-        constant = cost_model.CONSTANT.get(job.rule, 5.0)
+        if job.rule not in cost_model.CONSTANT:
+            raise ObrError(f"Plans have no cost for the rule {job.rule!r}; add one to CONSTANT in cost_model.py.")
+        constant = cost_model.CONSTANT[job.rule]
         fetched, disk = self._downloads(job)
         host, _ = memory.memory(job.rule, tensor_sizes.Sizes.estimate(0.1), 0, 1, False)
         return Price(constant + OVERHEAD + 1000 * fetched / self.bandwidth, host, 0.0, disk, fetched)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from obr.config.recipe import Recipe
+from obr.config.rotations import LEARNERS
 from obr.errors import ObrError
 from obr.models.architectures import without_number
 from obr.models.hadamard import hadamard, random_orthogonal, random_signs
@@ -35,7 +36,8 @@ def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     steps need to be long.
     """
     settings = task.settings(
-        epochs=15, batch=4, lr=5e-3, lr_clips=5e-2, alpha=0.3, scales=True, parametrisation="svd", start="orthogonal"
+        lr=5e-3, lr_clips=5e-2, alpha=0.3, scales=True, parametrisation="svd", start="orthogonal",
+        **LEARNERS["flatquant"].defaults,
     )  # fmt: skip
     for key, choices in (("parametrisation", ("svd", "direct")), ("start", ("orthogonal", "hadamard"))):
         if getattr(settings, key) not in choices:

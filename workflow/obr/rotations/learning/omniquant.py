@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from obr.config.rotations import LEARNERS
 from obr.rotations.base import ENDS, Rotation
 from obr.rotations.learning.blockwise import Place, descend, learn_blocks
 from obr.rotations.learning.flatquant import START
@@ -22,7 +23,9 @@ def learn(task: LearningRun) -> tuple[Rotation, list[dict]]:
     Own settings: epochs; batch (windows a step); lr (of LET), lr_clips; alpha (of the start); scales (whether
     there is any LET); shifts (whether it shifts too; the published runs on Llama do not).
     """
-    settings = task.settings(epochs=20, batch=1, lr=5e-3, lr_clips=1e-2, alpha=0.5, scales=True, shifts=False)
+    settings = task.settings(
+        lr=5e-3, lr_clips=1e-2, alpha=0.5, scales=True, shifts=False, **LEARNERS["omniquant"].defaults
+    )
 
     def learn_block(place: Place) -> tuple[dict[str, Tensor], list[dict]]:
         logarithms = starting_scales(place, settings.alpha) if settings.scales else {}

@@ -5,6 +5,7 @@ from geoopt import CanonicalStiefel, ManifoldParameter
 from geoopt.optim import RiemannianAdam
 from torch import Tensor
 
+from obr.config.rotations import LEARNERS
 from obr.errors import ObrError
 from obr.models.architectures import Dimensions
 from obr.rotations.learning import klt, straight_through
@@ -31,8 +32,9 @@ def learn(task: LearningRun) -> tuple[OSTQuant, list[dict]]:
         ObrError: an unknown `start`, or clips that are to be learned.
     """
     settings = task.settings(
-        steps=100, batch=8, micro_batch=None, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False,
+        micro_batch=None, lr=0.0169, lr_scales=0.00179, top=1000, renormalised=False,
         online_query_key=False, scales=True, start="hadamard", warmup=0, every=10, keep_every=10,
+        **LEARNERS["ostquant"].defaults,
     )  # fmt: skip
     if settings.start not in ("hadamard", "klt"):
         raise ObrError(f"learn.start is {settings.start!r}; choose hadamard or klt.")

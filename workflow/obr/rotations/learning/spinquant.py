@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from obr.config.rotations import LEARNERS
 from obr.rotations.learning import straight_through
 from obr.rotations.learning.cayley_sgd import CayleySGD
 from obr.rotations.learning.distillation import imitation
@@ -29,8 +30,8 @@ def learn(task: LearningRun) -> tuple[SpinQuant, list[dict]]:
         ObrError: clips that are to be learned.
     """
     settings = task.settings(
-        loss="cross_entropy", top=1000, gradients="passed", steps=100, batch=8, micro_batch=None, lr=1.5,
-        momentum=0.0, warmup=0, every=10, keep_every=10,
+        loss="cross_entropy", top=1000, gradients="passed", micro_batch=None, lr=1.5, momentum=0.0,
+        warmup=0, every=10, keep_every=10, **LEARNERS["spinquant"].defaults,
     )  # fmt: skip
     rotation = SpinQuant.draw(task.dimensions, task.seed)
     generator = torch.Generator().manual_seed(task.seed)
