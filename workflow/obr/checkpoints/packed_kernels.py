@@ -1,7 +1,7 @@
 """Which kernels multiply packed layers on which device, and what they have no form for."""
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from obr.errors import ObrError
 from obr.kernels.gpu import layout, product
 from obr.kernels.int4 import packed_weight
 from obr.methods.restore import Restored
+
+if TYPE_CHECKING:
+    from obr.models.online_transforms import Range
 
 SAME_SIZE = {torch.float32: torch.int32, torch.float16: torch.int16}
 SHOWN = ("rows", "columns", "layout", "bits_per_weight", "bytes")
@@ -30,7 +33,7 @@ class Kernel(Protocol):
     bits_per_weight: float
     bytes: int
 
-    def __call__(self, x: Tensor, settings: QuantizerSettings, bounds, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, settings: QuantizerSettings, bounds: "Range | None", bias: Tensor | None) -> Tensor:
         """The layer's output (t, r) for inputs x (t, n), rounded as `settings` say."""
         ...
 
@@ -45,7 +48,7 @@ class CpuKernel:
         for part in SHOWN:
             setattr(self, part, getattr(self.weight, part))
 
-    def __call__(self, x: Tensor, settings: QuantizerSettings, bounds, bias: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, settings: QuantizerSettings, bounds: "Range | None", bias: Tensor | None) -> Tensor:
         return self.weight.multiply(packed_weight.quantize(x, settings, bounds), bias).to(x.dtype)
 
 
@@ -79,9 +82,7 @@ class GpuKernel(nn.Module):
         scale = self.scale.view(torch.float32 if self.about["group"] is None else torch.float16)
         return layout.Weight(**self.about, codes=self.codes, starts=self.starts, masks=self.masks, scale=scale)
 
-    def forward(
-        self, x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None, bias: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, settings: QuantizerSettings, bounds: "Range | None", bias: Tensor | None) -> Tensor:
         tokens = x if settings.bits == 16 else product.quantize(x, settings, bounds)
         return product.multiply(self.weight, tokens, bias, x.dtype)
 

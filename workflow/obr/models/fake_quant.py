@@ -1,12 +1,17 @@
 """Fake quantisation of activations, keys and values."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from obr.config.quantizer import QuantizerSettings
 
+if TYPE_CHECKING:
+    from obr.models.online_transforms import Range
 
-def fake_quantize(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
+
+def fake_quantize(x: Tensor, settings: QuantizerSettings, bounds: "Range | None" = None) -> Tensor:
     """Round `x (..., c)` to b bits with one scale a token, or a token's group of channels, found on the fly.
 
     Symmetric: integers in [-2^(b-1), 2^(b-1) - 1], scale = clip_ratio * max|x| / (2^(b-1) - 1). Asymmetric:

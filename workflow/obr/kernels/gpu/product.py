@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from obr.config.pattern import Pattern
 from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
 from obr.kernels.gpu.layout import WORD, Weight, controls, field_bits, masks_of, widened_group
+
+if TYPE_CHECKING:
+    from obr.models.online_transforms import Range
 
 FEW = 16  # tokens that the kernels take; more are multiplied by unpacked rows
 UNPACKED = 1 << 25  # weights that are unpacked at a time
@@ -49,7 +52,7 @@ class Tokens:
         return self.values * self.scale[:, None]
 
 
-def quantize(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tokens:
+def quantize(x: Tensor, settings: QuantizerSettings, bounds: "Range | None" = None) -> Tokens:
     """Round `x (t, n)` token by token to the grid of `fake_quant.fake_quantize`, the same whole numbers.
 
     bounds: factors `low` and `high` (1,) of a token's extremes, for a learned clip_ratio.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import combinations, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from obr.config.pattern import Pattern
 from obr.config.quantizer import QuantizerSettings
 from obr.errors import ObrError
 from obr.runtime import compiler
+
+if TYPE_CHECKING:
+    from obr.models.online_transforms import Range
 
 HERE = Path(__file__).parent
 SOURCES = [HERE / name for name in ("kernels.cpp", "layout.h", "pool.h", "avx512.h", "avx2.h", "portable.h")]
@@ -86,7 +90,7 @@ class Tokens:
 
 
 def quantize(
-    x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None, level: str | None = None
+    x: Tensor, settings: QuantizerSettings, bounds: "Range | None" = None, level: str | None = None
 ) -> Tokens:
     """Round `x (t, n)` token by token to the grid of `fake_quant.fake_quantize`, the same whole numbers.
 

@@ -6,6 +6,7 @@ it, and stop at clipped values (FlatQuant, OmniQuant, OSTQuant). Either stands i
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from obr.config.quantizer import QuantizerSettings
 from obr.methods.grid import Grid
 from obr.models.fake_quant import fake_quantize
 from obr.models.layers import KeyValueQuantizer, QuantLinear
+
+if TYPE_CHECKING:
+    from obr.models.online_transforms import Range
 
 
 class _Passed(torch.autograd.Function):
@@ -31,7 +35,7 @@ def rounded(x: Tensor) -> Tensor:
     return _Passed.apply(x, x.detach().round())
 
 
-def ste_identity(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def ste_identity(x: Tensor, settings: QuantizerSettings, bounds: "Range | None" = None) -> Tensor:
     """`fake_quantize` of x (..., c) whose gradient is passed on unchanged, also beyond the range."""
     if settings.bits == 16:
         return x
@@ -40,7 +44,7 @@ def ste_identity(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, T
     return _Passed.apply(x, quantised)
 
 
-def ste_range(x: Tensor, settings: QuantizerSettings, bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def ste_range(x: Tensor, settings: QuantizerSettings, bounds: "Range | None" = None) -> Tensor:
     """`fake_quantize` of x (..., c) with gradients through scale, clamp and zero point, to learned bounds too."""
     if settings.bits == 16:
         return x
