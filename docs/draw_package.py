@@ -106,9 +106,7 @@ def drawn_arrows(
     for name, other in direct(arrows):
         (x, y), (to_x, to_y) = places[name], places[other]
         lane = None
-        if between := [
-            places[n][0] for n in floor if floor[other] < floor[name] - 1 and floor[other] < floor[n] < floor[name]
-        ]:
+        if between := [places[n][0] for n in floor if floor[other] < floor[n] < floor[name]]:
             side = -1 if to_x < x else 1
             edge = max(between) + BOX if side > 0 else min(between)
             lanes[side] += 1
