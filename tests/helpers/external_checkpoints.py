@@ -152,7 +152,8 @@ def by_bitmask(eight_bits: bool = False, pattern: bool = True) -> Callable:
 
 def scheme(form: str, more: dict | None = None, **weights) -> dict:
     """A `quantization_config` of compressed-tensors; more: of the whole, or of the group if it is of activations."""
-    known = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "channel", "group_size": None}
+    asymmetric = form == "pack-quantized"
+    known = {"num_bits": 4, "type": "int", "symmetric": not asymmetric, "strategy": "channel", "group_size": None}
     group = {"targets": ["Linear"], "weights": known | weights} if form != "dense" else None
     more = dict(more or {})
     if group is not None:

@@ -42,9 +42,9 @@ class ExternalBlocks(StreamedBlocks):
         super().__init__(found, None, dtype, device)
         vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         layout = self.files.layout
-        if recipe is None and layout.left_out:
+        if recipe is None and (left_out := layout.left_out or self._unlike()):
             raise ObrError(
-                f"{found} quantises {layout.left_out}, which is not simulated; to evaluate its weights alone, give "
+                f"{found} quantises {left_out}, which is not simulated; to evaluate its weights alone, give "
                 "the recipe method=external."
             )
         own = replace(self.own_recipe(), activations=layout.activations)
@@ -54,6 +54,16 @@ class ExternalBlocks(StreamedBlocks):
 
     def _checked(self) -> Checked:
         return open_external(self.path)
+
+    def _unlike(self) -> str | None:
+        """Which layers' inputs are quantised, if not exactly those of the blocks; None where none or all are."""
+        if self.files.layout.activations.bits == 16:
+            return None
+        quantised, prefix = set(self.files.layers), f"{self.layout.blocks}."
+        own = {layer for layer in self.files.layout.shapes if layer.startswith(prefix)}
+        if odd := sorted(quantised ^ own):
+            return f"inputs of {odd[0]}" if odd[0] in quantised else f"inputs of layers, without those of {odd[0]}"
+        return None
 
     def own_recipe(self) -> Recipe:
         """What the checkpoint says of its weights: the bits and groups that most of them have."""

@@ -13,11 +13,12 @@ from obr.config.model_sizes import read_config
 from obr.errors import ObrError, first_line
 from obr.models import remote_code
 from obr.models.architectures import layout_of
-from obr.models.check.folder import Checked, check_against, meta_model
+from obr.models.check.folder import Checked, check_against, check_beside, meta_model
 from obr.models.configuration import check_sizes, load_config
 from obr.models.download import check_gguf_settings, round_epsilons
 from obr.models.split import follow, take_model_apart
 from obr.models.tensor_files import STORED, TensorFiles
+from obr.runtime.files import read_json
 
 # The `quant_method` of a config.json -> the layout of its tensors.
 LAYOUTS = {
@@ -28,6 +29,10 @@ LAYOUTS = {
     "compressed-tensors": CompressedTensors,
 }
 READ = "GPTQ, AWQ, AutoRound, compressed-tensors and GGUF"
+# Files in which programs note the settings a second time, and their names for what config.json calls otherwise.
+NOTES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+SPELLED = {"w_bit": "bits", "q_group_size": "group_size"}
+DECIDE = ("bits", "group_size", "desc_act", "sym", "zero_point", "version", "checkpoint_format", "packing_format")
 
 
 def external_path(path: str | Path) -> Path | None:
@@ -131,7 +136,30 @@ def open_external(path: Path) -> Checked:
         )
     take_model_apart(model, layout)  # each expert has layers of its own, as files have them
     follow(files, layout, model.get_submodule(layout.blocks))
-    return check_against(config, Dequantised(files, LAYOUTS[method](files, settings, _linears(model))), trust, True)
+    check_beside(files, NOTES)
+    _check_notes(path, settings, what)
+    found = Dequantised(files, LAYOUTS[method](files, settings, _linears(model)))
+    if not found.layers and not found.layout.may_be_plain:
+        raise ObrError(
+            f"{what} has no quantised layer, though quantization_config says {method}: remove that key if the "
+            "weights are plain, or fetch the weights again."
+        )
+    return check_against(config, found, trust, True)
+
+
+def _check_notes(folder: Path, settings: dict, what: str) -> None:
+    """Raise ObrError if a file in which a program notes the settings again contradicts those of config.json."""
+    settings = {SPELLED.get(key, key): value for key, value in settings.items()}
+    for name in NOTES:
+        if not (folder / name).is_file():
+            continue
+        noted = {SPELLED.get(key, key): value for key, value in read_json(folder / name).items()}
+        for key in DECIDE:
+            one, other = (str(found.get(key)).lower() for found in (settings, noted))
+            if "none" not in (one, other) and one != other:
+                raise ObrError(
+                    f"{what}: {key} is {one} in config.json and {other} in {name}; fetch both from the same revision."
+                )
 
 
 def _open_gguf(path: Path) -> Checked:

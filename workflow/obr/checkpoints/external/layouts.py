@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from obr.config.quantizer import SIXTEEN_BITS, QuantizerSettings
 from obr.errors import ObrError
 from obr.models.tensor_files import TensorFiles
+
+FLOATS = ("F16", "BF16", "F32")  # dtypes of scales, as headers name them
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Layout(ABC):
     name = ""
     # Ends of the names of tensors that a layer may have instead of `.weight`. The first one marks a quantised layer.
     ends: tuple[str, ...] = ()
+    # {end: dtypes, as headers name them, in which the tensor may be stored}.
+    dtypes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    may_be_plain = False  # whether the settings allow that no layer is quantised
     activations: QuantizerSettings = SIXTEEN_BITS  # as the format says that they are quantised
     left_out: str | None = None  # what the format quantises besides, which is not simulated
 
@@ -44,7 +50,8 @@ class Layout(ABC):
         """{quantised layer: names of its tensors}.
 
         Raises:
-            ObrError: a quantised module that is no linear layer of the model.
+            ObrError: a quantised module that is no linear layer of the model, one that is stored twice, or a tensor
+                of another dtype than the layout's.
         """
         found = {}
         for name in self.files.headers:
@@ -57,6 +64,13 @@ class Layout(ABC):
                     "choose a model of a known family."
                 )
             found[module] = [f"{module}.{end}" for end in self.ends if f"{module}.{end}" in self.files.headers]
+        for module, names in found.items():
+            if f"{module}.weight" in set(self.files.headers) - set(names):
+                raise self.unfit(module, "it is stored a second time, as .weight")
+            for end, dtypes in self.dtypes.items():
+                stored = self.files.headers.get(f"{module}.{end}", (None, dtypes[0]))[1]
+                if stored not in dtypes:
+                    raise self.unfit(module, f"{end} is stored as {stored}, not as {' or '.join(dtypes)}")
         return found
 
     def markers(self) -> tuple[str, ...]:
@@ -88,18 +102,21 @@ class Layout(ABC):
             raise ObrError(f"{self.files.what} has no {layer}.{end}, so {self.name} does not say what the layer is.")
         return self.files.headers[f"{layer}.{end}"][0]
 
-    def order_of(self, layer: str, order: Tensor | None, groups: int, reordered: bool) -> Tensor | None:
+    def order_of(self, layer: str, order: Tensor | None, groups: int, reordered: bool | None) -> Tensor | None:
         """(n,) the group of each column; None where groups are of consecutive columns.
 
         Files without an order of their own have no such tensor, or one of zeros (GPTQ) or of -1 (compressed-tensors).
 
-        reordered: the settings say that groups are of columns in another order.
+        reordered: the settings say that groups are of columns in another order; None where they say nothing.
 
         Raises:
-            ObrError: groups that do not exist, or settings that name an order which the file does not have.
+            ObrError: groups that do not exist, or settings that name an order which the file does not have, or that
+                name none where it has one.
         """
         if groups == 1:
             return None
+        if order is not None and list(order.shape) != [self.shapes[layer][1]]:
+            raise self.unfit(layer, f"g_idx of shape {list(order.shape)} for {self.shapes[layer][1]} columns")
         if order is not None and not -1 <= int(order.min()) <= int(order.max()) < groups:
             raise self.unfit(layer, f"columns of group {int(order.max())} of {groups}")
         if order is None or int(order.max()) <= 0:
@@ -108,6 +125,10 @@ class Layout(ABC):
             return None
         if int(order.min()) < 0:
             raise self.unfit(layer, "columns without a group")
+        if reordered is False and bool((order.diff() < 0).any()):
+            raise self.unfit(
+                layer, "columns in an order of their own, though quantization_config says that they are not"
+            )
         return order
 
     def unfit(self, layer: str, why: str) -> ObrError:

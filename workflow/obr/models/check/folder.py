@@ -73,13 +73,22 @@ def check_folder(folder: Path, what: str | None = None, trust: bool | None = Non
     folder, what = Path(folder), what or str(folder)
     trust = remote_code.trusted(folder) if trust is None else trust
     config = load_config(folder, what, trust)
-    names = {entry.name for entry in os.scandir(folder)}
-    check_names(names, what)
     tensors = TensorFiles(folder, what)
-    stray = sorted(name for name in names if DISTRIBUTED.fullmatch(name))
-    if stray:
-        raise ObrError(f"{what} has {stray[0]}, which transformers reads instead of {tensors.entry}; remove one.")
+    check_beside(tensors)
     return check_against(config, tensors, trust, castable)
+
+
+def check_beside(tensors: TensorFiles, known: tuple[str, ...] = ()) -> None:
+    """Raise ObrError at a file beside the weights that changes what they mean, or that is read in their place.
+
+    known: names of such files that the caller reads itself.
+    """
+    names = {entry.name for entry in os.scandir(tensors.directory)} - set(known)
+    check_names(names, tensors.what)
+    if stray := sorted(name for name in names if DISTRIBUTED.fullmatch(name)):
+        raise ObrError(
+            f"{tensors.what} has {stray[0]}, which transformers reads instead of {tensors.entry}; remove one."
+        )
 
 
 def check_against(
