@@ -90,6 +90,8 @@ RECIPES = {
         "activations": A4, "keys": KV4, "values": KV4,
     },
     "gptq whole block": {"method": "gptq", **SEQUENTIAL, "hessian_scope": "block"},
+    "gptq refined": {"method": "gptq", **SEQUENTIAL, "refine_steps": 4, "held_out": 2, "activations": {"bits": 8},
+                     "hessian_inputs": "quantised"},
     "joint groups": {"method": "joint", **CACHED, "sweeps": 2, "group": 32, "pattern": "2:4"},
     "joint": {"method": "joint", **CACHED, "sweeps": 2},
     "joint 2:4": {"method": "joint", "pattern": "2:4", **CACHED, "sweeps": 2},

@@ -280,7 +280,7 @@ def _refinement(layers: list[LayerReport]) -> dict:
     ratios = torch.tensor(list(refined.values()), dtype=torch.float64)
     return {
         "seconds": sum(layer.refine_seconds or 0.0 for layer in layers),
-        "error_ratio": float(ratios.log().mean().exp()) if refined else None,
+        "error_ratio": float(ratios.clamp_min(1e-12).log().mean().exp()) if refined else None,
     }
 
 

@@ -42,12 +42,15 @@ class Windows:
 
 @dataclass(frozen=True)
 class Refinement:
-    """A refined block. before, after: relative squared error of its output, on held-out windows if there are any,
-    else on the calibration windows. step: after which it was kept, 0 for none."""
+    """Relative squared error of a block's output before and after, on held-out windows if there are any, else on the
+    calibration windows."""
 
     before: float
     after: float
-    step: int
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before if self.before else 1.0
 
 
 class TrainedLayer:
@@ -180,7 +183,7 @@ def refine_block(
     interval = max(1, steps // LOOKS) if held_out else steps
     with _straight_through(trained.block):
         before = best = trained.mean_error(judged)
-        kept, at = trained.copy(), 0
+        kept = trained.copy()
         for step, window in enumerate(_order(len(windows.dense), steps, recipe.seed, index), start=1):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
@@ -191,9 +194,9 @@ def refine_block(
             (loss / loss.detach().clamp_min(1e-30)).backward()  # blocks of large and small errors take equal steps
             optimizer.step()
             if (step % interval == 0 or step == steps) and (error := trained.mean_error(judged)) < best:
-                best, at, kept = error, step, trained.copy()
+                best, kept = error, trained.copy()
         trained.take(kept)
-    return Refinement(before, best, at)
+    return Refinement(before, best)
 
 
 def refined_rows(
@@ -207,7 +210,7 @@ def refined_rows(
         refined.append(
             replace(
                 row, zeros=float((linear.weight == 0).float().mean()), packed_bytes=linear.packed.bytes,
-                refined=refinement.after / refinement.before, refine_seconds=round(share, 4),
+                refined=refinement.ratio, refine_seconds=round(share, 4),
             )
         )  # fmt: skip
     return refined
