@@ -201,8 +201,11 @@ def test_batches_hold_no_more_tokens_than_they_may():
 
 
 def test_requests_join_tree_when_saving_exceeds_attention_cost():
-    """What three questions of 40 tokens share is computed once if it is long, and apart if it is short."""
-    for shared, count in ((2, 3), (30, 1)):
+    """What three questions of 40 tokens share is computed once if it is long, and apart if it is short.
+
+    With 10 tokens two of them are a tree: 1,920 > 70² - 2 · 40². The third would cost more: 1,920 < 100² - 70² - 40².
+    """
+    for shared, count in ((2, 3), (10, 2), (30, 1)):
         requests = [("", [*range(shared), 50 + i, *range(39 - shared)], [1]) for i in range(3)]
         assert len(trees_of(requests, 64, 200, 3 * 64)) == count
     assert len(trees_of(requests, 64, 45, 3 * 64)) == 3  # no tree of several requests is larger

@@ -12,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from helpers.paths import FIXTURES, ROOT
 from helpers.workflow_runs import CONFIG, snakemake
+from obr.config import paths
 from obr.config.config_files import load_config
-from obr.config.recipe import Recipe
+from obr.config.recipe import Option, Recipe
 from obr.errors import ObrError
 from obr.planning import cost_model, learning_cost, measured_times, memory, tensor_sizes
 from obr.planning.dry_run import Job, pending
 from obr.planning.plan import overrides_of, plan_of, summary
 from obr.planning.prices import TIMED, Prices
 from obr.planning.schedule import peak_disk, schedule
+from obr.runtime.files import write_json
 
 DEMO = ROOT / "config" / "experiments" / "demo.yaml"
 SNAKEFILE = ROOT / "Snakefile"
@@ -175,6 +178,36 @@ def test_timings_of_finished_jobs_correct_the_prices(tmp_path, demo):
     assert factor == pytest.approx(100 / known[0].work.seconds(cost_model.SPEEDS["cpu"]))
     assert Prices(config, known=known).price(job).seconds > 3 * Prices(config).price(job).seconds
     assert measured_times.factors(known, "cuda", {}) == {}
+
+
+def test_timings_of_every_timed_stage_have_the_work_that_its_price_counts(tmp_path):
+    fabricated(tmp_path, 1.0)
+    names = {"model": "m", "rotation": "none", "calibration": "c", "options": "o", "recipe": "r"}
+    read = {"tokens": 4096, "seqlen": 1024}
+    option, recipe = {"method": "gptq", "bits": 3}, {"method": "gptq", "bits": 3, "calibration": "c"}
+    artefacts = {
+        "manifest": {"recipe": recipe, "calibration": read, "device": "cpu"},
+        "hessians": {"calibration": read, "device": "cpu"},
+        "sensitivity": {"device": "cpu", "options": [option], "layers": [{"block": 0}, {"block": 0}]},
+    }
+    for artefact, content in artefacts.items():
+        write_json(content, paths.path(tmp_path, artefact, **names))
+    paths.path(tmp_path, "gradients", **names).parent.mkdir(parents=True)
+    notes = {"gradients": json.dumps({**read, "device": "cpu"})}
+    save_file({}, paths.path(tmp_path, "gradients", **names), metadata=notes)
+    for job in ("compress/m/r", "hessian/m/none/c", "gradients/m/none/c", "sensitivity/m/none/c/o"):
+        file = tmp_path / f"benchmarks/{job}.tsv"
+        file.parent.mkdir(parents=True)
+        file.write_text("s\tmax_rss\n2.0\t800\n")
+    sizes = tensor_sizes.sizes_in(tmp_path / "models/m")
+    found = {timing.stage: timing.work for timing in measured_times.found_under(tmp_path)}
+    assert found.pop("evaluate") == cost_model.evaluation(sizes, [(4096, 1024)], [])
+    assert found == {
+        "compress gptq": cost_model.compress(sizes, Recipe.parse(recipe), 4096, 1024),
+        "gradients": cost_model.gradients(sizes, 4096, 1024),
+        "hessian": cost_model.hessian(sizes, 4096, 1024),
+        "sensitivity": cost_model.sensitivity(replace(sizes, blocks=1), [Option.parse(option, "option")]),
+    }
 
 
 def test_timings_whose_artefact_is_gone_are_passed_over(tmp_path):

@@ -1,6 +1,7 @@
 """Runs that are killed at random moments go on, and end with the same bytes as undisturbed ones."""
 
 import json
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from helpers.random_llama import random_llama
 from helpers.released_checkpoints import FlatModel, written
 from helpers.workflow_runs import digests
 from obr.rotations.obtain import make
+from obr.runtime.files import read_json
+from obr.runtime.resume import Unfinished
 
 BLOCKS = 6
 
@@ -52,6 +55,29 @@ def kills_of(kind: str, out: Path, times: list[float], draw: random.Random) -> I
     yield {"moves": draw.randint(min(2, unmoved + 1), unmoved + 1), "folder": str(out)}
     if kind in ("sequential", "experts", "released"):
         yield {"removals": draw.randint(1, BLOCKS + 1), "folder": str(out) + ".unfinished"}
+
+
+def test_interrupted_tidying_leaves_the_note_of_whose_run_it_is(tmp_path, monkeypatch):
+    """Without the note the next run would take the rest for nobody's."""
+    run, removed = {"seed": 0}, []
+    unfinished = Unfinished(tmp_path / "out", run)
+    for index in range(2):
+        unfinished.keep(index, lambda path: path.write_bytes(b"block"), {"seconds": 1})
+    unfinished.move(2)
+
+    def interrupted(path: Path) -> None:
+        if removed:
+            raise KeyboardInterrupt
+        removed.append(path.name)
+        os.unlink(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            unfinished.remove()
+    assert removed[0].startswith("block_") and read_json(unfinished.folder / "run.json") == run
+    Unfinished(tmp_path / "out", run).remove()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["out"]
 
 
 @pytest.mark.slow
