@@ -81,6 +81,14 @@ def test_nonsense_patterns_are_refused(text):
         Pattern.parse(text)
 
 
+def test_a_mask_of_a_layer_has_the_sparsity_of_the_layer_alone():
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    check_mask(mask, 0.5, None, "layer", "layer")
+    for wrong in (mask | mask.flip(0), mask & mask.flip(0)):  # more weights are kept, or fewer
+        with pytest.raises(ObrError, match="does not have the asked sparsity"):
+            check_mask(wrong, 0.5, None, "layer", "layer")
+
+
 def test_a_wrong_mask_is_noticed():
     mask = torch.tensor([[True, False, True, False, True, True, True, False]])
     with pytest.raises(ObrError, match="does not have the asked sparsity"):

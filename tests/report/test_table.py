@@ -159,6 +159,17 @@ def test_a_note_says_which_norms_wandas_masks_are_from(results, monkeypatch):
     assert notes == [f"{released} (OBR 2:4).", mean]
 
 
+def test_the_note_on_times_says_whether_cached_hessians_are_left_out(results):
+    for rows, rest in (
+        (["obr", "obr_cached"], "; cached Hessians, collected once for all recipes, are not in it"),
+        (["obr"], ""),
+    ):
+        notes = [note for note in build(results, rows=rows, time=True).notes if note.startswith("Compression:")]
+        assert notes == [
+            f"Compression: wall-clock of a recipe's compression as its run recorded it, here on cpu{rest}."
+        ]
+
+
 def test_the_text_of_a_calibration_of_another_name_is_told(tmp_path):
     for key in ("dense", "obr"):
         shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
