@@ -190,12 +190,14 @@ class CheckpointBlocks(StreamedBlocks):
         return Checked(config, model, tensors, check_tensors(tensors, expected, set(), config.model_type))
 
     def whole(self) -> nn.Module:
+        """The model with all blocks, unpacked, and the checkpoint's settings of `generate`."""
         model = super().whole()
         if (settings := generation_config(self.directory)) is not None:
             model.generation_config = GenerationConfig.from_dict(settings)
         return model
 
     def load(self, index: int) -> nn.Module:
+        """Block `index`, unpacked, with quantisers if the recipe acts on it."""
         block = stored_block(self, index, self.directory, self.manifest)
         if index in self.recipe.chosen(len(self)):
             set_quantizers(block, self.layout, self.recipe)

@@ -79,10 +79,12 @@ class GpuKernel(nn.Module):
 
     @property
     def weight(self) -> layout.Weight:
+        """The packed weight, as the kernel reads it."""
         scale = self.scale.view(torch.float32 if self.about["group"] is None else torch.float16)
         return layout.Weight(**self.about, codes=self.codes, starts=self.starts, masks=self.masks, scale=scale)
 
     def forward(self, x: Tensor, settings: QuantizerSettings, bounds: "Range | None", bias: Tensor | None) -> Tensor:
+        """(t, r) of x (t, n). bounds: of the quantiser, where they are learned."""
         tokens = x if settings.bits == 16 else product.quantize(x, settings, bounds)
         return product.multiply(self.weight, tokens, bias, x.dtype)
 

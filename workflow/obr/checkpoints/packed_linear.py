@@ -46,6 +46,7 @@ class PackedLinear(QuantLinear):
         raise ObrError("The layer is packed, there is no weight to read; load the checkpoint without packed=True.")
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., r) of x (..., n): shifted, transformed, quantised, then multiplied by the packed weight."""
         for step in (self.shift, self.transform):
             x = x if step is None else step(x)
         out = self.kernel(x.reshape(-1, x.shape[-1]), self.activations, self.range, self.bias)
@@ -73,6 +74,7 @@ class PackedBlocks(CheckpointBlocks):
         check_recipe(self.recipe, self.target.type)
 
     def load(self, index: int) -> nn.Module:
+        """Block `index`, its linear layers packed."""
         block = super().load(index)
         _pack_linears(block, self.layout)
         return_freed_memory()

@@ -30,6 +30,7 @@ class Packed:
 
     @property
     def bytes(self) -> int:
+        """Of all tensors as they are stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 

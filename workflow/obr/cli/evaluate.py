@@ -20,6 +20,7 @@ resumes an interrupted evaluation near its block."""
 
 
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr evaluate`."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="DIR", help="folder of a packed checkpoint, or of a model in safetensors")
@@ -51,6 +52,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(args: Namespace) -> None:
+    """Compute the scores that are asked for, print and write them."""
     from obr.runtime.gpu import claim
 
     device = claim(args.device)

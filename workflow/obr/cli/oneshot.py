@@ -112,6 +112,7 @@ def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
 
 
 def quantize(args: Namespace) -> None:
+    """Compress one model and print a summary of the result."""
     from obr.config.oneshot_job import resolve
     from obr.config.oneshot_options import OneShot
     from obr.runtime.gpu import claim, device_of
@@ -133,6 +134,7 @@ def quantize(args: Namespace) -> None:
 
 
 def recipes_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr recipes`."""
     commands = parser.add_subparsers(required=True, metavar="list|show", dest="what")
     shown = commands.add_parser("show", help="all values of a recipe and their origins")
     shown.add_argument("name", metavar="NAME", help="name of the recipe")
@@ -145,6 +147,7 @@ def recipes_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipes(args: Namespace) -> None:
+    """List the recipes of a config, or show one."""
     from obr.config.config_files import load_config
     from obr.config.recipe_origins import Origins, config_entry, listing, referred
 

@@ -11,6 +11,7 @@ EXPORT = "Write a compressed model in a layout that other programs read."
 
 
 def export_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr export`."""
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
     parser.add_argument(
         "--format", required=True, dest="form", choices=("compressed-tensors", "gguf"),
@@ -29,6 +30,7 @@ PUBLISHED = Path(__file__).parents[2] / "published" / "results.csv"
 
 
 def errata_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr errata`."""
     parser.add_argument(
         "--published",
         type=Path,
@@ -42,6 +44,7 @@ VERIFY = "Check a compressed model: hashes, masks, integer ranges, manifest; wit
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr verify`."""
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
     parser.add_argument(
         "--recompute",
@@ -61,6 +64,7 @@ PUSH = "Publish a compressed model on the hub, with a model card."
 
 
 def push_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr push`."""
     parser.add_argument("checkpoint", type=Path, help="folder of a packed checkpoint")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the hub")
     parser.add_argument(
@@ -83,6 +87,7 @@ CHECK = "List what would stop a run later: files, licences, memory, disk, packag
 
 
 def check_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr check`."""
     _run_options(parser)
     parser.add_argument(
         "--gpu-memory",
@@ -95,6 +100,7 @@ def check_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `obr plan`."""
     _run_options(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs; default: 1")
     parser.add_argument(

@@ -41,6 +41,7 @@ class WorkFolder:
         self.megabytes = job.options.activations_memory
 
     def path(self, artefact: str, **names: str) -> Path:
+        """The file of an artefact of the job's model."""
         return paths.path(self.folder, artefact, model=self.job.model, **names)
 
     def made(self, path: Path, request: dict, make: Callable[[], object]) -> Path:

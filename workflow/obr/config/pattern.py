@@ -41,6 +41,7 @@ class Pattern:
 
     @property
     def sparsity(self) -> float:
+        """Fraction of weights that are zero: 0.5 for 2:4."""
         return 1 - self.kept / self.group
 
     @property

@@ -26,6 +26,11 @@ class QuantizerSettings:
 
     @classmethod
     def parse(cls, entry: "dict | QuantizerSettings | None", what: str) -> "QuantizerSettings":
+        """Settings from a config entry; 16 bits from None.
+
+        Raises:
+            ObrError: an unknown key, or a value out of range. what: the entry's name in the message.
+        """
         if isinstance(entry, QuantizerSettings):
             return entry
         settings = build_settings(cls, entry or {}, what)

@@ -46,6 +46,7 @@ class Option:
 
     @property
     def prunes(self) -> bool:
+        """Whether it removes weights."""
         return bool(self.sparsity or self.pattern)
 
     def stored_bits(self, rows: int, columns: int) -> int:
@@ -228,12 +229,9 @@ class Recipe:
         """The recipe of a layer for which an allocation has chosen this option; itself without an allocation."""
         if option is None:
             return self
-        shares = METHODS[option.method].layer_scope and not option.pattern
-        own = (
-            {"scope": self.scope, "row_weights": self.row_weights}
-            if shares
-            else {"scope": "row", "row_weights": "none"}
-        )
+        own = {"scope": "row", "row_weights": "none"}
+        if METHODS[option.method].layer_scope and not option.pattern:
+            own = {"scope": self.scope, "row_weights": self.row_weights}
         if not METHODS[option.method].ordered:
             own["column_order"] = "given"
         return replace(self, allocation=None, group=None, **own, **asdict(option))
@@ -245,6 +243,7 @@ class Recipe:
 
     @property
     def prunes(self) -> bool:
+        """Whether the method removes weights."""
         return METHODS[self.method].prunes
 
     @property
@@ -270,6 +269,7 @@ class Recipe:
 
     @property
     def needs_hessian(self) -> bool:
+        """Whether the weights depend on calibration data."""
         scales = (self.refit or self.clip == "hessian") and self.bits < 16 and not self.adopted
         return not METHODS[self.method].data_free or scales or self.allocation is not None
 
@@ -290,6 +290,7 @@ class Recipe:
 
     @property
     def needs_gradients(self) -> bool:
+        """Whether rows are weighted by output gradients."""
         return self.row_weights == "gradient"
 
     @property

@@ -46,9 +46,11 @@ class RuleFunctions:
         return f"{self.results}/{paths.below(artefact, **names)}"
 
     def log(self, rule: str, *wildcards: str) -> str:
+        """The log file of a rule, with a placeholder for each wildcard."""
         return "/".join([f"{self.results}/logs/{rule}", *(f"{{{name}}}" for name in wildcards)]) + ".log"
 
     def benchmark(self, rule: str, *wildcards: str) -> str:
+        """The benchmark file of a rule, with a placeholder for each wildcard."""
         return "/".join([f"{self.results}/benchmarks/{rule}", *(f"{{{name}}}" for name in wildcards)]) + ".tsv"
 
     def wildcards(self) -> dict[str, str]:
@@ -90,6 +92,7 @@ class RuleFunctions:
         return settings_line({key: entry[key] for key in MODEL_SETTINGS if key in entry})
 
     def text_entry(self, wildcards: "Wildcards") -> str:
+        """The settings of a text, as words of a command line."""
         return settings_line(self.raw["texts"][wildcards.text])
 
     def task_source(self, wildcards: "Wildcards") -> str:
@@ -97,9 +100,11 @@ class RuleFunctions:
         return settings_line({"source": self.raw["zero_shot"][wildcards.task]["source"]})
 
     def gradients_entry(self, wildcards: "Wildcards") -> str:
+        """The settings of output gradients, as words of a command line."""
         return settings_line(self.raw["gradients"])
 
     def released_source(self, wildcards: "Wildcards") -> str:
+        """The source of a checkpoint that others computed, as words of a command line."""
         return settings_line(self.raw["recipes"][wildcards.recipe]["source"])
 
     def patterns(self, wildcards: "Wildcards", input: "InputFiles") -> str:
@@ -231,6 +236,7 @@ class RuleFunctions:
         return self.path("documents" if entry.get("sampling") == "documents" else "text", text=entry["text"])
 
     def mixed(self, wildcards: "Wildcards") -> list[str]:
+        """The files of the calibration windows that are mixed."""
         parts = self.raw["calibrations"][wildcards.calibration]["mix"]
         return [self.path("calibration", calibration=part, model=wildcards.model) for part in parts]
 
@@ -240,6 +246,7 @@ class RuleFunctions:
         return self.path("calibration", calibration=calibration, model=wildcards.model)
 
     def checkpoint(self, wildcards: "Wildcards") -> str:
+        """The folder of the checkpoint that is evaluated."""
         return self.path("checkpoint", model=wildcards.model, recipe=wildcards.recipe)
 
     def task_text(self, wildcards: "Wildcards") -> dict[str, str]:
@@ -304,6 +311,7 @@ class RuleFunctions:
 
     @property
     def gpu(self) -> int:
+        """GPUs that a job takes."""
         return 1 if self.raw["device"] == "cuda" else 0
 
     def _billions(self, wildcards) -> float:

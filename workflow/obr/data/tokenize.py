@@ -132,4 +132,5 @@ def behind_bos(tokens: torch.LongTensor, seqlen: int, bos_token_id: int) -> torc
 
 
 def begin_with_bos(windows: torch.LongTensor, bos_token_id: int) -> torch.LongTensor:
+    """Windows (b, s) with a BOS token before each: (b, s + 1)."""
     return torch.cat([torch.full_like(windows[:, :1], bos_token_id), windows], dim=1)

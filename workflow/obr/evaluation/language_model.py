@@ -36,6 +36,7 @@ class KnownAnswers(_LogLikelihoods):
         self.likelihoods = likelihoods
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[Likelihood]:
+        """The likelihoods that were computed before. Raises ObrError for another number of requests."""
         if len(requests) != len(self.likelihoods):
             raise ObrError(f"a task asks {len(requests)} questions, but {len(self.likelihoods)} were scored.")
         return self.likelihoods
@@ -66,6 +67,7 @@ class PlainLM(_LogLikelihoods):
         return self.collected
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[Likelihood]:
+        """Collect the requests of a task and end its evaluation."""
         self.collected = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         raise _Collected
 

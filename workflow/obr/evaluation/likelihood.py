@@ -136,12 +136,15 @@ class Answers:
         self.calls = _Calls(blocks, self.batches, beyond) if self.batches else None
 
     def entering(self) -> Iterator[Tensor]:
+        """The hidden states (b, s, d) that enter the first block, batch by batch."""
         return (self.blocks.entering(batch.tokens)[0] for batch in self.batches)
 
     def arguments(self, index: int, piece: int, states: Tensor) -> dict:
+        """Keyword arguments of block `index` for batch `piece`."""
         return self.calls.of(index, self.batches[piece], states)
 
     def finish(self, states: Iterator[Tensor]) -> list[Likelihood]:
+        """(log-likelihood, whether greedy decoding gives the answer) of each request, from the last hidden states."""
         found: list[Likelihood] = [(0.0, False)] * self.count
         chunk = max(1, CHUNK // self.blocks.model.get_submodule(self.blocks.layout.head).weight.shape[0])
         for batch, out in zip(self.batches, states, strict=True):

@@ -85,6 +85,7 @@ def _read_yaml(file: Path, root: Path) -> dict:
 
 
 def yaml_dumper() -> Any:
+    """The class of a YAML dumper that writes a `Function` as lm-eval reads it."""
     import yaml
 
     dumper = type("Dumper", (yaml.SafeDumper,), {})

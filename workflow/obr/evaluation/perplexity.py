@@ -78,9 +78,11 @@ class Windows:
         self.shapes = [(1, windows.shape[1])] * len(windows)
 
     def entering(self) -> Iterator[Tensor]:
+        """The hidden states (1, s, d) that enter the first block, window by window."""
         return (self.blocks.entering(window[None])[0] for window in self.windows)
 
     def arguments(self, index: int, piece: int, states: Tensor) -> dict:
+        """Keyword arguments of block `index`, the same for all windows."""
         return self.given[index]
 
     def finish(self, states: Iterator[Tensor]) -> float:

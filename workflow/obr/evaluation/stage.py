@@ -59,6 +59,7 @@ class Wanted:
 
     @property
     def label(self) -> str:
+        """Such as "perplexity.wikitext2"."""
         return f"{self.kind}.{self.name}"
 
     def key(self, code: str | None) -> str:

@@ -26,6 +26,7 @@ class Operand:
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that a product reads: codes, and scales in cuBLAS's order."""
         return self.codes, self.swizzled
 
 

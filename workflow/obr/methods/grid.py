@@ -82,10 +82,12 @@ class Grid:
 
     @property
     def low(self) -> int:
+        """The smallest integer: -8 with 4 bits."""
         return -(2 ** (self.bits - 1))
 
     @property
     def high(self) -> int:
+        """The largest integer: 7 with 4 bits."""
         return 2 ** (self.bits - 1) - 1
 
     def over(self, columns: int) -> Tensor:

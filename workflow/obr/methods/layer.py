@@ -31,6 +31,7 @@ class Layer:
 
     @cached_property
     def pattern(self) -> Pattern | None:
+        """The N:M pattern of the zeros; None where it is free, or nothing is removed."""
         return self.recipe.zeros
 
     @property

@@ -35,6 +35,7 @@ class Choice:
 
     @property
     def bits_per_weight(self) -> float:
+        """Mean over all layers, with masks and group scales."""
         return sum(self.stored.values()) / sum(self.sizes.values())
 
     def to_dict(self) -> dict:

@@ -168,6 +168,7 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: "PreTrainedConfig") -> "Dimensions":
+        """Those of a transformers configuration; of an unknown family as if it were Llama's."""
         heads, layout = config.num_attention_heads, FAMILIES.get(config.model_type, Layout())
         head_dim = getattr(config, layout.head_dim, None) or config.hidden_size // heads
         places = tuple((prefix, width) for prefix, width in layout.widths(config).items() if width)

@@ -45,6 +45,7 @@ class Blocks:
 
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         return self.model.get_submodule(self.layout.embed).weight.device
 
     def layout_at(self, index: int) -> Layout:
@@ -204,6 +205,7 @@ class StreamedBlocks(Blocks):
 
     @property
     def device(self) -> torch.device:
+        """Where blocks are loaded to."""
         return self.target
 
     def _load_ends(self) -> None:
@@ -255,6 +257,7 @@ class StreamedBlocks(Blocks):
         return self.model
 
     def load(self, index: int) -> nn.Module:
+        """A new module of block `index`, its weights read from the folder, rotated if there is a rotation."""
         block = copy.deepcopy(self.skeleton[index])
         prefix = f"{self.layout.blocks}.{index}."
         dtype = self.dtype if self.rotation is None else torch.float32

@@ -45,6 +45,7 @@ class Kronecker(Constants):
             self.register_buffer(f"factor{i}", None if isinstance(factor, int) else factor)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The transform of the last dimension of x (..., n), in the dtype of x."""
         shape, dtype = x.shape, x.dtype
         work = x.to(torch.promote_types(dtype, self.precision or dtype))
         if work.dtype in HALF:
@@ -152,6 +153,7 @@ class Kronecker(Constants):
 
     @classmethod
     def from_spec(cls, spec: dict, tensors: dict[str, Tensor], prefix: str = "") -> "Kronecker":
+        """The transform that `spec` describes; tensors: with its factors and signs below `prefix`."""
         factors = [
             tensors[f"{prefix}factor{i}"] if dense else size
             for i, (size, dense) in enumerate(zip(spec["sizes"], spec["dense"], strict=True))

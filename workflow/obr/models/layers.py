@@ -44,6 +44,7 @@ class QuantLinear(nn.Module):
         self.packed = None  # the compressed layer as it is stored, once there is one
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., r) of x (..., n): shifted, transformed, quantised, then multiplied by the weight."""
         if self.shift is not None:
             x = self.shift(x)
         if self.transform is not None:

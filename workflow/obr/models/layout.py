@@ -105,6 +105,7 @@ class Layout:
 
     @property
     def linears(self) -> tuple[str, ...]:
+        """The paths of all linear layers, group by group."""
         return tuple(name for names in self.groups.values() for name in names)
 
     @property
@@ -117,6 +118,7 @@ class Layout:
         return found
 
     def group_of(self, linear: str) -> str:
+        """The name of a layer's group."""
         return next(group for group, names in self.groups.items() if linear in names)
 
     def of_kind(self, *kinds: str) -> list[str]:

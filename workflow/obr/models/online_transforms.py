@@ -18,17 +18,21 @@ class Shift(Constants):
         self.register_buffer("offset", offset)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) minus the offset, computed in float32 or better."""
         work = x.to(torch.promote_types(x.dtype, torch.float32))
         return (work - self.offset.to(work)).to(x.dtype)
 
     def held_in(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Shift":
+        """A copy in this dtype."""
         return Shift(self.offset.to(device, dtype, copy=True))
 
     def spec(self) -> dict:
+        """Plain data, read by `from_spec`."""
         return {"type": "shift"}
 
     @classmethod
     def from_spec(cls, spec: dict, tensors: dict[str, Tensor], prefix: str = "") -> "Shift":
+        """The shift that `spec` describes; tensors: with its offset below `prefix`."""
         return cls(tensors[f"{prefix}offset"])
 
 
@@ -41,13 +45,16 @@ class Range(Constants):
         self.register_buffer("high", high)
 
     def held_in(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "Range":
+        """A copy in this dtype."""
         return Range(self.low.to(device, dtype, copy=True), self.high.to(device, dtype))
 
     def spec(self) -> dict:
+        """Plain data, read by `from_spec`."""
         return {"type": "range"}
 
     @classmethod
     def from_spec(cls, spec: dict, tensors: dict[str, Tensor], prefix: str = "") -> "Range":
+        """The range that `spec` describes; tensors: with its bounds below `prefix`."""
         return cls(tensors[f"{prefix}low"], tensors[f"{prefix}high"])
 
 

@@ -30,6 +30,7 @@ class ReadOnlyBlocks(Blocks):
         check_attention(model)
 
     def load(self, index: int) -> nn.Module:
+        """The model's own block `index`, not a copy."""
         return self.model.get_submodule(self.layout.blocks)[index]
 
 

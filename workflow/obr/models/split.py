@@ -20,6 +20,7 @@ class FusedLinear(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., all parts' rows) of x (..., n)."""
         return torch.cat([part(x) for part in self.children()], -1)
 
 
@@ -32,6 +33,7 @@ class Expert(nn.Module):
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:
+        """(t, d) of x (t, d)."""
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -37,6 +37,13 @@ class Evidence:
 def notes_of(
     entry: dict, metrics: list[Metric], evidence: Evidence, frame: pd.DataFrame | None, published: Path
 ) -> list[str]:
+    """The notes under a table: what its numbers are, from the artefacts that it read.
+
+    Args:
+        entry: the table's, of the config. metrics: its columns. evidence: what its rows read.
+        frame: published numbers, whose contradictions are noted; None where the table quotes none.
+        published: their file.
+    """
     notes = [entry["note"]] if entry.get("note") else []
     seeds = entry.get("seeds") or []
     if len(seeds) > 1:

@@ -158,14 +158,17 @@ def require(path: Path) -> Path:
 
 
 def read_manifest(results: Path, model: str, row: Row) -> dict:
+    """The manifest of a row's checkpoint. Raises ObrError if it is not there."""
     return read_artefact(paths.path(results, "manifest", model=model, recipe=row.checkpoint))
 
 
 def read_perplexity(results: Path, model: str, row: Row, text: str) -> dict:
+    """The perplexity of a row on a text. Raises ObrError if it is not there."""
     return _score(results, model, row, "perplexity", text)
 
 
 def read_zero_shot(results: Path, model: str, row: Row, task: str) -> dict:
+    """The accuracy of a row in a task. Raises ObrError if it is not there."""
     return _score(results, model, row, "zero_shot", task)
 
 

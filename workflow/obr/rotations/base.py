@@ -108,6 +108,7 @@ class Rotation(ABC):
         return any(changes.clips or changes.limits for changes in blocks)
 
     def to(self, device: "torch.device | str") -> "Rotation":
+        """Itself, its tensors moved to a device."""
         self.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
         for transform in self.transforms.values():
             transform.to(device)

@@ -78,6 +78,7 @@ class ExternalBlocks(StreamedBlocks):
         return Recipe.parse({"method": METHOD, "bits": bits, "group": group if bits < 16 else None})
 
     def load(self, index: int) -> nn.Module:
+        """Block `index`, dequantised, with the quantisers of the recipe."""
         block = super().load(index)
         set_quantizers(block, self.layout, self.recipe)
         return block

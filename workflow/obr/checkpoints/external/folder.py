@@ -104,6 +104,7 @@ class Dequantised(TensorFiles):
         return weight
 
     def equal(self, one: str, other: str, rows: int = 1024) -> bool:
+        """Whether two tensors have the same values once dequantised."""
         found = self.read({"one": one, "other": other}, torch.float64)
         return torch.equal(found["one"], found["other"])
 

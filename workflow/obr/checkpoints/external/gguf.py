@@ -62,6 +62,7 @@ class GgufFiles(TensorFiles):
             raise ObrError(f"{self.path} is no whole GGUF file ({first_line(error)}); fetch it again.") from error
 
     def bytes_of(self, name: str) -> int:
+        """Bytes of a tensor as it is stored."""
         return int(self.tensors[name].n_bytes)
 
     def read(self, names: dict[str, str], *to: torch.device | torch.dtype | str) -> dict[str, Tensor]:
@@ -91,6 +92,7 @@ class GgufFiles(TensorFiles):
         return tensor
 
     def equal(self, one: str, other: str, rows: int = 1024) -> bool:
+        """Whether two tensors have the same values once dequantised."""
         found = self.read({"one": one, "other": other})
         return torch.equal(found["one"], found["other"])
 
@@ -102,6 +104,7 @@ class Gguf(Layout):
     files: GgufFiles
 
     def layers(self) -> dict[str, list[str]]:
+        """{quantised layer: [name of its tensor]}; layers in floats are left out."""
         return {layer: [f"{layer}.weight"] for layer in self.shapes if self._type(layer)}
 
     def stored(self, layer: str) -> Stored:
@@ -112,6 +115,7 @@ class Gguf(Layout):
         return Stored(int(re.search(r"\d", kind.name)[0]), None, 8 * size / count)
 
     def weight(self, layer: str) -> Tensor:
+        """The weight (r, n), dequantised, float32."""
         return self.files.read({"weight": f"{layer}.weight"})["weight"]
 
     def _type(self, layer: str):

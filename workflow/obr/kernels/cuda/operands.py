@@ -39,11 +39,13 @@ class Operand:
     metadata: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Operand":
+        """The same on a device."""
         metadata = None if self.metadata is None else self.metadata.to(device)
         return Operand(self.shape, self.rows, self.columns, self.codes.to(device), metadata)
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
+        """The tensors that a product reads."""
         return (self.codes,) if self.metadata is None else (self.codes, self.metadata)
 
 

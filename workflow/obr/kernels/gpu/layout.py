@@ -78,6 +78,7 @@ class Weight:
         return cls(layout, bits, rows, columns, group, words, starts.int(), torch.cat(kept), scale.contiguous())
 
     def to(self, device: "torch.device | str") -> "Weight":
+        """The same on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in PARTS})
 
     @property
@@ -92,6 +93,7 @@ class Weight:
 
     @property
     def bits_per_weight(self) -> float:
+        """Stored bits over the number of weights, zeros included."""
         return 8 * self.bytes / (self.rows * self.columns)
 
 

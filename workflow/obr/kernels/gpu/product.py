@@ -49,6 +49,7 @@ class Tokens:
 
     @property
     def floats(self) -> Tensor:
+        """The rounded activations (t, n) in float32."""
         return self.values * self.scale[:, None]
 
 

@@ -186,6 +186,7 @@ class Weight:
 
     @property
     def bits_per_weight(self) -> float:
+        """Stored bits over the number of weights, zeros included."""
         return 8 * self.bytes / (self.rows * self.columns)
 
     def integers(self, tokens: Tokens, level: str | None = None, threads: int | None = None) -> Tensor:

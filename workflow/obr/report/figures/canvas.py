@@ -69,6 +69,7 @@ class FigureInputs:
 
     @property
     def labels(self) -> dict[str, str]:
+        """{model: its label} in the order of the entry. Raises ObrError if the entry has no models."""
         if not self.entry.get("models"):
             raise ObrError(f"Figure {self.entry.get('title', '')!r} has no models; list model keys.")
         return {key: model_label(self.models, key) for key in self.entry["models"]}
