@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def default_device() -> str:
-    """ "cuda" if a GPU can be used, else "cpu"."""
+    """The name of the device to compute on: "cuda" if a GPU can be used, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
