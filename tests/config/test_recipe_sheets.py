@@ -146,11 +146,12 @@ def test_the_settings_of_a_run_fit_a_screen():
 
 @pytest.mark.workflow
 def test_commands_can_be_read_and_all_is_the_paper_alone(tmp_path):
-    """Over the jobs of every experiment, no shell line has more than 2,000 characters."""
-    tables = set()
-    for experiments in ([], ["paper", *STUDIES]):
+    """Over the jobs of every experiment, no shell line has more than 2,000 characters, and nothing is an error."""
+    tables, strict = set(), ("--strict-dag-evaluation", "cyclic-graph", "functions", "periodic-wildcards")
+    for experiments, options in (([], ()), (["paper", *STUDIES], strict)):
         given = {"results": "results"} | ({"experiments": experiments} if experiments else {})
-        shown = snakemake(tmp_path, given, "--dry-run", "--printshellcmds").stdout
+        shown = snakemake(tmp_path, given, "--dry-run", "--printshellcmds", *options).stdout
+        assert not re.search(r"\w*(Exception|Error)\b", shown), shown[-3000:]
         commands = re.findall(r"^Shell command: (obr .*)$", shown, re.M)
         assert max(map(len, commands)) <= 2000, max(commands, key=len)
         tables.add(frozenset(re.findall(r"^Shell command: obr (?:table|figure) (\S+)", shown, re.M)))

@@ -316,26 +316,3 @@ def test_sparse_rows_stand_beside_dense_ones_of_4_and_3_bits(paper):
             dense = {(r.rotation, r.setting) for r in rows if r.method == "gptq"}
             wanted = {(r.rotation, f"W{bits}" + r.setting.removeprefix("W4")) for r in sparse for bits in (3, 4)}
             assert wanted <= dense, (name, wanted - dense)
-
-
-# A compression's time has nothing to do with the bits of activations.
-@pytest.mark.parametrize("name", [name for name in merged()["tables"] if name != "time"])
-def test_quotes_stand_beside_recipes_of_the_same_bits_and_sparsity(paper, name):
-    config, _ = paper
-    entry, models = config.raw["tables"][name], config.raw["models"]
-    rows = [row for row in table_rows.resolve_rows(entry, config.raw) if row.recipe and row.published]
-    quotes = published.Quotes(entry, models, rows, PUBLISHED)
-    for model in entry["models"]:
-        for row in rows:
-            for found in quotes.printed.get((model, row.key), pd.DataFrame()).itertuples():
-                ours = row.recipe
-                bits = (found.w_bits, found.a_bits, found.kv_bits)
-                own = tuple(str(part.bits) for part in (ours, ours.activations, ours.keys))
-                if (name, found.method) == ("table2", "QuaRot(quant-only)"):  # printed as W4; see the table's note
-                    bits, own = bits[1:], own[1:]
-                assert all(b in ("", o) for b, o in zip(bits, own, strict=True)), (model, row.key, bits, own)
-                assert found.sparsity in ("", _sparsity(ours)), (model, row.key, found.sparsity)
-
-
-def _sparsity(recipe) -> str:
-    return recipe.pattern if recipe.pattern not in (None, "unstructured") else f"{recipe.sparsity:g}"
