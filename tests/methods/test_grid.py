@@ -85,6 +85,15 @@ def test_activations_are_rounded_token_by_token(symmetric, group):
     assert (fake_quantize(x, QuantizerSettings(8, symmetric, group)) - x).abs().max() < (y - x).abs().max() / 8
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_grids_with_zero_points_contain_zero(sign):
+    """Where all values have one sign, the range still begins at zero."""
+    x = sign * torch.tensor([[10.0, 11.0, 12.0, 13.0, 6.0, 7.0, 9.0, 9.0]])
+    step = torch.tensor([13.0, 9.0]).repeat_interleave(4) / 3
+    y = fake_quantize(x, QuantizerSettings(2, symmetric=False, group_size=4))
+    torch.testing.assert_close(y, (x / step).round() * step)
+
+
 def test_sixteen_bits_change_nothing_and_clipping_shrinks_the_range():
     x = torch.randn(4, 16)
     assert fake_quantize(x, QuantizerSettings()) is x
