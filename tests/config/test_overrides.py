@@ -144,16 +144,18 @@ def test_an_edition_renames_masks():
 
 def test_tables_with_pruned_4_bit_rows_hold_dense_rivals():
     """Of equal storage, dense 3 bits by GPTQ; and, except where time or one kernel's layout is the matter, 4 bits."""
-    config = Config(merged())
+    config, checked = Config(merged()), set()
     for name, entry in config.raw["tables"].items():
         rows = [config.evaluated(*row) for row in config.rows(entry)]
         if any(r.bits == 4 and r.sparsity == 0.5 for r in rows) and not name.startswith(("released", "hardware")):
             settings = {r.setting[2:] for r in rows if r.bits == 4 and r.sparsity == 0.5}
+            checked.add(name)
             for setting in settings:
                 assert any(r.method == "gptq" and r.setting == f"W3{setting}" for r in rows), (name, setting)
             partial = ("time", "table9", "joint_seeds", "equal_storage_other_text", "equal_storage_refined")
             assert name in partial or any(r.method == "gptq" and r.bits == 4 for r in rows), name
-        assert entry["details"] if name != "ostquant" else True
+        assert name == "ostquant" or entry["details"], name
+    assert {"table1", "table5", "joint"} <= checked
 
 
 def test_quick_learns_in_two_steps():
@@ -163,10 +165,10 @@ def test_quick_learns_in_two_steps():
 
 def test_the_quick_small_edition_leaves_windows_to_learn_from():
     small = Config(merged(SMALL, quick="true"))
-    for rotation in small.raw["rotations"].values():
-        if learn := rotation.get("learn"):
-            windows = small.raw["calibrations"][learn["calibration"]]["nsamples"]
-            assert learn.get("held_out", 4) < windows, rotation
+    learned = {name: rotation["learn"] for name, rotation in small.raw["rotations"].items() if rotation.get("learn")}
+    assert {"ostquant", "flatquant"} <= set(learned)
+    for name, learn in learned.items():
+        assert learn.get("held_out", 4) < small.raw["calibrations"][learn["calibration"]]["nsamples"], name
 
 
 def test_an_edition_renames_rotations_of_recipes_and_figures():
