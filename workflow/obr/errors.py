@@ -28,5 +28,10 @@ BROKEN_FILE = (OSError, SafetensorError, KeyError, TypeError, ValueError)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, short enough to stand inside a sentence."""
+    """What an exception says, short enough to stand inside a sentence.
+
+    Example:
+        >>> first_line(ValueError("not a number.\\n  in line 3"))
+        'not a number'
+    """
     return str(error).strip().split("\n")[0].rstrip(".: ")[:200]

@@ -16,6 +16,13 @@ def unpacked_weight(packed: Packed, device: torch.device) -> Tensor:
 
     Raises:
         ObrError: parts whose sizes contradict each other.
+
+    Example:
+        >>> from obr.checkpoints.packing import pack
+        >>> from obr.methods.restore import restore
+        >>> layer = restore(torch.tensor([[0.1, -0.7, 0.2, 0.4]]), None, "magnitude", bits=4, pattern="2:4")
+        >>> torch.equal(unpacked_weight(pack(layer, torch.float16), torch.device("cpu")), layer.weight)
+        True
     """
     try:
         return _unpacked(packed.about, packed.tensors, device)

@@ -70,7 +70,17 @@ def check_stream(size: int, dtype: str, shape: tuple[int, ...], bits: int, count
 
 
 def pack(restored: Restored, dtype: torch.dtype) -> Packed:
-    """A compressed layer in its stored form; dtype is that of values kept at 16 bits."""
+    """A compressed layer in its stored form; dtype is that of values kept at 16 bits.
+
+    Example:
+        >>> from obr.methods.restore import restore
+        >>> layer = restore(torch.tensor([[0.1, -0.7, 0.2, 0.4]]), None, "magnitude", bits=4, pattern="2:4")
+        >>> packed = pack(layer, torch.float16)
+        >>> {name: tensor.tolist() for name, tensor in packed.tensors.items() if name != "scale"}
+        {'codes': [193], 'mask': [4]}
+        >>> torch.equal(unpack(packed).weight, layer.weight)
+        True
+    """
     rows, columns = restored.weight.shape
     mask = restored.mask.cpu()
     masked = not bool(mask.all())

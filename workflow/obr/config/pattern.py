@@ -23,7 +23,13 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """Read "2:4", "8:16" or "paired 4:8". Raises ObrError for anything else."""
+        """Read "2:4", "8:16" or "paired 4:8". Raises ObrError for anything else.
+
+        Example:
+            >>> pattern = Pattern.parse("paired 4:8")
+            >>> pattern.sparsity, pattern.units, pattern.index_bits
+            (0.5, (2, 4), 3)
+        """
         match = re.fullmatch(r"(paired )?(\d+):(\d+)", str(text).strip())
         if not match:
             raise ObrError(f"Pattern {text!r} is not of the form 'N:M' or 'paired N:M', such as '2:4'.")

@@ -41,6 +41,10 @@ def sample_windows(
     """Windows (nsamples, seqlen) of tokens (t,), "random" or "sequential" as `calibration_tokens` says.
 
     bos_token_id: the first token of every window, followed by seqlen - 1 tokens of the text; None for none.
+
+    Example:
+        >>> sample_windows(torch.arange(10), nsamples=2, seqlen=3, sampling="sequential").tolist()
+        [[0, 1, 2], [3, 4, 5]]
     """
     check_sampling(sampling, False, "the text")
     _check_windows(nsamples, seqlen)

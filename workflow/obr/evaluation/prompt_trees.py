@@ -82,6 +82,12 @@ def trees_of(
         most: tokens of a tree of several requests.
         pairs: of tokens, between which attention costs as much as all else that a block computes for a token.
         apart: whether requests of so many tokens get trees of their own.
+
+    Example:
+        >>> requests = [("", [5, 6, 7], [1]), ("", [5, 6, 8], [2])]  # text, tokens of the context, of the answer
+        >>> [tree] = trees_of(requests, max_length=64, most=100, pairs=64)
+        >>> tree.tokens, tree.positions
+        ([5, 6, 7, 8], [0, 1, 2, 2])
     """
     read = [
         ((context + answer)[-(max_length + 1) : -1], answer, number)

@@ -16,6 +16,13 @@ def solve_in_order(function: Callable[[Layer], Solution], layer: Layer) -> Solut
     """`function` of the layer with its columns in the recipe's order; those of the solution are in the layer's own.
 
     With groups of columns the scales are those of the layer's grid, which are found before any column is rounded.
+
+    Example:
+        >>> import torch
+        >>> from obr.methods.restore import restore
+        >>> weight, hessian = torch.eye(3) + 0.3, torch.diag(torch.tensor([1.0, 9.0, 4.0]))  # columns 1, 2, 0
+        >>> restore(weight, hessian, "gptq", bits=4, column_order="hessian").codes.tolist()  # columns 0, 1, 2
+        [[7, 2, 2], [2, 7, 2], [2, 2, 7]]
     """
     if layer.recipe.column_order == "given":
         return function(layer)

@@ -57,6 +57,10 @@ def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern | None = 
 
     Raises:
         ObrError: the pattern's group does not divide n.
+
+    Example:
+        >>> mask_from_scores(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 0.5).tolist()
+        [[True, False, False, True]]
     """
     if pattern is None:
         return _keep_all_but(scores, int(scores.shape[1] * sparsity))

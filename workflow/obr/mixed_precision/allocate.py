@@ -82,6 +82,11 @@ def choose(costs: np.ndarray, losses: np.ndarray, budget: int) -> np.ndarray:
 
     Raises:
         ObrError: even the cheapest options cost more than the budget.
+
+    Example:
+        >>> costs, losses = np.array([[2, 4], [2, 4]]), np.array([[0.9, 0.1], [0.3, 0.2]])
+        >>> choose(costs, losses, budget=6).tolist()  # the four bits go where they save most
+        [1, 0]
     """
     if int(costs.min(1).sum()) > budget:
         raise ObrError(

@@ -18,6 +18,10 @@ def fake_quantize(x: Tensor, settings: QuantizerSettings, bounds: "Range | None"
     integers in [0, 2^b - 1] over [min, max], zero always inside. Computed in float32, returned in x's dtype.
 
     bounds: with `low` and `high` (1,), factors of min and max in place of a clip_ratio that is "learned".
+
+    Example:
+        >>> fake_quantize(torch.tensor([[0.5, -1.0, 7.0]]), QuantizerSettings(4)).tolist()
+        [[0.0, -1.0, 7.0]]
     """
     if settings.bits == 16:
         return x

@@ -21,7 +21,12 @@ EVERY = DRAWN  # kinds of rotations; a new kind is taken by the families that do
 
 
 def kind_of(name: str) -> str:
-    """The kind of a group ("experts.3.down" -> "down"), or what a role's layer does ("experts.3.up" -> "up")."""
+    """The kind of a group ("experts.3.down" -> "down"), or what a role's layer does ("experts.3.up" -> "up").
+
+    Example:
+        >>> kind_of("experts.3.down"), kind_of("qkv")
+        ('down', 'qkv')
+    """
     return name.rpartition(".")[2]
 
 
@@ -31,7 +36,12 @@ def prefix_of(name: str) -> str:
 
 
 def without_number(name: str) -> str:
-    """The name that all experts share: "experts.down" of "experts.3.down", others as they are."""
+    """The name that all experts share: "experts.down" of "experts.3.down", others as they are.
+
+    Example:
+        >>> without_number("experts.3.down"), without_number("shared.down")
+        ('experts.down', 'shared.down')
+    """
     first, _, rest = name.partition(".")
     return f"experts.{rest.partition('.')[2]}" if first == "experts" and rest[:1].isdigit() else name
 

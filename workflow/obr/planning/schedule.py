@@ -7,7 +7,13 @@ from obr.planning.dry_run import Job
 
 
 def schedule(jobs: list[Job], seconds: list[float], on_gpu: list[bool], cores: int, gpus: int) -> float:
-    """Seconds until all jobs are done, if each begins as soon as its inputs, cores and a GPU are there."""
+    """Seconds until all jobs are done, if each begins as soon as its inputs, cores and a GPU are there.
+
+    Example:
+        >>> jobs = [Job("hessian", {}, 1, ()), Job("compress", {}, 1, (), after=(0,)), Job("table", {}, 1, ())]
+        >>> schedule(jobs, [3.0, 4.0, 5.0], [False] * 3, cores=2, gpus=0)
+        7.0
+    """
     return max((end for _, end in spans(jobs, seconds, on_gpu, cores, gpus)), default=0.0)
 
 

@@ -140,6 +140,11 @@ def spread(scale: Tensor, rows: int, columns: int, group: int | None, order: Ten
     """Scales or zero points (r or 1, groups) as (r, n) or what broadcasts to it.
 
     group: columns that share one. order: (n,) the group of each column, instead of consecutive ones.
+
+    Example:
+        >>> import torch
+        >>> spread(torch.tensor([[0.5, 2.0]]), rows=1, columns=5, group=3).tolist()
+        [[0.5, 0.5, 0.5, 2.0, 2.0]]
     """
     if scale.shape[1] == 1:
         return scale

@@ -10,6 +10,10 @@ def unpack_words(words: Tensor, bits: int, count: int, whole: bool = False) -> T
 
     A row is one stream of bits, the lowest first. whole: no integer lies across two words, so that a word of
     3-bit integers has two bits to spare, as compressed-tensors up to version 0.17 packed them.
+
+    Example:
+        >>> unpack_words(torch.tensor([[0x87654321 - 2**32]], dtype=torch.int32), bits=4, count=8).tolist()
+        [[1, 2, 3, 4, 5, 6, 7, 8]]
     """
     rows = np.ascontiguousarray(words.numpy()).astype("<i4", copy=False)
     if whole and 32 % bits:
@@ -29,5 +33,10 @@ def unpack_words(words: Tensor, bits: int, count: int, whole: bool = False) -> T
 
 
 def words_for(count: int, bits: int, whole: bool = False) -> int:
-    """How many words a row of `count` integers takes."""
+    """How many words a row of `count` integers takes.
+
+    Example:
+        >>> words_for(100, bits=3), words_for(100, bits=3, whole=True)
+        (10, 10)
+    """
     return -(-count // (32 // bits)) if whole else -(-count * bits // 32)
