@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import obr
 from helpers.family_models import EXPERTS, FAMILIES
 from obr.cli.main import main
+from obr.config.recipe import Recipe
 from obr.errors import ObrError
 from obr.export import gguf as gguf_export
 from obr.export.dispatch import export
+from obr.export.source import ExportSource
 from obr.models.architectures import Dimensions
 from obr.models.layers import QuantLinear
 from obr.models.loading import load_tokenizer
@@ -210,6 +212,19 @@ def test_recipes_beyond_format_are_refused(rotation, recipe, form, message, tiny
     with pytest.raises(ObrError, match=message):
         export(tmp_path / "c", form, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_bias_that_models_of_the_family_lack_is_refused(tiny_folder, prompt, tmp_path):
+    """Shifts of values leave one in o_proj."""
+    model = obr.load_model(tiny_folder / "model", device="cpu")
+    obr.save(obr.compress(model, prompt, {"method": "rtn"}, progress=False), tmp_path / "c")
+    source = ExportSource(tmp_path / "c", Recipe.parse({"method": "rtn"}), "gguf")
+    number, block = next(iter(source))
+    block.self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(96))
+    with pytest.raises(
+        ObrError, match=r"layers\.0\.self_attn\.o_proj has a bias that llama models have no place for"
+    ):
+        source._check(block, number)
 
 
 @torch.no_grad()
