@@ -1,11 +1,13 @@
 """One evaluation of all texts and tasks: the scores of separate stages, kept by name, resumed at a block."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,6 +223,24 @@ def test_damaged_states_are_refused_by_name(damage, checkpoint, wanted, tmp_path
     states.write_bytes(damage(states.read_bytes()))
     with pytest.raises(ObrError, match=r"s\.json\.states.*cannot be read.*remove it"):
         evaluate_stage(checkpoint, wanted[:1], out, device="cpu")
+
+
+def test_saving_states_takes_a_tenth_of_the_time_at_most(tmp_path, monkeypatch):
+    now = [0.0]
+
+    @contextlib.contextmanager
+    def slow(path):
+        yield path
+        now[0] += 20
+
+    monkeypatch.setattr(resume_point, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(resume_point, "atomic_write", slow)
+    point, saved = resume_point.ResumePoint(tmp_path / "s.json.states", "key"), []
+    for moment in (29, 31, 52 + 198, 52 + 200):  # not before 30 s, and not before ten times the 20 s are over
+        now[0] = moment
+        point.save([], moment)
+        saved.append(json.loads(point.path.read_bytes())["blocks"] if point.path.exists() else None)
+    assert saved == [None, 31, 31, 252]
 
 
 def test_without_room_for_states_the_evaluation_ends_all_the_same(checkpoint, wanted, tmp_path, monkeypatch, capsys):

@@ -87,6 +87,24 @@ def test_rows_that_bfloat16_does_not_suffice_for_go_on_in_float32(monkeypatch):
     assert int(again[0].sum()) > int(again[1].sum()) > 0 and len(again) == 2
 
 
+def test_a_row_whose_exact_residual_is_larger_than_its_running_one_goes_on_in_float32(monkeypatch):
+    monkeypatch.setattr(conjugate_gradient, "product_dtype", lambda device: torch.bfloat16)
+    matrix, target, support = problem()
+    expected, again = direct(matrix, target, support), []
+    renew, in_full = conjugate_gradient._Systems.renew, conjugate_gradient._in_full
+
+    def renewed(systems, among=None):
+        residuals = renew(systems, among)
+        residuals[7] = 2 * conjugate_gradient.RENEW
+        return residuals
+
+    monkeypatch.setattr(conjugate_gradient._Systems, "renew", renewed)
+    monkeypatch.setattr(conjugate_gradient, "_in_full", lambda *given: again.append(given[2]) or in_full(*given))
+    image = conjugate_gradient.images_on_support(matrix, target, support, tolerance=1e-3)
+    assert (image - expected).norm() < 0.01 * expected.norm()
+    assert [rows.nonzero()[:, 0].tolist() for rows in again] == [[7]]
+
+
 def test_hopeless_systems_are_reported(products, monkeypatch):
     monkeypatch.setattr(conjugate_gradient, "MAX_ITERATIONS", 10)
     with pytest.raises(ObrError, match="not converged in 10 iterations; use a larger damp"):

@@ -1,16 +1,21 @@
 """What would stop a run is listed at once, by name and with its remedy, on made-up machines."""
 
 import json
+import os
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub import errors
 
 from helpers.paths import ROOT
 from helpers.workflow_runs import snakemake
 from obr.cli.main import main
 from obr.errors import ObrError
+from obr.planning import preflight as preflight_module
 from obr.planning.dry_run import Job
-from obr.planning.preflight import Machine, preflight
+from obr.planning.preflight import Machine, hub_access, preflight
 from obr.planning.prices import Price
 
 HUB = {"source": "hub", "repo": "owner/name", "revision": "main"}
@@ -51,6 +56,29 @@ def problems(jobs: list[Job], prices: list[Price] | None = None, config: dict = 
     gpu_memory = changes.pop("gpu_memory", None)
     prices = prices or [Price(1.0)] * len(jobs)
     return preflight(config, jobs, prices, machine(**changes), gpu_memory).problems
+
+
+def test_the_memory_of_gpus_is_in_gb_of_nvidia_smis_mib(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\necho 'NVIDIA A100-SXM4-80GB, 81920'\necho 'NVIDIA H200, MIG, [N/A]'\n", encoding="utf-8"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert Machine.here(online=False).gpus == [("NVIDIA A100-SXM4-80GB", pytest.approx(85.9, abs=0.05))]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("model", "owner/name"), ("dataset", "datasets/owner/name")])
+def test_a_gated_repository_that_cannot_be_asked_for_is_named_as_its_page_is(kind, name, monkeypatch):
+    class Refused:
+        def auth_check(self, repo, repo_type):
+            assert (repo, repo_type) == ("owner/name", kind)
+            raise errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(preflight_module.hub, "hub_info", lambda *_: SimpleNamespace(gated="manual"))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Refused)
+    with pytest.raises(ObrError, match=f"^{name} cannot be fetched"):
+        hub_access(kind, "owner/name", None)
 
 
 def test_a_run_with_all_it_needs_has_no_problem():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def test_lookup_tells_calibrations_apart_by_their_note(numbers):
     with pytest.raises(ObrError, match="note"):
         published.lookup(numbers, **asked)
     assert published.lookup(numbers, **asked, note="calibration set c4") == 18.36
+    with pytest.raises(ObrError, match=re.escape("has note 'calibration.*c4'")):  # a text, not a pattern
+        published.lookup(numbers, **asked, note="calibration.*c4")
 
 
 @pytest.mark.parametrize("text", ["source,value\nobr,1\n", None])
