@@ -16,7 +16,7 @@ from helpers.paths import PUBLISHED
 from obr.config.recipe import Recipe
 from obr.config.workflow import Config
 from obr.report import published, table, table_rows
-from obr.report.figures import draw
+from obr.report.figures import draw, kernels
 
 # Tables that the paper does not have.
 NOT_QUOTING = ("hardware", "hessians", "rotations", "rotation_seeds")
@@ -262,6 +262,28 @@ def test_paper_tables_set_ours_beside_each_number(paper):
     missing = tables[~tables.index.isin(QUOTED)]
     assert len(tables) == 685 and missing.empty, missing.to_string()
     assert set(tables.loc[[not QUOTED[index] for index in tables.index], "method"]) == {"BitNet b1.58"}
+
+
+def test_numbers_outside_the_papers_tables_are_in_figures(paper):
+    """As a point, a bar of a panel, or a sentence beneath."""
+    raw, numbers = paper[0].raw, published.load(PUBLISHED)
+    shapes = {shape["name"]: shape.get("published") for shape in raw["kernels"]["shapes"]}
+    shown = set()
+    for entry in raw["figures"].values():
+        for filters in entry.get("mentions", []):
+            shown |= set(published.select(numbers, **filters).index)
+        if entry["kind"] == "kernels" and "published" in entry:
+            found = published.select(numbers, **entry["published"])
+            metrics = [kernels.PANELS[panel][3] for panel in entry["panels"]]
+            there = found["metric"].isin(metrics) & found["model"].isin([shapes[name] for name in entry["shapes"]])
+            shown |= set(found[there].index)
+        elif entry.get("rows"):
+            rows = [row for row in table_rows.resolve_rows(entry, raw) if row.published]
+            for printed in published.Quotes(entry, raw["models"], rows, PUBLISHED).printed.values():
+                shown |= set(printed.index)
+    outside = numbers[(numbers["source"] == "obr") & ~numbers["table"].str.match(r"OBR Table \d")]
+    missing = outside[~outside.index.isin(shown)]
+    assert len(outside) == 63 and missing.empty, missing.to_string()
 
 
 def test_ostquant_bit_settings_have_separate_learned_rotations(paper):
