@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from helpers.paths import ROOT
 from helpers.small_tokenizers import BOOLQ
@@ -22,6 +24,7 @@ from obr.errors import ObrError
 from obr.evaluation import block_pass, resume_point, stage
 from obr.evaluation.stage import Wanted, evaluate_stage
 from obr.models.hidden_states import MemoryBudget
+from obr.runtime.files import sha256_of
 
 TEXT = {"seqlen": 64, "tokens": 1024}
 
@@ -151,6 +154,32 @@ def test_a_model_as_it_came_is_evaluated(tiny_folder, wanted, tmp_path):
         evaluate_stage(
             tiny_folder / "model", wanted, tmp_path / "a.json", recipe=Recipe.parse({"method": "rtn"}), device="cpu"
         )
+
+
+def test_scores_of_another_tokenizer_or_prompt_are_not_kept(tiny_folder, wanted, tmp_path, computed):
+    model, out = tmp_path / "model", tmp_path / "s.json"
+    shutil.copytree(tiny_folder / "model", model)
+    text, task = Wanted("perplexity", "t", wanted[0].source, {**TEXT, "bos": None}), wanted[1]
+    first = evaluate_stage(model, [text, task], out, device="cpu")["perplexity"]["t"]
+    inner = Tokenizer.from_file(str(model / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    inner.save(str(model / "tokenizer.json"))
+    second = evaluate_stage(model, [text, task], out, device="cpu")["perplexity"]["t"]
+    assert second["value"] != first["value"] and "</s> once, before the text" in second["definition"]
+    prompt, note = task.source / "task.yaml", task.source / "task.json"
+    prompt.write_text(prompt.read_text().replace("Answer:", "Reply:"))
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"config_sha256": sha256_of(prompt)}))
+    evaluate_stage(model, [text, task], out, device="cpu")
+    assert computed == [2, 2, 1]
+
+
+def test_a_file_of_rows_does_not_stand_in_for_a_task_with_examples(checkpoint, tmp_path, capsys):
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "config.yaml"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PIQA))
+    config.write_text("zero_shot: {five: {source: {source: hub, task: piqa, num_fewshot: 5}}}\n")
+    command = ["evaluate", str(checkpoint), "--configfile", str(config), "--out", str(tmp_path / "s.json")]
+    assert main([*command, "--task", "five", str(rows)]) == 1
+    assert "has 5 examples in each prompt, which" in capsys.readouterr().err
 
 
 KILLED = """

@@ -258,8 +258,9 @@ def test_a_task_of_one_answer_keeps_its_accuracy_alone():
 
 def test_a_folder_whose_task_became_another_is_refused(tmp_path):
     made = local_task(tmp_path, "lambada_openai", LAMBADA)
-    file = made / "task.yaml"
+    file, note = made / "task.yaml", made / "task.json"
     file.write_text(file.read_text().replace("output_type: loglikelihood", "output_type: loglikelihood_rolling"))
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"config_sha256": sha256_of(file)}))
     with pytest.raises(
         ObrError, match="has output type loglikelihood_rolling: choose a task of output type multiple"
     ):

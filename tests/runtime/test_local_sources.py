@@ -43,3 +43,13 @@ def test_remote_source_has_no_local_state_and_missing_file_an_empty_one(tmp_path
     assert local_sources.state({"source": "hub", "repo": "some/model"}) is None
     assert local_sources.state({"source": "path", "path": str(tmp_path / "none")}) == {}
     assert local_sources.state({"source": "path", "file": str(tmp_path / "none.jsonl")}) == {}
+
+
+def test_examples_of_a_task_change_its_state(tmp_path):
+    for name in ("rows.jsonl", "examples.jsonl"):
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    source = {"source": "path", "task": "piqa", "file": str(tmp_path / "rows.jsonl")}
+    source |= {"num_fewshot": 1, "examples": str(tmp_path / "examples.jsonl")}
+    before = local_sources.state(source)
+    (tmp_path / "examples.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    assert local_sources.state(source) != before

@@ -268,12 +268,12 @@ def check_paths(section: dict, where: str) -> None:
         fields = source if isinstance(source, dict) else entry
         if fields.get("source") != "path":
             continue
-        name = fields.get("path") or fields.get("file") or ""
-        path = os.path.expandvars(name)
-        if "$" in path:
-            raise ObrError(f"{where}.{key}: {name} names an environment variable that is not set; set it.")
-        if not Path(os.path.expanduser(path)).exists():
-            raise ObrError(f"{where}.{key}: {path} does not exist; correct the path or use another source.")
+        for name in filter(None, (fields.get("path") or fields.get("file"), fields.get("examples"))):
+            path = os.path.expandvars(name)
+            if "$" in path:
+                raise ObrError(f"{where}.{key}: {name} names an environment variable that is not set; set it.")
+            if not Path(os.path.expanduser(path)).exists():
+                raise ObrError(f"{where}.{key}: {path} does not exist; correct the path or use another source.")
 
 
 def objection(raw: dict, schema: dict) -> str | None:

@@ -6,6 +6,7 @@ import json
 import random
 from array import array
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,7 @@ def sample_windows(
         [[0, 1, 2], [3, 4, 5]]
     """
     check_sampling(sampling, False, "the text")
-    _check_windows(nsamples, seqlen)
+    _check_windows(nsamples, seqlen, seed)
     if bos_token_id is not None:
         windows = sample_windows(behind_bos(tokens, seqlen, bos_token_id), nsamples, seqlen - 1, seed, sampling)
         return begin_with_bos(windows, bos_token_id)
@@ -82,7 +83,7 @@ def document_windows(
     bos: see `tokenize`. With "window" every window is BOS and seqlen - 1 tokens of a document, drawn likewise.
     Raises ObrError if no document has more than seqlen tokens.
     """
-    _check_windows(nsamples, seqlen)
+    _check_windows(nsamples, seqlen, seed)
     if (first := window_bos(tokenizer, bos)) is not None:
         if seqlen < 2:
             raise ObrError(f"seqlen {seqlen} has no room for a token after BOS: use 2 or more.")
@@ -106,7 +107,10 @@ def document_windows(
     return torch.stack(windows)
 
 
-def _check_windows(nsamples: int, seqlen: int) -> None:
+def _check_windows(nsamples: int, seqlen: int, seed: int) -> None:
+    for name, value in (("nsamples", nsamples), ("seqlen", seqlen), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ObrError(f"{name} {value!r} must be a whole number: correct the config.")
     if nsamples < 1 or seqlen < 1:
         raise ObrError(f"nsamples {nsamples} and seqlen {seqlen} must be at least 1: correct the config.")
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from obr.data.sampling import sample_windows
 from obr.data.token_windows import load_tokens, write_tokens
-from obr.data.tokenize import bos_note, window_bos
+from obr.data.tokenize import config_of, doubts, window_bos
 from obr.errors import ObrError
 from obr.models.loading import load_model, load_tokenizer
 
@@ -44,7 +44,8 @@ def generate(
     tokens = sample_windows(torch.tensor(stream), nsamples, seqlen, sampling="sequential", bos_token_id=first)
     about = {"model": directory.name, "text": "its own writing", "text_sha256": _sha256(tokens), "generated": options}
     about |= {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "tokens": tokens.numel()}
-    about |= ({"bos": "window"} if first is not None else {}) | bos_note(tokens, tokenizer, directory)
+    about |= {"bos": "window"} if first is not None else {}
+    about |= doubts(tokens, tokenizer, config_of(directory))
     write_tokens(tokens, about | {"tokenizer": type(tokenizer).__name__}, out)
 
 

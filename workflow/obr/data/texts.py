@@ -142,7 +142,13 @@ def _rows_from_path(source: dict) -> tuple[list[str], None]:
 
 
 def wikitext_rows(text: str) -> list[str]:
-    """Rows of a WikiText file as the hub has them: '' for a blank line, any other line with its newline."""
+    """Rows of a WikiText file as the hub has them: '' for a blank line, any other line with its newline.
+
+    Raises:
+        ObrError: lines end in CR LF, which the hub's do not.
+    """
+    if "\r\n" in text:
+        raise ObrError("the WikiText file has lines that end in CR LF, unlike the hub's: convert it by dos2unix.")
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     return [line if line.strip() else "" for line in lines]
 

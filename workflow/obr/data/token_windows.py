@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from obr.data.sampling import DOCUMENTS, Documents, check_sampling, document_windows, sample_windows
-from obr.data.tokenize import begin_with_bos, behind_bos, bos_note, read_text, tokenize, tokenizer_of, window_bos
+from obr.data.tokenize import (
+    begin_with_bos,
+    behind_bos,
+    config_of,
+    doubts,
+    read_text,
+    tokenize,
+    tokenizer_of,
+    window_bos,
+)
 from obr.errors import ObrError
 from obr.runtime.files import atomic_write
 
@@ -127,7 +136,8 @@ def calibrate(model_dir: Path | str, text_file: Path | str, spec: dict, out: Pat
         "tokens": tokens.numel(),
         "tokenizer": type(tokenizer).__name__,
     }
-    write_tokens(tokens, about | bos_note(tokens, tokenizer, model_dir), out)
+    read = text if isinstance(text, str) else ""
+    write_tokens(tokens, about | doubts(tokens, tokenizer, config_of(model_dir), read), out)
 
 
 def write_tokens(tokens: torch.LongTensor, about: dict, out: Path) -> None:

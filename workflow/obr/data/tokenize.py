@@ -1,5 +1,6 @@
 """Texts turned into tokens, and the special tokens that a tokenizer adds."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,18 +15,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "a b"  # the text by which `special_tokens` finds what a tokenizer adds
+ROWS = (".json", ".jsonl", ".ndjson")  # suffixes of files whose text is inside JSON
 
 
 def read_text(path: Path | str) -> str:
-    """Text of a UTF-8 file, line ends untouched. Raises ObrError if it is missing or not UTF-8."""
+    """Text of a UTF-8 file, line ends untouched, without a byte order mark.
+
+    Raises:
+        ObrError: the file is missing, not UTF-8, has NUL characters, or holds rows of JSON.
+    """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise ObrError(f"text file {path} cannot be read ({error.strerror}): run the stage download_text.") from error
     except UnicodeDecodeError as error:
         raise ObrError(
             f"text file {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv."
         ) from error
+    if "\0" in text:
+        raise ObrError(f"text file {path} has NUL characters, as UTF-16 has: convert it, for example with iconv.")
+    if Path(path).suffix.lower() in ROWS and _is_json(text):
+        raise ObrError(
+            f"text file {path} holds JSON, whose quotes and names would count as text: write its texts alone into "
+            "a .txt file."
+        )
+    return text
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text, or its first line that is not blank, is JSON."""
+    for part in (next((line for line in text.splitlines() if line.strip()), ""), text):
+        try:
+            return isinstance(json.loads(part), dict | list | str)
+        except (ValueError, RecursionError):
+            continue
+    return False
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
@@ -100,12 +124,29 @@ def missing_bos(windows: torch.LongTensor, tokenizer: "PreTrainedTokenizerBase",
     )
 
 
-def bos_note(windows: torch.LongTensor, tokenizer: "PreTrainedTokenizerBase", model_dir: Path) -> dict:
-    """{"note": sentence} for calibration windows without the BOS token that the model needs; else {}."""
-    config = model_dir / "config.json"
-    model_type = read_json(config).get("model_type", "") if config.is_file() else ""
-    note = missing_bos(windows, tokenizer, model_type)
-    return {"note": note} if note else {}
+def doubts(windows: torch.LongTensor, tokenizer: "PreTrainedTokenizerBase", config: dict, text: str = "") -> dict:
+    """{"note": sentences} on what makes the values of windows (b, s) doubtful; {} where nothing does.
+
+    Said are a missing BOS token, windows longer than the model's positions, and line ends of Windows.
+
+    config: of the model, as config.json has it. text: that the windows are cut from.
+    """
+    found = [missing_bos(windows, tokenizer, config.get("model_type") or "")]
+    positions = config.get("max_position_embeddings")
+    if type(positions) is int and windows.shape[1] > positions:
+        found.append(
+            f"windows of {windows.shape[1]:,} tokens are longer than the {positions:,} positions of the model's "
+            "configuration"
+        )
+    if crs := text.count("\r\n"):
+        found.append(f"{crs:,} lines of the text end in CR LF, and each CR counts as text")
+    return {"note": "; ".join(filter(None, found))} if any(found) else {}
+
+
+def config_of(model_dir: Path) -> dict:
+    """The contents of a model folder's config.json; {} without one."""
+    file = Path(model_dir) / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def tokenizer_of(model_dir: Path) -> "PreTrainedTokenizerBase":

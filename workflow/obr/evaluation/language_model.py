@@ -29,16 +29,23 @@ class _LogLikelihoods(LM):
 
 
 class KnownAnswers(_LogLikelihoods):
-    """Gives the log-likelihoods of a task's requests, computed before, in their order."""
+    """Gives the log-likelihoods of a task's requests, computed before, in their order.
 
-    def __init__(self, likelihoods: list[Likelihood]):
+    asked: the (context, continuation) of each.
+    """
+
+    def __init__(self, likelihoods: list[Likelihood], asked: list[tuple[str, str]]):
         super().__init__()
-        self.likelihoods = likelihoods
+        self.likelihoods, self.asked = likelihoods, asked
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[Likelihood]:
         """The likelihoods that were computed before. Raises ObrError for another number of requests."""
         if len(requests) != len(self.likelihoods):
             raise ObrError(f"a task asks {len(requests)} questions, but {len(self.likelihoods)} were scored.")
+        if [request.args for request in requests] != self.asked:
+            raise ObrError(
+                "a task asks other questions each time, since its functions draw at random: choose another."
+            )
         return self.likelihoods
 
 

@@ -56,7 +56,7 @@ def check_output_type(task: str, kind: str) -> None:
 @cache
 def _packaged_files(root: Path) -> dict[str, Path]:
     # By the line that names the task: parsing all 14,000 files as YAML takes lm-eval's own index 13 s.
-    named = re.compile(r"^task: *[\"']?([^\s\"']+)", re.MULTILINE)
+    named = re.compile(r"^[\"']?task[\"']? *: *[\"']?([^\s\"']+)", re.MULTILINE)
     files: dict[str, Path] = {}
     for file in sorted(root.rglob("*.yaml")):
         if match := named.search(file.read_text(encoding="utf-8")):

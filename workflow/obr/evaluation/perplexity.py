@@ -116,26 +116,27 @@ class TextRun:
 
     def __init__(self, blocks: StreamedBlocks, tokenizer, text: Path, spec: dict, setting: str):
         self.blocks, self.tokenizer, self.setting, self.bos = blocks, tokenizer, setting, spec.get("bos")
-        tokens = tokenize.tokenize(tokenizer, tokenize.read_text(text), self.bos)
+        read = tokenize.read_text(text)
+        tokens = tokenize.tokenize(tokenizer, read, self.bos)
         self.windows = token_windows.evaluation_windows(
             tokens, spec["seqlen"], spec.get("tokens"), tokenize.window_bos(tokenizer, self.bos)
         )
         self.length = len(tokens)
+        self.note = tokenize.doubts(self.windows, tokenizer, blocks.config.to_dict(), read)
 
     def result(self, value: float) -> dict:
         """What the artefact holds. value: the perplexity.
 
         JSON has no infinity: an infinite perplexity has "value" None and "status" "inf", every other one "status"
-        "finite". "note" is there where windows lack a BOS token that the family needs.
+        "finite". "note" is there where the value is doubtful, see `tokenize.doubts`.
         """
         windows, seqlen = self.windows, self.windows.shape[1]
-        note = tokenize.missing_bos(windows, self.tokenizer, self.blocks.config.model_type)
         special = _special(self.tokenizer, self.bos)
         return {
             **finite("value", value),
             "definition": DEFINITION.format(seqlen=seqlen, targets=seqlen - 1, special=special),
             "bos": self.bos,
-            **({"note": note} if note else {}),
+            **self.note,
             "windows": len(windows),
             "seqlen": seqlen,
             "tokens": windows.numel(),

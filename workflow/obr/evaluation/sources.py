@@ -62,6 +62,11 @@ class Sources:
         entry = self.raw["zero_shot"].get(name, {"source": {"source": "hub", "task": name}})
         source = entry["source"]
         if file is not None:
+            if shots := source.get("num_fewshot"):
+                raise ObrError(
+                    f"task {name} of the config has {shots} examples in each prompt, which {file} does not hold; "
+                    "name the task as lm-eval does, or give the file in the config."
+                )
             source = {"source": "path", "task": source.get("task", name), "file": str(file.resolve())}
         out = paths.path(self.folder, "task", task=name)
         if not self._made(out, source):

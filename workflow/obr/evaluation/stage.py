@@ -23,12 +23,13 @@ from obr.evaluation.block_pass import run
 from obr.evaluation.likelihood import BATCH_TOKENS, Answers
 from obr.evaluation.perplexity import DENSE, TextRun, Windows
 from obr.evaluation.resume_point import ResumePoint
-from obr.evaluation.tasks import read_task
+from obr.evaluation.tasks import CONFIG, read_task
 from obr.evaluation.zero_shot import TaskRun, streamed_about
 from obr.models import dtypes
 from obr.models.blocks import StreamedBlocks
 from obr.models.hidden_states import MemoryBudget
 from obr.models.loading import load_tokenizer
+from obr.models.side_files import side_files
 from obr.runtime.files import read_json, sha256_of, write_json
 from obr.runtime.provenance import model_hashes
 
@@ -71,6 +72,7 @@ class Wanted:
         if self.kind == "zero_shot":
             record = read_task(self.source)
             data = [record.get(key) for key in ("task", "sha256", "num_fewshot", "examples_sha256")]
+            data.append(sha256_of(self.source / CONFIG))
         elif not self.source.is_file():
             raise ObrError(f"the text {self.source} does not exist; correct the path.")
         else:
@@ -156,8 +158,7 @@ def opened(
         raise ObrError(f"{folder} is a model that is not compressed, so no recipe applies to it; leave it out.")
     else:
         blocks = StreamedBlocks(folder, None, dtype, device)
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-        identity, settings = _digest(model_hashes(folder) or {path.name: sha256_of(path) for path in files}), None
+        identity, settings = _digest(model_hashes(folder) or _hashes(folder)), None
     return blocks, _about(blocks, identity, settings, blocks.recipe.setting if settings else DENSE)
 
 
@@ -165,9 +166,14 @@ def _opened_external(folder: Path, recipe: Recipe | None, dtype, device: str | N
     """As `opened`, of a checkpoint that another program quantised."""
     blocks = ExternalBlocks(folder, recipe, dtype, device)
     place = blocks.path
-    files = [place] if place.is_file() else [place / "config.json", *sorted(place.glob("*.safetensors"))]
-    identity = _digest({path.name: sha256_of(path) for path in files})
-    return blocks, _about(blocks, identity, blocks.recipe.to_dict() | {"label": None}, blocks.recipe.setting)
+    files = _hashes(blocks.directory) | ({place.name: sha256_of(place)} if place.is_file() else _hashes(place))
+    return blocks, _about(blocks, _digest(files), blocks.recipe.to_dict() | {"label": None}, blocks.recipe.setting)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of the files of a model folder that decide its scores: configuration, weights, tokenizer."""
+    names = {"config.json", *(path.name for path in folder.glob("*.safetensors")), *side_files(folder)}
+    return {name: sha256_of(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def _about(blocks: StreamedBlocks, identity: str, settings: dict | None, setting: str) -> dict:

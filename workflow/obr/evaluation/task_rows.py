@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from obr.data.tokenize import read_text
 from obr.errors import ObrError, first_line
 from obr.evaluation.cloze import cloze
 from obr.evaluation.lm_eval_tasks import METRICS, packaged_task
 from obr.runtime import hub
-from obr.runtime.files import sha256_of
+from obr.runtime.files import parse_object, sha256_of
 
 
 class Found(NamedTuple):
@@ -43,7 +45,7 @@ def _hub_rows(source: dict) -> Found:
     # The commit, so that task.json names the very rows even where the config asks for a branch.
     commit = hub.hub_info(repo, source.get("revision"), "dataset").sha
     rows = _hub_split(config, split, commit, source)
-    examples = _hub_split(config, _examples_split(config, split), commit, source) if _shots(source) else None
+    examples = _hub_split(config, _examples_split(config, split), commit, source) if _shots(source, config) else None
     return Found(rows, examples, commit, config)
 
 
@@ -77,18 +79,39 @@ def _examples_split(config: dict, scored: str) -> str:
     )
 
 
-def _shots(source: dict) -> int:
-    return source.get("num_fewshot", 0)
+def _shots(source: dict, config: dict) -> int:
+    """How many examples a prompt has. config: lm-eval's, of the task. Raises ObrError if that cannot be."""
+    shots, task = source.get("num_fewshot", 0), source["task"]
+    if type(shots) is not int or shots < 0:
+        raise ObrError(f"num_fewshot {shots!r} of task {task} is no number of examples: correct it.")
+    if shots and (config.get("fewshot_config") or {}).get("samples"):
+        raise ObrError(f"task {task} has examples in lm-eval's own code, not in a split: leave num_fewshot out.")
+    return shots
 
 
 def _file_rows(source: dict) -> Found:
     task = source["task"]
-    rows, examples = list(parse_lines(_local(source, "file"))), None
-    if _shots(source):
+    config, rows, examples = packaged_task(task), list(parse_lines(_local(source, "file"))), None
+    if shots := _shots(source, config):
         if "examples" not in source:
-            raise ObrError(f"task {task} has num_fewshot {_shots(source)} but no file of examples: add `examples`.")
+            raise ObrError(f"task {task} has num_fewshot {shots} but no file of examples: add `examples`.")
         examples = list(parse_lines(_local(source, "examples")))
-    return Found(rows, examples, None, packaged_task(task))
+        _check_apart(task, rows, examples)
+    elif "examples" in source:
+        raise ObrError(
+            f"task {task} has a file of examples but no num_fewshot, so nothing reads it: add num_fewshot."
+        )
+    return Found(rows, examples, None, config)
+
+
+def _check_apart(task: str, rows: list[dict], examples: list[dict]) -> None:
+    """Raise ObrError if an example is a row that is scored, whose answer it would give away."""
+    places = {json.dumps(row, sort_keys=True): number for number, row in enumerate(rows, 1)}
+    for number, example in enumerate(examples, 1):
+        if place := places.get(json.dumps(example, sort_keys=True)):
+            raise ObrError(
+                f"example {number} of task {task} is its row {place}, which is scored: give those of another split."
+            )
 
 
 def _local(source: dict, key: str) -> Path:
@@ -109,7 +132,7 @@ def _local(source: dict, key: str) -> Path:
 
 
 def _cloze_rows(source: dict, text: Path | None) -> Found:
-    if _shots(source):
+    if "num_fewshot" in source:
         raise ObrError("a cloze task has no examples for its prompts: leave num_fewshot out.")
     if text is None or not text.is_file():
         raise ObrError(f"a cloze task is made from a text and {text} is no file: name a text it can use.")
@@ -127,17 +150,20 @@ def _cloze_rows(source: dict, text: Path | None) -> Found:
             "Made from a text by obr.evaluation.cloze, not a published benchmark.",
         },
     }
-    return Found(cloze(text.read_text(encoding="utf-8"), source["n"], source["seed"]), None, None, config)
+    return Found(cloze(read_text(text), source["n"], source["seed"]), None, None, config)
 
 
 def parse_lines(file: Path) -> Iterator[dict]:
-    """The rows of a file of JSON lines. Raises ObrError at a line that is not a JSON object."""
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    """The rows of a file of JSON lines. Raises ObrError at a line that is not a JSON object in UTF-8."""
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_object(line.decode("utf-8"))
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
+        except UnicodeError as error:
+            raise ObrError(f"line {number} of {file} is not UTF-8 ({first_line(error)}): convert it.") from error
+        except (ValueError, RecursionError) as error:
             raise ObrError(f"line {number} of {file} is not JSON ({error}): write one row a line.") from error
         if not isinstance(row, dict):
             raise ObrError(f"line {number} of {file} has no named columns: write one JSON object a line.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,8 @@ from obr.runtime.files import (
 DROPPED = ("tag", "group", "include", "fewshot_split", "fewshot_config", "training_split")
 
 
-DATA, EXAMPLES = "data.jsonl", "examples.jsonl"
-FILES = (DATA, EXAMPLES, "task.yaml", "task.json")  # of a task folder
+DATA, EXAMPLES, CONFIG = "data.jsonl", "examples.jsonl", "task.yaml"
+FILES = (DATA, EXAMPLES, CONFIG, "task.json")  # of a task folder
 FEWSHOT_SEED = 1234  # lm-eval's default
 
 
@@ -64,15 +65,14 @@ def download_task(source: dict, out: Path, text: Path | None = None, rerun: bool
 
 
 def read_task(task_dir: Path) -> dict:
-    """task.json of a task folder, once its rows and examples are known to be the ones it was written with.
+    """task.json of a task folder, once rows, examples and task.yaml are known to be those it was written with.
 
     Raises ObrError when a file is missing or does not have the recorded sha256.
     """
     try:
         record = json.loads((task_dir / "task.json").read_text(encoding="utf-8"))
-        hashes = {DATA: record["sha256"]}
-        if "examples_sha256" in record:
-            hashes[EXAMPLES] = record["examples_sha256"]
+        noted = {DATA: "sha256", EXAMPLES: "examples_sha256", CONFIG: "config_sha256"}
+        hashes = {name: record[key] for name, key in noted.items() if key in record}
         for name, wanted in hashes.items():
             if (found := sha256_of(task_dir / name)) != wanted:
                 raise ObrError(
@@ -100,19 +100,49 @@ def load_task(task_dir: Path) -> Any:
     # The rows go in through `custom_dataset`: lm-eval's own loader would leave a cache behind, ping the
     # hub and read strings that look like dates as dates.
     override = {
-        "include": str((task_dir / "task.yaml").resolve()),
+        "include": str((task_dir / CONFIG).resolve()),
         "custom_dataset": Function("obr.evaluation.tasks.rows_in_memory"),
         "dataset_kwargs": {"files": files},
     }
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "task.yaml").write_text(yaml.dump(override, Dumper=yaml_dumper()), encoding="utf-8")
         # Indexing lm-eval's own 14,000 tasks would take longer than many an evaluation.
-        with quiet():
+        with quiet(), drawn_as_by_lm_eval():
             manager = TaskManager(include_path=folder, include_defaults=False)
             task = manager.load([record["task"]])["tasks"][record["task"]]
     check_output_type(record["task"], task.OUTPUT_TYPE)
+    with quiet(), drawn_as_by_lm_eval():
+        _process_once(task, list(files))
     task.set_fewshot_seed(FEWSHOT_SEED)
     return task
+
+
+def _process_once(task: Any, splits: list[str]) -> None:
+    """Replace a task's rows by those that its function makes of them.
+
+    lm-eval calls the function whenever it reads the rows. A function that draws at random, such as GPQA's, which
+    shuffles the choices, would then give questions and right answers of different orders.
+    """
+    process, own = task.config.process_docs, task.fewshot_cfg.process_docs
+    for split in splits:
+        if function := own if split == "examples" else process:
+            task.dataset[split] = function(task.dataset[split])
+    task.config.process_docs = task.fewshot_cfg.process_docs = None
+
+
+@contextmanager
+def drawn_as_by_lm_eval() -> Iterator[None]:
+    """Random generators of Python and numpy with lm-eval's default seeds, restored afterwards."""
+    import numpy as np
+
+    before = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(1234)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def rows_in_memory(files: dict[str, str], **_: Any) -> dict:
@@ -174,8 +204,8 @@ def _write_folder(folder: Path, found: Found, source: dict) -> None:
         **record,
     }
     packaged = yaml.dump(config, Dumper=yaml_dumper(), sort_keys=False, allow_unicode=True)
-    write_text(packaged, folder / "task.yaml")
-    write_json(record, folder / "task.json")
+    write_text(packaged, folder / CONFIG)
+    write_json(record | {"config_sha256": sha256_of(folder / CONFIG)}, folder / "task.json")
 
 
 def _write_rows(rows: list[dict], path: Path, task: str) -> None:
@@ -189,46 +219,65 @@ def _write_rows(rows: list[dict], path: Path, task: str) -> None:
 
 def _check_rows(folder: Path, config: dict) -> None:
     """Ask every row for its prompt and answer now: lm-eval would count a bad answer as a wrong one."""
-    import jinja2
-
     name, where = config["task"], "the first row"
-    shots = (folder / EXAMPLES).exists()
+    shots, columns = (folder / EXAMPLES).exists(), _columns_read(config)
     for file in (DATA, *([EXAMPLES] if shots else [])):
         _check_columns(config, list(parse_lines(folder / file)))
     try:
         task = load_task(folder)
         examples = [(f"example {i + 1}", doc) for i, doc in enumerate(task.fewshot_docs() if shots else [])]
         for where, doc in [*((f"row {i + 1}", doc) for i, doc in enumerate(task.eval_docs)), *examples]:
-            _, choices, answer = question(task, doc)
-            if task.OUTPUT_TYPE == "loglikelihood" and not str(choices[0]).strip():
-                raise ObrError(f"{where} of task {name} has no answer: use rows with the hub's columns.")
-            answers = answer if isinstance(answer, list) else [answer]
-            if not all(0 <= index < len(choices) for index in answers):
-                raise ObrError(
-                    f"{where} of task {name} names answer {answer} of {len(choices)} choices: "
-                    "use a split or file that has the answers."
-                )
-    except (KeyError, jinja2.UndefinedError, TypeError, ValueError) as error:
+            _check_question(f"{where} of task {name}", task, doc, columns)
+    except ObrError:
+        raise
+    except Exception as error:  # of lm-eval, of a task's own functions, or of their templates
         what = f"no column {error}" if isinstance(error, KeyError) else first_line(error)
         raise ObrError(
             f"{where} of task {name} does not make a question ({what}): use rows with the hub's columns."
         ) from error
 
 
-def _check_columns(config: dict, rows: list[dict]) -> None:
-    # lm-eval takes the bare name of an absent column for the prompt itself. Columns that only a function
-    # reads show when it is called.
+def _check_question(where: str, task: Any, doc: dict, columns: set[str]) -> None:
+    """Raise ObrError unless the question of a row has text, choices to tell apart and a right one among them.
+
+    columns: that the task's templates read.
+    """
+    context, choices, answer = question(task, doc)
+    if task.OUTPUT_TYPE == "loglikelihood" and not str(choices[0]).strip():
+        raise ObrError(f"{where} has no answer: use rows with the hub's columns.")
+    if task.OUTPUT_TYPE == "multiple_choice" and len(choices) < 2:
+        raise ObrError(f"{where} has {len(choices)} choice, so that any model is right: give two or more.")
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise ObrError(f"{where} has a choice without text among {choices}: use rows with the hub's columns.")
+    answers = answer if isinstance(answer, list) else [answer]
+    if not all(isinstance(index, int) and 0 <= index < len(choices) for index in answers):
+        raise ObrError(
+            f"{where} names answer {answer} of {len(choices)} choices: use a split or file that has the answers."
+        )
+    absent = [column for column, value in doc.items() if value is None and column in columns]
+    if absent and "None" in f"{context} {choices}":
+        raise ObrError(f"{where} has no {absent[0]}, which would be asked as None: leave such rows out.")
+
+
+def _columns_read(config: dict) -> set[str]:
+    """The columns that a task's templates name. config: lm-eval's, of the task."""
     from jinja2 import Environment, meta
 
-    if "process_docs" in config:
-        return
     read: set[str] = set()
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
         template = config.get(key)
         if isinstance(template, str) and not isinstance(template, Function):
             bare = {template} if template.isidentifier() else set()
             read |= bare | meta.find_undeclared_variables(Environment().parse(template))
-    if missing := sorted(read - set.intersection(*(set(row) for row in rows))):
+    return read
+
+
+def _check_columns(config: dict, rows: list[dict]) -> None:
+    # lm-eval takes the bare name of an absent column for the prompt itself. Columns that only a function
+    # reads show when it is called.
+    if "process_docs" in config:
+        return
+    if missing := sorted(_columns_read(config) - set.intersection(*(set(row) for row in rows))):
         raise ObrError(
             f"the rows of task {config['task']} lack {', '.join(missing)}: use rows with the hub's columns."
         )

@@ -56,6 +56,7 @@ def zero_shot(
     _check_head(model)
     started = time.perf_counter()
     run = TaskRun(task_dir, model.config, tokenizer, limit, bos, max_length)
+    _check_number("batch_size", batch_size, run.name)
     about = {"batch_size": batch_size, "device": str(model.device), "dtype": dtypes.name_of(model.dtype)}
     with unchanged(model):
         found = log_likelihoods(model, run.requests, run.max_length, batch_size)
@@ -90,7 +91,8 @@ class TaskRun:
         record = read_task(task_dir)
         self.name, self.limit, self.bos = record["task"], limit, bos
         self.shots = record.get("num_fewshot", 0)
-        _check_limit(limit, self.name)
+        _check_number("limit", limit, self.name)
+        _check_number("max_length", max_length, self.name)
         before = _before(config, tokenizer, bos)
         with quiet():
             self.task = load_task(task_dir)
@@ -117,7 +119,7 @@ class TaskRun:
         from obr.evaluation.language_model import KnownAnswers
 
         with quiet():
-            found = self._evaluate(KnownAnswers(likelihoods))
+            found = self._evaluate(KnownAnswers(likelihoods, [asked for asked, _, _ in self.requests]))
         return {
             "task": self.name,
             **_scores(found["results"][self.name], found["samples"][self.name], self.task),
@@ -129,9 +131,9 @@ class TaskRun:
         }  # fmt: skip
 
 
-def _check_limit(limit: int | None, task: str) -> None:
-    if limit is not None and limit < 1:
-        raise ObrError(f"limit {limit} for task {task} is not a number of rows: use 1 or more, or null for all.")
+def _check_number(name: str, value: int | None, task: str) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ObrError(f"{name} {value!r} for task {task} is no whole number from 1 on: correct it, or leave it out.")
 
 
 def _before(config: Any, tokenizer: Any, bos: bool | str | None) -> list[int]:

@@ -104,6 +104,19 @@ def _not_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
             yield from _not_finite(item, f"{place}.{key}".lstrip("."))
 
 
+def parse_object(text: str) -> Any:
+    """A value of JSON. Raises ValueError if the text is none, or names a key of an object twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def read_json(path: Path | str) -> dict:
     """A JSON file that holds a dictionary. Raises ObrError if it is missing or broken."""
     try:

@@ -18,7 +18,7 @@ SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".jinja", ".py", ".bin", 
 def state(source: dict, model: str = "") -> dict[str, list] | None:
     """{file: [bytes, sha256 or modification time in ns]} of a config's local source; None for other sources.
 
-    source: a config's mapping of the kind {"source": "path", "path" or "file"}.
+    source: a config's mapping of the kind {"source": "path", "path" or "file", "examples"}.
     model: replaces `{model}` in the path.
     A folder counts with the files of SUFFIXES that lie in it. A source that is not there has the state {}.
 
@@ -27,8 +27,13 @@ def state(source: dict, model: str = "") -> dict[str, list] | None:
     """
     if source.get("source") != "path":
         return None
-    name = (source.get("path") or source.get("file") or "").replace("{model}", model)
-    path = Path(os.path.expanduser(os.path.expandvars(name)))
+    found = _at(source.get("path") or source.get("file") or "", model)
+    examples = _at(source["examples"], model) if source.get("examples") else {}
+    return found | {f"examples {name}": about for name, about in examples.items()}
+
+
+def _at(name: str, model: str) -> dict[str, list]:
+    path = Path(os.path.expanduser(os.path.expandvars(name.replace("{model}", model))))
     if path.is_dir():
         return {file.name: _file(file) for file in sorted(path.iterdir()) if _read(file)}
     return {path.name: _file(path)} if path.is_file() else {}

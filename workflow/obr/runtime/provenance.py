@@ -2,6 +2,7 @@
 
 import platform
 import re
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,34 @@ def fingerprint(
 
 
 def model_hashes(folder: Path) -> dict[str, str] | None:
-    """sha256 of each file of a model folder, as the download noted them; None where it noted none."""
+    """sha256 of each file of a model folder, as the download noted them; None where it noted none.
+
+    A file that has been written since then is hashed again.
+
+    Raises:
+        ObrError: a file is not the one that was downloaded.
+    """
     path = Path(folder) / "source.json"
-    return read_json(path).get("sha256") or None if path.exists() else None
+    if not path.exists():
+        return None
+    noted = read_json(path).get("sha256") or None
+    for name, wanted in (noted or {}).items():
+        file = Path(folder) / name
+        if file.is_file() and _hash_since(file, path.stat().st_ctime_ns) not in (None, wanted):
+            raise ObrError(f"{file} is not the file that was downloaded (its sha256 differs); download it again.")
+    return noted
+
+
+def _hash_since(file: Path, time: int) -> str | None:
+    """sha256 of a file if it was written, or put there, after a time in ns; None if not."""
+    status = file.stat()
+    written = max(status.st_mtime_ns, status.st_ctime_ns)
+    return _hash(file, status.st_size, written) if written > time else None
+
+
+@cache
+def _hash(file: Path, size: int, written: int) -> str:
+    return sha256_of(file)
 
 
 def check_measured_on(noted: dict, what: str, model: Path, rotation: Path | None) -> None:
