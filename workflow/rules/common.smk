@@ -7,7 +7,7 @@ import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
-from obr.config.config_files import add_recipes
+from obr.config.config_files import add_recipes, check_overridden, read_yaml
 from obr.config.model_sizes import read_config
 from obr.config.rule_functions import RuleFunctions
 from obr.config.workflow import Config, check_paths, objection
@@ -18,16 +18,23 @@ from obr.planning.preflight import missing_files
 
 try:
     add_recipes(config)
+    check_overridden(config)
+except ObrError as error:
+    raise WorkflowError(str(error)) from None
+
+try:
+    for file in workflow.overwrite_configfiles:  # Snakemake lets the last of two equal keys win
+        read_yaml(Path(file))
 except ObrError as error:
     raise WorkflowError(str(error)) from None
 
 try:
     validate(config, "../schemas/config.schema.yaml")
-except (WorkflowError, AttributeError):  # Snakemake's own message holds the schema; a list for a mapping crashes it
-    schema = Path(workflow.basedir, "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8")
-    sentence = objection(config, yaml.safe_load(schema))
-    if sentence is None:
-        raise
+    sentence = None
+except (WorkflowError, AttributeError) as error:  # whose own message holds the schema; a list for a mapping crashes it
+    sentence = str(error)
+schema = Path(workflow.basedir, "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8")
+if sentence := objection(config, yaml.safe_load(schema)) or sentence:
     raise WorkflowError(sentence) from None
 
 try:

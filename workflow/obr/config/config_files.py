@@ -50,6 +50,7 @@ def layered(over: dict) -> dict:
         merge(raw, read_yaml(file))
     merge(raw, deepcopy(over))
     add_recipes(raw)
+    check_overridden(raw)
     schema = read_yaml(SCHEMA)
     _fill_defaults(raw, schema)
     if sentence := objection(raw, schema):
@@ -71,6 +72,21 @@ def experiment_files(raw: dict) -> list[Path]:
     return [folder / f"{name}.yaml" for name in names]
 
 
+def check_overridden(raw: dict) -> None:
+    """Raise ObrError if `overrides` changes a table or figure that neither the config nor any experiment has."""
+    overrides, sections = raw.get("overrides"), ("tables", "figures")
+    if not isinstance(overrides, dict) or not all(isinstance(overrides.get(s, {}), dict) for s in sections):
+        return  # none, or what the schema objects to
+    for section in sections:
+        known = set(raw.get(section) or {})
+        if set(overrides.get(section, {})) <= known:
+            continue
+        for path in sorted((FOLDER / "experiments").glob("*.yaml")):
+            known |= set(read_yaml(path).get(section, {}))
+        for name in overrides[section]:
+            check_defined(sorted(known), f"the config and its experiments' {section}", name, f"overrides.{section}")
+
+
 def add_recipes(raw: dict) -> None:
     """Lay a config's recipes over those of the sheets, in place."""
     own = raw.get("recipes", {})
@@ -79,13 +95,15 @@ def add_recipes(raw: dict) -> None:
 
 
 def read_yaml(path: Path) -> dict:
-    """The mapping in a YAML file. Raises ObrError if the file cannot be read, or holds anything else."""
+    """The mapping in a YAML file.
+
+    Raises:
+        ObrError: the file cannot be read, holds anything else, or has a key twice or one that is no text.
+    """
     import yaml
 
     try:
-        value = yaml.load(
-            Path(path).read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_loader(path))
     except OSError as error:
         raise ObrError(f"{path} cannot be read ({error.strerror}); correct the path.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -93,6 +111,25 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ObrError(f"{path} holds a YAML {type(value).__name__}, not a mapping; correct the file.")
     return value
+
+
+def _loader(path: Path):
+    """YAML's safe loader, which takes each key of a mapping once: YAML itself lets the last of several win."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        def construct_mapping(self, node, deep=False):
+            known = set()
+            for key, _ in node.value:
+                place = f"{path} line {key.start_mark.line + 1}"
+                if not key.tag.endswith((":str", ":merge")):
+                    raise ObrError(f"{place}: YAML reads the key {key.value} as no text; put it in quotes.")
+                if key.value in known:
+                    raise ObrError(f"{place}: {key.value!r} is there twice; leave one of them out.")
+                known.add(key.value)
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
 
 
 def merge(under: dict, over: dict) -> dict:

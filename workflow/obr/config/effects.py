@@ -7,6 +7,7 @@ its default value is accepted, since Snakemake fills defaults in.
 from collections.abc import Iterator
 
 from obr.config.methods import MASKS
+from obr.config.recipe_checks import unread
 from obr.errors import ObrError
 
 # What every figure reads, and what each kind reads besides.
@@ -29,6 +30,10 @@ ROTATIONS = {
     "online_query_key": (False, ("file in ostquant's format",)),
 }
 DRAWN_OR_LEARNED = "drawn and learned rotations"
+TABLES = {
+    "title", "models", "rows", "perplexity", "zero_shot", "mean", "time", "seeds", "both_orders", "quoted", "mentions",
+    "details", "published", "published_metrics", "note",
+}  # fmt: skip
 
 
 def check_effects(raw: dict) -> None:
@@ -58,6 +63,8 @@ def _without_effect(raw: dict) -> Iterator[tuple[str, str, object, str]]:
         if entry.get("activations") and entry.get("hessian_inputs") != "quantised":
             readers = "recipes with hessian_inputs: quantised; a row names the activations that it is evaluated with"
             yield f"recipes.{name}", "activations", entry["activations"], readers
+        for key, readers in unread(entry).items():
+            yield f"recipes.{name}", key, entry[key], readers
     for name, entry in raw["calibrations"].items():
         if entry.get("sampling") == "sequential" and entry.get("seed"):
             yield f"calibrations.{name}", "seed", entry["seed"], "sampling random and documents"
@@ -104,6 +111,17 @@ def _of_overrides(raw: dict) -> Iterator[tuple[str, str, object, str]]:
     for key, section in (("calibrations", raw["calibrations"]), ("rotations", raw["rotations"]), ("masks", MASKS)):
         for name in sorted(set(overrides.get(key, {})) - set(section)):
             yield f"overrides.{key}", name, overrides[key][name], f"no {key} of this config"
+    for section in ("tables", "figures"):
+        for name, entry in overrides.get(section, {}).items():
+            kind = raw[section].get(name, {}).get("kind", entry.get("kind"))
+            read = TABLES if section == "tables" else ALL_FIGURES | FIGURES.get(kind, set().union(*FIGURES.values()))
+            for key in sorted(set(entry) - read):
+                yield (
+                    f"overrides.{section}.{name}",
+                    key,
+                    entry[key],
+                    f"no {section}{f' of kind {kind}' if kind else ''}",
+                )
     for name in overrides.get("without", []):
         if name not in raw["tables"] and name not in raw["figures"]:
             yield "overrides", "without", name, "tables and figures of this config, which has none of that name"

@@ -104,9 +104,9 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
     for name in FIELDS:
         if (value := getattr(options, name)) is not None:
             entry[name], origins[name] = value, f"--{name}"
-    if options.sparsity is not None:
-        entry.pop("pattern", None)
-        origins.pop("pattern", None)
+    for name in _not_taken(options, entry):
+        entry.pop(name, None)
+        origins.pop(name, None)
     if options.activations is not None:
         where = f"--activations of {options.config_name}"
         scheme = scheme_entry(options.config.raw, options.activations, where)
@@ -134,6 +134,20 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
         recipe = Recipe.parse(entry)
     _refuse_idle(options, recipe)
     return recipe, Origins(entry, origins)
+
+
+def _not_taken(options: OneShot, entry: dict) -> list[str]:
+    """Fields of the base recipe that the options rule out: another size of zeros, another method."""
+    method = METHODS.get(entry.get("method"))
+    found = {
+        "pattern": options.sparsity is not None,
+        "sparsity": options.pattern is not None,
+    }
+    if options.method is not None and method is not None:
+        found["pattern"] |= not method.prunes
+        found["sparsity"] |= not method.prunes
+        found["mask"] = bool(method.masks) and entry.get("mask") not in method.masks
+    return [name for name, ruled_out in found.items() if ruled_out and getattr(options, name) is None]
 
 
 def reads_windows(recipe: Recipe) -> bool:

@@ -198,6 +198,7 @@ class Recipe:
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = build_settings(cls, entry, name)
         checks.check_choices(recipe, name)
+        given = entry
         if not recipe.prunes:
             recipe = replace(recipe, sparsity=0.0, pattern=None)
         if recipe.pattern:
@@ -209,6 +210,7 @@ class Recipe:
             recipe = replace(recipe, bits=16)
         if recipe.allocation is not None:
             recipe = recipe._allocated(name)
+        checks.check_taken(given, recipe, name)
         checks.check_group(recipe, name)
         checks.check_order(recipe, name)
         checks.check_target(recipe, name)

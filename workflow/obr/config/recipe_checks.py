@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,50 @@ def check_passes(recipe: Recipe, name: str) -> None:
             value = getattr(recipe, field)
             if value != default and clashing:
                 raise ObrError(f"{name}.{field} is {value}, but {reason}, or {field} {default}.")
+
+
+def check_taken(given: dict, recipe: Recipe, name: str) -> None:
+    """Raise ObrError at a value that the method does not take, in place of which the recipe has another.
+
+    given: the fields of the recipe's entry.
+    """
+    if recipe.allocation is not None:
+        return  # its options replace these fields
+    for field in ("bits", "sparsity", "pattern", "mask"):
+        value, taken = given.get(field), getattr(recipe, field)
+        if value is None or value == taken or (field == "mask" and not METHODS[recipe.method].masks):
+            continue
+        if field == "sparsity" and recipe.pattern and math.isclose(value, taken, abs_tol=1e-3):
+            continue
+        of = f"pattern {recipe.pattern}" if field == "sparsity" and recipe.pattern else f"method {recipe.method}"
+        instead = "no weights are removed" if not recipe.prunes else f"it is {taken!r}"
+        if field in ("bits", "mask"):
+            instead = f"it is {taken!r}"
+        raise ObrError(f"{name}.{field} is {value!r}, but with {of} {instead}; leave {field} out.")
+
+
+def unread(entry: dict) -> dict[str, str]:
+    """{field: which recipes read it} of the fields of a config's recipe that say something and are not read."""
+    name, bits = entry.get("method"), entry.get("bits", 4)
+    method = METHODS.get(name)
+    if method is None or entry.get("allocation"):
+        return {}  # refused elsewhere; an allocation's options may be of any method
+    hessian = not method.data_free or (entry.get("clip") == "hessian" or entry.get("refit")) and bits < 16
+    rounded = "recipes of fewer than 16 bits"
+    found = {
+        "alpha": ("the methods obr_rtn and obr_gptq", 0.5, method.solver == "obr"),
+        "sweeps": ("the method joint", 600, method.solver == "joint"),
+        "mask": ("methods that choose a mask by a score", "wanda", bool(method.masks)),
+        "damp": ("recipes that read a Hessian", 0.01, hessian),
+        "refit": (rounded, False, bits < 16 and name != "dense"),
+        "int8_down_proj": ("methods that compress", False, name != "dense"),
+        "hessian_inputs": ("recipes that name activations", "plain", bool(entry.get("activations"))),
+    }  # fmt: skip
+    return {
+        field: readers
+        for field, (readers, default, read) in found.items()
+        if not read and entry.get(field) not in (None, default)
+    }
 
 
 def check_target(recipe: Recipe, name: str) -> None:

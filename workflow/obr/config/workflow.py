@@ -4,6 +4,7 @@ The JSON schema checks keys, types and ranges; here is what a schema cannot say.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -49,6 +50,7 @@ class Config:
         raw.setdefault("layer_options", {})
         raw.setdefault("activations", {}).setdefault(SIXTEEN_BITS_SCHEME, {})
         check_effects(raw)
+        self._check_overrides()
         overrides.transpose(raw)
         overrides.shrink(raw)
         self.results = raw["results"]
@@ -78,6 +80,16 @@ class Config:
         for section in ("tables", "figures"):
             for key, entry in raw[section].items():
                 self._check_entry(f"{section}.{key}", entry)
+
+    def _check_overrides(self) -> None:
+        """What `overrides` puts in place of other names must be defined."""
+        overrides = self.raw.get("overrides") or {}
+        for section in ("models", "perplexity", "zero_shot"):
+            for name in overrides.get(section, []):
+                self._defined(section, name, f"overrides.{section}")
+        for section in ("calibrations", "rotations"):
+            for key, name in overrides.get(section, {}).items():
+                self._defined(section, name, f"overrides.{section}.{key}")
 
     def _check_seeds(self) -> None:
         """What `seeds` of a table multiplies must be there before it is multiplied."""
@@ -148,6 +160,8 @@ class Config:
                     entry["models"] = [model for model in entry["models"] if model in only]
                     if not entry["models"]:
                         del self.raw[section][key]
+        if not self.raw["tables"] and not self.raw["figures"]:
+            raise ObrError(f"only_models is {', '.join(only)}, of which no table or figure is; name others, or null.")
 
     def _check_entry(self, where: str, entry: dict) -> None:
         if entry.get("kind") == "kernels" and not entry.get("device"):
@@ -278,15 +292,32 @@ def check_paths(section: dict, where: str) -> None:
 
 def objection(raw: dict, schema: dict) -> str | None:
     """One sentence for what the JSON schema has against a config, its deepest reason; None if nothing."""
-    from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
 
-    error = best_match(Draft202012Validator(schema).iter_errors(raw))
+    error = best_match(_validator(schema).iter_errors(raw))
     if error is None:
         return None
     where = ".".join(map(str, error.absolute_path)) or "the config"
     if "propertyNames" in error.absolute_schema_path and error.validator == "pattern":
         what = f"{error.instance!r} cannot be a name; use letters, digits, '.', '_' and '-', a letter or digit first"
+    elif error.validator == "type" and type(error.instance) is int and "string" in error.validator_value:
+        what = f"{error.message}; put it in quotes, since YAML reads 2:4 as {2 * 60 + 4}"
+    elif error.validator == "type" and type(error.instance) is float and "integer" in error.validator_value:
+        what = f"{error.message}; write it without a point"
     else:
         what = f"{error.message}; the schema, workflow/schemas/config.schema.yaml, describes every key"
     return printable(f"{where}: {what}.")
+
+
+def _validator(schema: dict):
+    """JSON Schema's validator, stricter: a whole number has no point, and a number is finite."""
+    from jsonschema import Draft202012Validator, validators
+
+    types = Draft202012Validator.TYPE_CHECKER
+    strict = types.redefine_many(
+        {
+            "integer": lambda _, value: type(value) is int,
+            "number": lambda _, value: types.is_type(value, "number") and math.isfinite(value),
+        }
+    )
+    return validators.extend(Draft202012Validator, type_checker=strict)(schema)
