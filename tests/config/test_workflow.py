@@ -9,7 +9,7 @@ from helpers.configs import OBR_A4, RAW, replaced
 from helpers.paths import ROOT
 from helpers.workflow_runs import CONFIG
 from obr.config.config_files import layered
-from obr.config.effects import ALL_FIGURES, FIGURES
+from obr.config.effects import ALL_FIGURES, FIGURES, TABLES
 from obr.config.quantizer import QuantizerSettings
 from obr.config.recipe import Recipe
 from obr.config.workflow import Config, check_paths, check_widths, objection
@@ -95,6 +95,8 @@ def test_only_models_limits_tables_and_figures():
         ObrError, match="only_models is 'tiny', which models does not define; it defines small, large"
     ):
         Config(raw(only_models=["tiny"]))
+    with pytest.raises(ObrError, match="only_models is large, of which no table or figure is"):
+        Config(raw(only_models="large", tables__t__models=["small"], figures={}))
 
 
 @pytest.mark.parametrize(
@@ -151,14 +153,39 @@ def test_schema_violations_are_reported_in_one_sentence(changes, sentence):
 
 
 def test_recipe_parse_applies_defaults_of_method():
-    assert Recipe.parse({"method": "dense", "bits": 4}).bits == 16
+    assert Recipe.parse({"method": "dense"}).bits == 16
     assert Recipe.parse({"method": "gptq", "calibration": "c"}).sparsity == 0
-    assert Recipe.parse({"method": "wanda", "mask": "random", "calibration": "c"}).mask == "wanda"
+    assert Recipe.parse({"method": "wanda", "calibration": "c"}).mask == "wanda"
     assert Recipe.parse({"method": "wanda", "mask": "wanda_harmonic", "calibration": "c"}).mask == "wanda_harmonic"
     assert Recipe.parse({"method": "obr_rtn", "pattern": "1:4", "calibration": "c"}).sparsity == 0.75
     recipe = Recipe.parse({"method": "rtn", "keys": {"bits": 4}, "values": {"bits": 8}})
     assert recipe.setting == "W4A16K4V8" and recipe.keys == QuantizerSettings(4)
     assert Recipe.parse(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"method": "dense", "bits": 4}, "recipe.bits is 4, but with method dense it is 16; leave bits out"),
+        ({"method": "gptq", "sparsity": 0.5}, "sparsity is 0.5, but with method gptq no weights are removed; leave"),
+        ({"method": "rtn", "pattern": "2:4"}, "pattern is '2:4', but with method rtn no weights are removed"),
+        ({"method": "wanda", "mask": "random"}, "mask is 'random', but with method wanda it is 'wanda'"),
+        ({"method": "wanda", "pattern": "2:4", "sparsity": 0.6}, "sparsity is 0.6, but with pattern 2:4 it is 0.5"),
+    ],
+)
+def test_a_value_that_a_method_does_not_take_is_refused(entry, sentence):
+    with pytest.raises(ObrError, match=sentence):
+        Recipe.parse({"calibration": "c", **entry})
+
+
+def test_a_checked_recipe_is_accepted_again():
+    for entry in (
+        {"method": "gptq"},
+        {"method": "magnitude"},
+        {"method": "wanda", "pattern": "1:3", "sparsity": 0.667},
+    ):
+        recipe = Recipe.parse({"calibration": "c", **entry})
+        assert Recipe.parse(recipe.to_dict()) == recipe
 
 
 def test_widths_are_checked_against_a_model():
@@ -220,6 +247,7 @@ def test_the_schema_knows_every_bos_and_no_other(section, key, values):
 
 
 QUOTING = {"recipe": "obr", "published": {}}
+OVERRIDES = {"models": ["small"], "calibrations": {}, "perplexity": ["wiki"], "zero_shot": ["piqa"]}
 FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perplexity": "wiki"}
 
 
@@ -248,6 +276,12 @@ FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perp
         ),
         ({"calibrations__d": {"text": "train", "sampling": "sequential", "seed": 2}}, "calibrations.d.seed is 2"),
         ({"calibrations__d": {"generated": {}, "reversed": True}}, "calibrations.d.reversed is True, which nothing"),
+        ({"recipes__obr__method": "gptq", "recipes__obr__alpha": 0.9}, "recipes.obr.alpha is 0.9, which nothing reads"),
+        ({"recipes__obr__sweeps": 10}, "recipes.obr.sweeps is 10, which nothing reads: sweeps is of the method joint"),
+        ({"recipes__r": {"method": "rtn", "mask": "random"}}, "recipes.r.mask is 'random', which nothing reads"),
+        ({"recipes__r": {"method": "rtn", "damp": 0.1}}, "recipes.r.damp is 0.1, which nothing reads"),
+        ({"recipes__r": {"method": "rtn", "bits": 16, "refit": True}}, "recipes.r.refit is True, which nothing reads"),
+        ({"recipes__obr__hessian_inputs": "quantised"}, "hessian_inputs is of recipes that name activations"),
         ({"tables__t__both_orders": True}, "tables.t.both_orders is True, which nothing reads: both_orders is of"),
         (
             {"zero_shot__z": {"source": {"source": "hub", "task": "piqa"}, "text": "train"}},
@@ -265,6 +299,19 @@ FIGURE = {"kind": "perplexity_bits", "models": ["large"], "rows": ["obr"], "perp
             },
             "overrides.without is 'gone', which nothing reads: without is of tables and figures of this config",
         ),
+        (
+            {"overrides": {**OVERRIDES, "tables": {"t": {"titel": "x"}}}},
+            "overrides.tables.t.titel is 'x', which nothing reads: titel is of no tables",
+        ),
+        (
+            {"overrides": {**OVERRIDES, "figures": {"f": {"x": "bits"}}}},
+            "overrides.figures.f.x is 'bits', which nothing reads: x is of no figures of kind perplexity_bits",
+        ),
+        ({"overrides": {**OVERRIDES, "zero_shot": ["gone"]}}, "overrides.zero_shot is 'gone', which zero_shot does"),
+        (
+            {"overrides": {**OVERRIDES, "calibrations": {"c": "gone"}}},
+            "overrides.calibrations.c is 'gone', which calibrations does not define",
+        ),
     ],
 )  # fmt: skip
 def test_unread_keys_are_refused(changes, sentence):
@@ -279,6 +326,10 @@ def test_read_keys_and_defaults_are_accepted():
     row = {"recipe": "obr", "published": {}, "published_bits": 3}
     changes = {"rotations__r": learned, "figures__g": {**FIGURE, "rows": [row]}}
     assert "r" in Config(raw(**changes)).raw["rotations"]
+
+
+def test_overrides_know_the_keys_of_tables():
+    assert set(SCHEMA["properties"]["tables"]["additionalProperties"]["properties"]) == TABLES
 
 
 def test_figure_keys_of_schema_are_read_by_some_kind():

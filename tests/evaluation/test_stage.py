@@ -315,6 +315,7 @@ def test_the_command_takes_files_and_names_of_a_config(checkpoint, tiny_folder, 
         (["--text", "a", "gone.txt", "windows=3"], "'windows=3' is no setting; the settings are seqlen, tokens, bos"),
         (["--task", "a", "gone", "limit=none"], "limit=none is not a whole number from 1 on"),
         (["--task", "a", "gone"], "gone has no"),
+        (["--text", "a", "gone.txt", "seqlen=64", "seqlen=32"], "--text a: seqlen is given twice"),
         (["--texts", "gone", "--limit", "0"], "--limit is 0"),
     ],
 )

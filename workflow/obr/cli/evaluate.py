@@ -128,6 +128,8 @@ def _given(values: list[str], flag: str, known: tuple[str, ...]) -> tuple[str, P
         key, equals, value = setting.partition("=")
         if not equals or key not in known:
             raise ObrError(f"{flag} {values[0]}: {setting!r} is no setting; the settings are {', '.join(known)}.")
+        if key in spec:
+            raise ObrError(f"{flag} {values[0]}: {key} is given twice; leave one of them out.")
         try:
             spec[key] = json.loads(value)
         except ValueError:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 
+from obr.cli.options import threads
 from obr.config.methods import MASKS
 from obr.config.oneshot_options import DEVICES, OFFERED
 from obr.config.recipe_checks import CLIPS, DTYPES, ORDERS
@@ -107,7 +108,7 @@ def _recipe_and_run(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="memory for hidden states between blocks, the rest is in a temporary file: 4096 (default)",
     )
-    add("--threads", type=int, default=None, metavar="N", help="CPU threads; default: all")
+    add("--threads", type=threads, default=None, metavar="N", help="CPU threads; default: all")
     add("--overwrite", action="store_true", help="replace an earlier checkpoint, or unfinished blocks of another run")
 
 

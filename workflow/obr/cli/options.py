@@ -1,6 +1,7 @@
 """The arguments that stages take on the command line: shared ones by name, and those of the stages with their own."""
 
 import argparse
+import math
 from pathlib import Path
 
 from obr.cli.stage_settings import check_settings
@@ -120,6 +121,20 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cores", type=int, default=None, metavar="N", help="CPU cores; default: all")
 
 
+def threads(text: str) -> int:
+    """A number of CPU threads. Raises ArgumentTypeError for anything else."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def _megabytes(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of MB from 0 on")
+    return value
+
+
 def _path(name: str, text: str):
     return lambda p, required: p.add_argument(f"--{name}", type=Path, required=required, help=text)
 
@@ -163,7 +178,7 @@ def _compute(parser: argparse.ArgumentParser, required: bool) -> None:
         help="dtype of the computation, in place of the recipe's; default: the recipe's, else float32 on a CPU "
         "and the model's own on a GPU",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads; default: all")
+    parser.add_argument("--threads", type=threads, default=None, metavar="N", help="CPU threads; default: all")
 
 
 def _windows(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -186,7 +201,7 @@ def _trust(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def _activations(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument(
-        "--activations-memory", type=float, default=4096, metavar="MB",
+        "--activations-memory", type=_megabytes, default=4096, metavar="MB",
         help="memory for hidden states, the rest is in a temporary file; default: 4096",
     )  # fmt: skip
 

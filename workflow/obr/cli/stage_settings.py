@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from obr.config.recipe_settings import settings_words
+from obr.config.workflow import objection
 from obr.errors import ObrError
 
 SCHEMA = Path(__file__).parents[2] / "schemas" / "config.schema.yaml"
@@ -48,10 +49,10 @@ def settings_help(command: str) -> str:
 
 
 def check_settings(command: str, entry: dict) -> None:
-    """Refuse a key that the sub-command's settings do not have.
+    """Refuse a key that the sub-command's settings do not have, and a value that the key does not take.
 
     Raises:
-        ObrError: with the nearest key that they have.
+        ObrError: with the nearest key that they have, or with the value.
     """
     known = {name for name, _ in _keys(command)}
     for word in settings_words(entry):
@@ -61,18 +62,35 @@ def check_settings(command: str, entry: dict) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise ObrError(f"{name} is no setting of {command}{hint} See obr {command} --help.")
+    if known and (sentence := objection(entry, _schema_of(command))):
+        raise ObrError(f"a setting of {command} cannot be: {sentence}")
+
+
+def _schema_of(command: str) -> dict:
+    """The part of the schema that the settings of a sub-command have to fit."""
+    schema, node = _described(command)
+    if command == "sensitivity":
+        blocks = schema["$defs"]["recipe"]["properties"]["blocks"]
+        node = {"type": "object", "properties": {"options": node["additionalProperties"], "blocks": blocks}}
+    return {**node, "$defs": schema["$defs"]}
+
+
+def _described(command: str) -> tuple[dict, dict]:
+    """(the whole schema, its node for a sub-command's settings)."""
+    import yaml
+
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    node = schema
+    for part in SECTIONS[command].split("/"):
+        node = node[part]
+    return schema, node
 
 
 def _keys(command: str) -> list[tuple[str, str]]:
     """(key, its line of help) of all that the schema has for a sub-command; nothing where it has no settings."""
     if command not in SECTIONS:
         return []
-    import yaml
-
-    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
-    node, prefix = schema, ""
-    for part in SECTIONS[command].split("/"):
-        node = node[part]
+    (schema, node), prefix = _described(command), ""
     if command == "sensitivity":
         prefix, node = "options.0.", node["additionalProperties"]["items"]
     found = list(_lines(schema, node, prefix))

@@ -31,8 +31,8 @@ ROTATIONS = {
 }
 DRAWN_OR_LEARNED = "drawn and learned rotations"
 TABLES = {
-    "title", "models", "rows", "perplexity", "zero_shot", "mean", "time", "seeds", "both_orders", "quoted", "mentions",
-    "details", "published", "published_metrics", "note",
+    "title", "models", "rows", "perplexity", "zero_shot", "mean", "time", "seeds", "both_orders", "quoted",
+    "mentions", "details", "published", "published_metrics", "note",
 }  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def _of_overrides(raw: dict) -> Iterator[tuple[str, str, object, str]]:
     for section in ("tables", "figures"):
         for name, entry in overrides.get(section, {}).items():
             kind = raw[section].get(name, {}).get("kind", entry.get("kind"))
-            read = TABLES if section == "tables" else ALL_FIGURES | FIGURES.get(kind, set().union(*FIGURES.values()))
-            for key in sorted(set(entry) - read):
+            figures = ALL_FIGURES | FIGURES.get(kind, set().union(*FIGURES.values()))
+            for key in sorted(set(entry) - (TABLES if section == "tables" else figures)):
                 yield (
                     f"overrides.{section}.{name}",
                     key,

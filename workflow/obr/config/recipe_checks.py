@@ -119,7 +119,8 @@ def unread(entry: dict) -> dict[str, str]:
     method = METHODS.get(name)
     if method is None or entry.get("allocation"):
         return {}  # refused elsewhere; an allocation's options may be of any method
-    hessian = not method.data_free or (entry.get("clip") == "hessian" or entry.get("refit")) and bits < 16
+    scales = bits < 16 and bool(entry.get("clip") == "hessian" or entry.get("refit"))
+    hessian = scales or not method.data_free
     rounded = "recipes of fewer than 16 bits"
     found = {
         "alpha": ("the methods obr_rtn and obr_gptq", 0.5, method.solver == "obr"),

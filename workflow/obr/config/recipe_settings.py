@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from obr.config.recipe import Recipe
 from obr.errors import ObrError
+from obr.runtime.files import parse_object
 
 SHOWN = ("bits", "sparsity")  # also where they are the defaults of the method
 KEY = re.compile(r"(?!\d+$)(?!\{)[^.=\s]+")  # of a mapping that is spelled with dots; "{" begins an object
@@ -100,10 +101,9 @@ def _with_lists(value):
 
 def _object(text: str) -> dict:
     try:
-        value = json.loads(text)
+        return parse_object(text)
     except (ValueError, RecursionError) as error:
         raise ObrError(f"the settings are not JSON ({error}); write KEY=VALUE, or correct it.") from error
-    return value
 
 
 def _text(value) -> str:

@@ -145,9 +145,9 @@ def wikitext_rows(text: str) -> list[str]:
     """Rows of a WikiText file as the hub has them: '' for a blank line, any other line with its newline.
 
     Raises:
-        ObrError: lines end in CR LF, which the hub's do not.
+        ObrError: all lines end in CR LF, which the hub's do not.
     """
-    if "\r\n" in text:
+    if 0 < text.count("\n") == text.count("\r\n"):
         raise ObrError("the WikiText file has lines that end in CR LF, unlike the hub's: convert it by dos2unix.")
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     return [line if line.strip() else "" for line in lines]

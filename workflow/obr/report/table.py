@@ -65,8 +65,9 @@ def build(config: dict, name: str, results: Path, published: Path) -> Table:
                 record |= _details(details, {})
             elif details or row.recipe.method != "dense":
                 manifests = [read_manifest(results, model, each) for each in row.seeds]
-                evidence.manifests[label, row.label] = manifests[0]
-                record |= pd.DataFrame([_details(details, manifest) for manifest in manifests]).mean().to_dict()
+                evidence.manifests[_place(evidence, label, row, manifests[0])] = manifests[0]
+                found = pd.DataFrame([_details(details, manifest) for manifest in manifests])
+                record |= found.mean(skipna=False).to_dict()
             if row.recipe is not None and row.recipe.chosen_mask in MASKS:
                 evidence.masks[row.recipe.chosen_mask][row.label] = None
             records.append(record)
@@ -74,6 +75,12 @@ def build(config: dict, name: str, results: Path, published: Path) -> Table:
         raise ObrError(f"Table {entry.get('title', '')!r} has nothing to show; give it rows with recipes.")
     notes = notes_of(entry, metrics, evidence, quotes.frame, published)
     return Table(_ordered(records, metrics), notes, entry.get("title", ""), metrics, details)
+
+
+def _place(evidence: Evidence, model: str, row: Row, manifest: dict) -> tuple[str, str]:
+    """(model, row) as notes name them: by the row's label, with its recipe where another row has that label."""
+    other = evidence.manifests.get((model, row.label), manifest)
+    return model, row.label if other == manifest else f"{row.label} [{row.checkpoint}]"
 
 
 def _head(model: str, label: str, row: Row, quotes: papers.Quotes) -> dict:
@@ -117,8 +124,8 @@ def _averaged(records: list[dict]) -> dict:
         return records[0]
     frame = pd.DataFrame(records)
     ours = frame[[column for column in frame if column.endswith("_ours")]]
-    spread = ours.std(ddof=1).rename(lambda column: column.replace("_ours", "_stderr"))
-    return ours.mean().to_dict() | spread.to_dict()
+    spread = ours.std(ddof=1, skipna=False).rename(lambda column: column.replace("_ours", "_stderr"))
+    return ours.mean(skipna=False).to_dict() | spread.to_dict()
 
 
 def _quoted(metrics, quotes, model, label, row, evidence: Evidence, measured: dict) -> dict:

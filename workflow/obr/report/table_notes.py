@@ -105,12 +105,16 @@ def _zero_shot_notes(evidence: Evidence) -> list[str]:
     facts, prompts = {}, defaultdict(dict)
     for model, task, artefact in evidence.zero_shot:
         share = "" if artefact.get("limit") is None else "the first "
-        facts[f"{HEADINGS.get(task, task)} {artefact['metric']} of {share}{artefact['n']:,}"] = None
+        shots = artefact.get("num_fewshot")
+        after = f" ({shots}-shot)" if shots else ""
+        facts[f"{HEADINGS.get(task, task)} {artefact['metric']} of {share}{artefact['n']:,}{after}"] = None
         if artefact.get("prompts"):
             prompts[artefact["prompts"]][model] = None
     if not facts:
         return []
-    notes = [f"Zero-shot: accuracy in percent ± standard error; {', '.join(facts)} examples."]
+    few = any(artefact.get("num_fewshot") for *_, artefact in evidence.zero_shot)
+    what = "Tasks" if few else "Zero-shot"
+    notes = [f"{what}: accuracy in percent ± standard error; {', '.join(facts)} examples."]
     notes += [f"Zero-shot prompts: {text}{_whose(prompts, models)}." for text, models in prompts.items()]
     return notes + _bos_notes("Zero-shot", [(model, artefact) for model, _, artefact in evidence.zero_shot])
 
