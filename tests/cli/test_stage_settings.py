@@ -48,7 +48,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_one(command, entry, sent
 
 def test_an_unknown_setting_ends_the_command(capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
-        main.main(["download-text", "--settings", "pth=a.txt", "source=path", "--out", str(tmp_path / "t")])
+        main(["download-text", "--settings", "pth=a.txt", "source=path", "--out", str(tmp_path / "t")])
     assert ended.value.code == 2 and "pth is no setting of download-text" in capsys.readouterr().err
 
 
