@@ -31,10 +31,10 @@ except ObrError as error:
 try:
     validate(config, "../schemas/config.schema.yaml")
     sentence = None
-except (WorkflowError, AttributeError) as error:  # whose own message holds the schema; a list for a mapping crashes it
+except (WorkflowError, AttributeError) as error:  # a list for a mapping crashes Snakemake
     sentence = str(error)
 schema = Path(workflow.basedir, "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8")
-if sentence := objection(config, yaml.safe_load(schema)) or sentence:
+if sentence := objection(config, yaml.safe_load(schema)) or sentence:  # Snakemake's message holds the schema
     raise WorkflowError(sentence) from None
 
 try:
