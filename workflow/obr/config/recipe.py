@@ -198,7 +198,6 @@ class Recipe:
             entry[part] = QuantizerSettings.parse(entry.get(part), f"{name}.{part}")
         recipe = build_settings(cls, entry, name)
         checks.check_choices(recipe, name)
-        given = entry
         if not recipe.prunes:
             recipe = replace(recipe, sparsity=0.0, pattern=None)
         if recipe.pattern:
@@ -210,12 +209,9 @@ class Recipe:
             recipe = replace(recipe, bits=16)
         if recipe.allocation is not None:
             recipe = recipe._allocated(name)
-        checks.check_taken(given, recipe, name)
-        checks.check_group(recipe, name)
-        checks.check_order(recipe, name)
-        checks.check_target(recipe, name)
-        checks.check_ranges(recipe, name)
-        checks.check_passes(recipe, name)
+        checks.check_taken(entry, recipe, name)
+        for check in checks.OF_FIELDS:
+            check(recipe, name)
         return recipe
 
     def _allocated(self, name: str) -> "Recipe":

@@ -180,3 +180,7 @@ def check_group(recipe: Recipe, name: str) -> None:
     for reason, clashing in clashes.items():
         if clashing:
             raise ObrError(f"{name}.group is {recipe.group}, but {reason}, or group: null.")
+
+
+# What `Recipe.parse` asks of a recipe once its defaults are settled, in this order.
+OF_FIELDS = (check_group, check_order, check_target, check_ranges, check_passes)
