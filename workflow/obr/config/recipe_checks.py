@@ -104,7 +104,7 @@ def check_taken(given: dict, recipe: Recipe, name: str) -> None:
         value, taken = given.get(field), getattr(recipe, field)
         if value is None or value == taken or (field == "mask" and not METHODS[recipe.method].masks):
             continue
-        if field == "sparsity" and recipe.pattern and math.isclose(value, taken, abs_tol=1e-3):
+        if field == "sparsity" and recipe.pattern and (not value or math.isclose(value, taken, abs_tol=1e-3)):
             continue
         of = f"pattern {recipe.pattern}" if field == "sparsity" and recipe.pattern else f"method {recipe.method}"
         instead = "no weights are removed" if not recipe.prunes else f"it is {taken!r}"
