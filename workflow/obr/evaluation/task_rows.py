@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from obr.data.tokenize import read_text
 from obr.errors import ObrError, first_line
 from obr.evaluation.cloze import cloze
 from obr.evaluation.lm_eval_tasks import METRICS, packaged_task
@@ -132,6 +131,8 @@ def _local(source: dict, key: str) -> Path:
 
 
 def _cloze_rows(source: dict, text: Path | None) -> Found:
+    from obr.data.tokenize import read_text
+
     if "num_fewshot" in source:
         raise ObrError("a cloze task has no examples for its prompts: leave num_fewshot out.")
     if text is None or not text.is_file():
