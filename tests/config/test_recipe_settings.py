@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from obr.config.config_files import load_config
 from obr.config.recipe import Recipe
-from obr.config.recipe_settings import command_line, parse_settings, settings_line, spelled
+from obr.config.recipe_settings import as_arguments, command_line, parse_settings, settings_line
 from obr.errors import ObrError
 
 
@@ -20,7 +20,7 @@ def test_every_recipe_of_the_project_comes_back_from_its_words():
         assert Recipe.parse(parse_settings(words), key).decisive() == recipe.decisive(), words
         for scheme in ("a16", "a4kv4", "spinquant-a4kv4"):
             evaluated = config.evaluated(key, scheme)
-            again = Recipe.parse(parse_settings(spelled(evaluated.to_dict())), key)
+            again = Recipe.parse(parse_settings(as_arguments(evaluated.to_dict())), key)
             assert again == evaluated or again.to_dict() | {"label": None} == evaluated.to_dict() | {"label": None}
 
 
@@ -34,7 +34,9 @@ def test_words_are_short_and_leave_out_defaults():
 @given(st.one_of(st.text(min_size=1), st.booleans(), st.none(), st.integers(), st.floats(allow_nan=False)))
 def test_any_value_comes_back_as_it_was(value):
     words = (
-        spelled({"method": "rtn", "calibration": value}) if value is not None else ["method=rtn", "calibration=null"]
+        as_arguments({"method": "rtn", "calibration": value})
+        if value is not None
+        else ["method=rtn", "calibration=null"]
     )
     assert parse_settings(words) == ({"method": "rtn", "calibration": value} if len(words) > 1 else {"method": "rtn"})
 

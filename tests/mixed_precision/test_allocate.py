@@ -107,7 +107,9 @@ def test_allocation_reports_bits_and_loss():
     assert told["bits_per_weight"] == 3.0 and told["loss"] == 2.0 and told["weights"] == 256
     assert told["uniform"]["gptq, 3 bits"] == {"bits_per_weight": 3.0, "loss": 4.9}
     assert allocation.chosen_options(told, "it") == chosen.layers == allocation.chosen_options(json_of(told), "it")
-    assert "3.0000 bits a weight, predicted loss 2.0000, the best of one kind (gptq, 3 bits) 4.9000" in chosen.spell()
+    assert (
+        "3.0000 bits a weight, predicted loss 2.0000, the best of one kind (gptq, 3 bits) 4.9000" in chosen.summary()
+    )
     with pytest.raises(ObrError, match="it holds no allocation"):
         allocation.chosen_options({**told, "layers": [{"block": 0}]}, "it")
     with pytest.raises(ObrError, match="The smallest options take 512 bits, the budget is 448; raise"):

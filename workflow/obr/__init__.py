@@ -1,4 +1,4 @@
-"""Sparse and quantised language models by Optimal Brain Restoration and its rivals.
+"""Sparse and quantised language models by Optimal Brain Restoration and its baselines.
 
     model = obr.load_model("path/to/model")  # a folder with config.json and safetensors
     model = obr.rotate(model, "quarot", seed=0)

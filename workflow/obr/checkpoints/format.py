@@ -169,7 +169,7 @@ class CheckpointBlocks(StreamedBlocks):
         check_files(Path(directory), self.manifest)
         own = Recipe.parse(self.manifest["recipe"])
         _check_same_weights(recipe or own, own, directory)
-        self.recipe, dtype = dtypes.settled(recipe or own, dtype)
+        self.recipe, dtype = dtypes.resolve_dtype(recipe or own, dtype)
         super().__init__(Path(directory), None, dtype, device)
         vars(self.config).pop("quantization_config", None)  # nothing that the model still needs
         if len(self) != self.manifest["blocks"]:

@@ -123,7 +123,7 @@ def allocate(args: Namespace) -> None:
     from obr.config.recipe import Recipe
     from obr.mixed_precision.allocate import allocate_stage
 
-    print(allocate_stage(Recipe.parse(args.recipe), args.sensitivity, args.out).spell())
+    print(allocate_stage(Recipe.parse(args.recipe), args.sensitivity, args.out).summary())
 
 
 def compress(args: Namespace) -> None:

@@ -55,7 +55,7 @@ def compress_stage(
     _check_layerwise(recipe, gradient_file, allocation_file)
     patterns = {option.label: option.pattern for option in recipe.options} or {recipe.method: recipe.pattern}
     check_widths(with_defaults(read_config(model)), patterns, model.name)
-    recipe, dtype = dtypes.settled(recipe, dtype)
+    recipe, dtype = dtypes.resolve_dtype(recipe, dtype)
     blocks = apply.open_blocks(model, rotation, dtype, device)
     check_experts(blocks, recipe)
     report = Report(recipe, blocks.storage_dtype, blocks.dtype, device=str(blocks.target))

@@ -10,16 +10,16 @@ from obr.errors import ObrError
 from obr.runtime.files import parse_object
 
 SHOWN = ("bits", "sparsity")  # also where they are the defaults of the method
-KEY = re.compile(r"(?!\d+$)(?!\{)[^.=\s]+")  # of a mapping that is spelled with dots; "{" begins an object
+KEY = re.compile(r"(?!\d+$)(?!\{)[^.=\s]+")  # of a mapping that is written with dots; "{" begins an object
 
 
-def spelled(entry: dict) -> list[str]:
+def as_arguments(entry: dict) -> list[str]:
     """The settings of a recipe as words of a command: its method, bits and sparsity, and what differs from defaults.
 
     Fields of a field have a dot, as `activations.bits=4`. Values are JSON, and strings stand without quotes where
     they cannot be mistaken for anything else.
 
-        >>> spelled({"method": "obr_gptq", "bits": 4, "sparsity": 0.5, "pattern": None, "keys": {"bits": 8}})
+        >>> as_arguments({"method": "obr_gptq", "bits": 4, "sparsity": 0.5, "pattern": None, "keys": {"bits": 8}})
         ['method=obr_gptq', 'bits=4', 'keys.bits=8', 'sparsity=0.5']
     """
     usual = Recipe(method=entry["method"]).to_dict()
@@ -37,8 +37,8 @@ def spelled(entry: dict) -> list[str]:
 
 
 def command_line(entry: dict) -> str:
-    """`spelled`, quoted for a shell."""
-    return shlex.join(spelled(entry))
+    """`as_arguments`, quoted for a shell."""
+    return shlex.join(as_arguments(entry))
 
 
 def settings_words(entry: dict) -> list[str]:

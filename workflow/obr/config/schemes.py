@@ -94,7 +94,7 @@ def scores_of(entry: dict) -> dict[str, list[str]]:
     }
 
 
-def scores_asked(raw: dict) -> dict[tuple[str, str, str], dict[str, list[str]]]:
+def requested_scores(raw: dict) -> dict[tuple[str, str, str], dict[str, list[str]]]:
     """What tables and figures ask of each (model, recipe, activation scheme): texts and tasks, as `scores_of`."""
     found: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for entry in [*raw["tables"].values(), *raw["figures"].values()]:

@@ -21,7 +21,7 @@ class ScoreFunctions:
     def _path(self, artefact: str, **names: str) -> str:
         return f"{self.results}/{paths.below(artefact, **names)}"
 
-    def asked(self, wildcards: "Wildcards") -> dict[str, list[str]]:
+    def requested(self, wildcards: "Wildcards") -> dict[str, list[str]]:
         """The texts and tasks of an evaluation: those of tables and figures, and those that its file holds already.
 
         So an evaluation is not out of date where another experiment asks for fewer scores than are there.
@@ -39,8 +39,8 @@ class ScoreFunctions:
         }
 
     def inputs(self, wildcards: "Wildcards") -> dict[str, list[str]]:
-        """The files of an evaluation's texts and tasks, in the order of `asked`."""
-        scores = self.asked(wildcards)
+        """The files of an evaluation's texts and tasks, in the order of `requested`."""
+        scores = self.requested(wildcards)
         texts = [self.raw["perplexity"][name]["text"] for name in scores["perplexity"]]
         return {
             "texts": [self._path("text", text=text) for text in texts],
@@ -50,7 +50,10 @@ class ScoreFunctions:
     def entry(self, wildcards: "Wildcards") -> str:
         """The settings of an evaluation's texts and tasks."""
         return _json(
-            {kind: {n: self._settings_of(kind, n) for n in names} for kind, names in self.asked(wildcards).items()}
+            {
+                kind: {n: self._settings_of(kind, n) for n in names}
+                for kind, names in self.requested(wildcards).items()
+            }
         )
 
     def _settings_of(self, kind: str, name: str) -> dict:
@@ -59,7 +62,7 @@ class ScoreFunctions:
 
     def flags(self, wildcards: "Wildcards", input: "InputFiles") -> str:
         """The flags that name an evaluation's texts and tasks, each with its file and settings."""
-        scores = self.asked(wildcards)
+        scores = self.requested(wildcards)
         files = {"perplexity": list(input.texts), "zero_shot": [str(Path(task).parent) for task in input.tasks]}
         flags = []
         for kind, flag in (("perplexity", "--text"), ("zero_shot", "--task")):

@@ -25,8 +25,8 @@ from obr.config.schemes import (
     checkpoint_entry,
     evaluated_entry,
     recipes_of_row,
+    requested_scores,
     rows_of,
-    scores_asked,
     scores_of,
 )
 from obr.errors import ObrError, printable
@@ -229,8 +229,8 @@ class Config:
 
     @cached_property
     def scores(self) -> dict[tuple[str, str, str], dict[str, list[str]]]:
-        """What tables and figures ask of each (model, recipe, activation scheme); see `scores_asked`."""
-        return scores_asked(self.raw)
+        """What tables and figures ask of each (model, recipe, activation scheme); see `requested_scores`."""
+        return requested_scores(self.raw)
 
     def measured_calibration(self, key: str) -> str:
         """The windows on which a recipe's options are measured: those of its calibration, in the order drawn."""

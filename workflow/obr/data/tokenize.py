@@ -75,7 +75,7 @@ def require_bos(tokenizer: "PreTrainedTokenizerBase") -> int:
     return tokenizer.bos_token_id
 
 
-def spell_tokens(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+def tokens_as_text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """Special tokens in words: "a BOS token", or their names."""
     if ids == [tokenizer.bos_token_id]:
         return "a BOS token"

@@ -154,5 +154,5 @@ def _special(tokenizer, bos: bool | str | None) -> str:
         return "every window begins with a BOS token, which is one of its tokens"
     before, after = tokenize.special_tokens(tokenizer) if bos is None else ([tokenizer.bos_token_id] * bos, [])
     places = ((before, "once, before the text"), (after, "once, after the text"))
-    spelled = [f"{tokenize.spell_tokens(tokenizer, ids)} {place}" for ids, place in places if ids]
+    spelled = [f"{tokenize.tokens_as_text(tokenizer, ids)} {place}" for ids, place in places if ids]
     return " and ".join(spelled) or "no special tokens"

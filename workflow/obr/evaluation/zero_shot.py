@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from obr.data.tokenize import require_bos, special_tokens, spell_tokens
+from obr.data.tokenize import require_bos, special_tokens, tokens_as_text
 from obr.errors import ObrError
 from obr.evaluation.likelihood import Likelihood, log_likelihoods
 from obr.evaluation.lm_eval_tasks import METRICS
@@ -100,7 +100,7 @@ class TaskRun:
             self.requests = lm.requests(self._evaluate)
         self.max_length = lm.max_length
         self.about = {
-            "prompts": f"{spell_tokens(tokenizer, before)} before each prompt" if before else "no special tokens",
+            "prompts": f"{tokens_as_text(tokenizer, before)} before each prompt" if before else "no special tokens",
             **_bos_note(config, tokenizer, before),
             "max_length": lm.max_length, "truncated": lm.truncated,
         }  # fmt: skip

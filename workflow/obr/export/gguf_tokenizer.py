@@ -4,7 +4,7 @@ from pathlib import Path
 
 import gguf
 
-from obr.data.tokenize import special_tokens, spell_tokens
+from obr.data.tokenize import special_tokens, tokens_as_text
 from obr.errors import ObrError
 from obr.models.loading import load_tokenizer
 from obr.runtime.files import read_json
@@ -52,7 +52,7 @@ def _added(folder: Path, ids: dict[str, int]) -> dict[str, bool]:
     for name, tokens in added.items():
         if tokens not in ([], [ids.get(name)]):
             raise ObrError(
-                f"{folder}: the tokenizer adds {spell_tokens(tokenizer, tokens)} to a text, for which GGUF has no "
+                f"{folder}: the tokenizer adds {tokens_as_text(tokenizer, tokens)} to a text, for which GGUF has no "
                 "key; export a folder without it, and pass token numbers to llama.cpp."
             )
     return {name: bool(tokens) for name, tokens in added.items()}

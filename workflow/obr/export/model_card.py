@@ -36,7 +36,7 @@ def model_card(checkpoint: Path, manifest: dict, repo: str, licence: str | None 
         "## Measured\n\n" + _measured(checkpoint, manifest),
         "## Use\n\n```python\nfrom huggingface_hub import snapshot_download\nimport obr\n\n"
         f'model = obr.load(snapshot_download("{repo}"))  # a transformers model, weights unpacked\n```',
-        "## Recipe\n\n```json\n" + json.dumps(_told(recipe), indent=2) + "\n```\n\n" + _commands(recipe),
+        "## Recipe\n\n```json\n" + json.dumps(_set_fields(recipe), indent=2) + "\n```\n\n" + _commands(recipe),
         "## Licence\n\n"
         f"The weights derive from {base or 'the base model'} and stay under its licence, {licence}; its terms on use "
         "and naming apply to this checkpoint too.",
@@ -110,7 +110,7 @@ def _evaluated(results: Path, model: str, recipe: str) -> list[str]:
     return sorted(found, key=lambda scheme: (scheme != SIXTEEN_BITS_SCHEME, scheme))
 
 
-def _told(recipe: Recipe) -> dict:
+def _set_fields(recipe: Recipe) -> dict:
     """The recipe without what it does not set."""
     return {
         k: v for k, v in recipe.to_dict().items() if v is not None and not (isinstance(v, dict) and v["bits"] == 16)
@@ -118,7 +118,7 @@ def _told(recipe: Recipe) -> dict:
 
 
 def _commands(recipe: Recipe) -> str:
-    entry = command_line(_told(recipe))
+    entry = command_line(_set_fields(recipe))
     if recipe.method == "released":
         return (
             f"Made by\n\n```sh\nobr released --recipe {entry} --model MODEL --released DOWNLOAD --out CHECKPOINT\n```"

@@ -61,8 +61,8 @@ class Choice:
             "layers": layers,
         }
 
-    def spell(self) -> str:
-        """In a sentence."""
+    def summary(self) -> str:
+        """Bits, predicted loss and the number of layers of each option, in a sentence."""
         counts = Counter(option.label for option in self.layers.values())
         rivals = {
             k: u["loss"] for k, u in self.uniform.items() if u["bits_per_weight"] <= self.allocation.bits + 1e-9

@@ -13,13 +13,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def settled(recipe: Recipe, given: torch.dtype | None) -> tuple[Recipe, torch.dtype | None]:
+def resolve_dtype(recipe: Recipe, given: torch.dtype | None) -> tuple[Recipe, torch.dtype | None]:
     """(recipe, dtype to compute in, None for the device's default).
 
     `given`, from the command line or a caller, wins over the recipe's own dtype. A recipe that names another dtype is
     returned with the given one, so that a manifest says what was computed.
 
-        >>> settled(Recipe("rtn", dtype="bfloat16"), None)[1]
+        >>> resolve_dtype(Recipe("rtn", dtype="bfloat16"), None)[1]
         torch.bfloat16
     """
     if recipe.dtype is None:

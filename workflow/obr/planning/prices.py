@@ -6,7 +6,7 @@ from pathlib import Path
 
 from obr.config import paths
 from obr.config.recipe import Option, Recipe
-from obr.config.schemes import checkpoint_entry, scores_asked
+from obr.config.schemes import checkpoint_entry, requested_scores
 from obr.errors import ObrError
 from obr.planning import cost_model, learning_cost, measured_times, memory, tensor_sizes
 from obr.planning.dry_run import Job
@@ -41,7 +41,7 @@ class Prices:
         self.threads = dict.fromkeys(("hessian", "gradients"), config["threads"]["hessian"])
         self.threads |= dict.fromkeys(("compress", "sensitivity"), config["threads"]["compress"])
         self.threads |= dict.fromkeys(("generate", "evaluate"), config["threads"]["evaluate"])
-        self.scores = scores_asked(config)
+        self.scores = requested_scores(config)
         self.known = known if known is not None else []
         self.factors = measured_times.factors(self.known, self.device, self.threads)
 

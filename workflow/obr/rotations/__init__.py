@@ -1,1 +1,1 @@
-"""Rotations and other transforms that leave a model's outputs as they are: read, drawn, applied."""
+"""Rotations and other transforms that leave a model's outputs as they are: random, read or learned."""

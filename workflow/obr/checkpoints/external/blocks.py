@@ -50,7 +50,7 @@ class ExternalBlocks(StreamedBlocks):
         own = replace(self.own_recipe(), activations=layout.activations)
         if recipe is not None:
             own = replace(own, **{key: getattr(recipe, key) for key in (*QUANTIZERS, "dtype", "label")})
-        self.recipe, _ = dtypes.settled(own, dtype)
+        self.recipe, _ = dtypes.resolve_dtype(own, dtype)
 
     def _checked(self) -> Checked:
         return open_external(self.path)

@@ -175,7 +175,9 @@ def check_family(model: nn.Module, layout: Layout, what: str) -> None:
             raise ObrError(f"{what} has no module {name}, as {family} models have; use a native model.")
     for name in linears:
         if type(modules[name]) is not nn.Linear:
-            raise ObrError(f"{name} of {what} is a {spell(modules[name])}, not torch.nn.Linear; use a native model.")
+            raise ObrError(
+                f"{name} of {what} is a {class_name(modules[name])}, not torch.nn.Linear; use a native model."
+            )
 
 
 def check_tensors(
@@ -228,6 +230,6 @@ def _untied(config, tensors: TensorFiles, layout: Layout) -> bool:
     return _says_tied(config) and {head, embed} <= set(tensors.files) and not tensors.equal(head, embed)
 
 
-def spell(module: object) -> str:
+def class_name(module: object) -> str:
     """The full name of an object's class, such as "torch.nn.modules.linear.Linear"."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from obr.errors import ObrError
 from obr.models import remote_code
 from obr.models.architectures import Layout, layout_of
-from obr.models.check.folder import check_family, meta_model, spell, with_buffers
+from obr.models.check.folder import check_family, class_name, meta_model, with_buffers
 from obr.models.configuration import check_sizes
 from obr.models.layers import QuantLinear
 
@@ -104,7 +104,7 @@ def _check_class(model, is_external: bool) -> None:
     if name in WRAPPERS:
         raise ObrError(f"The model is wrapped in {name}: {WRAPPERS[name]}.")
     if not isinstance(model, PreTrainedModel):
-        raise ObrError(f"The model is a {spell(model)}, no model of transformers: {_remedy(model)}.")
+        raise ObrError(f"The model is a {class_name(model)}, no model of transformers: {_remedy(model)}.")
     if not is_external and (method := quantised_by(model)):
         raise ObrError(f"The model is quantised already ({method}): choose its full-precision original.")
     if not _is_native(model) and not (
@@ -113,7 +113,7 @@ def _check_class(model, is_external: bool) -> None:
         layout_of(model.config)
         expected = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)].__name__
         raise ObrError(
-            f"The model is a {spell(model)}, not transformers' {expected}: load it as one, without additions."
+            f"The model is a {class_name(model)}, not transformers' {expected}: load it as one, without additions."
         )
     if len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1:
         raise ObrError("The model lies on several devices: load it on one, without a device_map of several.")
@@ -159,9 +159,9 @@ def _check_module(
             _check_shape(f"{where}.weight", module.weight, wanted.weight)
         return
     if wanted is None:
-        raise ObrError(f"The model has the extra module {where} ({spell(module)}): {_remedy(module)}.")
+        raise ObrError(f"The model has the extra module {where} ({class_name(module)}): {_remedy(module)}.")
     if type(module) is not type(wanted):
-        raise ObrError(f"{where} is a {spell(module)}, not a {spell(wanted)}: {_remedy(module)}.")
+        raise ObrError(f"{where} is a {class_name(module)}, not a {class_name(wanted)}: {_remedy(module)}.")
     if calls:
         _check_calls(where, module)
     for kind in ("_parameters", "_buffers"):
@@ -213,7 +213,7 @@ def _check_buffer(name: str, found: Tensor, wanted: Tensor, module: nn.Module) -
 def _check_calls(where: str, module: nn.Module) -> None:
     """Raise ObrError at what runs besides a module's own forward: a hook, another forward, compiled code."""
     for hook in (hook for kind in HOOKS for hook in getattr(module, kind, {}).values()):
-        name, owner = getattr(hook, "__qualname__", spell(hook)), getattr(hook, "__module__", "")
+        name, owner = getattr(hook, "__qualname__", class_name(hook)), getattr(hook, "__module__", "")
         if not (name.startswith(HARMLESS_HOOKS) and owner.startswith("transformers.")):
             undone = "`handle.remove()`; of torch: `prune.remove`, `remove_weight_norm`"
             raise ObrError(f"{where} has the hook {name}: remove it ({undone}).")
@@ -234,7 +234,7 @@ def _check_tensors(model: nn.Module, layout: Layout, free: set[str]) -> None:
         if any(place in free for place in _parents(name)):
             continue
         if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor) or tensor.layout is not torch.strided:
-            raise ObrError(f"{name} is a {spell(tensor)}, no plain tensor: {FULL}.")
+            raise ObrError(f"{name} is a {class_name(tensor)}, no plain tensor: {FULL}.")
         if tensor.is_meta:
             raise ObrError(f"{name} is not in memory (offloaded, or not loaded): load the whole model on one device.")
         if not isinstance(tensor, nn.Parameter):
@@ -256,7 +256,7 @@ def is_tied(model: nn.Module, layout: Layout) -> bool:
 
 
 def _remedy(module) -> str:
-    named = spell(module)
+    named = class_name(module)
     if isinstance(module, nn.Module) and parametrize.is_parametrized(module):
         named = "torch.nn.utils.parametrize"
     return next((remedy for package, remedy in REMEDIES.items() if named.startswith(package)), OTHERWISE)
