@@ -173,6 +173,32 @@ def test_the_note_on_times_says_whether_cached_hessians_are_left_out(results):
         ]
 
 
+def test_rows_of_one_label_keep_their_own_calibrations(results, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    path = copy / "manifests" / "llama" / "obr_24.json"
+    save(path, {**json.loads(path.read_text()), "calibration": {"text": "other", "tokens": 9}})
+    rows = [{"recipe": "obr", "label": "OBR"}, {"recipe": "obr_24", "label": "OBR"}]
+    notes = [note for note in build(copy, rows=rows, models=["llama"]).notes if note.startswith("Calibration:")]
+    assert len(notes) == 2 and notes[0].endswith("(OBR).")
+    assert "9 tokens of other" in notes[1] and notes[1].endswith("(OBR [obr_24]).")
+
+
+def test_notes_say_how_many_examples_a_prompt_has(results, tmp_path):
+    copy = shutil.copytree(results, tmp_path / "results")
+    for path in copy.glob("evaluations/*/*/*.json"):
+        change_scores(path, "zero_shot", TASKS[0], num_fewshot=5)
+    (note,) = [note for note in build(copy, models=["llama"]).notes if "accuracy in percent" in note]
+    assert note.startswith("Tasks: ") and note.count("(5-shot)") == 1
+    (note,) = [note for note in build(results, models=["llama"]).notes if "accuracy in percent" in note]
+    assert note.startswith("Zero-shot: ") and "shot)" not in note
+
+
+def test_a_mean_over_seeds_lacks_no_seed():
+    records = [{"wiki_ours": 1.0}, {"wiki_ours": math.nan}]
+    assert all(map(math.isnan, table._averaged(records).values()))
+    assert table._averaged([{"wiki_ours": 1.0}, {"wiki_ours": 3.0}])["wiki_ours"] == 2
+
+
 def test_the_text_of_a_calibration_of_another_name_is_told(tmp_path):
     for key in ("dense", "obr"):
         shared = {"device": "cpu", "versions": {"torch": "2.13.0"}, "seconds": 1.0}
