@@ -87,6 +87,11 @@ def test_gguf_of_unknown_tensors_or_architectures_is_refused(tmp_path):
     cut = write_gguf(tmp_path / "b.gguf", without="blk.0.attn_v.weight")
     with pytest.raises(ObrError, match="lacks 1 tensors"):
         obr.load(cut)
+    narrow = write_gguf(tmp_path / "d.gguf", lambda writer: writer.add_rope_dimension_count(16))
+    with pytest.raises(
+        ObrError, match=r"q_proj is no layer of GGUF: a weight \[64, 64\], by the model's sizes \[32, 64\]"
+    ):
+        obr.load(narrow)
     (tmp_path / "c.gguf").write_bytes(extra.read_bytes()[:400])
     with pytest.raises(ObrError, match="cannot be read as a GGUF language model"):
         obr.load(tmp_path / "c.gguf")

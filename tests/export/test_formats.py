@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from gguf.quants import dequantize
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import obr
 from helpers.family_models import EXPERTS, FAMILIES
@@ -292,3 +292,27 @@ def test_families_and_sizes_that_gguf_lacks_are_refused(prompt, tmp_path):
     checkpoint = random_model(FAMILIES["llama, tied, 9 heads"], tmp_path / "d", prompt)
     with pytest.raises(ObrError, match="144 columns are no whole number"):
         export(checkpoint, "gguf", tmp_path / "out")
+    with pytest.raises(ObrError, match="is a folder; give the name of a file"):
+        export(checkpoint, "gguf", tmp_path)
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+WITHOUT_A_PLACE = {
+    "frequencies of qwen2": (
+        Qwen2Config(**SIZES, rope_parameters=LINEAR), "type linear have no place .* for qwen2",
+    ),
+    "frequencies of qwen3": (
+        Qwen3Config(**SIZES, head_dim=16, rope_parameters=LINEAR), "type linear have no place .* for qwen3",
+    ),
+    "biases of qwen3": (Qwen3Config(**SIZES, head_dim=16, attention_bias=True), "biases, which llama.cpp's qwen3"),
+    "both directions": (LlamaConfig(**SIZES, is_causal=False), "attention is not causal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", WITHOUT_A_PLACE)
+def test_settings_that_llama_cpp_does_not_obey_are_refused(setting, prompt, tmp_path):
+    config, message = WITHOUT_A_PLACE[setting]
+    with pytest.raises(ObrError, match=message):
+        export(random_model(config, tmp_path / "c", prompt), "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -369,6 +369,8 @@ def tensor(name: str, *shape: int):
         (lambda w: w.add_rope_scaling_factor(4.0), "", r"sets llama\.rope\.scaling\.factor to 4\.0"),
         (lambda w: w.add_expert_count(8), "", r"sets llama\.expert_count to 8"),
         (lambda w: w.add_key_length(16), "", r"sets llama\.attention\.key_length to 16"),
+        (lambda w: w.add_causal_attention(False), "", r"sets llama\.attention\.causal to False"),
+        (lambda w: w.add_parallel_residual(True), "", r"sets llama\.use_parallel_residual to True"),
     ],
 )
 def test_gguf_parts_ignored_by_transformers_are_refused(more, without, sentence, tmp_path):
@@ -383,6 +385,8 @@ def test_settings_of_a_gguf_that_change_nothing_are_accepted(tmp_path):
         writer.add_key_length(32)
         writer.add_rope_dimension_count(32)
         writer.add_expert_count(0)
+        writer.add_causal_attention(True)
+        writer.add_rope_scaling_finetuned(True)
         writer.add_string("llama.rope.scaling.type", "none")
 
     dequantise(write_gguf(tmp_path / "tiny.gguf", more), tmp_path / "out", "float16")

@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
     "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
 }
+FREQUENCIES = ("llama", "mistral")  # families for which llama.cpp reads frequencies of the rotary embedding
 PLAIN = {torch.float32: Kind.F32, torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
 FILE_TYPES = {
     Kind.Q4_0: gguf.LlamaFileType.MOSTLY_Q4_0,
@@ -152,6 +153,11 @@ class _File:
         if getattr(rotary, "attention_scaling", 1.0) != 1.0 or "dynamic" in str(_rope(self.config)["rope_type"]):
             raise ObrError(f"Rotary embeddings of type {_rope(self.config)['rope_type']} have no place in GGUF here.")
         if not torch.allclose(factors, torch.ones_like(factors), rtol=1e-4):
+            if self.config.model_type not in FREQUENCIES:
+                raise ObrError(
+                    f"Rotary embeddings of type {_rope(self.config)['rope_type']} have no place in GGUF here: llama.cpp "
+                    f"reads no frequencies for {self.config.model_type}; choose compressed-tensors."
+                )
             self.writer.add_tensor("rope_freqs.weight", factors.float().numpy(), raw_dtype=Kind.F32)
 
     def _sizes(self) -> None:
@@ -204,6 +210,8 @@ def _with_scales(blocks: Tensor, scale: Tensor) -> Tensor:
 
 def _check_replaceable(out: Path) -> None:
     """Raise ObrError if `out` is there and no GGUF file."""
+    if out.is_dir():
+        raise ObrError(f"{out} is a folder; give the name of a file, such as {out / 'model.gguf'}.")
     if out.is_file() and out.stat().st_size:
         with open(out, "rb") as file:
             if file.read(4) != b"GGUF":
@@ -221,6 +229,14 @@ def _check(source: ExportSource) -> None:
         raise ObrError(
             f"The model's activation is {config.hidden_act}, llama.cpp's {config.model_type} has SiLU alone; choose "
             "compressed-tensors."
+        )
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ObrError(
+            "The model's attention has biases, which llama.cpp's qwen3 has not; choose compressed-tensors."
+        )
+    if getattr(config, "is_causal", True) is False:
+        raise ObrError(
+            "The model's attention is not causal, for which GGUF has no place here; choose compressed-tensors."
         )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:

@@ -231,7 +231,9 @@ def round_epsilons(config: object) -> None:
 GGUF_SETTINGS = {
     "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
     "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "tensor_data_layout",
+    "rope.scaling.finetuned",
 }  # fmt: skip
+GGUF_CAUSAL = "attention.causal"  # the one switch that is on without a word
 GGUF_HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 
 
@@ -267,6 +269,8 @@ def check_gguf_settings(path: Path, config: Any, reader: Any) -> None:
     for key, field in reader.fields.items():
         setting, value = key.removeprefix(f"{kind}."), field.contents()
         usual = (head_dim,) if setting in GGUF_HEAD_DIMS else (0, 1, "", "none", None)
+        if isinstance(value, bool):
+            usual = (setting == GGUF_CAUSAL,)
         if setting != key and setting not in GGUF_SETTINGS and value not in usual:
             raise ObrError(
                 f"{path.name} sets {key} to {str(value)[:40]}, which transformers would leave out: choose another "

@@ -99,6 +99,8 @@ class Dequantised(TensorFiles):
             raise ObrError(
                 f"{self.what}: {layer} is no whole layer of {self.layout.name} ({first_line(error)}); fetch it again."
             ) from error
+        if (found := list(weight.shape)) != (wanted := list(self.layout.shapes[layer])):
+            raise self.layout.unfit(layer, f"a weight {found}, by the model's sizes {wanted}")
         if not bool(weight.isfinite().all()):
             raise ObrError(f"{self.what}: {layer} has scales or values that are not finite; fetch it again.")
         return weight
