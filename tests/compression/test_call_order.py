@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import obr
 from helpers.single_scores import text_score
@@ -174,6 +175,37 @@ def test_a_model_that_was_changed_after_compression_is_not_saved(tmp_path, chang
     assert not (tmp_path / "packed").exists()
 
 
+def hooked(model, path):
+    model.get_submodule(path).register_forward_hook(lambda *args: args[2] * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (lambda m: hooked(m, "model.layers.0.mlp.down_proj.transform"), "down_proj.transform has the hook"),
+        (lambda m: setattr(m.model.layers[0].mlp.up_proj, "quantize", lambda x, *_: 0 * x), "another quantiser"),
+        (lambda m: setattr(m.model.layers[0].mlp, "forward", lambda x: x), "another forward than its class"),
+        (lambda m: delattr(m.model.layers[0].self_attn, "key_value_quantizer"), "lost its self_attn.key_value_quan"),
+        (lambda m: m.set_attn_implementation("halved"), "attends by 'halved'"),
+    ],
+)
+def test_parts_of_a_compressed_model_that_compute_otherwise_are_not_saved(tmp_path, change, refusal):
+    AttentionInterface.register(
+        "halved", lambda module, q, *args, **kw: sdpa_attention_forward(module, q / 2, *args, **kw)
+    )
+    model = compressed(rotation="quarot")
+    change(model)
+    with pytest.raises(ObrError, match=refusal):
+        obr.save(model, tmp_path / "packed")
+
+
+def test_a_model_without_generation_settings_is_saved(tmp_path):
+    model = compressed("weights")
+    model.generation_config = None
+    obr.save(model, tmp_path / "packed")
+    assert own_loss(obr.load(tmp_path / "packed")) == own_loss(model)
+
+
 def test_a_step_that_fails_leaves_a_model_that_no_step_takes(monkeypatch, tmp_path):
     from obr.rotations.quarot import QuaRot
 
@@ -190,8 +222,9 @@ def test_a_step_that_fails_leaves_a_model_that_no_step_takes(monkeypatch, tmp_pa
         lambda: obr.compress(model, WINDOWS, RECIPES["weights"]),
         lambda: obr.save(model, tmp_path / "packed"),
         lambda: obr.perplexity(model, WINDOWS),
+        lambda: model.save_pretrained(tmp_path / "plain"),
     ):
-        with pytest.raises(ObrError, match=r"obr\.rotate has begun to change this model and did not finish"):
+        with pytest.raises(ObrError, match=r"(obr\.rotate|A step) has begun to change this model and did not finish"):
             step()
 
 

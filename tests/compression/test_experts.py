@@ -274,3 +274,29 @@ def test_transformers_reads_packed_experts(tmp_path):
     obr.register_with_transformers()
     read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(read(TOKENS).logits, obr.load(tmp_path, device="cpu")(TOKENS).logits)
+
+
+ALTERED = {
+    "hook": (lambda e: e.down_proj.register_forward_hook(lambda *_: None), r"experts\.1\.down_proj has the hook"),
+    "another layer": (
+        lambda e: setattr(e, "up_proj", type("Adapted", (nn.Linear,), {})(64, 32)), r"1\.up_proj is a \S+Adapted",
+    ),
+    "activation": (lambda e: setattr(e, "act_fn", nn.GELU()), r"experts\.1\.act_fn is a \S+GELU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ALTERED)
+def test_an_expert_that_was_altered_after_compression_is_refused(kind, tmp_path):
+    change, message = ALTERED[kind]
+    model = obr.compress(random_model(EXPERTS["olmoe"], torch.float32), None, {"method": "rtn"}, progress=False)
+    change(model.model.layers[1].mlp.experts.get_submodule("1"))
+    for way in (lambda: obr.perplexity(model, TOKENS), lambda: obr.save(model, tmp_path / "packed")):
+        with pytest.raises(ObrError, match=message):
+            way()
+
+
+def test_an_activation_of_fused_experts_is_compared():
+    model = random_model(EXPERTS["olmoe"], torch.float32)
+    model.model.layers[0].mlp.experts.act_fn = nn.GELU()
+    with pytest.raises(ObrError, match=r"experts\.act_fn is a \S+GELU"):
+        obr.compress(model, None, {"method": "rtn"}, progress=False)

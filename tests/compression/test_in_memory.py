@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM, GemmaConfig
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaForCausalLM,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import obr
 from obr.checkpoints.writer import save
@@ -257,6 +265,7 @@ SPOILED = {
     "another class of tensor": (quantised_tensor, r"up_proj\.weight is a \S+Packed, no plain tensor"),
     "int8": (int8, r"up_proj\.weight holds int8, no weights: load the model in full precision"),
     "float8": (on(UP, lambda m: m.to(torch.float8_e4m3fn)), r"up_proj\.weight holds float8_e4m3fn, no weights"),
+    "two dtypes": (on(MLP, lambda m: m.bfloat16()), r"is float32, \S+weight is bfloat16: convert the model"),
     "offloaded": (on(MLP, lambda m: m.to("meta")), r"is not in memory .*load the whole model on one device"),
     "shared": (share, r"gate_proj\.weight and \S+up_proj\.weight share one tensor"),
     "same block twice": (lambda m: set_module("model.layers.1", lambda _: m.model.layers[0])(m),
@@ -287,6 +296,37 @@ def test_foreign_layers_and_attributes_are_refused(spoil, sentence, model, windo
             way()
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert model.config._attn_implementation == "sdpa" and model.config.tie_word_embeddings
+
+
+def test_a_class_with_another_forward_is_refused(model, windows, monkeypatch):
+    """It changes every model of this process, and none that a checkpoint is read into elsewhere."""
+    kind = type(layer(model).mlp)
+    monkeypatch.setattr(kind, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    with pytest.raises(
+        ObrError, match=r"layers\.0\.mlp has a forward of \w+, which no checkpoint would keep"
+    ):
+        obr.perplexity(model, windows)
+
+
+def test_attention_of_the_users_own_is_measured_and_not_replaced(model, windows):
+    AttentionInterface.register(
+        "halved", lambda m, q, *args, **kwargs: sdpa_attention_forward(m, q / 2, *args, **kwargs)
+    )
+    AttentionMaskInterface.register("halved", sdpa_mask)
+    plain = obr.perplexity(model, windows)
+    model.set_attn_implementation("halved")
+    measured = obr.perplexity(model, windows)
+    assert measured != pytest.approx(plain, rel=1e-4)
+    for change in (lambda: obr.rotate(model, "quarot"), lambda: obr.compress(model, None, RTN, progress=False)):
+        with pytest.raises(ObrError, match="The model attends by 'halved', which no checkpoint would keep"):
+            change()
+    assert obr.perplexity(model, windows) == measured
+
+
+def test_storage_has_the_dtype_of_the_weights_not_of_the_configuration(tiny_folder):
+    model = LlamaForCausalLM.from_pretrained(tiny_folder / "model", dtype=torch.float32).to(torch.bfloat16)
+    model.config.dtype = torch.float32
+    assert obr.compress(model, None, RTN, progress=False).obr_report.dtype == torch.bfloat16
 
 
 def test_dequantised_models_are_measured_but_not_changed(model, windows):

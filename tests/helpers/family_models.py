@@ -202,7 +202,7 @@ def _exact(rounded, offset):
         eps = getattr(self, "variance_epsilon", None) or self.eps
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (self.weight + offset)
 
-    forward.exact = True
+    forward.exact, forward.__module__ = True, rounded.__module__
     return forward
 
 
@@ -227,7 +227,7 @@ def _exactly_routed(rounded):
         with _Wide():
             return rounded(self, x)
 
-    forward.exact = True
+    forward.exact, forward.__module__ = True, rounded.__module__
     return forward
 
 

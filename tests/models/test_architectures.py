@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
 
 import obr
-from helpers.family_models import FAMILIES, RELATIVES, TOKENS, random_model
+from helpers.family_models import EXPERTS, FAMILIES, RELATIVES, TOKENS, random_model
 from obr.checkpoints.verify import verify_checkpoint
 from obr.compression.stage import compress_stage
 from obr.config.model_sizes import sizes_of
@@ -79,6 +80,47 @@ def test_a_learned_rotation_that_a_family_does_not_take_is_left_out(tmp_path):
     rotation = learn_rotation(entry, tmp_path / "model", tmp_path / "no windows", tmp_path / "r.safetensors", "cpu")
     assert rotation.about()["asked"] == "spinquant"
     assert (tmp_path / "r.csv").read_text() == "step,loss\n"
+
+
+EVERY = {**FAMILIES, **RELATIVES, **EXPERTS}
+SAVED = ("llama", "glm4", "phi3, part of RoPE", "mixtral", "olmoe", "qwen3_moe, a dense block", "deepseek_v3")
+RENAMED = ("glm4", "phi3, part of RoPE", "mixtral")
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_plain_folders_are_read_again_or_refused_where_names_differ(family, tmp_path):
+    """transformers would draw at random what it finds under no name that it knows."""
+    model = random_model(EVERY[family], torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    compress_stage(tmp_path / "model", Recipe.parse({"method": "dense"}), tmp_path / "dense", device="cpu")
+    compressed = obr.compress(model, None, {"method": "rtn", "bits": 8}, progress=False)
+    for number, made in enumerate((obr.load(tmp_path / "dense", device="cpu"), compressed)):
+        if family in RENAMED:
+            with pytest.raises(obr.ObrError, match=r"cannot keep this model's .* layers taken apart"):
+                made.save_pretrained(tmp_path / str(number))
+            continue
+        made.save_pretrained(tmp_path / str(number))
+        reread = AutoModelForCausalLM.from_pretrained(tmp_path / str(number), dtype=torch.float32)
+        assert torch.allclose(reread(TOKENS).logits, made(TOKENS).logits, atol=1e-4)  # sums of experts in any order
+
+
+TWICE = {
+    "phi3, part of RoPE": ("mlp.gate_up_proj.gate_proj.weight", (96, 64)),
+    "mixtral": ("mlp.experts.0.gate_proj.weight", (96, 64)),
+    "olmoe": ("mlp.experts.gate_up_proj", (8, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("family", TWICE)
+def test_layers_that_a_file_has_fused_and_apart_are_refused(family, tmp_path):
+    name, shape = TWICE[family]
+    random_model(EVERY[family], torch.float32).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"model.layers.1.{name}"] = torch.ones(shape)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for read in (lambda: StreamedBlocks(tmp_path), lambda: obr.load_model(tmp_path)):
+        with pytest.raises(obr.ObrError, match=r"has both \S+ and \S+, of which one would be left out"):
+            read()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "glm4", "cohere"])

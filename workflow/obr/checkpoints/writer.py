@@ -28,7 +28,7 @@ from obr.errors import ObrError
 from obr.methods.restore import Restored
 from obr.models import dtypes, remote_code
 from obr.models.blocks import Blocks
-from obr.models.check.memory import is_tied
+from obr.models.check.memory import check_attention_kind, is_tied
 from obr.models.configuration import generation_config
 from obr.models.layers import QuantLinear
 from obr.models.read_only import ReadOnlyBlocks
@@ -314,6 +314,7 @@ def save(model: nn.Module, directory: str | Path, tokenizer: "PreTrainedTokenize
         4.0
     """
     check_before_saving(model)
+    check_attention_kind(model)
     directory, report, blocks = Path(directory), model.obr_report, ReadOnlyBlocks(model)
     layout, dtype = blocks.layout, report.dtype
     if len(report.layers) != sum(len(blocks.layout_at(index).linears) for index in range(len(blocks))):
@@ -333,7 +334,8 @@ def save(model: nn.Module, directory: str | Path, tokenizer: "PreTrainedTokenize
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         # Not by its save_pretrained, which refuses settings that many models ship.
-        write_json(json.loads(model.generation_config.to_json_string()), folder / GENERATION)
+        if model.generation_config is not None:
+            write_json(json.loads(model.generation_config.to_json_string()), folder / GENERATION)
         manifest = writer.finish(report)
         replace_folder(folder, directory)
     return manifest

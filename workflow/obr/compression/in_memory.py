@@ -79,7 +79,8 @@ def _storage_dtype(model: nn.Module) -> torch.dtype:
     for other models their own, and float16 for those in float32."""
     if (stored := getattr(model, "obr_storage_dtype", None)) is not None:
         return stored
-    return model.config.dtype if model.config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    dtype = model.get_input_embeddings().weight.dtype  # not the configuration's, which a cast leaves as it was
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def _measure(blocks: Blocks, tokens: Tensor | None, report: Report, progress: bool) -> None:

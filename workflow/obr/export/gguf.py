@@ -155,8 +155,8 @@ class _File:
         if not torch.allclose(factors, torch.ones_like(factors), rtol=1e-4):
             if self.config.model_type not in FREQUENCIES:
                 raise ObrError(
-                    f"Rotary embeddings of type {_rope(self.config)['rope_type']} have no place in GGUF here: llama.cpp "
-                    f"reads no frequencies for {self.config.model_type}; choose compressed-tensors."
+                    f"Rotary embeddings of type {_rope(self.config)['rope_type']} have no place in GGUF here: "
+                    f"llama.cpp reads no frequencies for {self.config.model_type}; choose compressed-tensors."
                 )
             self.writer.add_tensor("rope_freqs.weight", factors.float().numpy(), raw_dtype=Kind.F32)
 
@@ -235,9 +235,7 @@ def _check(source: ExportSource) -> None:
             "The model's attention has biases, which llama.cpp's qwen3 has not; choose compressed-tensors."
         )
     if getattr(config, "is_causal", True) is False:
-        raise ObrError(
-            "The model's attention is not causal, for which GGUF has no place here; choose compressed-tensors."
-        )
+        raise ObrError("The model's attention is not causal, which has no place in GGUF; choose another format.")
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
         raise ObrError(

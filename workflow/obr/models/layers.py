@@ -193,7 +193,9 @@ def quantizer_settings(block: nn.Module, layout: Layout, recipe: Recipe) -> dict
     if layout.latent:
         _refuse_latent(recipe)
         return found
-    quantizer, place = attention.key_value_quantizer, f"{layout.attention}.key_value_quantizer"
+    place = f"{layout.attention}.key_value_quantizer"
+    if (quantizer := getattr(attention, "key_value_quantizer", None)) is None:
+        raise ObrError(f"The model has lost its {place}, which quantises keys and values; load the model again.")
     queries, channels = (block.get_submodule(layout.groups["qkv"][i]).weight.shape[0] for i in (0, 2))
     found[f"{place}.queries"] = _fitted(recipe.queries, queries, m, None, "the queries of a token")
     found[f"{place}.keys"] = _fitted(recipe.keys, channels, m, quantizer.key_range, "the keys of a token")

@@ -11,8 +11,10 @@ from torch import nn
 
 from obr.errors import ObrError
 from obr.models import online_transforms
+from obr.models.architectures import layout_of
 from obr.models.check.memory import UNFINISHED, check_finished
 from obr.models.layers import KeyValueQuantizer, QuantLinear
+from obr.models.split import Experts, FusedLinear
 
 AGAIN = "load the model again"
 
@@ -25,7 +27,11 @@ def changing(model: nn.Module, step: str) -> Iterator[None]:
     """
     check_finished(model)
     setattr(model, UNFINISHED, step)
-    yield
+    try:
+        yield
+    except BaseException:
+        model.save_pretrained = model.push_to_hub = _refuse_unfinished  # transformers would write it
+        raise
     delattr(model, UNFINISHED)
 
 
@@ -63,8 +69,12 @@ def _quantises(module: nn.Module) -> bool:
 
 def refuse_plain_saving(model: nn.Module) -> None:
     """Have `save_pretrained` and `push_to_hub` refuse a model with parts that a plain folder has no place for."""
-    if any(isinstance(module, tuple(online_transforms.ONLINE.values())) for module in model.modules()) or any(
-        (isinstance(module, QuantLinear) and (module.activations.bits < 16 or "weight" not in module._parameters))
+    # Layers taken apart have names in memory that files of the family do not have.
+    apart = (FusedLinear, Experts) if layout_of(model.config).stored else (FusedLinear,)
+    kept_elsewhere = (*online_transforms.ONLINE.values(), *apart)
+    if any(
+        isinstance(module, kept_elsewhere)
+        or (isinstance(module, QuantLinear) and (module.activations.bits < 16 or "weight" not in module._parameters))
         or _quantises(module)
         for module in model.modules()
     ):
@@ -74,6 +84,11 @@ def refuse_plain_saving(model: nn.Module) -> None:
 def _refuse(*_args, **_kwargs) -> None:
     """In place of transformers' own: it would write the weights without what is computed for every token."""
     raise ObrError(
-        "save_pretrained cannot keep this model's online transforms, quantisers or packed weights; use obr.save for "
-        "a model from obr.compress, copy the folder of one from obr.load, or use obr export for other programs."
+        "save_pretrained cannot keep this model's online transforms, quantisers, packed weights or layers taken "
+        "apart; use obr.save for a model from obr.compress, copy the folder of one from obr.load, or use obr export "
+        "for other programs."
     )
+
+
+def _refuse_unfinished(*_args, **_kwargs) -> None:
+    raise ObrError("A step has begun to change this model and did not finish; load the model again.")

@@ -128,13 +128,16 @@ class TensorFiles:
             raise ObrError(f"{path.name} of {self.what} is missing or cut short ({why}): fetch it again.") from error
 
     def rename(self, stored: str, name: str) -> None:
-        """Call a tensor otherwise than its file does."""
+        """Call a tensor otherwise than its file does. Raises ObrError if there is one of that name."""
+        self._check_free(stored, name)
         self.files[name], self.headers[name] = self.files.pop(stored), self.headers.pop(stored)
         self.places[name] = (self.places.pop(stored, (stored, None))[0], None)
 
     def split(self, stored: str, parts: dict[str, tuple]) -> None:
         """Put parts in the place of a tensor. parts: {name: (number of a matrix, rows)}, or (rows,) of a tensor that
-        is a matrix or vector itself; rows as a slice."""
+        is a matrix or vector itself; rows as a slice. Raises ObrError if there is a tensor of a part's name."""
+        for name in parts:
+            self._check_free(stored, name)
         path, (shape, dtype), (own, _) = (
             self.files.pop(stored), self.headers.pop(stored), self.places.pop(stored, (stored, None))
         )  # fmt: skip
@@ -143,6 +146,12 @@ class TensorFiles:
             rows = len(range(*place[-1].indices(shape[axis])))
             self.files[name], self.headers[name] = path, ([rows, *shape[axis + 1 :]], dtype)
             self.places[name] = (own, place)
+
+    def _check_free(self, stored: str, name: str) -> None:
+        if name != stored and name in self.files:
+            raise ObrError(
+                f"{self.what} has both {stored} and {name}, of which one would be left out: save the model anew."
+            )
 
     def read(self, names: dict[str, str], *to: "torch.device | torch.dtype | str") -> dict[str, "torch.Tensor"]:
         """{key: tensor} for {key: name of a tensor}; to: device and dtype, or one of them.

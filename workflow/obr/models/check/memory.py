@@ -1,6 +1,7 @@
 """Models in memory: modules, parameters and hooks against those of a model that its configuration describes."""
 
 import copy
+import re
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ OTHERWISE = "pass a plain transformers model; merge an adapter first (`model = m
 CHANGING = {"training", "gradient_checkpointing", "vocab_size", "padding_idx", "layer_idx", "max_seq_len_cached"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 UNFINISHED = "obr_unfinished"  # attribute of a model: the step that is changing it, or has failed to
+# Implementations of attention that compute the same, up to rounding.
+ATTENTIONS = re.compile(r"(paged\|)?(eager|sdpa|obr|flex_attention|flash_attention_\w+|kernels-community/.*)")
+TRUSTED = ("torch", "transformers", "obr")  # packages from which a class may have its forward
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 # Hooks of transformers that note outputs, or that ask for gradients of the embeddings.
@@ -74,7 +78,10 @@ def check_model(model: nn.Module, measured: bool = False) -> Layout:
     wanted, ours = dict(reference.named_modules()), _places_of_ours(layout, model.config.num_hidden_layers)
     for name, module in model.named_modules():
         expected = wanted.pop(name, None)
-        if not (is_external and name in ours) and not any(place in ours for place in _parents(name)):
+        inside = any(place in ours for place in _parents(name))
+        if not is_external and inside and expected is None:
+            _check_inside(name, module, reference)
+        elif not (is_external and (inside or name in ours)):
             _check_module(name, module, expected, name in ours, calls=not is_external or bool(name))
     if wanted := [name for name in wanted if not any(place in ours for place in _parents(name))]:
         raise ObrError(
@@ -84,7 +91,20 @@ def check_model(model: nn.Module, measured: bool = False) -> Layout:
     if any(getattr(torch_module, hooks, None) for hooks in GLOBAL_HOOKS):
         raise ObrError("torch has hooks that run for all modules; remove them (`handle.remove()`).")
     _check_tensors(model, layout, ours if is_external else set())
+    if not measured:
+        check_attention_kind(model)
     return layout
+
+
+def check_attention_kind(model: nn.Module) -> None:
+    """Raise ObrError if the model attends otherwise than this package does: a change would be lost."""
+    for module in model.modules():
+        kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if kind is not None and not ATTENTIONS.fullmatch(str(kind)):
+            raise ObrError(
+                f"The model attends by {kind!r}, which no checkpoint would keep: call "
+                "model.set_attn_implementation('sdpa') if that computes the same."
+            )
 
 
 def check_finished(model: nn.Module) -> None:
@@ -187,6 +207,17 @@ def _check_module(
             )
 
 
+def _check_inside(name: str, module: nn.Module, reference: nn.Module) -> None:
+    """Raise ObrError unless a module below one of this package's is one that this package has put there."""
+    plain = type(module) is nn.Linear or type(module).__module__.startswith("obr.")
+    if not plain and name.endswith(".act_fn"):  # of an expert, which had been that of all
+        experts = re.sub(r"\.\d+\.act_fn$", "", name)
+        plain = type(module) is type(reference.get_submodule(f"{experts}.act_fn"))
+    if not plain:
+        raise ObrError(f"{name} is a {spell(module)}: {_remedy(module)}.")
+    _check_calls(name, module)
+
+
 def _check_shape(name: str, found: Tensor, wanted: Tensor) -> None:
     if found.shape != wanted.shape:
         found, wanted = (" x ".join(map(str, tensor.shape)) for tensor in (found, wanted))
@@ -219,6 +250,13 @@ def _check_calls(where: str, module: nn.Module) -> None:
             raise ObrError(f"{where} has the hook {name}: remove it ({undone}).")
     if "forward" in vars(module):
         raise ObrError(f"{where} has another forward than its class: load the model on one device, without patches.")
+    package, own = (str(part.__module__).partition(".")[0] for part in (type(module).forward, type(module)))
+    if package not in (own, *TRUSTED):
+        raise ObrError(
+            f"{where} has a forward of {package}, which no checkpoint would keep: load it without patches."
+        )
+    if "quantize" in vars(module):
+        raise ObrError(f"{where} has another quantiser than its class: load the model again.")
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise ObrError(f"{where} is compiled: pass the model as it was before `compile`.")
 
@@ -229,7 +267,7 @@ def _check_tensors(model: nn.Module, layout: Layout, free: set[str]) -> None:
     free: names of modules whose tensors may be anything.
     """
     owners: dict[int, str] = {}
-    tie, devices = {f"{layout.head}.weight", f"{layout.embed}.weight"}, set()
+    tie, devices, dtypes = {f"{layout.head}.weight", f"{layout.embed}.weight"}, set(), {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if any(place in free for place in _parents(name)):
             continue
@@ -242,11 +280,17 @@ def _check_tensors(model: nn.Module, layout: Layout, free: set[str]) -> None:
         if tensor.dtype not in FLOATS:
             raise ObrError(f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, no weights: {FULL}.")
         devices.add(str(tensor.device))
+        dtypes.setdefault(str(tensor.dtype).removeprefix("torch."), name)
         other = owners.setdefault(tensor.data_ptr(), name)
         if other != name and {other, name} != tie:
             raise ObrError(f"{other} and {name} share one tensor: give each its own (`.clone()`).")
     if len(devices) > 1:
         raise ObrError(f"The model lies on several devices ({', '.join(sorted(devices))}): move it to one.")
+    if len(dtypes) > 1 and not free:
+        (one, first), (other, second), *_ = dtypes.items()
+        raise ObrError(
+            f"{first} is {one}, {second} is {other}: convert the model to one, as by `model.to(torch.{one})`."
+        )
 
 
 def is_tied(model: nn.Module, layout: Layout) -> bool:
