@@ -127,6 +127,18 @@ def test_a_single_altered_number_is_found_by_those_who_read_all(tiny_folder, tmp
             read()
 
 
+def test_an_index_that_comes_later_is_refused(tiny_folder, tmp_path):
+    """By which other files would be read than those of which the checkpoint was made."""
+    model, referring = made(tiny_folder, tmp_path)
+    index = {"weight_map": {"model.norm.weight": "other.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ObrError, match=r"which now has model\.safetensors\.index\.json, by which others would be read"
+    ):
+        obr.load(referring, device="cpu")
+    assert "remove that file, or compress again" in verify_checkpoint(referring)[0]
+
+
 def test_a_malformed_entry_is_refused(pair):
     manifest = json.loads((pair[1] / "manifest.json").read_text())
     manifest[referred.ENTRY] = {"folder": 3}

@@ -266,6 +266,13 @@ def test_saving_spares_a_folder_with_other_files(tmp_path):
             "model.safetensors is not in the manifest",
         ),
         (lambda f: (f / "block_001.safetensors").unlink(), "lacks block_001"),
+        (
+            lambda f: exchange(f, "block_000.safetensors", "block_001.safetensors"),
+            "block_000.* is not the file that was",
+        ),
+        (lambda f: _edit(f / "manifest.json", sketches={}) or exchange(f), "block_000.*its sha256 differs"),
+        (lambda f: foreign(f, "block_001.safetensors"), "block_001.* is not the file that was written"),
+        (lambda f: foreign(f, "ends.safetensors"), "ends.* is not the file that was written"),
         (lambda f: (f / "adapter_config.json").write_text("{}", encoding="utf-8"), "adapter_config.json"),
         (lambda f: _edit(f / "config.json", rms_norm_eps=1e-2), "config.json is not the file that was written"),
         (lambda f: _edit(f / "generation_config.json", top_k=3), "generation_config.json is not the file"),
@@ -286,6 +293,20 @@ def test_a_folder_that_is_not_the_checkpoint_of_its_manifest_is_refused_by_all_r
         with pytest.raises(ObrError, match=refusal):
             reader()
     assert verify_checkpoint(tmp_path / "packed") != []
+
+
+def exchange(folder, one="block_000.safetensors", other="block_001.safetensors"):
+    contents = (folder / one).read_bytes()
+    shutil.move(folder / other, folder / one)
+    (folder / other).write_bytes(contents)
+
+
+def foreign(folder, name):
+    """A file of another checkpoint of the same recipe and sizes."""
+    model = plain_model()
+    model.model.embed_tokens.weight.mul_(1.5)
+    obr.save(obr.compress(model, WINDOWS, RECIPES["sparse"], progress=False), folder.parent / "other")
+    shutil.copy(folder.parent / "other" / name, folder / name)
 
 
 def _edit(path, **changes):

@@ -302,9 +302,7 @@ def test_a_class_with_another_forward_is_refused(model, windows, monkeypatch):
     """It changes every model of this process, and none that a checkpoint is read into elsewhere."""
     kind = type(layer(model).mlp)
     monkeypatch.setattr(kind, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
-    with pytest.raises(
-        ObrError, match=r"layers\.0\.mlp has a forward of \w+, which no checkpoint would keep"
-    ):
+    with pytest.raises(ObrError, match=r"layers\.0\.mlp has a forward of \w+, which no checkpoint would keep"):
         obr.perplexity(model, windows)
 
 

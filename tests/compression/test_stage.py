@@ -293,7 +293,7 @@ def test_broken_checkpoints_are_refused(tiny_folder, prepared, tmp_path):
     block = tmp_path / "block_001.safetensors"
     whole = block.read_bytes()
     block.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ObrError, match=r"block_001.safetensors is not a whole"):
+    with pytest.raises(ObrError, match=r"block_001.safetensors is not the file that was written"):
         obr.load(tmp_path, device="cpu")
     block.unlink()
     with pytest.raises(ObrError, match=r"block_001"):

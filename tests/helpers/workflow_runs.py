@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from helpers.paths import ROOT
+from obr.checkpoints.files import sketches_of
 
 CONFIG = yaml.safe_load((ROOT / "tests" / "config.yaml").read_text())
 SMOKE = Path("results/smoke")
@@ -69,5 +70,6 @@ def with_hashes(checkpoint: Path) -> None:
     manifest["files"] = {
         name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in manifest["files"]
     }
+    manifest["sketches"] = sketches_of(checkpoint, manifest["files"])
     path.unlink()  # it may be a link
     path.write_text(json.dumps(manifest), encoding="utf-8")

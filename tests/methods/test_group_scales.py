@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import obr
 from helpers.layer_samples import layer
 from helpers.random_llama import random_llama
+from helpers.workflow_runs import with_hashes
 from obr.checkpoints.format import CheckpointBlocks
 from obr.checkpoints.packing import pack, unpack
 from obr.checkpoints.verify import verify_checkpoint
@@ -25,7 +26,6 @@ from obr.methods.obr import SWEPT_TOLERANCE, TOLERANCE, restore_pruned
 from obr.methods.refit_scales import refit
 from obr.methods.restore import recipe_of_layers, restore, restore_together
 from obr.planning import cost_model, tensor_sizes
-from obr.runtime.files import sha256_of
 
 
 @pytest.mark.parametrize("clip", ["minmax", "mse"])
@@ -290,9 +290,7 @@ def test_altered_groups_are_noticed(checkpoint, change, sentence, tmp_path):
     change(tensors, header)
     save_file(tensors, tmp_path / "block_000.safetensors", metadata={"block": json.dumps(header)})
     if "the file that was written" not in sentence:  # as a careful forger would
-        manifest = json.loads((tmp_path / "manifest.json").read_text())
-        manifest["files"] = {name: sha256_of(tmp_path / name) for name in manifest["files"]}
-        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with_hashes(tmp_path)
     assert any(sentence in problem for problem in verify_checkpoint(tmp_path))
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import obr
+from helpers.workflow_runs import with_hashes
 from obr.checkpoints.format import CheckpointBlocks
 from obr.cli import main
 from obr.compression.stage import compress_stage
@@ -207,9 +208,13 @@ def test_checkpoints_read_their_own_files_alone(model, tmp_path, windows):
         (tmp_path / "c" / stray).unlink()
     assert obr.perplexity(CheckpointBlocks(tmp_path / "c", device="cpu"), windows) == value
     edit(tmp_path / "c/ends.safetensors", lambda tensors: tensors | {"scale": torch.ones(1)})
+    with pytest.raises(ObrError, match=r"ends\.safetensors is not the file that was written \(its sketch differs\)"):
+        obr.load(tmp_path / "c")
+    with_hashes(tmp_path / "c")
     with pytest.raises(ObrError, match=r"has 1 tensors that llama models .* do not have \(scale first\)"):
         obr.load(tmp_path / "c")
     edit(tmp_path / "c/ends.safetensors", lambda tensors: {EMBED: tensors[EMBED]})
+    with_hashes(tmp_path / "c")
     with pytest.raises(ObrError, match=r"lacks 1 tensors of a llama model \(model\.norm\.weight first\)"):
         obr.load(tmp_path / "c")
     with pytest.raises(

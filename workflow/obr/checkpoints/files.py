@@ -1,6 +1,7 @@
 """The files of a packed checkpoint: which belong to it, and the one check that each reader of a checkpoint makes."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from obr.checkpoints import referred
@@ -15,6 +16,7 @@ ENDS = "ends.safetensors"
 MANIFEST, LAYERS, CONFIG = "manifest.json", "layers.csv", "config.json"
 CARD = "README.md"  # a model card comes later, by obr push
 BLOCK = re.compile(r"block_\d{3,}\.safetensors")
+SKETCHES = "sketches"  # of the manifest: of each file of weights, what `referred.sketch_of` gives
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # suffixes of files that readers take for weights
 
 
@@ -37,12 +39,13 @@ def read_manifest(directory: Path) -> dict:
 def check_files(directory: Path, manifest: dict) -> None:
     """Check that a folder holds the checkpoint of its manifest, and no other weights.
 
-    Small files (configuration, tokenizer, code) are compared by their sha256; `check_contents` compares weights too.
+    Small files (configuration, tokenizer, code) are compared by their sha256, weights by their sketch, or where an
+    older version has noted none by their sha256 too; `check_contents` compares the sha256 of all.
 
     Called by all that read a checkpoint: load, from_pretrained, the evaluations, verify, export and push.
 
     Raises:
-        ObrError: a file is missing or is not the checkpoint's; a small file is not the one that was written.
+        ObrError: a file is missing, is not the checkpoint's, or is not the one that was written.
     """
     directory = Path(directory)
     files, blocks = manifest.get("files"), manifest.get("blocks")
@@ -64,10 +67,14 @@ def check_files(directory: Path, manifest: dict) -> None:
     for name in sorted(present - set(files)):
         if name.endswith((*WEIGHTS, ".safetensors.index.json")):
             raise ObrError(f"{directory}/{name} is not in the manifest of the checkpoint; delete it or move it.")
-    for name in sorted({CONFIG, *files} - {LAYERS, ENDS} - wanted):
-        if sha256_of(directory / name) != files.get(name):
+    sketches = manifest.get(SKETCHES) or {}
+    for name in sorted({CONFIG, *files} - {LAYERS}):
+        kind, wanted, digest = "sha256", files, sha256_of
+        if name in sketches:
+            kind, wanted, digest = "sketch", sketches, referred.sketch_of
+        if digest(directory / name) != wanted.get(name):
             raise ObrError(
-                f"{directory}/{name} is not the file that was written (its sha256 differs), so the checkpoint would "
+                f"{directory}/{name} is not the file that was written (its {kind} differs), so the checkpoint would "
                 "mean something else; restore it, or compress the model again."
             )
     referred.check_referred(directory, manifest)
@@ -82,6 +89,11 @@ def check_contents(directory: Path, manifest: dict) -> None:
             raise ObrError(
                 f"{directory}/{name} is not the file that was written (its sha256 differs); compress it again."
             )
+
+
+def sketches_of(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: sketch} of those files that hold weights; the entry SKETCHES of a manifest."""
+    return {name: referred.sketch_of(Path(directory) / name) for name in names if name.endswith(".safetensors")}
 
 
 def weight_bytes(directory: Path, manifest: dict) -> int:

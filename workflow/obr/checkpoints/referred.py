@@ -99,6 +99,11 @@ def problems_of(directory: Path, manifest: dict, whole: bool) -> Iterator[str]:
     except (KeyError, TypeError, AttributeError):
         yield f"{directory}/manifest.json has a malformed {ENTRY!r}; compress the model again."
         return
+    if INDEX not in wanted and (folder / INDEX).is_file() and not any(name.endswith(".gguf") for name in wanted):
+        yield (
+            f"{directory} has its weights in {folder}, which now has {INDEX}, by which others would be read; remove "
+            "that file, or compress again."
+        )
     for name, digest in wanted.items():
         path = folder / name
         if not path.is_file():

@@ -15,9 +15,11 @@ from obr.checkpoints import referred
 from obr.checkpoints.files import (
     ENDS,
     FORMAT,
+    SKETCHES,
     check_no_strays,
     check_replaceable,
     remove_outdated,
+    sketches_of,
     weight_bytes,
 )
 from obr.checkpoints.format import load_block, save_block, save_ends
@@ -212,7 +214,8 @@ class Writer:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in report.layers)
-        manifest = self._manifest(report) | {"files": self._hashes()}
+        hashes = self._hashes()
+        manifest = self._manifest(report) | {"files": hashes, SKETCHES: sketches_of(self.directory, hashes)}
         write_json(manifest, self.directory / "manifest.json")
         self.unfinished.remove()
         return manifest

@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 
 from obr.checkpoints import referred
-from obr.checkpoints.files import CARD, MANIFEST, check_contents, check_replaceable, read_manifest, weight_bytes
+from obr.checkpoints.files import (
+    CARD,
+    MANIFEST,
+    SKETCHES,
+    check_contents,
+    check_replaceable,
+    read_manifest,
+    sketches_of,
+    weight_bytes,
+)
 from obr.checkpoints.format import CheckpointBlocks, save_block
 from obr.errors import ObrError
 from obr.export.model_card import model_card
@@ -87,7 +96,8 @@ def _embodied(checkpoint: Path, manifest: dict, folder: Path) -> dict:
         save_block(blocks.load(index), blocks.layout, folder / block_file(index), blocks.dtype)
         files[block_file(index)] = sha256_of(folder / block_file(index))
     alone = {key: value for key, value in manifest.items() if key != referred.ENTRY}
-    return alone | {"files": dict(sorted(files.items())), "file_bytes": weight_bytes(folder, alone)}
+    about = {"file_bytes": weight_bytes(folder, alone), SKETCHES: sketches_of(folder, files)}
+    return alone | {"files": dict(sorted(files.items()))} | about
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:
