@@ -214,7 +214,7 @@ def _check_inside(name: str, module: nn.Module, reference: nn.Module) -> None:
         experts = re.sub(r"\.\d+\.act_fn$", "", name)
         plain = type(module) is type(reference.get_submodule(f"{experts}.act_fn"))
     if not plain:
-        raise ObrError(f"{name} is a {spell(module)}: {_remedy(module)}.")
+        raise ObrError(f"{name} is a {class_name(module)}: {_remedy(module)}.")
     _check_calls(name, module)
 
 
