@@ -58,3 +58,22 @@ def test_layer_errors_are_those_of_the_library(tiny_folder, tmp_path):
     errors = frame.pivot(index=["block", "input"], columns="recipe", values="relative_error")
     rtn, gptq = sorted(errors, reverse=True)
     assert (errors[gptq] < errors[rtn]).all()
+
+
+@pytest.mark.slow
+def test_rotation_for_pruning_lowers_what_it_is_trained_for(tiny_folder, tmp_path):
+    out = tmp_path / "rotations.csv"
+    command = [
+        sys.executable, ROOT / "benchmarks" / "pruning_rotation.py", "--model", tiny_folder / "model", "--out", out,
+        "--calibration", tiny_folder / "train.txt", "--blocks", "0", "1", "--windows", "4", "--seqlen", "64",
+        "--steps", "20", "--rows", "32", "--every", "8",
+    ]  # fmt: skip
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    frame = pd.read_csv(out).set_index("rotation")
+    assert len(frame) == 6
+    for aim in ("pruned", "pruned and rounded"):
+        column = aim.replace(" ", "_")
+        assert frame.loc[f"{aim}, from Hadamard", column] < 0.95 * frame.loc["Hadamard", column]
+        # Of all starts the gains of norms are in the weights, but not where there is no rotation.
+        assert frame.loc[f"{aim}, from identity", column] < frame.loc["none", column]
