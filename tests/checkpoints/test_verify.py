@@ -196,7 +196,10 @@ Q = "self_attn.q_proj"
         (lambda c: (c / "x.bin").touch(), "x.bin is not in the manifest"),
         (altered(lambda m: m.update(sparsity=0.4)), "manifest.json says sparsity 0.4, the files have 0.333"),
         (altered(lambda m: m["bits_per_weight"].update(file=1)), "manifest.json says 1 bits a weight in the file"),
-        (altered(lambda m: m["recipe"].update(pattern="1:4")), f"block 0 {Q} has pattern 2:4, the recipe says 1:4"),
+        (
+            altered(lambda m: m["recipe"].update(pattern="1:4", sparsity=0.75)),
+            f"block 0 {Q} has pattern 2:4, the recipe says 1:4",
+        ),
         (altered(lambda m: m["recipe"].update(bits=3)), f"block 0 {Q} is stored at 4 bits, the recipe says 3"),
         (altered(lambda m: m["recipe"].update(blocks=":1")), f"block 1 {Q} is stored at 4 bits, the recipe says 16"),
         (in_block(lambda t, h: t[f"{Q}.scale"].fill_(float("nan"))), "scales that are not finite"),
