@@ -158,4 +158,4 @@ def test_commands_can_be_read_and_all_is_the_paper_alone(tmp_path):
         if not experiments:
             assert sum(command.startswith("obr compress") for command in commands) == 172
             assert not re.search(r"obr (learn-rotation|sensitivity|gradients|hessian|released) ", shown)
-    assert {len(names) for names in tables} == {18, 41}
+    assert {len(names) for names in tables} == {18, 42}

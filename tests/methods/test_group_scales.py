@@ -98,7 +98,9 @@ def test_pruned_layers_have_scales_of_groups(method, group, order):
     """In pairs of 4:8, as NVFP4's sparse tensor cores take them; OBR's scales are of the weights it has restored."""
     weight, matrix = layer(12, 160)
     weight[:, ::40] *= 6
-    options = {"bits": 4, "pattern": "paired 4:8", "mask": "magnitude"}
+    options = {"bits": 4, "pattern": "paired 4:8"}
+    if "magnitude" in METHODS[method].masks:
+        options["mask"] = "magnitude"
     if METHODS[method].ordered:
         options["column_order"] = order
     found = restore(weight, matrix, method, group=group, **options)

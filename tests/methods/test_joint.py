@@ -207,7 +207,8 @@ def test_joint_without_compiler_gives_same_result(
     hessian[:, 5] = hessian[5] = 0
     options = {"bits": bits}
     if method == "joint":
-        options |= {"pattern": pattern, "sparsity": sparsity, "sweeps": 3}
+        options |= {"pattern": pattern} if pattern else {"sparsity": sparsity}
+        options["sweeps"] = 3
         options |= {"scope": "row" if pattern else scope}
     if method in ("joint", "gptq") and bits < 16:
         options |= {"group": group}

@@ -10,6 +10,7 @@ import obr
 from helpers.layer_samples import golden, layer
 from helpers.obr_row_loop import restore_rows
 from helpers.paths import FIXTURES
+from obr.config.methods import METHODS
 from obr.errors import ObrError
 from obr.methods.layer_hessian import Hessian
 from obr.methods.obr import restore_pruned
@@ -69,7 +70,8 @@ def test_restoration_covers_every_column(method, columns):
     """Widths whose half is no multiple of 128: every column of every row must carry weights."""
     weight, hessian = layer(4, columns)
     for alpha in (0.25, 0.4, 0.75) if method.startswith("obr") else (0.5,):
-        result = restore(weight, hessian, method, bits=8, alpha=alpha, sparsity=0.5)
+        pruned = {"sparsity": 0.5} if METHODS[method].prunes else {}
+        result = restore(weight, hessian, method, bits=8, alpha=alpha, **pruned)
         kept = result.weight[:, columns // 8 :].unflatten(1, (-1, columns // 8)).abs().sum((0, 2))
         assert (kept > 0).all()
         assert result.relative_error < 0.6

@@ -69,6 +69,7 @@ def check_settings(command: str, entry: dict) -> None:
 def _schema_of(command: str) -> dict:
     """The part of the schema that the settings of a sub-command have to fit."""
     schema, node = _described(command)
+    schema["$defs"]["learn"].pop("required")  # the calibration: its windows are given by --tokens
     if command == "sensitivity":
         blocks = schema["$defs"]["recipe"]["properties"]["blocks"]
         node = {"type": "object", "properties": {"options": node["additionalProperties"], "blocks": blocks}}

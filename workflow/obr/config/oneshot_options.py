@@ -137,17 +137,18 @@ def resolved_recipe(options: OneShot) -> tuple[Recipe, Origins]:
 
 
 def _not_taken(options: OneShot, entry: dict) -> list[str]:
-    """Fields of the base recipe that the options rule out: another size of zeros, another method."""
+    """Fields that the options rule out: another size of zeros, another method; and options that the method does not
+    take, which `_refuse_idle` names."""
     method = METHODS.get(entry.get("method"))
     found = {
-        "pattern": options.sparsity is not None,
-        "sparsity": options.pattern is not None,
+        "pattern": options.sparsity is not None and options.pattern is None,
+        "sparsity": options.pattern is not None and options.sparsity is None,
     }
-    if options.method is not None and method is not None:
-        found["pattern"] |= not method.prunes
-        found["sparsity"] |= not method.prunes
-        found["mask"] = bool(method.masks) and entry.get("mask") not in method.masks
-    return [name for name, ruled_out in found.items() if ruled_out and getattr(options, name) is None]
+    for name in ("pattern", "sparsity", "mask") if method is not None else ():
+        is_taken = method.prunes if name != "mask" else not method.masks or entry.get("mask") in method.masks
+        is_by_option = options.method is not None or getattr(options, name) is not None
+        found[name] = found.get(name, False) or (is_by_option and not is_taken)
+    return [name for name, ruled_out in found.items() if ruled_out]
 
 
 def reads_windows(recipe: Recipe) -> bool:
