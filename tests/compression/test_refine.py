@@ -108,6 +108,13 @@ def test_scales_norms_and_integers_are_all_trained(tokens):
     assert torch.equal(refined.model.norm.weight, model_of().model.norm.weight)
 
 
+def test_scales_stay_positive_however_long_they_are_trained(tokens):
+    model = compressed(tokens, refine_steps=0)
+    trained = refine.TrainedLayer(model.model.layers[0].mlp.up_proj)
+    trained.change.data.fill_(-5.0)
+    assert bool((trained.restored().scale > 0).all())
+
+
 def test_held_out_windows_keep_the_block_from_getting_worse(tokens):
     wild = compressed(tokens, held_out=2, refine_rate=1.0)
     plain = compressed(tokens, held_out=2, refine_steps=0)
@@ -171,6 +178,7 @@ def test_interrupted_refinement_goes_on_with_the_same_bytes(tokens, tmp_path, mo
     [
         ({"refine_steps": -1}, "refine_steps is -1; it must lie between 0 and 100000"),
         ({"refine_rate": 0}, "refine_rate is 0, which trains nothing"),
+        ({"refine_rate": 0.1, "refine_steps": 0}, "refine_rate is 0.1, but no step is taken; give refine_steps"),
         ({"hessian": "cached"}, "refine_steps is 60, but cached Hessians know the dense model's inputs alone"),
         ({"method": "rtn"}, "refine_steps is 60, but method rtn reads no activations"),
     ],

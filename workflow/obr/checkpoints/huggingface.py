@@ -57,7 +57,7 @@ class PackedReader(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
-        """Name the file of the unquantised parts, which transformers reads by itself."""
+        """Name the file of the unquantised parts, which transformers reads without this class."""
         config.transformers_weights = "ends.safetensors"
         return config
 

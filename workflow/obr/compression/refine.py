@@ -29,6 +29,7 @@ from obr.models.layers import QuantLinear
 from obr.rotations.learning import straight_through
 
 LOOKS = 10  # at the error on held-out windows, on the way
+LEAST_SCALE = 0.01  # of what it was: a scale stays positive however long it is trained
 SCALE_RATE = 0.1  # learning rate of scales and norms, relative to themselves, beside that of the integers
 
 
@@ -82,7 +83,7 @@ class TrainedLayer:
         return (units * self.mask * grid.over(units.shape[1])).to(self.dtype)
 
     def _trained_grid(self) -> Grid:
-        return replace(self.grid, scale=self.grid.scale * (1 + self.change))
+        return replace(self.grid, scale=self.grid.scale * (1 + self.change).clamp_min(LEAST_SCALE))
 
     @torch.no_grad()
     def restored(self) -> Restored:

@@ -70,6 +70,8 @@ def check_ranges(recipe: Recipe, name: str) -> None:
             raise ObrError(f"{name}.{field} is {value}; it must lie between {low} and {high}.")
     if recipe.refine_rate == 0:
         raise ObrError(f"{name}.refine_rate is 0, which trains nothing; use a larger one, or leave refine_steps out.")
+    if recipe.refine_rate != type(recipe).refine_rate and not recipe.refine_steps:
+        raise ObrError(f"{name}.refine_rate is {recipe.refine_rate}, but no step is taken; give refine_steps.")
     if recipe.blocks is not None and not re.fullmatch(r"(-?\d+)?:(-?\d+)?", str(recipe.blocks)):
         raise ObrError(f"{name}.blocks is {recipe.blocks!r}; it must be a slice of block numbers, such as '0:2'.")
     if recipe.needs_hessian and not recipe.calibration:

@@ -150,7 +150,7 @@ class TensorFiles:
     def _check_free(self, stored: str, name: str) -> None:
         if name != stored and name in self.files:
             raise ObrError(
-                f"{self.what} has both {stored} and {name}, of which one would be left out: save the model anew."
+                f"{self.what} has both {stored} and {name}, of which one would be left out: save the model again."
             )
 
     def read(self, names: dict[str, str], *to: "torch.device | torch.dtype | str") -> dict[str, "torch.Tensor"]:
