@@ -22,6 +22,7 @@ from helpers.fabricated_results import (
     save_score,
 )
 from helpers.paths import PUBLISHED
+from obr.config.methods import METHODS
 from obr.errors import ObrError
 from obr.report.figures import draw
 from obr.report.figures.canvas import COLUMN, PAGE, Canvas
@@ -345,3 +346,8 @@ def test_drawing_twice_gives_the_same_file(results, tmp_path):
     for name in ("a", "b"):
         draw.draw(ALL | {"figures": {"f": ALPHA}}, "f", results, PUBLISHED, tmp_path / name)
     assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
+
+
+def test_markers_of_methods_differ():
+    markers = [method.marker for method in METHODS.values()]
+    assert len(set(markers)) == len(markers), "two methods cannot be told apart in a figure"

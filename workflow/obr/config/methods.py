@@ -102,7 +102,7 @@ METHODS = {
     ),
     "sparsegpt_then_gptq": Method(
         "SparseGPT, then GPTQ",
-        "d",
+        "<",
         "sparsegpt_then_gptq",
         prunes=True,
         grouped=True,
