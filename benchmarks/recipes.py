@@ -85,16 +85,18 @@ def append(out: Path, row: dict) -> None:
 @torch.no_grad()
 def run(job: dict) -> dict:
     """Compress and evaluate as one job says; returns what was found."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     import obr
     from obr.data.texts import wikitext_rows
+    from obr.models.architectures import layout_of
 
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    needs_bos = layout_of(AutoConfig.from_pretrained(job["model"])).needs_bos
     tokens = obr.calibration_tokens(
         tokenizer, text_of(job["calibration"], wikitext_rows), nsamples=job["windows"], seqlen=job["seqlen"],
-        seed=job["seed"],
+        seed=job["seed"], bos="window" if needs_bos else None,
     )  # fmt: skip
     entry = parse_settings(job["recipe"].split())
     model = obr.load_model(job["model"], device="cpu")
@@ -107,7 +109,8 @@ def run(job: dict) -> dict:
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     ids = tokenizer(text_of(job["test"], wikitext_rows), return_tensors="pt").input_ids
-    windows = obr.evaluation_windows(ids[0], job["length"], job["tokens"])
+    bos = tokenizer.bos_token_id if needs_bos else None
+    windows = obr.evaluation_windows(ids[0], job["length"], job["tokens"], bos)
     found = {"perplexity": obr.perplexity(model, windows), "seconds": round(seconds, 1), "peak_mb": round(peak)}
     return found | about(getattr(model, "obr_report", None)) | machine()
 
