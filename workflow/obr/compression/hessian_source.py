@@ -4,9 +4,11 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from obr.calibration import asymmetric, collect_hessians
+from obr.calibration.attention_weights import ATTENDED, attention_weights
 from obr.calibration.expert_inputs import DenseBlock, ExpertInputs, expert_of, is_of_expert
 from obr.calibration.moments import GroupStatistics
 from obr.calibration.token_weights import token_weights
@@ -163,6 +165,11 @@ class HessianSource:
         layout, arguments, weights = self.blocks.layout_at(index), self.arguments[index], None
         if self.weights:
             weights = {group: self.weights[index, group][first : first + len(hidden)] for group in groups}
+        attended = [group for group in groups if group in ATTENDED]
+        if self.recipe.attention_weights and attended:
+            received = attention_weights(block, layout, hidden, arguments, self.recipe.attention_weights)
+            weights = weights or {group: torch.ones_like(received) for group in groups}
+            weights |= {group: weights[group] * received for group in attended}
         if dense is not None and self.recipe.needs_dense:
             return asymmetric.collect(block, self.dense, layout, hidden, dense, arguments, groups, weights)
         moments = collect_hessians.collect(block, layout, hidden, arguments, groups, False, weights)

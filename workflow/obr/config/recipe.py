@@ -128,6 +128,7 @@ class Recipe:
     before them (sequential only).
     token_weights: share, 0 to 1, by which calibration tokens count in Hessians as the dense model's loss feels errors
     at them (mean squared output gradient); 0 counts all alike (sequential only).
+    attention_weights: the same by the attention that a token receives, in the Hessian of q, k, v (sequential only).
     target_shrinkage: "none", or "held_out": the steps of asymmetry and residual are shortened, layer by layer, to
     what leaves the least error on the held-out windows.
     refine_steps: of block-wise refinement of each compressed block, see `obr.compression.refine` (sequential only).
@@ -165,6 +166,7 @@ class Recipe:
     asymmetry: float = 0.0
     residual: float = 0.0
     token_weights: float = 0.0
+    attention_weights: float = 0.0
     target_shrinkage: str = "none"
     refine_steps: int = 0
     refine_rate: float = 0.03

@@ -62,6 +62,7 @@ def check_ranges(recipe: Recipe, name: str) -> None:
         ("asymmetry", 0, 1),
         ("residual", 0, 1),
         ("token_weights", 0, 1),
+        ("attention_weights", 0, 1),
         ("refine_steps", 0, 100_000),
         ("refine_rate", 0, 1),
     ):
@@ -87,7 +88,7 @@ def check_passes(recipe: Recipe, name: str) -> None:
         f"method {recipe.method} reads no activations; use another method": not recipe.needs_hessian,
     }
     of_passes = {"asymmetry": 0, "residual": 0, "token_weights": 0, "refine_steps": 0, "held_out": 0}
-    of_passes["hessian_scope"] = "group"
+    of_passes |= {"attention_weights": 0, "hessian_scope": "group"}
     for field, default in of_passes.items():
         for reason, clashing in why.items():
             value = getattr(recipe, field)

@@ -107,6 +107,8 @@ def attention(
     quantizer = getattr(module, "key_value_quantizer", None)
     if quantizer is not None:
         query, key, value = quantizer(query, key, value)
+    if (observer := getattr(module, "attention_observer", None)) is not None:
+        observer(query, key, mask, kwargs)
     if (softcap := kwargs.get("softcap")) is not None:
         return _softcapped(query * (kwargs["scaling"] / softcap), key, value, mask, softcap), None
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)

@@ -133,6 +133,9 @@ def compress(sizes: Sizes, recipe: Recipe, tokens: int, length: int) -> Work:
     if recipe.token_weights:  # once forward and back through the dense model, before
         passes = gradients(whole, tokens, length)
         products, runs = products + passes.products, runs + passes.runs
+    if recipe.attention_weights:  # queries, keys and scores once more
+        products += 0.3 * passed.forward(tokens, length)
+        runs += 0.5 * blocks * tokens / length
     # column by column, each some small kernels
     runs += 0.1 * method.column_sweeps * blocks * sum(columns for _, columns in sizes.layers)
     return Work(products, grams, exact, elements, 2.0 * (whole.block * whole.blocks + whole.ends), runs, 6)
