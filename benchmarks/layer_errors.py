@@ -22,6 +22,7 @@ from obr.calibration.collect_hessians import dense_hessians
 from obr.config.recipe_settings import command_line, parse_settings
 from obr.methods.restore import restore
 from obr.models.blocks import Blocks
+from recipes import calibrated
 from timing import machine
 
 
@@ -30,10 +31,7 @@ def layers(
     model: Path, text: str, blocks: list[int], windows: int, seqlen: int, every: int
 ) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """{(block, group): (every so many rows of its layers (r, n), the Hessian (n, n) of their input)}."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = obr.calibration_tokens(tokenizer, text, nsamples=windows, seqlen=seqlen)
+    tokens = calibrated(model, text, windows, seqlen)
     found, source = {}, Blocks(obr.load_model(model, device="cpu"))
     for index, moments in dense_hessians(source, tokens, progress=False):
         block = source.load(index)

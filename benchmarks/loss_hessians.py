@@ -22,18 +22,20 @@ import argparse
 import csv
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import obr
+from obr.calibration.attention_weights import ATTENDED, attention_weights
 from obr.config.recipe_settings import command_line, parse_settings
 from obr.methods.layer_hessian import Hessian
 from obr.methods.restore import restore
 from obr.models.architectures import layout_of
-from recipes import text_of
+from obr.models.blocks import Blocks, run_in_place
+from recipes import calibrated, tested, text_of
 from timing import machine
 
 Matrices = dict[str, list[Tensor]]  # of each layer, by name
@@ -73,25 +75,28 @@ def pass_back(model: nn.Module, tokens: Tensor, is_drawn: bool, take: Callable[[
 
 
 @torch.no_grad()
-def attention_received(model: nn.Module, window: Tensor) -> list[Tensor]:
-    """(t,) of each block: the mean attention that a token gets from itself and those after it, over heads."""
-    t = len(window)
-    after = torch.arange(t, 0, -1)
-    shares = model(window[None], use_cache=False, output_attentions=True).attentions
-    return [share[0].mean(0).sum(0) / after for share in shares]
+def attended(model: nn.Module, tokens: Tensor, share: float) -> dict[str, Tensor]:
+    """{layer: (b, t)} of q, k and v: the attention weights of the tokens that they read."""
+    blocks, found = Blocks(model), {}
+    hidden, arguments = blocks.embed(tokens)
+    names = [name for group in ATTENDED for name in blocks.layout.groups.get(group, ())]
+    for index in range(len(blocks)):
+        weights = attention_weights(blocks.load(index), blocks.layout, hidden, arguments[index], share)
+        found |= {f"{index}.{name}": weights for name in names}
+        run_in_place(blocks.load(index), hidden, arguments[index])
+    return found
 
 
 def collected(model: nn.Module, tokens: Tensor, kind: str) -> Matrices:
     """The matrices of a kind of loss: [H] or one H for each group of rows, or [A, H]."""
     found, (name, _, size) = {}, kind.partition(":")
-    received = [attention_received(model, window) for window in tokens] if name == "attention" else []
+    weights = attended(model, tokens, float(size)) if name == "attention" else {}
     seen = defaultdict(int)
 
     def take(layer: str, x: Tensor, g: Tensor) -> None:
-        if name == "attention" and layer.split(".")[-1] in ("q_proj", "k_proj", "v_proj"):
-            got = received[seen[layer]][int(layer.split(".")[0])]
+        if layer in weights:
+            made = [x.T @ (x * weights[layer][seen[layer], :, None])]
             seen[layer] += 1
-            made = [x.T @ (x * (1 - float(size) + float(size) * got / got.mean())[:, None])]
         elif name in ("inputs", "scaled", "attention"):
             made = [x.T @ x]
         elif name == "rows":
@@ -169,15 +174,18 @@ def scale_all(model: nn.Module, dense: dict[str, Tensor], matrices: Matrices) ->
                 layers[name].weight.copy_(weight)
 
 
-def compressed(layers: dict[str, nn.Module], matrices: Matrices, kind: str, recipe: dict) -> Iterator[float]:
-    """Put compressed weights into a model; yields each layer's share of changed weights that are zero."""
+def compress(layers: dict[str, nn.Module], matrices: Matrices, kind: str, recipe: dict) -> float:
+    """Put compressed weights into a model; returns the mean share of zeros of its layers."""
+    zeros = 0.0
     for name, layer in layers.items():
-        solve = two_sided if kind.startswith("two-sided") else None
-        with torch.no_grad():
-            weight = layer.weight.float()
-            made = solve(weight, *matrices[name], recipe) if solve else one_sided(weight, matrices[name], recipe)
-            layer.weight.copy_(made)
-        yield float((made == 0).float().mean())
+        weight = layer.weight.float()
+        if kind.startswith("two-sided"):
+            made = two_sided(weight, *matrices[name], recipe)
+        else:
+            made = one_sided(weight, matrices[name], recipe)
+        layer.weight.copy_(made)
+        zeros += float((made == 0).float().mean()) / len(layers)
+    return zeros
 
 
 def main() -> None:
@@ -194,24 +202,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6144, help="of the test text")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    from transformers import AutoTokenizer
-
-    from obr.data.texts import wikitext_rows
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text, test = (text_of(str(path), wikitext_rows) for path in (args.calibration, args.test))
-    windows = obr.evaluation_windows(tokenizer(test, return_tensors="pt").input_ids[0], 1024, args.tokens)
+    text, windows = text_of(args.calibration), tested(args.model, text_of(args.test), 1024, args.tokens)
     model = obr.load_model(args.model, device="cpu").requires_grad_(False)
-    model.set_attn_implementation("eager")  # gives attention probabilities
     layers = linears(model)
     dense = {name: layer.weight.clone() for name, layer in layers.items()}
     for seed in args.seeds:
-        tokens = obr.calibration_tokens(tokenizer, text, nsamples=args.windows, seqlen=args.seqlen, seed=seed)
+        tokens = calibrated(args.model, text, args.windows, args.seqlen, seed)
         for kind in args.kinds:
             matrices = collected(model, tokens, kind)
             for words in args.recipe:
                 recipe, started = parse_settings(words.split()), time.monotonic()
-                zeros = list(compressed(layers, matrices, kind, recipe))
+                zeros = compress(layers, matrices, kind, recipe)
                 if kind == "scaled":
                     scale_all(model, dense, matrices)
                 seconds = time.monotonic() - started
@@ -219,7 +220,7 @@ def main() -> None:
                     "model": args.model.name, "calibration": args.calibration.name, "windows": args.windows,
                     "seqlen": args.seqlen, "test": args.test.name, "tokens": args.tokens, "seed": seed, "kind": kind,
                     "recipe": command_line(recipe), "perplexity": obr.perplexity(model, windows),
-                    "zeros": sum(zeros) / len(zeros), "seconds": round(seconds, 1), **machine(),
+                    "zeros": zeros, "seconds": round(seconds, 1), **machine(),
                 }  # fmt: skip
                 append(args.out, row)
                 for name, layer in layers.items():

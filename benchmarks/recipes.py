@@ -85,19 +85,10 @@ def append(out: Path, row: dict) -> None:
 @torch.no_grad()
 def run(job: dict) -> dict:
     """Compress and evaluate as one job says; returns what was found."""
-    from transformers import AutoConfig, AutoTokenizer
-
     import obr
-    from obr.data.texts import wikitext_rows
-    from obr.models.architectures import layout_of
 
     torch.set_num_threads(job["threads"])
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    needs_bos = layout_of(AutoConfig.from_pretrained(job["model"])).needs_bos
-    tokens = obr.calibration_tokens(
-        tokenizer, text_of(job["calibration"], wikitext_rows), nsamples=job["windows"], seqlen=job["seqlen"],
-        seed=job["seed"], bos="window" if needs_bos else None,
-    )  # fmt: skip
+    tokens = calibrated(job["model"], text_of(job["calibration"]), job["windows"], job["seqlen"], job["seed"])
     entry = parse_settings(job["recipe"].split())
     model = obr.load_model(job["model"], device="cpu")
     rotation = entry.pop("rotation", None)
@@ -108,16 +99,44 @@ def run(job: dict) -> dict:
         obr.compress(model, tokens.flip(0) if job["reverse"] else tokens, entry, progress=False)
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    ids = tokenizer(text_of(job["test"], wikitext_rows), return_tensors="pt").input_ids
-    bos = tokenizer.bos_token_id if needs_bos else None
-    windows = obr.evaluation_windows(ids[0], job["length"], job["tokens"], bos)
+    windows = tested(job["model"], text_of(job["test"]), job["length"], job["tokens"])
     found = {"perplexity": obr.perplexity(model, windows), "seconds": round(seconds, 1), "peak_mb": round(peak)}
     return found | about(getattr(model, "obr_report", None)) | machine()
 
 
-def text_of(path: str, rows) -> str:
+def text_of(path: Path | str) -> str:
+    """A text file's text; that of *.raw is joined as WikiText's rows are."""
+    from obr.data.texts import wikitext_rows
+
     text = Path(path).read_text(encoding="utf-8")
-    return "\n\n".join(rows(text)) if path.endswith(".raw") else text
+    return "\n\n".join(wikitext_rows(text)) if str(path).endswith(".raw") else text
+
+
+def calibrated(model: Path | str, text: str, windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
+    """Calibration windows; each begins with BOS where the family needs it."""
+    import obr
+
+    tokenizer, needs_bos = tokenizer_of(model)
+    bos = "window" if needs_bos else None
+    return obr.calibration_tokens(tokenizer, text, nsamples=windows, seqlen=seqlen, seed=seed, bos=bos)
+
+
+def tested(model: Path | str, text: str, length: int, tokens: int) -> torch.Tensor:
+    """Windows of a perplexity; each begins with BOS where the family needs it."""
+    import obr
+
+    tokenizer, needs_bos = tokenizer_of(model)
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    return obr.evaluation_windows(ids, length, tokens, tokenizer.bos_token_id if needs_bos else None)
+
+
+def tokenizer_of(model: Path | str) -> tuple:
+    """(tokenizer, whether the model's family needs BOS)."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from obr.models.architectures import layout_of
+
+    return AutoTokenizer.from_pretrained(model), layout_of(AutoConfig.from_pretrained(model)).needs_bos
 
 
 def about(report) -> dict:

@@ -10,6 +10,9 @@ import torch
 
 import obr
 from helpers.paths import ROOT
+from obr.calibration.attention_weights import attention_weights
+from obr.calibration.collect_hessians import inputs_of
+from obr.models.blocks import Blocks, run_in_place
 
 KINDS = ["inputs", "rows:2", "two-sided:tokens", "two-sided:G", "attention:1", "scaled"]
 
@@ -24,7 +27,6 @@ def script():
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
     model = obr.load_model(tiny_folder / "model", device="cpu").requires_grad_(False)
-    model.set_attn_implementation("eager")
     tokens = torch.randint(0, model.config.vocab_size, (3, 20), generator=torch.Generator().manual_seed(0))
     return model, tokens
 
@@ -55,12 +57,20 @@ def test_groups_of_rows_are_those_of_squared_gradients(script, tiny):
         assert torch.allclose(sum(halves[name]) / 2, whole[name][0], rtol=1e-3, atol=1e-7)
 
 
-def test_attention_received_is_a_share(script, tiny):
-    """The last token is seen by itself alone; what all queries give adds up to one each."""
+def test_attention_weights_are_those_of_the_product(script, tiny):
+    """H of q in the second block is that of `collect` with the weights that a compression takes; o has plain sums."""
     model, tokens = tiny
-    for received in script.attention_received(model, tokens[0]):
-        given = received * torch.arange(len(received), 0, -1)
-        assert given.sum() == pytest.approx(len(received), rel=1e-4) and (received >= 0).all()
+    found, plain = (script.collected(model, tokens, kind) for kind in ("attention:0.5", "inputs"))
+    blocks = Blocks(model)
+    hidden, arguments = blocks.embed(tokens)
+    run_in_place(blocks.load(0), hidden, arguments[0])
+    weights = attention_weights(blocks.load(1), blocks.layout, hidden, arguments[1], 0.5)
+    x = torch.cat([inputs_of(blocks.load(1), "self_attn.q_proj", states, arguments[1]) for states in hidden])
+    naive = torch.einsum("t,ti,tj->ij", weights.flatten(), x, x)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.allclose(found[f"1.self_attn.{name}"][0], naive, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plain["1.self_attn.q_proj"][0], naive, rtol=1e-2)
+    assert torch.allclose(found["1.self_attn.o_proj"][0], plain["1.self_attn.o_proj"][0], rtol=1e-4, atol=1e-5)
 
 
 def made_layer(seed: int, rows: int = 24, columns: int = 32):

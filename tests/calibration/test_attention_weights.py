@@ -1,18 +1,15 @@
-"""Attention weights: against transformers' own attention, in the Hessians of q, k and v, and where refused."""
+"""Attention weights: against transformers' own attention, in the Hessians of q, k and v, and their price."""
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import obr
 from helpers.family_models import EXPERTS, FAMILIES, random_model
 from helpers.random_llama import random_llama
-from obr.calibration.attention_weights import attention_weights
+from obr.calibration.attention_weights import ATTENDED, attention_weights
 from obr.calibration.collect_hessians import inputs_of
-from obr.compression.recompute import Places, repeat
-from obr.compression.stage import compress_stage
+from obr.calibration.token_weights import token_weights
 from obr.config.recipe import Recipe
-from obr.errors import ObrError
 from obr.methods.restore import restore
 from obr.models.blocks import Blocks, run_block
 from obr.planning import cost_model
@@ -60,8 +57,6 @@ def test_queries_keys_and_values_are_restored_with_weighted_sums(tokens, extra):
     hidden, arguments = blocks.embed(used)
     weights = attention_weights(blocks.load(0), blocks.layout, hidden, arguments[0], 0.75).double()
     if extra.get("token_weights"):
-        from obr.calibration.token_weights import token_weights
-
         weights *= token_weights(Blocks(random_llama(initializer_range=0.1)), tokens, 0.5, progress=False)[0, "qkv"]
     block = blocks.load(0)
     x = torch.stack([inputs_of(block, "self_attn.q_proj", states, arguments[0]) for states in hidden]).double()
@@ -89,26 +84,23 @@ def test_other_layers_keep_their_results(tokens):
     assert not torch.equal(*(model.load(0).self_attn.k_proj.weight for model in models))
 
 
-def test_layers_can_be_computed_again(tokens, tmp_path):
-    random_llama(initializer_range=0.1).save_pretrained(tmp_path / "model")
-    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors", metadata={"calibration": "{}"})
-    recipe = Recipe.parse({**RECIPE, "asymmetry": 0.5})
-    compress_stage(tmp_path / "model", recipe, tmp_path / "out", tokens=tmp_path / "tokens.safetensors", device="cpu")
-    places = Places(model=tmp_path / "model", tokens=tmp_path / "tokens.safetensors")
-    assert all(layer.identical for layer in repeat(tmp_path / "out", 3, places))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ({"attention_weights": 1.5}, "attention_weights is 1.5; it must lie between 0 and 1"),
-        ({"hessian": "cached"}, "attention_weights is 0.75, but cached Hessians know the dense model's inputs alone"),
-        ({"method": "rtn"}, "attention_weights is 0.75, but method rtn reads no activations"),
-    ],
-)
-def test_attention_weights_without_an_effect_are_refused(wrong, sentence):
-    with pytest.raises(ObrError, match=sentence):
-        Recipe.parse({**RECIPE, **wrong})
+@pytest.mark.parametrize("family", EXPERTS)
+def test_mixtures_of_experts_are_compressed_with_them(family, tokens):
+    """Their attention is as others'; only q, k and v of the first block differ from plain sums before the experts."""
+    models = []
+    for share in (0.0, 1.0):
+        recipe = {**RECIPE, "attention_weights": share, "hessian_scope": "block", "blocks": "0:1"}
+        model = random_model(EXPERTS[family]).float()
+        models.append(Blocks(obr.compress(model, tokens, recipe, progress=False)))
+    layout = models[0].layout_at(0)
+    weights = {
+        name: [model.load(0).get_submodule(name).weight for model in models]
+        for group, names in layout.groups.items()
+        if group in (*ATTENDED, "o")
+        for name in names
+    }
+    assert torch.equal(*weights.pop("self_attn.o_proj"))
+    assert not any(torch.equal(*pair) for pair in weights.values())
 
 
 def test_the_plan_prices_another_look_at_attention():

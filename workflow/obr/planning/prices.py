@@ -163,7 +163,7 @@ class Prices:
             size = 2.0 * (sizes.block * sizes.blocks + sizes.ends) / 1e9
             if recipe and source == "path":  # it is read where it lies
                 return 0.0, 1e-3
-            return {"path": 0.0, "pypi": WHEEL_GB}.get(source, size), size
+            return {"path": 0.0, "pypi": GGUF_SHARE * size}.get(source, size), size
         if job.rule in ("download_text", "download_documents"):
             entry = self.config["texts"][job.wildcards["text"]]
             shard = "c4" in entry.get("repo", "")
@@ -195,4 +195,5 @@ class Prices:
 
 
 # Downloads in GB where the config does not tell: rough sizes of what the hub sends.
-TEXT_GB, C4_SHARD_GB, TASK_GB, WHEEL_GB = 0.01, 0.32, 0.03, 0.1
+TEXT_GB, C4_SHARD_GB, TASK_GB = 0.01, 0.32, 0.03
+GGUF_SHARE = 0.4  # of 16 bits per weight: GGUF files of 4 bits, with some tensors of 5 to 8
